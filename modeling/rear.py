@@ -1,0 +1,253 @@
+"""reAR: a raster-order GPT over tokenizer codes, with training-only projectors for embedding regularization.
+
+Paper: https://arxiv.org/abs/2510.04450. The architecture is RAR's (https://arxiv.org/abs/2411.00776) in raster order.
+The state-dict keys are those of the published weights and never change.
+
+Legend: B images, N codes per image, T = N + 2 positions [cls, class, x1 .. xN], D hidden size, H heads, d = D / H,
+V codebook size, C classes, Z width of a codebook vector.
+
+    position       0     1      2    ...   N      N + 1
+    input          cls   class  x1   ...   xN-1   xN
+    logits, DE           x1     x2   ...   xN                (each predicts the code one position to the right)
+    EN                          x1   ...   xN-1   xN         (each recovers the code at its own position)
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from utils.schema import ModelConfig
+
+# Rows beyond the sequence that the published tables carry.
+POSITION_SLACK = 1024
+TIMESTEP_SLACK = 100
+
+
+@dataclass
+class ReAROutput:
+    """What a training forward returns; row i belongs to code x(i+1).
+
+    `encode_z` and `decode_z` are None where the regularization, or the term, is off.
+    """
+
+    logits: Tensor  # (B, N, V)
+    encode_z: Tensor | None  # (B, N, Z) from the position that holds the code
+    decode_z: Tensor | None  # (B, N, Z) from the position that predicts the code
+
+
+class LayerKVCache:
+    """Keys and values of one attention layer in buffers of full length, written in place."""
+
+    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
+        self.keys = torch.empty(shape, device=device, dtype=dtype)  # (B, H, T, d)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new positions (B, H, t, d) and return all that are stored so far."""
+        assert self.length == 0 or keys.shape[2] == 1, "only the first call may add several positions"
+        start, self.length = self.length, self.length + keys.shape[2]
+        self.keys[:, :, start : self.length] = keys
+        self.values[:, :, start : self.length] = values
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with LayerNorm on queries and keys per head."""
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float, attn_drop: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = nn.LayerNorm(hidden_size // num_heads, eps=1e-6)
+        self.k_norm = nn.LayerNorm(hidden_size // num_heads, eps=1e-6)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, cache: LayerKVCache | None = None) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
+        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast a norm returns float32
+        if cache is not None:
+            k, v = cache.append(k, v)
+        dropout = self.attn_drop if self.training else 0.0
+        # is_causal instead of a mask keeps the flash kernel; a single new position sees all that is cached.
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.shape[2] > 1)  # (B, H, t, d)
+        return self.proj_drop(self.proj(rearrange(x, "b h t d -> b t (h d)")))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with adaLN-zero (DiT, https://arxiv.org/abs/2212.09748)."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int, dropout: float, attn_drop: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads, dropout, attn_drop)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.mlp = Mlp(hidden_size, mlp_size, drop=dropout)
+        self.adaLN_modulation = adaln_linear(hidden_size, 6)
+
+    def forward(self, x: Tensor, condition: Tensor, cache: LayerKVCache | None = None) -> Tensor:
+        modulation = self.adaLN_modulation(condition)  # (B, t, 6 D)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
+        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn), cache)
+        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class AdaLNBeforeHead(nn.Module):
+    """Final norm without affine parameters, modulated; its chunk order is scale, shift, unlike the blocks'."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.adaLN_modulation = adaln_linear(hidden_size, 2)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.adaLN_modulation(condition).chunk(2, dim=-1)  # each (B, t, D)
+        return modulate(self.norm_final(x), shift, scale)
+
+
+def adaln_linear(hidden_size: int, outputs: int) -> nn.Sequential:
+    """Linear D -> outputs * D. Its SiLU is the same in every block, so `condition` comes with it applied;
+    the Identity holds its place in the published keys (`adaLN_modulation.1`)."""
+    return nn.Sequential(nn.Identity(), nn.Linear(hidden_size, outputs * hidden_size))
+
+
+def projector(hidden_size: int, projection_dim: int, z_dim: int) -> nn.Sequential:
+    """Training-only MLP from hidden states to codebook vectors: three layers, as in the released weights."""
+    return nn.Sequential(
+        nn.Linear(hidden_size, projection_dim),
+        nn.SiLU(),
+        nn.Linear(projection_dim, projection_dim),
+        nn.SiLU(),
+        nn.Linear(projection_dim, z_dim),
+    )
+
+
+class ReAR(nn.Module):
+    """Class-conditional autoregressive transformer.
+
+    Args:
+        config: `vq_model.codebook_size` and the `generator` section are read. With `transition_alignment: false`
+            the projectors are not built, which leaves the plain AR model.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        generator, hidden_size = config.generator, config.generator.hidden_size
+        self.codebook_size = config.vq_model.codebook_size
+        self.num_classes = generator.condition_num_classes
+        self.image_seq_len = generator.image_seq_len
+        self.use_checkpoint = generator.use_checkpoint
+        self.encode_align_layer = generator.encode_align_layer_idx
+        self.decode_align_layer = generator.decode_align_layer_idx
+
+        # Rows: codes, mask, classes, null class.
+        self.embeddings = nn.Embedding(self.codebook_size + 1 + self.num_classes + 1, hidden_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.pos_embed = nn.Parameter(torch.empty(1, self.image_seq_len + POSITION_SLACK, hidden_size))
+        self.target_aware_pos_embed = nn.Parameter(torch.empty(1, self.image_seq_len + POSITION_SLACK, hidden_size))
+        self.timesteps_embeddings = nn.Parameter(torch.empty(1, self.image_seq_len + TIMESTEP_SLACK, hidden_size))
+        self.blocks = nn.ModuleList(
+            Block(
+                hidden_size,
+                generator.num_attention_heads,
+                generator.intermediate_size,
+                generator.dropout,
+                generator.attn_drop,
+            )
+            for _ in range(generator.num_hidden_layers)
+        )
+        self.adaln_before_head = AdaLNBeforeHead(hidden_size)
+        self.lm_head = nn.Linear(hidden_size, self.codebook_size)
+
+        regularized = generator.transition_alignment
+        widths = (hidden_size, generator.projection_dim, generator.z_dim)
+        self.encode_align_mlp = projector(*widths) if regularized and generator.encode_align else None
+        self.decode_align_mlp = projector(*widths) if regularized and generator.decode_align else None
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Truncated normal (std 0.02) everywhere, but zero for biases, cls token and adaLN outputs."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        for table in (self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
+            nn.init.trunc_normal_(table, std=0.02)
+        nn.init.zeros_(self.cls_token)
+        for module in (*self.blocks, self.adaln_before_head):
+            nn.init.zeros_(module.adaLN_modulation[1].weight)
+
+    @property
+    def mask_code(self) -> int:
+        """Stands for a masked code in the input; never predicted."""
+        return self.codebook_size
+
+    def forward(self, codes: Tensor, class_labels: Tensor) -> ReAROutput:
+        """Teacher-forced pass for training.
+
+        Args:
+            codes: (B, N) int, the context: clean or perturbed codes, `mask_code` included.
+            class_labels: (B,) int, 0 to C - 1, or `num_classes` for the null class.
+        """
+        x = torch.cat([self.embed_prefix(class_labels), self.embeddings(codes)], dim=1)  # (B, T, D)
+        x = x + self.position_table()
+        condition = self.condition(class_labels)  # (B, T, D)
+        encode_z = decode_z = None
+        for layer, block in enumerate(self.blocks):
+            if self.use_checkpoint and self.training:
+                x = checkpoint(block, x, condition, use_reentrant=False)
+            else:
+                x = block(x, condition)
+            if self.encode_align_mlp is not None and layer == self.encode_align_layer:
+                encode_z = self.encode_align_mlp(x[:, 2:])  # (B, N, Z) at x1 .. xN
+            if self.decode_align_mlp is not None and layer == self.decode_align_layer:
+                decode_z = self.decode_align_mlp(x[:, 1:-1])  # (B, N, Z) at class, x1 .. xN-1
+        logits = self.lm_head(self.adaln_before_head(x[:, 1:-1], condition[:, 1:-1]))  # (B, N, V)
+        return ReAROutput(logits, encode_z, decode_z)
+
+    def step(self, x: Tensor, condition: Tensor, caches: list[LayerKVCache]) -> Tensor:
+        """Cached pass over new positions, for sampling.
+
+        Args:
+            x: (B, t, D) embedded input of the new positions.
+            condition: (B, t, D) of the same positions.
+            caches: one per block; extended by t positions.
+
+        Returns:
+            (B, V) logits of the code after the last new position.
+        """
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x = block(x, condition, cache)
+        return self.lm_head(self.adaln_before_head(x[:, -1], condition[:, -1]))
+
+    def embed_prefix(self, class_labels: Tensor) -> Tensor:
+        """(B,) class ids -> (B, 2, D) embeddings of [cls, class], without positions."""
+        return torch.cat([self.cls_token.expand(len(class_labels), -1, -1), self._embed_class(class_labels)], dim=1)
+
+    def position_table(self) -> Tensor:
+        """(1, T, D): each position's own embedding plus that of the position it predicts.
+
+        The cls token and the last code predict nothing.
+        """
+        length = self.image_seq_len + 2
+        target_aware = F.pad(self.target_aware_pos_embed[:, 2:length], (0, 0, 1, 1))
+        return self.pos_embed[:, :length] + target_aware
+
+    def condition(self, class_labels: Tensor) -> Tensor:
+        """(B,) class ids -> (B, T, D): SiLU of class embedding + timestep embedding, the input of every adaLN."""
+        return F.silu(self._embed_class(class_labels) + self.timesteps_embeddings[:, : self.image_seq_len + 2])
+
+    def _embed_class(self, class_labels: Tensor) -> Tensor:
+        return self.embeddings(self.codebook_size + 1 + class_labels).unsqueeze(1)  # (B, 1, D)

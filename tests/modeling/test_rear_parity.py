@@ -1,0 +1,93 @@
+"""The model computes the published function: numbers of the published code with made-up weights (seed fixtures)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from modeling.generate import decode_one_token, guidance_schedule, guide, make_caches, prefill
+from modeling.losses import rear_loss
+from modeling.rear import ReAR
+from utils.schema import ModelConfig
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def config() -> ModelConfig:
+    published = json.loads((FIXTURES / "rear_tiny.json").read_text())["model"]
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(ModelConfig), published))
+    return config
+
+
+@pytest.fixture(scope="module")
+def model(config: ModelConfig) -> ReAR:
+    model = ReAR(config)
+    model.load_state_dict(load_file(FIXTURES / "rear_tiny.safetensors"), strict=True)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, torch.Tensor]:
+    with np.load(FIXTURES / "rear_tiny.npz") as arrays:
+        return {name: torch.from_numpy(arrays[name]) for name in arrays.files if name != "grad_norm_names"}
+
+
+def close(actual: torch.Tensor, wanted: torch.Tensor, atol: float = 1e-4) -> None:
+    torch.testing.assert_close(actual, wanted, atol=atol, rtol=0, check_dtype=False)
+
+
+def test_noisy_forward_and_losses(model: ReAR, config: ModelConfig, expected: dict) -> None:
+    output = model(expected["noisy_ids"], expected["labels"])
+    close(output.logits, expected["logits_noisy"][:, :-1])
+    close(output.encode_z, expected["encode_z_noisy"][:, 2:])
+    close(output.decode_z, expected["decode_z_noisy"][:, 1:-1])
+    terms = rear_loss(output, expected["ids"], expected["features"], expected["perturb_mask"], config.generator)
+    close(terms.ar_loss, expected["ar_loss_noisy"].squeeze())
+    close(terms.proj_loss, expected["proj_loss_noisy"].squeeze())
+    close(terms.correct_tokens, expected["correct_noisy"].squeeze())
+
+
+def test_clean_forward_and_losses(model: ReAR, config: ModelConfig, expected: dict) -> None:
+    output = model(expected["ids"], expected["labels"])
+    close(output.logits, expected["logits_clean"][:, :-1])
+    nothing = torch.zeros_like(expected["perturb_mask"])
+    terms = rear_loss(output, expected["ids"], expected["features"], nothing, config.generator)
+    close(terms.ar_loss, expected["ar_loss_clean"].squeeze())
+    close(terms.proj_loss, expected["proj_loss_clean"].squeeze())
+
+
+def test_gradient_norms(model: ReAR, config: ModelConfig, expected: dict) -> None:
+    model.zero_grad()
+    output = model(expected["noisy_ids"], expected["labels"])
+    rear_loss(output, expected["ids"], expected["features"], expected["perturb_mask"], config.generator).loss.backward()
+    names = np.load(FIXTURES / "rear_tiny.npz")["grad_norm_names"]
+    parameters = dict(model.named_parameters())
+    assert sorted(parameters) == sorted(str(name) for name in names)
+    actual = torch.stack([parameters[str(name)].grad.norm() for name in names])
+    torch.testing.assert_close(actual, expected["grad_norms"], rtol=1e-3, atol=1e-6, check_dtype=False)
+
+
+def test_cached_and_guided_logits(model: ReAR, expected: dict) -> None:
+    """Each step of cached decoding gives the published inference logits, and so does the guidance on them."""
+    ids, labels = expected["ids"], expected["labels"]
+    steps = ids.shape[1]
+    streams = torch.cat([labels, torch.full_like(labels, model.num_classes)])
+    scales = guidance_schedule(float(expected["guidance_scale"]), float(expected["guidance_scale_pow"]), steps)
+    close(torch.tensor(scales), expected["cfg_per_step"], atol=1e-6)
+    with torch.no_grad():
+        positions, condition = model.position_table(), model.condition(streams)
+        caches = make_caches(model, len(streams), positions)
+        for k in range(steps):
+            if k == 0:
+                logits = prefill(model, streams, positions, condition, caches)
+            else:
+                logits = decode_one_token(model, ids[:, k - 1].repeat(2), k + 1, positions, condition, caches)
+            cond, uncond = logits.chunk(2)
+            close(cond, expected["cond_logits"][:, k])
+            close(uncond, expected["uncond_logits"][:, k])
+            close(guide(cond, uncond, scales[k]), expected["guided_logits"][:, k], atol=1e-3)
