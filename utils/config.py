@@ -13,13 +13,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from utils.errors import InputError
 from utils.schema import Config
 
 # Keys of published YAML files that nothing reads, there or here: accepted with a notice.
 IGNORED_KEYS = {"eval_every", "kv_cache", "finetune_decoder", "pretrained_tokenizer_weight"}
 
 
-class ConfigError(ValueError):
+class ConfigError(InputError):
     """What is wrong with a config, in one line: the source, the key, the value found and the value expected."""
 
 

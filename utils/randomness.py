@@ -32,3 +32,8 @@ def image_uniforms(seed: int, indices: list[int], width: int) -> torch.Tensor:
 def _to_float32(draws: np.ndarray) -> torch.Tensor:
     # Rounding to float32 may give 1.0, which is outside [0, 1).
     return torch.from_numpy(np.minimum(draws, 1 - 2**-24).astype(np.float32))
+
+
+def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """Seed of the default generators for one forward pass, so that dropout needs no saved generator state."""
+    return int(np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,19 @@
+"""One clear line for what a user can mend; a traceback for everything else."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message names the file, key or index, what was found and expected."""
+
+
+@contextmanager
+def input_errors_exit() -> Iterator[None]:
+    """Around a script's main: an InputError becomes one line on stderr and exit status 1."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(1) from None

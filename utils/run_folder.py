@@ -1,0 +1,46 @@
+"""The run folder: what was run, on what, and its log."""
+
+import logging
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from utils.config import Config, save_config
+
+PACKAGES = ["torch", "accelerate", "timm", "numpy", "safetensors", "omegaconf", "webdataset"]
+
+
+def prepare_run_folder(config: Config) -> Path:
+    """Create `experiment.output_dir` with config.yaml (resolved) and environment.txt."""
+    output_dir = Path(config.experiment.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    save_config(config, output_dir / "config.yaml")
+    (output_dir / "environment.txt").write_text(describe_environment())
+    return output_dir
+
+
+def describe_environment() -> str:
+    """Commit, Python, packages and device, a line each."""
+    root = Path(__file__).parents[1]
+    git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    lines = [f"commit {git.stdout.strip() or 'unknown'}", f"python {platform.python_version()}"]
+    lines += [f"{package} {version(package)}" for package in PACKAGES]
+    return "\n".join([*lines, f"device {device}"]) + "\n"
+
+
+def make_logger(output_dir: Path, is_main_process: bool) -> logging.Logger:
+    """A logger to `<output_dir>/log.txt` and the console on the main process, silent on the others."""
+    logger = logging.getLogger("rear")
+    logger.handlers.clear()
+    logger.setLevel(logging.INFO if is_main_process else logging.CRITICAL)
+    logger.propagate = False
+    if is_main_process:
+        formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
+        for handler in (logging.FileHandler(output_dir / "log.txt"), logging.StreamHandler()):
+            handler.setFormatter(formatter)
+            logger.addHandler(handler)
+    return logger

@@ -1,0 +1,92 @@
+"""Metrics of a run: metrics.jsonl always, wandb where it works. A tracker never stops a training run."""
+
+import json
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from utils.config import Config
+
+INIT_TIMEOUT_S = 30  # wandb's own default of 90 s holds up the first step when its server is out of reach
+
+
+class Tracker:
+    """Appends to `<output_dir>/metrics.jsonl` and mirrors to wandb.
+
+    For the main process only. When wandb cannot be reached, the run goes on offline with one warning
+    (`wandb sync` uploads it later); without the package it goes on with the local file alone.
+    """
+
+    def __init__(self, config: Config, output_dir: Path, first_step: int) -> None:
+        self.path = output_dir / "metrics.jsonl"
+        keep_metrics_until(self.path, first_step)
+        self.wandb_run = start_wandb(config, output_dir) if config.training.enable_wandb else None
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._to_wandb(metrics, step)
+
+    def log_image(self, name: str, image: Image.Image, step: int) -> None:
+        """To wandb only; the caller keeps the file."""
+        if self.wandb_run is not None:
+            import wandb
+
+            self._to_wandb({name: wandb.Image(image)}, step)
+
+    def finish(self) -> None:
+        if self.wandb_run is not None:
+            self.wandb_run.finish()
+
+    def _to_wandb(self, values: dict[str, Any], step: int) -> None:
+        if self.wandb_run is None:
+            return
+        try:
+            self.wandb_run.log(values, step=step)
+        except Exception as error:  # whatever a tracker raises, training is worth more
+            warnings.warn(f"wandb is off from step {step}: {error}", stacklevel=2)
+            self.wandb_run = None
+
+
+def start_wandb(config: Config, output_dir: Path) -> Any:
+    """A wandb run that continues the one recorded in `<output_dir>/wandb_run_id`, or None without the package."""
+    try:
+        import wandb
+    except ImportError:
+        warnings.warn("wandb is not installed: metrics go to metrics.jsonl only", stacklevel=3)
+        return None
+    id_file = output_dir / "wandb_run_id"
+    run_id = id_file.read_text().strip() if id_file.is_file() else wandb.util.generate_id()
+    id_file.write_text(run_id)
+    arguments = {
+        "project": config.experiment.project,
+        "name": config.experiment.name,
+        "entity": config.experiment.entity,
+        "dir": str(output_dir),
+        "config": asdict(config),
+        "id": run_id,
+        "resume": "allow",
+    }
+    settings = wandb.Settings(init_timeout=INIT_TIMEOUT_S, silent=True, console="off")
+    try:
+        if wandb.Settings().mode == "online" and not wandb.login(prompt=False):  # wandb.init would wait at a prompt
+            raise wandb.errors.UsageError("no API key; run `wandb login` or set WANDB_API_KEY")
+        return wandb.init(**arguments, settings=settings)
+    except Exception as error:  # no login, no network, a server that is down: each raises its own class
+        reason = str(error).splitlines()[0]
+        warnings.warn(f"wandb is offline for this run ({reason}); training goes on", stacklevel=3)
+        return wandb.init(**{**arguments, "resume": None}, settings=settings, mode="offline")
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def keep_metrics_until(path: Path, step: int) -> None:
+    """Drop the lines of later steps: those steps are about to be run again from a checkpoint."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    path.write_text("".join(kept))
