@@ -7,11 +7,15 @@ V codebook size.
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from modeling.maskgit_vq import MaskGitVQ
 from modeling.rear import LayerKVCache, ReAR
-from utils.schema import GeneratorConfig
+from utils.images import to_uint8
+from utils.randomness import image_uniforms
+from utils.schema import Config, GeneratorConfig
 
 
 def guidance_schedule(guidance_scale: float, guidance_scale_pow: float, steps: int) -> list[float]:
@@ -122,3 +126,17 @@ def decode_one_token(
     """Feed the codes (S,) that stand at `position` of the sequence and return the logits (S, V) of the next ones."""
     here = slice(position, position + 1)
     return model.step(model.embeddings(codes)[:, None] + positions[:, here], condition[:, here], caches)
+
+
+@torch.inference_mode()
+def generate_images(model: ReAR, tokenizer: MaskGitVQ, indices: list[int], config: Config) -> np.ndarray:
+    """The images with these indices; image i has class i mod C and its own random numbers.
+
+    Returns:
+        (len(indices), H, W, 3) uint8.
+    """
+    device = model.cls_token.device
+    class_labels = torch.tensor(indices, device=device) % model.num_classes
+    uniforms = image_uniforms(config.sampling.seed, indices, model.image_seq_len).to(device)
+    codes = generate(model, class_labels, uniforms, config.model.generator)
+    return to_uint8(tokenizer.decode(codes), config.sampling.uint8_rule)

@@ -24,10 +24,12 @@ class LossTerms:
     correct_tokens: Tensor  # share of codes whose logit is the largest
 
 
-def perturb_codes(codes: Tensor, uniforms: Tensor, max_ratio: float, codebook_size: int) -> tuple[Tensor, Tensor]:
+def perturb_codes(
+    codes: Tensor, uniforms: Tensor, max_ratio: float, codebook_size: int, mask_code: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Noisy context: each sequence draws its ratio from U(0, max_ratio), each code is replaced with that probability.
 
-    The new code comes from the whole codebook, so it may be the old one.
+    The new code comes from the whole codebook, so it may be the old one; with `mask_code` it is that one.
 
     Args:
         codes: (B, N) int.
@@ -40,8 +42,8 @@ def perturb_codes(codes: Tensor, uniforms: Tensor, max_ratio: float, codebook_si
     """
     ratio, choice, draw = uniforms.split([1, codes.shape[1], codes.shape[1]], dim=1)
     perturbation_mask = choice < ratio * max_ratio
-    random_codes = (draw * codebook_size).to(codes.dtype)
-    return torch.where(perturbation_mask, random_codes, codes), perturbation_mask
+    replacement = (draw * codebook_size).to(codes.dtype) if mask_code is None else mask_code
+    return torch.where(perturbation_mask, replacement, codes), perturbation_mask
 
 
 def drop_class_labels(class_labels: Tensor, uniforms: Tensor, probability: float, null_class: int) -> Tensor:

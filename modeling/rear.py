@@ -12,7 +12,8 @@ V codebook size, C classes, Z width of a codebook vector.
     EN                          x1   ...   xN-1   xN         (each recovers the code at its own position)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from utils.schema import ModelConfig
+from utils.weights import load_state_dict, load_strict
 
 # Rows beyond the sequence that the published tables carry.
 POSITION_SLACK = 1024
@@ -194,6 +196,10 @@ class ReAR(nn.Module):
         """Stands for a masked code in the input; never predicted."""
         return self.codebook_size
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of embeddings and tables, which are not decayed (timm's convention)."""
+        return {"embeddings.weight", "cls_token", "pos_embed", "target_aware_pos_embed", "timesteps_embeddings"}
+
     def forward(self, codes: Tensor, class_labels: Tensor) -> ReAROutput:
         """Teacher-forced pass for training.
 
@@ -251,3 +257,22 @@ class ReAR(nn.Module):
 
     def _embed_class(self, class_labels: Tensor) -> Tensor:
         return self.embeddings(self.codebook_size + 1 + class_labels).unsqueeze(1)  # (B, 1, D)
+
+
+def load_generator(source: str, config: ModelConfig) -> ReAR:
+    """Build the model for sampling, without the training-only projectors, and load its weights strictly.
+
+    Args:
+        source: a .safetensors or .bin file, or a folder (run or checkpoint) with model.safetensors; a checkpoint's
+            ema.safetensors comes first.
+
+    Raises:
+        InputError: no weights there, or keys or shapes that are not those of `config`.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / "ema.safetensors" if (path / "ema.safetensors").is_file() else path / "model.safetensors"
+    state = {key: value for key, value in load_state_dict(path).items() if "_align_mlp." not in key}
+    model = ReAR(replace(config, generator=replace(config.generator, transition_alignment=False)))
+    load_strict(model, state, path)
+    return model

@@ -31,9 +31,14 @@ class TrainingState:
 
 
 def save_checkpoint(
-    output_dir: Path, state: TrainingState, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
-) -> Path:
-    """Write `checkpoint-<step>` below `output_dir`, replacing one of the same step."""
+    output_dir: Path,
+    state: TrainingState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: nn.Module | None,
+    keep_last: int,
+) -> None:
+    """Write `checkpoint-<step>` below `output_dir`, replacing one of the same step; then delete the oldest ones."""
     final = output_dir / f"checkpoint-{state.global_step}"
     partial = final.with_name(final.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
@@ -48,7 +53,8 @@ def save_checkpoint(
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
     _fsync(output_dir)
-    return final
+    for old in list_checkpoints(output_dir)[:-keep_last]:
+        shutil.rmtree(old)
 
 
 def load_checkpoint(
@@ -91,12 +97,6 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
     """Complete checkpoints in the order of their steps; other folders are ignored."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((path for path in found if (path / STATE_FILE).is_file()), key=lambda path: int(path.name[11:]))
-
-
-def prune_checkpoints(output_dir: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` complete checkpoints."""
-    for path in list_checkpoints(output_dir)[:-keep_last]:
-        shutil.rmtree(path)
 
 
 def save_weights(state_dict: dict[str, Tensor], path: Path) -> None:

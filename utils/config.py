@@ -7,6 +7,7 @@ Print the resolved config of a command line without running it:
 
 import difflib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -48,10 +49,13 @@ def load_config(argv: list[str]) -> Config:
     return config
 
 
-def load_config_or_exit(argv: list[str] | None = None) -> Config:
-    """`load_config` for a script: prints a ConfigError as one line and exits with status 2."""
+def load_config_or_exit(*checks: Callable[[Config], None]) -> Config:
+    """`load_config` of the command line and further checks; a ConfigError becomes one line and exit status 2."""
     try:
-        return load_config(sys.argv[1:] if argv is None else argv)
+        config = load_config(sys.argv[1:])
+        for check in checks:
+            check(config)
+        return config
     except ConfigError as error:
         print(f"config error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -107,7 +111,9 @@ def _merge(base: DictConfig, update: DictConfig, source: str) -> DictConfig:
     _drop_ignored_keys(update, source)
     known = _flat_keys(base)
     for key in _flat_keys(update):
-        if key not in known and not any(name.startswith(f"{key}.") for name in known):
+        if any(name.startswith(f"{key}.") for name in known):
+            raise ConfigError(f"{source}: {key} is a section of keys, found {OmegaConf.select(update, key)!r}")
+        if key not in known:
             raise ConfigError(f"{source}: unknown key {key!r}{_did_you_mean(key, known)}")
     try:
         return OmegaConf.merge(base, update)
@@ -128,7 +134,7 @@ def _flat_keys(node: DictConfig) -> list[str]:
     keys = []
     for key in node:
         child = node._get_node(key)
-        is_section = OmegaConf.is_dict(child) and not child._is_none() and len(child) > 0
+        is_section = OmegaConf.is_dict(child) and not child._is_none()
         keys += [f"{key}.{inner}" for inner in _flat_keys(child)] if is_section else [str(key)]
     return keys
 

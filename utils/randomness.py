@@ -3,8 +3,24 @@
 Philox is a counter-based generator (Salmon et al., SC 2011), so a slice of a long stream is reached in O(1).
 """
 
+from enum import IntEnum
+
 import numpy as np
 import torch
+
+
+class Stream(IntEnum):
+    """Uses of randomness that must not share numbers where their keys are equal."""
+
+    TRAINING_NOISE = 0
+    DATA_ORDER = 1
+    AUGMENTATION = 2
+    SAMPLING = 3
+
+
+def philox(stream: Stream, seed: int, key: int) -> np.random.Philox:
+    """The bit generator of (stream, seed, key); the stream is the highest word of the 256-bit counter."""
+    return np.random.Philox(key=[seed, key], counter=[0, 0, 0, stream])
 
 
 def sample_uniforms(seed: int, step: int, first: int, count: int, width: int) -> torch.Tensor:
@@ -14,9 +30,8 @@ def sample_uniforms(seed: int, step: int, first: int, count: int, width: int) ->
         (count, width) float32 in [0, 1).
     """
     row = -(-width // 4) * 4  # Philox advances in blocks of 4 doubles
-    bits = np.random.Philox(key=[seed, step]).advance(first * row // 4)
-    draws = np.random.Generator(bits).random((count, row))[:, :width]
-    return _to_float32(draws)
+    bits = philox(Stream.TRAINING_NOISE, seed, step).advance(first * row // 4)
+    return _to_float32(np.random.Generator(bits).random((count, row))[:, :width])
 
 
 def image_uniforms(seed: int, indices: list[int], width: int) -> torch.Tensor:
@@ -25,15 +40,15 @@ def image_uniforms(seed: int, indices: list[int], width: int) -> torch.Tensor:
     Returns:
         (len(indices), width) float32 in [0, 1).
     """
-    draws = [np.random.Generator(np.random.Philox(key=[seed, index])).random(width) for index in indices]
+    draws = [np.random.Generator(philox(Stream.SAMPLING, seed, index)).random(width) for index in indices]
     return _to_float32(np.stack(draws))
-
-
-def _to_float32(draws: np.ndarray) -> torch.Tensor:
-    # Rounding to float32 may give 1.0, which is outside [0, 1).
-    return torch.from_numpy(np.minimum(draws, 1 - 2**-24).astype(np.float32))
 
 
 def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     """Seed of the default generators for one forward pass, so that dropout needs no saved generator state."""
     return int(np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _to_float32(draws: np.ndarray) -> torch.Tensor:
+    # Rounding to float32 may give 1.0, which is outside [0, 1).
+    return torch.from_numpy(np.minimum(draws, 1 - 2**-24).astype(np.float32))

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Train reAR with the published recipe. Further arguments override the config:
+#   CONFIG=configs/rear_l.yaml NUM_GPUS=4 bash scripts_bash/rear_train.sh training.gradient_accumulation_steps=2
+# The same command again continues the run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+CONFIG=${CONFIG:-configs/rear_b.yaml}
+NUM_GPUS=${NUM_GPUS:-8}
+OUTPUT_DIR=${OUTPUT_DIR:-outputs/$(basename "$CONFIG" .yaml)}
+
+export PYTHONPATH="$PWD"
+MULTI=()
+if ((NUM_GPUS > 1)); then MULTI=(--multi_gpu); fi
+if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then MULTI=(--cpu); fi
+accelerate launch --num_machines 1 --num_processes "$NUM_GPUS" --mixed_precision no --dynamo_backend no "${MULTI[@]}" \
+  scripts/train_rear.py config="$CONFIG" experiment.output_dir="$OUTPUT_DIR" "$@"

@@ -1,0 +1,69 @@
+import torch
+
+from modeling.losses import alignment_loss, drop_class_labels, next_token_loss, perturb_codes, rear_loss
+from modeling.rear import ReAROutput
+from utils.schema import GeneratorConfig
+
+
+def test_perturb_replaces_the_announced_share_with_codes_of_the_whole_codebook() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.full((2000, 64), 7)
+    perturbed, mask = perturb_codes(codes, torch.rand(2000, 129, generator=generator), 0.8, 16)
+    share = mask.float().mean(dim=1)
+    assert abs(share.mean() - 0.4) < 0.02  # eps ~ U(0, 0.8)
+    assert share.min() < 0.05
+    assert 0.7 < share.max() < 0.95
+    assert torch.equal(perturbed[~mask], codes[~mask])
+    counts = perturbed[mask].bincount(minlength=16)
+    assert len(counts) == 16  # the old code 7 among them
+    assert counts.min() > 0.9 * counts.float().mean()
+
+
+def test_perturb_does_nothing_at_ratio_zero_and_can_mask() -> None:
+    codes, uniforms = torch.arange(64)[None], torch.rand(1, 129)
+    perturbed, mask = perturb_codes(codes, uniforms, 0.0, 64)
+    assert torch.equal(perturbed, codes)
+    assert not mask.any()
+    uniforms[:, 0] = 0.999
+    perturbed, mask = perturb_codes(codes, uniforms, 1.0, 64, mask_code=64)
+    assert mask.sum() > 50
+    assert (perturbed[mask] == 64).all()
+
+
+def test_drop_class_labels() -> None:
+    labels = torch.tensor([3, 4, 5])
+    dropped = drop_class_labels(labels, torch.tensor([0.05, 0.1, 0.9]), 0.1, null_class=10)
+    assert dropped.tolist() == [10, 4, 5]
+
+
+def test_next_token_loss_of_known_logits() -> None:
+    logits = torch.zeros(2, 3, 8)
+    targets = torch.randint(0, 8, (2, 3))
+    torch.testing.assert_close(next_token_loss(logits, targets), torch.log(torch.tensor(8.0)))
+    confident = torch.nn.functional.one_hot(targets, 8) * 100.0
+    assert next_token_loss(confident, targets) < 1e-6
+
+
+def test_alignment_loss_bounds_and_divisor() -> None:
+    vectors = torch.randn(2, 4, 8)
+    torch.testing.assert_close(alignment_loss(3 * vectors, vectors), torch.tensor(-1.0))
+    torch.testing.assert_close(alignment_loss(-vectors, vectors), torch.tensor(1.0))
+    excluded = torch.zeros(2, 4, dtype=torch.bool)
+    excluded[0] = True
+    torch.testing.assert_close(alignment_loss(vectors, vectors, excluded), torch.tensor(-0.5))
+
+
+def test_rear_loss_puts_the_terms_together() -> None:
+    codes = torch.randint(0, 8, (2, 4))
+    vectors, logits = torch.randn(2, 4, 6), torch.randn(2, 4, 8)
+    mask = torch.zeros(2, 4, dtype=torch.bool)
+    mask[:, :2] = True
+    config = GeneratorConfig(transition_alignment_weight=0.5)
+    terms = rear_loss(ReAROutput(logits, vectors, -vectors), codes, vectors, mask, config)
+    torch.testing.assert_close(terms.proj_loss, torch.tensor(-0.5 + 1.0))  # encode at clean positions only
+    torch.testing.assert_close(terms.loss, next_token_loss(logits, codes) + 0.25)
+    config.mask_perturbed_encode = False
+    terms = rear_loss(ReAROutput(logits, vectors, -vectors), codes, vectors, mask, config)
+    torch.testing.assert_close(terms.proj_loss, torch.tensor(0.0))
+    plain = rear_loss(ReAROutput(logits, None, None), codes, vectors, mask, config)
+    assert torch.equal(plain.loss, next_token_loss(logits, codes))

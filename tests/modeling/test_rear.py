@@ -1,0 +1,93 @@
+import dataclasses
+
+import pytest
+import torch
+
+from modeling.rear import ReAR, load_generator
+from utils.checkpoint import save_weights
+from utils.errors import InputError
+from utils.schema import GeneratorConfig, ModelConfig
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "layers", "mlp", "millions"),
+    [(768, 20, 3072, 218.4), (768, 24, 3072, 260.9), (1024, 24, 4096, 461.7)],
+)
+def test_published_parameter_counts(hidden_size: int, layers: int, mlp: int, millions: float) -> None:
+    config = ModelConfig(
+        generator=GeneratorConfig(
+            hidden_size=hidden_size, num_hidden_layers=layers, intermediate_size=mlp, transition_alignment=False
+        )
+    )
+    with torch.device("meta"):
+        model = ReAR(config)
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == millions
+
+
+def test_no_position_sees_its_own_target_or_later_codes(tiny_model: ReAR) -> None:
+    codes = torch.randint(0, 24, (1, 16))
+    changed = codes.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % 24
+    labels = torch.tensor([2])
+    before, after = tiny_model(codes, labels), tiny_model(changed, labels)
+    # Row i predicts x(i+1) from the class and x1 .. xi, so rows 0 .. 9 must not change and row 10 must.
+    torch.testing.assert_close(before.logits[:, :10], after.logits[:, :10])
+    torch.testing.assert_close(before.decode_z[:, :10], after.decode_z[:, :10])
+    torch.testing.assert_close(before.encode_z[:, :9], after.encode_z[:, :9])
+    assert (before.logits[:, 10] - after.logits[:, 10]).abs().max() > 1e-3
+    assert (before.encode_z[:, 9] - after.encode_z[:, 9]).abs().max() > 1e-3
+
+
+def test_class_and_mask_have_rows_of_their_own(tiny_model: ReAR) -> None:
+    codes = torch.zeros(7, 16, dtype=torch.long)
+    codes[6] = tiny_model.mask_code
+    logits = tiny_model(codes, torch.tensor([0, 1, 2, 3, 4, tiny_model.num_classes, 0])).logits
+    assert len({tuple(row.tolist()) for row in logits[:, -1].detach().round(decimals=4)}) == 7
+
+
+def test_a_new_model_predicts_uniformly(tiny_config: ModelConfig) -> None:
+    """adaLN-zero: at the start the blocks are the identity and the logits are small."""
+    model = ReAR(tiny_config).eval()
+    logits = model(torch.randint(0, 24, (2, 16)), torch.tensor([0, 5])).logits
+    assert logits.abs().max() < 0.8
+    assert not model.blocks[0].adaLN_modulation[1].weight.any()
+    assert not model.cls_token.any()
+
+
+def test_plain_ar_is_the_same_code_without_projectors(tiny_config: ModelConfig, tiny_model: ReAR) -> None:
+    generator = dataclasses.replace(tiny_config.generator, transition_alignment=False)
+    plain = ReAR(dataclasses.replace(tiny_config, generator=generator)).eval()
+    plain.load_state_dict({k: v for k, v in tiny_model.state_dict().items() if "_align_mlp" not in k})
+    codes, labels = torch.randint(0, 24, (2, 16)), torch.tensor([1, 4])
+    output = plain(codes, labels)
+    assert output.encode_z is None
+    assert output.decode_z is None
+    torch.testing.assert_close(output.logits, tiny_model(codes, labels).logits)
+
+
+def test_activation_checkpointing_changes_no_gradient(tiny_config: ModelConfig, tiny_model: ReAR) -> None:
+    codes, labels = torch.randint(0, 24, (2, 16)), torch.tensor([1, 4])
+    gradients = []
+    for use_checkpoint in (False, True):
+        tiny_model.use_checkpoint = use_checkpoint
+        tiny_model.train().zero_grad()
+        tiny_model(codes, labels).logits.square().mean().backward()
+        gradients.append(tiny_model.blocks[0].mlp.fc1.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_load_generator_is_strict_but_for_the_projectors(
+    tiny_config: ModelConfig, tiny_model: ReAR, tmp_path, suffix: str
+) -> None:
+    path = tmp_path / f"model.{suffix}"
+    state = tiny_model.state_dict()
+    save_weights(state, path) if suffix == "safetensors" else torch.save(state, path)
+    loaded = load_generator(str(path), tiny_config)
+    assert torch.equal(loaded.lm_head.weight, tiny_model.lm_head.weight)
+    assert loaded.encode_align_mlp is None
+
+    del state["lm_head.bias"]
+    save_weights(state, tmp_path / "short.safetensors")
+    with pytest.raises(InputError, match=r"short\.safetensors.*lm_head\.bias"):
+        load_generator(str(tmp_path / "short.safetensors"), tiny_config)

@@ -1,0 +1,206 @@
+"""The trainer as a whole, on a tiny project: resume, elasticity, inputs that are wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from scripts import train_rear
+from utils.config import Config, load_config
+from utils.errors import InputError
+from utils.tracking import read_metrics
+
+ROOT = Path(__file__).parents[2]
+LOSSES = ["train/loss", "train/ar_loss", "train/proj_loss", "train/correct_tokens", "grad_norm", "lr"]
+NO_DROPOUT = ["model.generator.dropout=0", "model.generator.attn_drop=0"]
+
+
+def config_of(arguments: list[str], output_dir: Path, *overrides: str) -> Config:
+    return load_config([*arguments, f"experiment.output_dir={output_dir}", *overrides])
+
+
+def run(arguments: list[str], output_dir: Path, *overrides: str) -> list[dict]:
+    train_rear.main(config_of(arguments, output_dir, *overrides))
+    return read_metrics(output_dir / "metrics.jsonl")
+
+
+def launch(arguments: list[str], output_dir: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess:
+    """As a user would, on CPU."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
+    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += ["--main_process_port", "0", str(ROOT / "scripts/train_rear.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, f"experiment.output_dir={output_dir}", *overrides], env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.fixture
+def seen_ids(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Dataset rows of every micro-batch that the trainer consumes."""
+    seen: list[list[int]] = []
+    original = train_rear.training_step
+
+    def recording(model, tokenizer, batch, *rest):
+        seen.append(batch["index"].tolist())
+        return original(model, tokenizer, batch, *rest)
+
+    monkeypatch.setattr(train_rear, "training_step", recording)
+    return seen
+
+
+def test_training_learns_and_writes_its_run_folder(tiny_arguments: list[str], tmp_path: Path) -> None:
+    rows = run(tiny_arguments, tmp_path / "run", "training.max_train_steps=30", "experiment.generate_every=15")
+    assert rows[-1]["train/ar_loss"] < rows[0]["train/ar_loss"]
+    assert rows[-1]["train/proj_loss"] < rows[0]["train/proj_loss"] - 0.02
+    assert rows[0]["train/loss"] == pytest.approx(rows[0]["train/ar_loss"] + rows[0]["train/proj_loss"], abs=1e-4)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names >= {"config.yaml", "environment.txt", "log.txt", "metrics.jsonl", "training_curves.png"}
+    assert names >= {"checkpoint-30", "model.safetensors"}
+    assert len(list((tmp_path / "run/train_generated_images").iterdir())) == 2
+    assert load_config([f"config={tmp_path / 'run/config.yaml'}"]).training.max_train_steps == 30
+
+
+def test_plain_ar_has_the_cross_entropy_as_its_loss(tiny_arguments: list[str], tmp_path: Path) -> None:
+    off = ["model.generator.perturb_mode=none", "model.generator.transition_alignment=false"]
+    rows = run(tiny_arguments, tmp_path / "run", *off, "training.max_train_steps=2")
+    assert all(row["train/loss"] == row["train/ar_loss"] for row in rows)
+    assert all(row["perturbation_ratio"] == 0 for row in rows)
+
+
+@pytest.mark.parametrize("ema", ["false", "true"])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tiny_arguments: list[str], tmp_path: Path, seen_ids: list, ema: str
+) -> None:
+    """Bit for bit: losses, weights and sample ids, with dropout on and in the middle of a pass."""
+    arguments = [*tiny_arguments, f"training.use_ema={ema}"]
+    whole = run(arguments, tmp_path / "whole")
+    ids_of_whole, seen_ids[:] = list(seen_ids), []
+    run(arguments, tmp_path / "parts", "training.stop_steps=17")
+    parts = run(arguments, tmp_path / "parts")
+    assert len(whole) == len(parts) == 40
+    assert seen_ids == ids_of_whole
+    assert [[row[name] for name in LOSSES] for row in whole] == [[row[name] for name in LOSSES] for row in parts]
+    for name in ("model.safetensors", "checkpoint-40/model.safetensors"):
+        ours, theirs = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    raw = load_file(tmp_path / "whole/checkpoint-40/model.safetensors")
+    final = load_file(tmp_path / "whole/model.safetensors")
+    assert torch.equal(raw["lm_head.weight"], final["lm_head.weight"]) == (ema == "false")
+
+
+def test_accumulation_changes_no_loss(tiny_arguments: list[str], tmp_path: Path, seen_ids: list) -> None:
+    steps = [*NO_DROPOUT, "training.max_train_steps=4"]
+    one = run(tiny_arguments, tmp_path / "one", *steps)
+    ids_of_one, seen_ids[:] = list(chain(*seen_ids)), []
+    halves = ["training.per_gpu_batch_size=4", "training.gradient_accumulation_steps=2"]
+    two = run(tiny_arguments, tmp_path / "two", *steps, *halves)
+    assert list(chain(*seen_ids)) == ids_of_one
+    for a, b in zip(one, two, strict=True):
+        assert [a[name] for name in LOSSES] == pytest.approx([b[name] for name in LOSSES], abs=1e-5)
+
+
+@pytest.mark.multiprocess
+def test_two_processes_train_as_one_does(tiny_arguments: list[str], tmp_path: Path) -> None:
+    steps = [*NO_DROPOUT, "training.max_train_steps=6", "training.stop_steps=5", "training.mixed_precision=no"]
+    one = run(tiny_arguments, tmp_path / "one", *steps)
+    result = launch(tiny_arguments, tmp_path / "two", *steps, "training.per_gpu_batch_size=4", processes=2)
+    assert result.returncode == 0, result.stderr
+    two = read_metrics(tmp_path / "two/metrics.jsonl")
+    for a, b in zip(one, two, strict=True):
+        assert a["lr"] == b["lr"]
+        assert [a[name] for name in LOSSES] == pytest.approx([b[name] for name in LOSSES], abs=1e-5)
+    resumed = run(tiny_arguments, tmp_path / "two", *NO_DROPOUT, "training.max_train_steps=6")
+    assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5, 6]
+
+
+def test_on_the_fly_tokenization_gives_the_codes_of_the_images(tiny_arguments: list[str], tmp_path: Path) -> None:
+    from PIL import Image
+
+    rng = torch.Generator().manual_seed(0)
+    for i in range(12):
+        path = tmp_path / f"images/class_{i % 3}/{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(torch.randint(0, 256, (16, 16, 3), generator=rng).byte().numpy()).save(path)
+    overrides = [
+        "dataset.params.pretokenization=null",
+        f"dataset.params.train_shards_path_or_url={tmp_path / 'images'}",
+    ]
+    steps = ["training.max_train_steps=6", "training.per_gpu_batch_size=6"]
+    whole = run(tiny_arguments, tmp_path / "whole", *overrides, *steps)
+    run(tiny_arguments, tmp_path / "parts", *overrides, *steps, "training.stop_steps=3")
+    parts = run(tiny_arguments, tmp_path / "parts", *overrides, *steps)
+    assert [row["train/loss"] for row in whole] == [row["train/loss"] for row in parts]
+
+
+GOOD = json.dumps({"class_id": 1, "tokens": [0] * 16})
+BAD_LINES = {
+    "a code out of range": (json.dumps({"class_id": 1, "tokens": [0] * 15 + [24]}) + "\n", "24"),
+    "a label out of range": (json.dumps({"class_id": 5, "tokens": [0] * 16}) + "\n", "5"),
+    "a short line": (json.dumps({"class_id": 1, "tokens": [0] * 15}) + "\n", "15"),
+    "a truncated last line": (GOOD[:-9], "truncat"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_LINES)
+def test_bad_codes_are_named_and_leave_nothing_behind(tiny_arguments: list[str], tmp_path: Path, case: str) -> None:
+    last_line, message = BAD_LINES[case]
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{GOOD}\n{GOOD}\n{last_line}")
+    with pytest.raises(InputError) as error:
+        run(tiny_arguments, tmp_path / "run", f"dataset.params.pretokenization={path}")
+    assert str(path) in str(error.value)
+    assert "line 3" in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert [p.name for p in tmp_path.iterdir() if p.name not in ("bad.jsonl", "run")] == []
+
+
+def test_user_errors_are_one_line_and_a_status(tiny_arguments: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts/train_rear.py"), *tiny_arguments]
+    command += [f"experiment.output_dir={tmp_path / 'run'}", "experiment.tokenizer_checkpoint=absent.safetensors"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stderr.strip().startswith("error: ")
+    assert "absent.safetensors" in result.stderr
+    assert result.stderr.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_rules(tiny_arguments: list[str], tmp_path: Path) -> None:
+    short = ["training.max_train_steps=2"]
+    with pytest.raises(InputError, match=r"resume=true: no complete checkpoint in"):
+        run(tiny_arguments, tmp_path / "run", *short, "experiment.resume=true")
+    run(tiny_arguments, tmp_path / "run", *short)
+    with pytest.raises(InputError, match=r"resume=false: .* already holds checkpoint-2"):
+        run(tiny_arguments, tmp_path / "run", *short, "experiment.resume=false")
+    with pytest.raises(InputError, match=r"global batch of 8 images, found 4"):
+        run(tiny_arguments, tmp_path / "run", *short, "training.per_gpu_batch_size=4")
+
+
+def test_wandb_without_login_or_network_warns_once(
+    tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
+    with pytest.warns(UserWarning, match="wandb") as warnings:
+        rows = run(tiny_arguments, tmp_path / "run", "training.enable_wandb=true", "training.max_train_steps=2")
+    assert len(rows) == 2
+    assert len([w for w in warnings if "wandb" in str(w.message)]) == 1
+
+
+def test_without_the_wandb_package_training_goes_on(
+    tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.warns(UserWarning, match="wandb is not installed"):
+        rows = run(tiny_arguments, tmp_path / "run", "training.enable_wandb=true", "training.max_train_steps=2")
+    assert len(rows) == 2

@@ -1,0 +1,47 @@
+"""Imports go one way, and files keep a size that a reader can hold."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "utils": {"utils"},
+    "modeling": {"modeling", "utils"},
+    "data": {"data", "utils"},
+    "evaluation": {"evaluation", "utils"},
+    "scripts": {"modeling", "data", "evaluation", "utils"},
+}
+SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported_modules(path: Path) -> set[str]:
+    modules = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            modules.add(node.module)
+    return modules
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    modules = imported_modules(path)
+    inside = {module.split(".")[0] for module in modules} & set(MAY_IMPORT)
+    assert inside <= MAY_IMPORT[package]
+    if package != "scripts":
+        assert "accelerate" not in modules
+        assert "wandb" not in modules or path.name == "tracking.py"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_stay_small(path: Path) -> None:
+    source = path.read_text()
+    assert len(source.splitlines()) <= 350
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name != "main":
+            assert node.end_lineno - node.lineno < 70, f"{path}:{node.lineno} {node.name}"

@@ -1,0 +1,66 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from utils.checkpoint import TrainingState, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from utils.errors import InputError
+
+
+def trained(steps: int) -> tuple[nn.Linear, torch.optim.AdamW]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def test_model_optimizer_ema_and_state_come_back(tmp_path: Path) -> None:
+    model, optimizer = trained(3)
+    ema = nn.Linear(3, 2)
+    save_checkpoint(tmp_path, TrainingState(3, 16), model, optimizer, ema, keep_last=2)
+    other_model, other_optimizer = trained(0)
+    other_ema = nn.Linear(3, 2)
+    state = load_checkpoint(tmp_path / "checkpoint-3", other_model, other_optimizer, other_ema)
+    assert state == TrainingState(3, 16)
+    assert torch.equal(model.weight, other_model.weight)
+    assert torch.equal(ema.weight, other_ema.weight)
+    moments = [o.state[o.param_groups[0]["params"][0]]["exp_avg_sq"] for o in (optimizer, other_optimizer)]
+    assert torch.equal(*moments)
+    assert (tmp_path / "checkpoint-3/model.safetensors").stat().st_mode & 0o044  # readable by others, as umask says
+
+
+def test_only_complete_checkpoints_count_and_the_newest_are_kept(tmp_path: Path) -> None:
+    model, optimizer = trained(1)
+    for step in (5, 10, 100):
+        save_checkpoint(tmp_path, TrainingState(step, 16), model, optimizer, None, keep_last=2)
+    (tmp_path / "checkpoint-200.tmp").mkdir()
+    (tmp_path / "checkpoint-300").mkdir()  # cut off before its last file
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "checkpoint-12.bak").mkdir()
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+    assert find_checkpoint(tmp_path, "auto").name == "checkpoint-100"
+    assert find_checkpoint(tmp_path / "empty", "auto") is None
+
+
+def test_an_error_while_saving_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = trained(1)
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RuntimeError, match="disk full"):
+        save_checkpoint(tmp_path, TrainingState(1, 16), model, optimizer, None, keep_last=2)
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_a_checkpoint_of_another_model_names_the_difference(tmp_path: Path) -> None:
+    model, optimizer = trained(1)
+    save_checkpoint(tmp_path, TrainingState(1, 16), model, optimizer, None, keep_last=2)
+    with pytest.raises(InputError, match=r"weight \(2, 3\) instead of \(4, 3\)"):
+        load_checkpoint(tmp_path / "checkpoint-1", nn.Linear(3, 4), optimizer, None)

@@ -1,0 +1,42 @@
+"""Float images to bytes, and grids of them."""
+
+import math
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+GRID_GAP = 2  # white pixels between the images of a grid
+
+
+def to_uint8(images: Tensor, rule: str = "truncate") -> np.ndarray:
+    """Bytes of float images in [0, 1]; values outside are clamped.
+
+    Args:
+        images: (B, 3, H, W) float, on any device.
+        rule: truncate (x * 255 cast to an integer, as the published sampler does) or round (to the nearest).
+
+    Returns:
+        (B, H, W, 3) uint8.
+
+    Raises:
+        ValueError: another rule.
+    """
+    if rule not in ("truncate", "round"):
+        raise ValueError(f"uint8 rule {rule!r}: expected truncate or round")
+    scaled = images.float().clamp(0, 1) * 255
+    scaled = scaled.round() if rule == "round" else scaled
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (B, H, W, 3)
+
+
+def make_grid(images: np.ndarray, columns: int) -> Image.Image:
+    """Images (B, H, W, 3) uint8 side by side, row after row, on white."""
+    count, height, width, _ = images.shape
+    rows = math.ceil(count / columns)
+    step_y, step_x = height + GRID_GAP, width + GRID_GAP
+    canvas = np.full((rows * step_y - GRID_GAP, columns * step_x - GRID_GAP, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = (i // columns) * step_y, (i % columns) * step_x
+        canvas[top : top + height, left : left + width] = image
+    return Image.fromarray(canvas)

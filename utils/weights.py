@@ -1,0 +1,74 @@
+"""Weight files: reading without running code from them, and loading that accepts no difference."""
+
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from utils.errors import InputError
+
+NAMED_IN_ERRORS = 3  # keys that an error message spells out
+
+
+def load_state_dict(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of a `.safetensors` file or of a `.bin` that torch.save wrote, on the CPU.
+
+    Raises:
+        InputError: a missing file, another suffix, a damaged file, or a pickle that holds anything but tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such weights file")
+    if path.suffix not in (".bin", ".safetensors"):
+        raise InputError(f"{path}: found suffix {path.suffix!r}, expected .bin or .safetensors")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a complete safetensors file: {error}") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(
+            f"{path}: refused, a damaged file or a pickle of more than tensors; expected a state dict from torch.save"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path}: expected a flat dict of tensors, found {_describe(state)}")
+    return state
+
+
+def load_strict(module: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
+    """Copy `state` into `module`, in the module's precision; every key and shape must be equal.
+
+    Args:
+        source: where the tensors come from, for the error message.
+
+    Raises:
+        InputError: missing, unexpected or misshapen entries, counted and the first ones named.
+    """
+    own = module.state_dict()
+    missing = [key for key in own if key not in state]
+    unexpected = [key for key in state if key not in own]
+    misshapen = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if any(problems.values()):
+        found = "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in problems.items() if names)
+        raise InputError(f"{source}: does not fit {type(module).__name__} as configured: {found}")
+    module.load_state_dict(state, strict=True)
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:NAMED_IN_ERRORS]) + (", ..." if len(names) > NAMED_IN_ERRORS else "")
+
+
+def _describe(state: object) -> str:
+    if not isinstance(state, dict):
+        return f"a {type(state).__name__}"
+    key, value = next((key, value) for key, value in state.items() if not isinstance(value, Tensor))
+    return f"a {type(value).__name__} under {key!r}"
