@@ -1,7 +1,7 @@
 """Train reAR, or the plain AR baseline, on tokenizer codes.
 
-    PYTHONPATH=. accelerate launch --num_processes 8 scripts/train_rear.py config=configs/rear_b.yaml \\
-        experiment.output_dir=outputs/rear_b
+    PYTHONPATH=. accelerate launch --multi_gpu --num_processes 8 scripts/train_rear.py \\
+        config=configs/rear_b.yaml experiment.output_dir=outputs/rear_b
 
 Reads pre-tokenized codes (`dataset.params.pretokenization`) or images, which it tokenizes on the fly
 (`dataset.params.train_shards_path_or_url`). The plain AR baseline is `model.generator.perturb_mode=none
@@ -56,7 +56,7 @@ def main(config: Config) -> None:
     training, output_dir, keep_last = config.training, Path(config.experiment.output_dir), config.experiment.keep_last
     resume_from = find_checkpoint(output_dir, config.experiment.resume)
     tokenizer = load_tokenizer(config)
-    accelerator = Accelerator(mixed_precision=training.mixed_precision)
+    accelerator = Accelerator(mixed_precision=training.mixed_precision, cpu=not torch.cuda.is_available())
     if accelerator.is_main_process:
         prepare_run_folder(config)
     accelerator.wait_for_everyone()

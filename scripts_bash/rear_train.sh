@@ -10,8 +10,6 @@ NUM_GPUS=${NUM_GPUS:-8}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/$(basename "$CONFIG" .yaml)}
 
 export PYTHONPATH="$PWD"
-MULTI=()
-if ((NUM_GPUS > 1)); then MULTI=(--multi_gpu); fi
-if ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then MULTI=(--cpu); fi
-accelerate launch --num_machines 1 --num_processes "$NUM_GPUS" --mixed_precision no --dynamo_backend no "${MULTI[@]}" \
-  scripts/train_rear.py config="$CONFIG" experiment.output_dir="$OUTPUT_DIR" "$@"
+LAUNCH=(accelerate launch --num_machines 1 --num_processes "$NUM_GPUS" --mixed_precision no --dynamo_backend no)
+if ((NUM_GPUS > 1)); then LAUNCH+=(--multi_gpu); fi # on a machine without GPUs: processes on the CPU, with gloo
+"${LAUNCH[@]}" scripts/train_rear.py config="$CONFIG" experiment.output_dir="$OUTPUT_DIR" "$@"

@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny model, a tiny project on disk."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from modeling.maskgit_vq import MaskGitVQ
 from modeling.rear import ReAR
 from utils.checkpoint import save_weights
-from utils.config import load_config
+from utils.config import load_config, save_config
 from utils.schema import GeneratorConfig, ModelConfig, VQModelConfig
 
 
@@ -46,8 +47,8 @@ def tiny_model(tiny_config: ModelConfig) -> ReAR:
 
 
 @pytest.fixture(scope="session")
-def tiny_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Command line of a tiny project: random tokenizer (16 px, 16 codes), 50 code sequences of 5 classes."""
+def tiny_config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """YAML of a tiny project: random tokenizer (16 px, 16 codes), 50 code sequences of 5 classes."""
     folder = tmp_path_factory.mktemp("tiny_project")
     arguments = [
         f"experiment.tokenizer_checkpoint={folder / 'tokenizer.safetensors'}",
@@ -85,10 +86,17 @@ def tiny_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "sampling.per_gpu_batch_size=8",
     ]
     config = load_config(["experiment.output_dir=unused", *arguments])
+    save_config(config, folder / "tiny.yaml")
     torch.manual_seed(0)
     save_weights(MaskGitVQ(config.model.vq_model).state_dict(), folder / "tokenizer.safetensors")
     rng = np.random.default_rng(0)
     with (folder / "codes.jsonl").open("w") as file:
         for i in range(50):
             file.write(json.dumps({"class_id": i % 5, "tokens": rng.integers(0, 24, 16).tolist()}) + "\n")
-    return arguments
+    return folder / "tiny.yaml"
+
+
+@pytest.fixture(scope="session")
+def tiny_arguments(tiny_config_file: Path) -> list[str]:
+    """The tiny project's command line, without `experiment.output_dir`."""
+    return [f"config={tiny_config_file}"]

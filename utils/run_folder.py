@@ -35,7 +35,9 @@ def describe_environment() -> str:
 def make_logger(output_dir: Path, is_main_process: bool) -> logging.Logger:
     """A logger to `<output_dir>/log.txt` and the console on the main process, silent on the others."""
     logger = logging.getLogger("rear")
-    logger.handlers.clear()
+    while logger.handlers:  # of an earlier run in this process
+        logger.handlers[0].close()
+        logger.removeHandler(logger.handlers[0])
     logger.setLevel(logging.INFO if is_main_process else logging.CRITICAL)
     logger.propagate = False
     if is_main_process:

@@ -143,6 +143,7 @@ class TrainingConfig:
 @dataclass
 class VQTrainingConfig:
     commitment_weight: float = 0.25  # beta of the VQ-VAE loss
+    l2_weight: float = 1.0  # of the squared error, beside the absolute error with weight 1
     perceptual_weight: float = 0.1  # of the distance between EfficientNet-Lite0 features
     revive_every: int = 100  # steps between revivals of codes that were not used since the last one
 

@@ -1,6 +1,7 @@
 """Metrics of a run: metrics.jsonl always, wandb where it works. A tracker never stops a training run."""
 
 import json
+import secrets
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -59,7 +60,7 @@ def start_wandb(config: Config, output_dir: Path) -> Any:
         warnings.warn("wandb is not installed: metrics go to metrics.jsonl only", stacklevel=3)
         return None
     id_file = output_dir / "wandb_run_id"
-    run_id = id_file.read_text().strip() if id_file.is_file() else wandb.util.generate_id()
+    run_id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
     id_file.write_text(run_id)
     arguments = {
         "project": config.experiment.project,

@@ -30,14 +30,16 @@ def run(arguments: list[str], output_dir: Path, *overrides: str) -> list[dict]:
     return read_metrics(output_dir / "metrics.jsonl")
 
 
-def launch(arguments: list[str], output_dir: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess:
-    """As a user would, on CPU."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"]
-    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", "0", str(ROOT / "scripts/train_rear.py"), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def launch(arguments: list[str], output_dir: Path, *overrides: str, processes: int) -> subprocess.CompletedProcess:
+    """With the launch script, as a user would."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the environment's accelerate
+    config_file = arguments[0].removeprefix("config=")
+    variables = {"CONFIG": config_file, "NUM_GPUS": str(processes), "OUTPUT_DIR": str(output_dir)}
     return subprocess.run(
-        [*command, f"experiment.output_dir={output_dir}", *overrides], env=environment, capture_output=True, text=True
+        ["bash", str(ROOT / "scripts_bash/rear_train.sh"), *arguments[1:], *overrides],
+        env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
     )
 
 

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The whole road on real images, on a CPU or one GPU: tiles of NASA's Blue Marble -> codes -> reAR training -> samples
+# -> npz -> score. Everything it reads comes with packages; everything it writes lies in outputs/quickstart.
+set -euo pipefail
+source "$(dirname "$0")/environment.sh"
+
+CONFIG=configs/rear_blue_marble.yaml
+OUT=outputs/quickstart
+NUM_SAMPLES=${NUM_SAMPLES:-336} # 28 of each region, as many as the smallest region has held-out tiles
+THREADS=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$THREADS}
+LAUNCH=(accelerate launch --num_machines 1 --num_processes 1 --mixed_precision no --dynamo_backend no)
+SAMPLE=(python scripts/sample_imagenet_rear.py config=$CONFIG sampling.num_fid_samples="$NUM_SAMPLES")
+
+step() { printf '\n== %s\n' "$*"; }
+
+step "1/6 images: tiles of the Blue Marble in twelve regions"
+python scripts/build_blue_marble.py $OUT/images
+
+step "2/6 codes: the tokenizer on the training tiles, and how well it reconstructs held-out ones"
+[[ -d $OUT/train.tokens ]] || python scripts/pretokenize.py config=$CONFIG
+python scripts/reconstruct.py config=$CONFIG experiment.output_dir=$OUT/tokenizer sampling.num_fid_samples="$NUM_SAMPLES"
+
+step "3/6 training: reAR on the codes (the same command again continues)"
+"${LAUNCH[@]}" scripts/train_rear.py config=$CONFIG
+"${LAUNCH[@]}" scripts/train_rear.py config=$CONFIG experiment.output_dir=$OUT/untrained training.stop_steps=0
+
+step "4/6 samples of the trained and of an untrained model"
+"${SAMPLE[@]}" experiment.output_dir=$OUT/samples experiment.generator_checkpoint=$OUT/rear
+"${SAMPLE[@]}" experiment.output_dir=$OUT/untrained_samples experiment.generator_checkpoint=$OUT/untrained
+
+step "5/6 scores against the held-out tiles"
+for images in samples untrained_samples tokenizer/reconstructions; do
+  python evaluation/evaluator.py $OUT/tokenizer/reference.npz $OUT/$images.npz --backend efficientnet_lite0
+done
+
+step "6/6 report"
+python scripts/quickstart_report.py $OUT

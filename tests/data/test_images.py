@@ -1,0 +1,198 @@
+"""Images from shards and folders: what is read, and that every damage is named."""
+
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from data.batch_sampler import Draw
+from data.images import ImageDataset, open_images
+from data.transforms import training_transform
+from utils.errors import InputError
+from utils.schema import PreprocessingConfig
+
+
+def picture(value: int) -> Image.Image:
+    return Image.fromarray(np.full((10, 12, 3), value, dtype=np.uint8))
+
+
+def encode(image: Image.Image, kind: str = "PNG") -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+def write_shard(path: Path, samples: list[dict[str, str | bytes]]) -> Path:
+    with path.open("wb") as stream, webdataset.TarWriter(stream, mtime=0) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return path
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Six samples in two shards; sample i has class i % 3 and the grey value 20 i."""
+    samples = [{"__key__": f"dir/{i}", "png": encode(picture(20 * i)), "cls": str(i % 3)} for i in range(6)]
+    write_shard(tmp_path / "a-000000.tar", samples[:4])
+    write_shard(tmp_path / "a-000001.tar", samples[4:])
+    return tmp_path
+
+
+def values(source: object) -> list[int]:
+    return [image.getpixel((0, 0))[0] for image, _ in (source[i] for i in range(len(source)))]
+
+
+@pytest.mark.parametrize("pattern", ["a-{000000..000001}.tar", "a-*.tar"])
+def test_shards(shards: Path, pattern: str) -> None:
+    (shards / "classes.json").write_text(json.dumps(["x", "y", "z"]))
+    source = pickle.loads(pickle.dumps(open_images(str(shards / pattern))))
+    assert values(source) == [0, 20, 40, 60, 80, 100]
+    assert [source[i][1] for i in range(6)] == [0, 1, 2, 0, 1, 2]
+    assert [source.key(i) for i in (0, 5)] == ["dir/0", "dir/5"]
+    assert source.class_names == ["x", "y", "z"]
+    assert source[1][0].size == (12, 10)
+
+
+def test_other_members_and_formats(tmp_path: Path) -> None:
+    grey = encode(picture(100).convert("L"), "JPEG")
+    sample = {"__key__": "a", "JPEG": grey, "cls": "2\n", "json": b"{}", "seg.png": b"mask"}
+    source = open_images(str(write_shard(tmp_path / "a.tar", [sample])))
+    assert len(source) == 1
+    assert source[0][0].mode == "RGB"
+    assert source[0][1] == 2
+    assert source.class_names is None
+
+
+def test_folder(tmp_path: Path) -> None:
+    for name, value in (("b/1.png", 1), ("a/2.PNG", 2), ("a/1.png", 3)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(encode(picture(value)))
+    (tmp_path / "a/notes.txt").write_text("no image")
+    (tmp_path / ".hidden").mkdir()
+    source = open_images(str(tmp_path))
+    assert source.class_names == ["a", "b"]
+    assert [source.key(i) for i in range(3)] == ["a/1.png", "a/2.PNG", "b/1.png"]
+    assert [source[i][1] for i in range(3)] == [0, 0, 1]
+    assert values(source) == [3, 2, 1]
+
+
+@pytest.mark.parametrize("start_method", ["fork", "spawn"])
+def test_loader_workers(shards: Path, start_method: str) -> None:
+    source = open_images(str(shards / "a-*.tar"))
+    dataset = ImageDataset(source, training_transform(PreprocessingConfig(8, 8, False, False)), seed=0)
+    with_workers = DataLoader(
+        dataset, batch_size=4, num_workers=2, collate_fn=dataset.collate, multiprocessing_context=start_method
+    )
+    for batch, expected in zip(with_workers, DataLoader(dataset, batch_size=4), strict=True):
+        assert batch["image"].dtype == torch.float32
+        assert batch["image"].shape[1:] == (3, 8, 8)
+        for key, value in expected.items():
+            torch.testing.assert_close(batch[key], value)
+
+
+def test_augmentation_is_keyed_by_pass_and_index(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    noise = [encode(Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))) for _ in range(2)]
+    write_shard(tmp_path / "a.tar", [{"__key__": str(i), "png": noise[0], "cls": "0"} for i in range(2)])
+    source = open_images(str(tmp_path / "a.tar"))
+    transform = training_transform(PreprocessingConfig(40, 8, True, True))
+    dataset, other_seed = ImageDataset(source, transform, seed=1), ImageDataset(source, transform, seed=2)
+    image = lambda data, item: data[item]["image"].numpy().tobytes()  # noqa: E731
+    assert image(dataset, 1) == image(dataset, 1) == image(dataset, Draw(1, 0))
+    crops = [image(dataset, Draw(0, 0)), image(dataset, Draw(1, 0)), image(dataset, Draw(1, 1)), image(other_seed, 1)]
+    assert len(set(crops)) == 4
+
+
+def damaged(folder: Path, case: str) -> Path:
+    """A shard `bad.tar` with one kind of damage in its second sample."""
+    path, png = folder / "bad.tar", encode(picture(7))
+    second = {"__key__": "two", "png": png, "cls": "1"}
+    changes = {
+        "no cls": {"cls": None},
+        "no image": {"png": None},
+        "two images": {"jpg": png},
+        "cls no number": {"cls": "dog"},
+        "cls negative": {"cls": "-1"},
+        "undecodable": {"png": b"not an image"},
+        "truncated image": {"png": png[:-30]},
+    }
+    second |= changes.get(case, {})
+    samples = [{"__key__": "one", "png": png, "cls": "0"}, {k: v for k, v in second.items() if v is not None}]
+    write_shard(path, [] if case == "empty shard" else samples)
+    whole = path.read_bytes()
+    member_end = 2 * 512 + 512 + 512  # headers and contents of the first sample: .cls, .png
+    contents = {
+        "empty file": b"",
+        "garbage": b"x" * 5000,
+        "cut in a member": whole[: member_end + 512 + 100],
+        "cut in a header": whole[: member_end + 100],
+        "cut between members": whole[:member_end],
+        "garbage inside": whole[:member_end] + b"x" * 512 + whole[member_end + 512 :],
+    }
+    path.write_bytes(contents.get(case, whole))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        ("no cls", "'two'.*no class id"),
+        ("no image", "'two'.*no image"),
+        ("two images", "'two'.*two images"),
+        ("cls no number", "'two'.*dog"),
+        ("cls negative", "'two'.*-1"),
+        ("empty shard", "no jpg"),
+        ("empty file", "empty"),
+        ("garbage", "complete, plain tar"),
+        ("cut in a member", "unexpected end of data, after 1 images"),
+        ("cut in a header", "after 1 images"),
+        ("cut between members", "at byte 2048, after 1 images"),
+        ("garbage inside", "at byte 2048, after 1 images"),
+        ("undecodable", "'two'.*cannot decode"),
+        ("truncated image", "'two'.*cannot decode"),
+    ],
+)
+def test_damage_is_named_in_one_line(tmp_path: Path, case: str, expected: str) -> None:
+    path = damaged(tmp_path, case)
+    with pytest.raises(InputError, match=f"^{path}.*{expected}") as error:
+        values(open_images(str(path)))
+    assert "\n" not in str(error.value)
+
+
+def test_missing_paths(shards: Path) -> None:
+    with pytest.raises(InputError, match=r"a-000002.tar: no such shard; .* with 2 .tar files"):
+        open_images(str(shards / "a-{000000..000003}.tar"))
+    with pytest.raises(InputError, match=f"nearest folder is {shards}"):
+        open_images(str(shards / "no/such/b-*.tar"))
+    with pytest.raises(InputError, match=r"no sub-folder.*\*\.tar"):
+        open_images(str(shards))
+    (shards / "classes").mkdir()
+    with pytest.raises(InputError, match="classes: found no image"):
+        open_images(str(shards))
+
+
+def test_class_ids_must_fit(shards: Path) -> None:
+    pattern = str(shards / "a-*.tar")
+    assert len(open_images(pattern, num_classes=3)) == 6
+    with pytest.raises(InputError, match=r"'dir/2': found class id 2, expected less than 2"):
+        open_images(pattern, num_classes=2)
+    (shards / "classes.json").write_text('["x"]')
+    with pytest.raises(InputError, match="expected less than 1"):
+        open_images(pattern)
+    (shards / "classes.json").write_text('{"x": 0}')
+    with pytest.raises(InputError, match=r"classes.json: .*list of class names"):
+        open_images(pattern)
+
+
+def test_shard_changed_after_opening(shards: Path) -> None:
+    source = open_images(str(shards / "a-*.tar"))
+    (shards / "a-000001.tar").write_bytes(b"short")
+    with pytest.raises(InputError, match="changed after it was opened"):
+        source[5]

@@ -1,0 +1,79 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from utils.errors import InputError
+from utils.weights import load_state_dict, load_strict
+
+
+class Exploit:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple:
+        return os.system, (self.command,)
+
+
+@pytest.fixture
+def linear() -> nn.Linear:
+    return nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("name", ["w.bin", "w.safetensors"])
+def test_round_trip_from_half_precision(tmp_path: Path, linear: nn.Linear, name: str) -> None:
+    half = {key: value.detach().half() for key, value in linear.state_dict().items()}
+    (torch.save if name.endswith(".bin") else save_file)(half, tmp_path / name)
+    other = nn.Linear(3, 2)
+    load_strict(other, load_state_dict(tmp_path / name), tmp_path / name)
+    assert other.weight.dtype == torch.float32
+    torch.testing.assert_close(other.weight, linear.weight.half().float(), atol=0, rtol=0)
+
+
+def test_missing_file_and_suffix(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"w\.bin: no such weights file"):
+        load_state_dict(tmp_path / "w.bin")
+    (tmp_path / "w.ckpt").touch()
+    with pytest.raises(InputError, match=r"found suffix '\.ckpt', expected \.bin or \.safetensors"):
+        load_state_dict(tmp_path / "w.ckpt")
+
+
+def test_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    torch.save({"weight": Exploit(f"touch {tmp_path / 'harm'}")}, tmp_path / "w.bin")
+    with pytest.raises(InputError, match="refused") as caught:
+        load_state_dict(tmp_path / "w.bin")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("name", ["w.bin", "w.safetensors"])
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_damaged_file(tmp_path: Path, linear: nn.Linear, name: str, kept: float) -> None:
+    path = tmp_path / name
+    (torch.save if name.endswith(".bin") else save_file)(linear.state_dict(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(InputError, match="w\\.") as caught:
+        load_state_dict(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_nested_dict(tmp_path: Path, linear: nn.Linear) -> None:
+    torch.save({"model": linear.state_dict()}, tmp_path / "w.bin")
+    with pytest.raises(InputError, match="expected a flat dict of tensors, found a OrderedDict under 'model'"):
+        load_state_dict(tmp_path / "w.bin")
+
+
+def test_differences_are_counted_and_named(linear: nn.Linear) -> None:
+    before = linear.weight.detach().clone()
+    state = {"weight": torch.zeros(2, 4), **{f"extra{i}": torch.zeros(1) for i in range(5)}}
+    with pytest.raises(InputError) as caught:
+        load_strict(linear, state, "made up")
+    assert str(caught.value) == (
+        "made up: does not fit Linear as configured: 1 missing (bias); 5 unexpected (extra0, extra1, extra2, ...); "
+        "1 of another shape (weight (2, 4) instead of (2, 3))"
+    )
+    torch.testing.assert_close(linear.weight, before)
