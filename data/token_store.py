@@ -1,0 +1,118 @@
+"""Tokenized images on disk: a memory map that opens at once, however many images there are."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.batch_sampler import Draw, as_draw
+from data.jsonl import Sizes, read_jsonl, write_jsonl
+from data.token_writer import CLASS_IDS_FILE, META_FILE, TOKENS_FILE, StoreMeta, TokenStoreWriter, write_meta
+from utils.errors import InputError
+
+
+class TokenStore(Dataset):
+    """A `<name>.tokens` folder: n samples of N codes and a class id.
+
+    Attributes:
+        codes: (n, N) uint16, mapped from disk.
+        class_ids: (n,) int32, mapped from disk.
+        meta: sizes, class names and origin.
+
+    Raises:
+        InputError: no store there, or a damaged one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.meta = StoreMeta(**json.loads((path / META_FILE).read_text()))
+            self.codes = np.load(path / TOKENS_FILE, mmap_mode="r")
+            self.class_ids = np.load(path / CLASS_IDS_FILE, mmap_mode="r")
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path}: cannot be opened as a token store: {str(error).splitlines()[0]}") from error
+        expected = (self.meta.num_samples, self.meta.image_seq_len)
+        for file, found, shape in (
+            (TOKENS_FILE, self.codes.shape, expected),
+            (CLASS_IDS_FILE, self.class_ids.shape, expected[:1]),
+        ):
+            if found != shape:
+                raise InputError(f"{path / file}: found shape {found}, expected {shape} as in {META_FILE}")
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, item: int | Draw) -> dict[str, Tensor]:
+        """One sample: what `__getitems__` gives, without the batch dimension."""
+        return {key: values[0] for key, values in self.__getitems__([item]).items()}
+
+    def __getitems__(self, items: Sequence[int | Draw]) -> dict[str, Tensor]:
+        """A batch, asked for by a DataLoader whose collate_fn is `collate`.
+
+        Returns:
+            codes: (B, N) int64; class_labels: (B,) int64; index: (B,) int64.
+        """
+        index = np.array([as_draw(item).index for item in items], dtype=np.int64)
+        arrays = {"codes": self.codes[index], "class_labels": self.class_ids[index], "index": index}
+        return {key: torch.from_numpy(array.astype(np.int64)) for key, array in arrays.items()}
+
+    @staticmethod
+    def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`__getitems__` gives whole batches already."""
+        return batch
+
+    def __reduce__(self) -> tuple[type["TokenStore"], tuple[Path]]:
+        return TokenStore, (self.path,)  # a pickled memory map would be a copy of all the data
+
+
+def open_tokens(path: Path, codebook_size: int, image_seq_len: int, num_classes: int) -> TokenStore:
+    """Open codes for a model of these sizes: a `.tokens` store, or a `.jsonl` that is converted once beside itself.
+
+    Raises:
+        InputError: nothing there, bad lines, a damaged store or one of other sizes; the message names file and value.
+    """
+    sizes = Sizes(codebook_size, image_seq_len, num_classes)
+    if path.suffix not in (".tokens", ".jsonl"):
+        raise InputError(f"dataset.params.pretokenization={path}: expected a .jsonl file or a .tokens store")
+    store = TokenStore(path) if path.suffix == ".tokens" else _open_converted(path, sizes)
+    meta = store.meta
+    for name in ("codebook_size", "image_seq_len"):
+        if getattr(meta, name) != getattr(sizes, name):
+            raise InputError(f"{store.path}: found {name}={getattr(meta, name)}, expected {getattr(sizes, name)}")
+    if meta.num_classes > num_classes:
+        raise InputError(f"{store.path}: found {meta.num_classes} classes, expected at most {num_classes}")
+    return store
+
+
+def export_jsonl(store: TokenStore, jsonl: Path) -> None:
+    """Write the samples as jsonl and note it in the store, which is then the conversion of that file."""
+    write_jsonl(jsonl, store.codes, store.class_ids)
+    store.meta.source = describe_source(jsonl)
+    write_meta(store.path, store.meta)
+
+
+def describe_source(jsonl: Path) -> dict[str, int | str]:
+    """What tells whether a jsonl is still the one that a store was made from."""
+    status = jsonl.stat()
+    return {"name": jsonl.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _open_converted(jsonl: Path, sizes: Sizes) -> TokenStore:
+    store_path = jsonl.with_suffix(".tokens")
+    if not jsonl.is_file():
+        hint = f"; there is {store_path}" if store_path.is_dir() else ""
+        raise InputError(f"dataset.params.pretokenization={jsonl}: no such file{hint}")
+    source = describe_source(jsonl)
+    if store_path.is_dir():
+        store = TokenStore(store_path)
+        if (store.meta.source, store.meta.codebook_size) == (source, sizes.codebook_size):
+            return store
+    meta = StoreMeta(image_seq_len=sizes.image_seq_len, codebook_size=sizes.codebook_size, source=source)
+    with TokenStoreWriter(store_path, meta) as writer:
+        for codes, class_ids in read_jsonl(jsonl, sizes):
+            writer.append(codes, class_ids)
+    return TokenStore(store_path)

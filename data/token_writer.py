@@ -1,0 +1,118 @@
+"""Writing a token store: `<name>.tokens/` with tokens.npy, class_ids.npy and meta.json.
+
+tokens.npy is (n, N) uint16, class_ids.npy (n,) int32; meta.json holds the fields of `StoreMeta`. The folder is written
+as `<name>.tokens.tmp/` and renamed when it is complete.
+"""
+
+import io
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from utils.errors import InputError
+
+TOKENS_FILE, CLASS_IDS_FILE, META_FILE = "tokens.npy", "class_ids.npy", "meta.json"
+MAX_CODEBOOK_SIZE = 2**16
+
+
+@dataclass
+class StoreMeta:
+    image_seq_len: int  # N, codes per image
+    codebook_size: int  # V
+    crops_per_image: int = 1  # consecutive samples that are crops of one image
+    class_names: list[str] | None = None  # in the order of the class ids
+    source: dict[str, int | str] | None = None  # name, size and mtime_ns of the jsonl with the same samples
+    num_samples: int = 0  # n
+    num_classes: int = 0  # number of class names, else largest class id + 1
+
+
+class TokenStoreWriter:
+    """Append batches inside `with`; the store appears at the end of the block, and not at all after an exception.
+
+    Raises:
+        InputError: more codes than uint16 holds, or no samples.
+    """
+
+    def __init__(self, path: Path, meta: StoreMeta) -> None:
+        if meta.codebook_size > MAX_CODEBOOK_SIZE:
+            raise InputError(f"{path}: codebook_size={meta.codebook_size}, expected at most {MAX_CODEBOOK_SIZE}")
+        self.path, self.meta = path, meta
+        self.partial = path.with_name(path.name + ".tmp")
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        self._tokens = _NpyWriter(self.partial / TOKENS_FILE, np.dtype(np.uint16), (meta.image_seq_len,))
+        self._class_ids = _NpyWriter(self.partial / CLASS_IDS_FILE, np.dtype(np.int32), ())
+        self._largest_class_id = -1
+
+    def append(self, codes: np.ndarray, class_ids: np.ndarray) -> None:
+        """Add B samples: integers (B, N) in [0, V) and (B,)."""
+        assert len(codes) == len(class_ids)
+        assert codes.min() >= 0
+        assert codes.max() < self.meta.codebook_size
+        assert class_ids.min() >= 0
+        self._tokens.append(codes)
+        self._class_ids.append(class_ids)
+        self._largest_class_id = max(self._largest_class_id, int(class_ids.max()))
+
+    def __enter__(self) -> "TokenStoreWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self._tokens.close()
+            self._class_ids.close()
+            if kind is None:
+                self._publish()
+        finally:
+            shutil.rmtree(self.partial, ignore_errors=True)
+
+    def _publish(self) -> None:
+        if self._tokens.rows == 0:
+            raise InputError(f"{self.path}: found no sample to store, expected at least one")
+        num_classes = len(self.meta.class_names or []) or self._largest_class_id + 1
+        write_meta(self.partial, replace(self.meta, num_samples=self._tokens.rows, num_classes=num_classes))
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        self.partial.rename(self.path)
+
+
+def write_meta(folder: Path, meta: StoreMeta) -> None:
+    partial = folder / f"{META_FILE}.tmp"
+    partial.write_text(json.dumps(asdict(meta), indent=1) + "\n")
+    partial.replace(folder / META_FILE)
+
+
+class _NpyWriter:
+    """An .npy file of a number of rows that is known only at the end, when the header is written again."""
+
+    def __init__(self, path: Path, dtype: np.dtype, row_shape: tuple[int, ...]) -> None:
+        self.dtype, self.row_shape, self.rows = dtype, row_shape, 0
+        self._file = path.open("wb")
+        self._data_start = self._file.write(self._header())
+
+    def append(self, rows: np.ndarray) -> None:
+        assert rows.shape[1:] == self.row_shape
+        self._file.write(np.ascontiguousarray(rows, dtype=self.dtype).tobytes())
+        self.rows += len(rows)
+
+    def close(self) -> None:
+        header = self._header()
+        assert len(header) == self._data_start  # numpy pads headers for a growing first dimension
+        self._file.seek(0)
+        self._file.write(header)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _header(self) -> bytes:
+        header = io.BytesIO()
+        shape, descr = (self.rows, *self.row_shape), np.lib.format.dtype_to_descr(self.dtype)
+        np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
+        return header.getvalue()

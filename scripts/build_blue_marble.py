@@ -1,0 +1,34 @@
+"""Build the embedded default data set: tiles of NASA's Blue Marble in webdataset shards, with nothing but a package.
+
+    PYTHONPATH=. python scripts/build_blue_marble.py outputs/blue_marble
+
+Writes train-000000.tar ..., heldout-000000.tar ..., classes.json (class names) and classes.png (tiles of each class)
+to OUTPUT_DIR, the same bytes every time. Does nothing if OUTPUT_DIR is there: it appears when it is complete.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from data.tar_shards import TarShards
+from utils.errors import input_errors_exit
+
+
+def main(output_dir: Path) -> None:
+    if not output_dir.exists():
+        from data.blue_marble import build_shards  # takes seconds to import: webdataset imports torch
+
+        build_shards(output_dir)
+    train, heldout = (TarShards(str(output_dir / f"{split}-*.tar")) for split in ("train", "heldout"))
+    counts = [np.bincount(source.class_ids, minlength=len(train.class_names)) for source in (train, heldout)]
+    for name, num_train, num_heldout in zip(train.class_names, *counts, strict=True):
+        print(f"{name:9s} {num_train:5d} training {num_heldout:5d} held-out tiles")
+    print(f"{output_dir}: {len(train)} training and {len(heldout)} held-out tiles")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output_dir", type=Path, help="folder to make")
+    with input_errors_exit():
+        main(parser.parse_args().output_dir)

@@ -1,0 +1,80 @@
+"""Table and picture of a finished quick start.
+
+    PYTHONPATH=. python scripts/quickstart_report.py outputs/quickstart
+
+Reads what the steps of scripts_bash/quickstart.sh wrote. Prints the table; writes report.md and samples_by_region.png
+(a column of samples for each region, the first ones, not chosen) to the same folder.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from utils.images import GRID_GAP, make_grid
+from utils.tracking import read_metrics
+
+ROWS = 6
+CAPTION_HEIGHT = 14  # pixels above the grid
+
+
+def main(folder: Path) -> None:
+    table = "\n".join(f"| {name} | {value} |" for name, value in [("quantity", "value"), ("---", "---"), *rows(folder)])
+    (folder / "report.md").write_text(table + "\n")
+    picture = folder / "samples_by_region.png"
+    class_names = json.loads((folder / "images/classes.json").read_text())
+    samples_by_class(np.load(folder / "samples.npz"), class_names).save(picture)
+    print(f"{table}\n\nLook at {picture}, {folder}/rear/training_curves.png and {folder}/tokenizer/reconstructions.png")
+
+
+def rows(folder: Path) -> list[tuple[str, str]]:
+    tokenizer = read_json(folder / "tokenizer/reconstruct.json")
+    steps = read_metrics(folder / "rear/metrics.jsonl")
+    first, last = steps[0], steps[-1]
+    distances = {
+        name: read_json(folder / f"{name}.efficientnet_lite0.json")["metrics"]["frechet_distance"]
+        for name in ("samples", "untrained_samples", "tokenizer/reconstructions")
+    }
+    number = len(np.load(folder / "samples.npz")["arr_1"])
+    frechet = f"Frechet distance (EfficientNet-Lite0) to {number} held-out tiles"
+    return [
+        ("tokenizer, held-out tiles: PSNR", f"{tokenizer['psnr']:.2f} dB"),
+        ("tokenizer, held-out tiles: mean absolute error", f"{tokenizer['l1'] * 255:.2f} of 255 grey levels"),
+        *[
+            (f"training step {row['step']}: {label}", f"{row[key]:.4f}")
+            for row in (first, last)
+            for label, key in (
+                ("loss", "train/loss"),
+                ("cross-entropy, nats per code", "train/ar_loss"),
+                ("token accuracy", "train/correct_tokens"),
+            )
+        ],
+        (f"{frechet}: {number} samples", f"{distances['samples']:.1f}"),
+        (f"{frechet}: their reconstructions", f"{distances['tokenizer/reconstructions']:.1f}"),
+        (f"{frechet}: {number} samples of an untrained model", f"{distances['untrained_samples']:.1f}"),
+        ("trained / untrained", f"{distances['samples'] / distances['untrained_samples']:.2f}"),
+    ]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def samples_by_class(npz: np.lib.npyio.NpzFile, class_names: list[str]) -> Image.Image:
+    """The first samples, a column for each class under its name; image i has class i mod C."""
+    columns = len(class_names)
+    images = npz["arr_0"][: ROWS * columns]
+    grid = make_grid(images, columns)
+    picture = Image.new("RGB", (grid.width, grid.height + CAPTION_HEIGHT), "white")
+    picture.paste(grid, (0, CAPTION_HEIGHT))
+    draw = ImageDraw.Draw(picture)
+    for column, name in enumerate(class_names):
+        draw.text((column * (images.shape[2] + GRID_GAP), 1), name, fill="black")
+    return picture
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,116 @@
+"""Reconstruct held-out images with the tokenizer: what it loses is lost to every generator on its codes.
+
+    PYTHONPATH=. python scripts/reconstruct.py config=configs/rear_b.yaml experiment.output_dir=outputs/tokenizer \\
+        dataset.params.eval_shards_path_or_url="imagenet-val-{000000..000049}.tar"
+
+Takes centre crops of the first `sampling.num_fid_samples` held-out images, or of all if there are fewer. The classes
+take turns (image i has class i mod C while every class lasts), in an order within the class that `sampling.seed` fixes.
+
+Writes to `experiment.output_dir`: reference.npz and reconstructions.npz (arr_0: uint8 NHWC images, arr_1: int64 labels,
+both in the same order), reconstruct.json (PSNR, L1, codebook use) and reconstructions.png (originals above
+reconstructions).
+"""
+
+if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+    from utils.config import load_config_or_exit
+
+    CONFIG = load_config_or_exit()
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from data.batch_sampler import permutation
+from data.images import ImageDataset, open_images
+from data.transforms import training_transform
+from evaluation.reconstruction import ReconstructionMetrics
+from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
+from utils.config import Config
+from utils.errors import InputError, input_errors_exit
+from utils.images import make_grid, to_uint8
+from utils.npz import write_npz
+
+GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
+
+
+def main(config: Config) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.enable_tf32
+    tokenizer = load_tokenizer(config).to(device)
+    dataset, labels = open_heldout_images(config)
+    loader = DataLoader(
+        dataset,
+        batch_size=config.sampling.per_gpu_batch_size,
+        num_workers=config.dataset.params.num_workers_per_gpu,
+    )
+    metrics = ReconstructionMetrics(tokenizer.codebook_size)
+    streams = {
+        "reference": (to_uint8(batch["image"], "round") for batch in loader),  # the bytes that were decoded
+        "reconstructions": reconstruct(tokenizer, loader, metrics, config.sampling.uint8_rule),
+    }
+
+    output_dir = Path(config.experiment.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    shape = (len(labels), tokenizer.resolution, tokenizer.resolution, 3)
+    for name, chunks in streams.items():
+        progress = tqdm(chunks, desc=f"{name}.npz", total=len(loader), unit="batch")
+        entries = {"arr_0": (shape, np.uint8, progress), "arr_1": (labels.shape, np.int64, [labels])}
+        write_npz(output_dir / f"{name}.npz", entries)
+    save_grid(output_dir)
+    summary = metrics.summary()
+    (output_dir / "reconstruct.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(f"{output_dir}: " + ", ".join(f"{name} {value:.4g}" for name, value in summary.items()))
+
+
+def open_heldout_images(config: Config) -> tuple[Subset, np.ndarray]:
+    """The images to reconstruct and their labels (n,) int64, in the order of the files to write."""
+    path, preprocessing = config.dataset.params.eval_shards_path_or_url, config.dataset.preprocessing
+    if path is None:
+        raise InputError("dataset.params.eval_shards_path_or_url: missing; give tar shards or a folder per class")
+    source = open_images(path)
+    order = order_by_turns(source.class_ids, config.sampling.seed)[: config.sampling.num_fid_samples]
+    transform = training_transform(replace(preprocessing, random_crop=False, random_flip=False))
+    return Subset(ImageDataset(source, transform, seed=0), order.tolist()), source.class_ids[order].astype(np.int64)
+
+
+def order_by_turns(class_ids: np.ndarray, seed: int) -> np.ndarray:
+    """Indices (n,) of all images: one of each class, another of each class, ..., shuffled within the class."""
+    shuffled = permutation(len(class_ids), seed, pass_number=0)
+    shuffled = shuffled[np.argsort(class_ids[shuffled], kind="stable")]  # class by class
+    grouped = class_ids[shuffled]
+    turn = np.arange(len(grouped)) - np.searchsorted(grouped, grouped)  # place within the class
+    return shuffled[np.argsort(turn, kind="stable")]
+
+
+@torch.inference_mode()
+def reconstruct(
+    tokenizer: MaskGitVQ, loader: DataLoader, metrics: ReconstructionMetrics, uint8_rule: str
+) -> Iterator[np.ndarray]:
+    """Yield batches of reconstructions (B, H, W, 3) uint8; figures go to `metrics`."""
+    device = next(tokenizer.parameters()).device
+    for batch in loader:
+        images = batch["image"].to(device)
+        codes = tokenizer.encode(images)
+        reconstructions = tokenizer.decode(codes)
+        metrics.update(images, reconstructions, codes)
+        yield to_uint8(reconstructions, uint8_rule)
+
+
+def save_grid(output_dir: Path) -> None:
+    """The first images of both files, in rows of originals above rows of reconstructions."""
+    names = ("reference", "reconstructions")
+    files = [np.load(output_dir / f"{name}.npz")["arr_0"][: GRID_ROWS * GRID_COLUMNS] for name in names]
+    starts = range(0, len(files[0]), GRID_COLUMNS)
+    rows = [images[start : start + GRID_COLUMNS] for start in starts for images in files]
+    make_grid(np.concatenate(rows), min(GRID_COLUMNS, len(rows[0]))).save(output_dir / "reconstructions.png")
+
+
+if __name__ == "__main__":
+    with input_errors_exit():
+        main(CONFIG)

@@ -1,0 +1,162 @@
+"""The evaluator as a whole: what it prints and writes, faults, and what its numbers do not depend on."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation import evaluator, moments
+from evaluation.npz import STATISTICS, open_npz
+from tests.evaluation.made_up import StubExtractor, blocky_images
+from utils.distributed import Distributed, distributed
+
+ROOT = Path(__file__).parents[2]
+ADM_METRICS = ["inception_score", "fid", "sfid", "precision", "recall"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("npz")
+    random = np.random.RandomState(0)
+    images = {"reference": blocky_images(random, 90, 16), "samples": blocky_images(random, 110, 16)}
+    images["samples"][:, :, :8] = images["samples"][:1, :, :8]  # another distribution, and not one class
+    order = np.random.RandomState(1).permutation(110)
+    for name, array in {**images, "shuffled": images["samples"][order]}.items():
+        np.savez(folder / f"{name}.npz", arr_0=array)
+    return {path.stem: path for path in folder.glob("*.npz")}
+
+
+def stub_metrics(
+    files: dict[str, Path], world: Distributed, samples: str = "samples", batch_size: int = 16
+) -> dict[str, float]:
+    """The five numbers with the cheap back end and splits of 50 images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "load_extractor", lambda *_: StubExtractor())
+        patch.setattr(moments, "SPLIT_SIZE", 50)
+        report = evaluator.evaluate(files["reference"], files[samples], world, distance="fp32", batch_size=batch_size)
+    return report["metrics"]
+
+
+def test_batch_size_does_not_matter(files: dict[str, Path], alone: Distributed) -> None:
+    metrics = stub_metrics(files, alone)
+    assert list(metrics) == ADM_METRICS
+    assert 0 < metrics["precision"] < 1
+    for batch_size in (1, 7, 200):
+        assert stub_metrics(files, alone, batch_size=batch_size) == pytest.approx(metrics, rel=1e-6)
+
+
+def test_order_of_the_samples_matters_for_the_inception_score_only(files: dict[str, Path], alone: Distributed) -> None:
+    metrics, shuffled = stub_metrics(files, alone), stub_metrics(files, alone, "shuffled")
+    score, shuffled_score = metrics.pop("inception_score"), shuffled.pop("inception_score")
+    assert abs(score - shuffled_score) > 1e-3
+    assert shuffled == pytest.approx(metrics, rel=1e-9)
+
+
+def worker(rank: int, processes: int, port: int, files: dict[str, Path], output: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with distributed() as world:
+        metrics = stub_metrics(files, world)
+    (output / f"{rank}.json").write_text(json.dumps(metrics))
+
+
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("processes", [2, 3])
+def test_number_of_processes_does_not_matter(
+    files: dict[str, Path], alone: Distributed, tmp_path: Path, processes: int
+) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(worker, (processes, port, files, tmp_path), processes)
+    metrics = stub_metrics(files, alone)
+    for rank in range(processes):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(metrics, rel=1e-9)
+
+
+def test_stored_statistics_replace_computed_ones(tmp_path: Path, alone: Distributed) -> None:
+    statistics = {key: np.random.default_rng(0).random(shape) for key, shape in STATISTICS.items()}
+    np.savez(tmp_path / "x.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), **statistics)
+    gaussians = evaluator.gaussians(open_npz(tmp_path / "x.npz", verify=False), side=None)
+    np.testing.assert_array_equal(gaussians["pool"][1], statistics["sigma"])
+    np.testing.assert_array_equal(gaussians["spatial"][0], statistics["mu_s"])
+
+
+def test_printed_lines_are_those_of_the_original(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluator, "load_extractor", lambda *_: StubExtractor())
+    monkeypatch.setattr(
+        sys, "argv", ["evaluator.py", str(files["reference"]), str(files["samples"]), "--distance=fp32"]
+    )
+    evaluator.main()
+    out, err = capsys.readouterr()
+    metrics = json.loads(files["samples"].with_name("samples.inception.json").read_text())["metrics"]
+    titles = ["Inception Score: ", "FID: ", "sFID: ", "Precision: ", "Recall: "]
+    wanted = [f"{title}{metrics[key]}" for title, key in zip(titles, ADM_METRICS, strict=True)]
+    assert out.splitlines()[-5:] == wanted
+    assert "distances of precision and recall: fp32" in out
+    assert "warning: N = 110 samples, published numbers use 50000" in err
+
+
+def run(*arguments: Any, torchrun: int = 0) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
+    command = [sys.executable, *launcher, str(ROOT / "evaluation/evaluator.py"), *map(str, arguments)]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+
+
+def test_packaged_back_end_needs_no_weights(tmp_path: Path) -> None:
+    random = np.random.RandomState(0)
+    paths = [tmp_path / "reference.npz", tmp_path / "samples.npz"]
+    for path, n in zip(paths, (16, 12), strict=True):
+        np.savez(path, arr_0=blocky_images(random, n, 16))
+    result = run(*paths, "--backend", "efficientnet_lite0", "--batch-size", 4)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "samples.efficientnet_lite0.json").read_text())
+    distance = report["metrics"]["frechet_distance"]
+    assert distance > 1
+    assert result.stdout.splitlines()[-1] == f"Frechet distance (EfficientNet-Lite0): {distance}"
+    assert "FID" not in result.stdout
+    assert "reference: N = 16 of 16x16" in result.stdout
+    assert "samples: N = 12 of 16x16" in result.stdout
+    assert "warning: N differs, 16 and 12" in result.stderr
+    assert len(report["samples"]["sha256"]) == len(report["weights"]["sha256"]) == 64
+    assert {"python", "torch", "numpy", "efficientnet-lite-pytorch"} < report["versions"].keys()
+
+
+def test_faults_are_one_line_and_no_number(files: dict[str, Path], tmp_path: Path) -> None:
+    cut = tmp_path / "cut.npz"
+    cut.write_bytes(files["samples"].read_bytes()[:5000])
+    lite = ("--backend", "efficientnet_lite0")
+    for arguments, problem in (
+        ((files["reference"], cut, *lite), f"error: {cut}: damaged or not an npz file"),
+        ((files["reference"], files["samples"], *lite, "--inception", "x.pth"), "error: --inception x.pth: not used"),
+    ):
+        result = run(*arguments)
+        assert result.returncode == 1
+        assert result.stdout == ""
+        assert result.stderr.splitlines()[-1].startswith(problem)
+        assert "Traceback" not in result.stderr
+
+
+@pytest.mark.multiprocess
+def test_faults_are_told_once_by_several_processes(files: dict[str, Path]) -> None:
+    result = run(files["reference"], files["samples"], "--inception", "missing.pth", torchrun=2)
+    assert result.returncode != 0
+    assert result.stderr.count("error: missing.pth: no such file") == 1
+
+
+def test_batch_size_must_be_positive(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluator.py", "a.npz", "b.npz", "--batch-size=0"])
+    with pytest.raises(SystemExit):
+        evaluator.main()
+    assert "expected a whole number from 1" in capsys.readouterr().err
