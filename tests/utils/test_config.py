@@ -115,7 +115,9 @@ def test_tokenizer_and_generator_must_fit() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs_load(path: Path) -> None:
-    check_tokenizer_fits(load_config([f"config={path}", OUT]))
+    config = load_config([f"config={path}", OUT])
+    if not path.name.startswith("tokenizer_"):  # those have no generator
+        check_tokenizer_fits(config)
 
 
 @pytest.mark.parametrize(
