@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-# Stream of the Philox generator, apart from the others with the same key (utils.randomness, data.images).
-PERMUTATION_STREAM = 1
+from utils.randomness import Stream, philox
 
 
 class Draw(NamedTuple):
@@ -74,7 +73,6 @@ class GlobalBatchSampler(Sampler[list[Draw]]):
 
 def permutation(num_samples: int, seed: int, pass_number: int) -> np.ndarray:
     """Order of the samples in a pass: (num_samples,) uint32."""
-    bits = np.random.Philox(key=[seed, pass_number], counter=[0, 0, 0, PERMUTATION_STREAM])
     order = np.arange(num_samples, dtype=np.uint32)
-    np.random.Generator(bits).shuffle(order)
+    np.random.Generator(philox(Stream.DATA_ORDER, seed, pass_number)).shuffle(order)
     return order

@@ -12,9 +12,7 @@ from data.image_source import ImageSource
 from data.tar_shards import TarShards
 from data.transforms import Transform
 from utils.errors import InputError
-
-# Stream of the Philox generator, apart from the others with the same key (utils.randomness, data.batch_sampler).
-AUGMENTATION_STREAM = 2
+from utils.randomness import Stream, philox
 
 
 def open_images(path: str, num_classes: int | None = None) -> ImageSource:
@@ -62,6 +60,5 @@ class ImageDataset(Dataset):
         """
         index, pass_number = as_draw(item)
         image, class_id = self.source[index]
-        key = [self.seed, pass_number * len(self) + index]
-        rng = np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, AUGMENTATION_STREAM]))
+        rng = np.random.Generator(philox(Stream.AUGMENTATION, self.seed, pass_number * len(self) + index))
         return {"image": self.transform(image, rng), "class_labels": class_id, "index": index}

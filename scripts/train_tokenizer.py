@@ -173,15 +173,15 @@ def evaluate(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config) ->
     device = next(tokenizer.parameters()).device
     metrics = ReconstructionMetrics(tokenizer.codebook_size)
     order = permutation(len(heldout_set), seed=0, pass_number=0).tolist()  # mixed classes in the grid
-    shown = []
+    columns, shown = min(GRID_COLUMNS, len(heldout_set)), []
     for batch in DataLoader(heldout_set, batch_size=GRID_COLUMNS, sampler=order):
         images = batch["image"].to(device)
         codes = tokenizer.encode(images)
         reconstructions = tokenizer.decode(codes)
         metrics.update(images, reconstructions, codes)
-        if len(shown) < 2 * GRID_ROWS and len(images) == GRID_COLUMNS:
+        if len(shown) < 2 * GRID_ROWS and len(images) == columns:
             shown += [to_uint8(images), to_uint8(reconstructions, config.sampling.uint8_rule)]
-    return metrics.summary(), make_grid(np.concatenate(shown), GRID_COLUMNS)
+    return metrics.summary(), make_grid(np.concatenate(shown), columns)
 
 
 if __name__ == "__main__":

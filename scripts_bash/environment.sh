@@ -5,7 +5,7 @@ PYTHON=${PYTHON:-python3}
 
 if [[ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]]; then
   if [[ ! -x .venv/bin/python ]]; then
-    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: $PYTHON is older than 3.10" >&2; exit 1; }
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $PYTHON is older than 3.11" >&2; exit 1; }
     "$PYTHON" -m venv .venv || { rm -rf .venv; echo "error: '$PYTHON -m venv' failed" >&2; exit 1; }
   fi
   source .venv/bin/activate
