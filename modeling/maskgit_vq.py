@@ -9,7 +9,6 @@ N = h * w codes per image in raster order, V codebook size, Z width of a codeboo
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from utils.errors import InputError
+from utils.hub import local_file
 from utils.schema import Config, VQModelConfig
 from utils.weights import load_state_dict, load_strict
 
@@ -257,7 +257,7 @@ def load_tokenizer(config: Config) -> MaskGitVQ:
     Raises:
         InputError: the file is missing, damaged or refused, or its keys or shapes differ from `model.vq_model`.
     """
-    path = Path(config.experiment.tokenizer_checkpoint)
+    path = local_file(config.experiment.tokenizer_checkpoint)
     state = load_state_dict(path)
     tokenizer = MaskGitVQ(config.model.vq_model)
     load_strict(tokenizer, state, path)

@@ -13,7 +13,6 @@ V codebook size, C classes, Z width of a codebook vector.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from utils.hub import local_file
 from utils.schema import ModelConfig
 from utils.weights import load_state_dict, load_strict
 
@@ -263,13 +263,13 @@ def load_generator(source: str, config: ModelConfig) -> ReAR:
     """Build the model for sampling, without the training-only projectors, and load its weights strictly.
 
     Args:
-        source: a .safetensors or .bin file, or a folder (run or checkpoint) with model.safetensors; a checkpoint's
-            ema.safetensors comes first.
+        source: a .safetensors or .bin file (`hf://OWNER/REPO/FILE` for one on the Hub), or a folder (run or checkpoint)
+            with model.safetensors; a checkpoint's ema.safetensors comes first.
 
     Raises:
         InputError: no weights there, or keys or shapes that are not those of `config`.
     """
-    path = Path(source)
+    path = local_file(source)
     if path.is_dir():
         path = path / "ema.safetensors" if (path / "ema.safetensors").is_file() else path / "model.safetensors"
     state = {key: value for key, value in load_state_dict(path).items() if "_align_mlp." not in key}

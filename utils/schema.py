@@ -22,8 +22,8 @@ class ExperimentConfig:
     log_every: int = 50  # steps between log lines
     log_grad_norm_every: int = 1_000  # steps between logged gradient norms
     resume: str = "auto"  # auto: continue if there is a checkpoint; true: there must be one; false: start anew
-    tokenizer_checkpoint: str = "maskgit-vqgan-imagenet-f16-256.bin"  # tokenizer weights (.bin or .safetensors)
-    generator_checkpoint: str | None = None  # reAR weights to sample from: a file, a checkpoint or a run folder
+    tokenizer_checkpoint: str = "maskgit-vqgan-imagenet-f16-256.bin"  # .bin, .safetensors or hf://OWNER/REPO/FILE
+    generator_checkpoint: str | None = None  # to sample from: a file (or hf://...), checkpoint or run folder
 
 
 @dataclass

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from utils.config import ConfigError, check_tokenizer_fits, load_config, save_config, to_yaml
 
@@ -104,6 +105,37 @@ def test_keys_that_published_files_hold_and_nothing_reads(tmp_path: Path, capsys
     notices = capsys.readouterr().err.splitlines()
     assert len(notices) == 4
     assert f"{path}: experiment.eval_every has no effect and is ignored" in notices
+
+
+PUBLISHED_KEYS = {
+    "experiment": "project name entity output_dir max_train_examples save_every generate_every log_every "
+    "log_grad_norm_every resume tokenizer_checkpoint generator_checkpoint",
+    "model.vq_model": "model_type codebook_size token_size num_latent_tokens",
+    "model.generator": "hidden_size num_hidden_layers num_attention_heads intermediate_size dropout attn_drop "
+    "class_label_dropout image_seq_len condition_num_classes randomize_temperature guidance_scale guidance_scale_pow "
+    "use_checkpoint perturb_mode randomness_anneal_start randomness_anneal_end transition_alignment "
+    "transition_alignment_weight encode_align decode_align encode_align_layer_idx decode_align_layer_idx "
+    "projection_dim z_dim",
+    "dataset.params": "pretokenization train_shards_path_or_url eval_shards_path_or_url num_workers_per_gpu",
+    "dataset.preprocessing": "resize_shorter_edge crop_size random_crop random_flip",
+    "optimizer": "name",
+    "optimizer.params": "learning_rate beta1 beta2 weight_decay",
+    "lr_scheduler": "scheduler",
+    "lr_scheduler.params": "learning_rate warmup_steps end_lr",
+    "training": "gradient_accumulation_steps per_gpu_batch_size mixed_precision enable_tf32 enable_wandb use_ema seed "
+    "max_train_steps max_grad_norm stop_steps",
+}
+
+
+def test_the_family_s_keys_are_the_schema_s(tmp_path: Path) -> None:
+    """A YAML file with every key of the published ones loads; the values are those of a default config."""
+    defaults = OmegaConf.create(to_yaml(load_config([OUT])))
+    published = OmegaConf.create()
+    for section, names in PUBLISHED_KEYS.items():
+        for name in names.split():
+            OmegaConf.update(published, f"{section}.{name}", OmegaConf.select(defaults, f"{section}.{name}"))
+    OmegaConf.save(published, tmp_path / "published.yaml")
+    assert load_config([f"config={tmp_path / 'published.yaml'}"]) == load_config([OUT])
 
 
 def test_tokenizer_and_generator_must_fit() -> None:

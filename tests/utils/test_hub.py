@@ -1,0 +1,52 @@
+"""Names on the Hub, against a cache that is made by hand: nothing is downloaded here."""
+
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from utils import hub
+from utils.errors import InputError
+
+COMMIT = "0" * 40
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The layout of the Hub's cache, with one file of someone/model."""
+    repo = tmp_path / "models--someone--model"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text(COMMIT)
+    (repo / f"snapshots/{COMMIT}/sub").mkdir(parents=True)
+    (repo / f"snapshots/{COMMIT}/sub/weights.bin").write_text("weights")
+
+    def from_cache_only(repo_id: str, filename: str, revision: str | None) -> str:
+        arguments = {"revision": revision, "cache_dir": tmp_path, "local_files_only": True}
+        return huggingface_hub.hf_hub_download(repo_id, filename, **arguments)
+
+    monkeypatch.setattr(hub, "hf_hub_download", from_cache_only)
+    return tmp_path
+
+
+@pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"])
+def test_a_cached_file_is_found(cache: Path, revision: str) -> None:
+    assert hub.local_file(f"hf://someone/model{revision}/sub/weights.bin").read_text() == "weights"
+
+
+def test_a_path_is_left_alone(cache: Path) -> None:
+    assert hub.local_file("someone/model/weights.bin") == Path("someone/model/weights.bin")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hf://someone/model", "expected hf://OWNER/REPO/FILE"),
+        ("hf://someone/model/other.bin", "neither on the Hub nor in its cache"),
+        ("hf://someone/model@v2/sub/weights.bin", "neither on the Hub nor in its cache"),
+    ],
+)
+def test_errors_name_the_source(cache: Path, source: str, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        hub.local_file(source)
+    assert str(error.value).startswith(f"{source}: ")
+    assert "\n" not in str(error.value)
