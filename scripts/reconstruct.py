@@ -7,8 +7,10 @@ Takes centre crops of the first `sampling.num_fid_samples` held-out images, or o
 take turns (image i has class i mod C while every class lasts), in an order within the class that `sampling.seed` fixes.
 
 Writes to `experiment.output_dir`: reference.npz and reconstructions.npz (arr_0: uint8 NHWC images, arr_1: int64 labels,
-both in the same order), reconstruct.json (PSNR, L1, codebook use) and reconstructions.png (originals above
-reconstructions).
+both in the same order), reconstruct.json (crop, PSNR, L1, codebook use) and reconstructions.png (originals above
+reconstructions). The rFID of the tokenizer is then
+
+    python evaluation/evaluator.py outputs/tokenizer/reference.npz outputs/tokenizer/reconstructions.npz
 """
 
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
@@ -63,9 +65,10 @@ def main(config: Config) -> None:
         entries = {"arr_0": (shape, np.uint8, progress), "arr_1": (labels.shape, np.int64, [labels])}
         write_npz(output_dir / f"{name}.npz", entries)
     save_grid(output_dir)
-    summary = metrics.summary()
-    (output_dir / "reconstruct.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(f"{output_dir}: " + ", ".join(f"{name} {value:.4g}" for name, value in summary.items()))
+    preprocessing, summary = config.dataset.preprocessing, metrics.summary()
+    crop = f"ADM centre crop of {preprocessing.crop_size} px, shorter edge {preprocessing.resize_shorter_edge} px"
+    (output_dir / "reconstruct.json").write_text(json.dumps({"crop": crop, **summary}, indent=1) + "\n")
+    print(f"{output_dir}: {crop}; " + ", ".join(f"{name} {value:.4g}" for name, value in summary.items()))
 
 
 def open_heldout_images(config: Config) -> tuple[Subset, np.ndarray]:

@@ -57,6 +57,7 @@ def test_files(tiny_arguments: list[str], images: Path, tmp_path: Path, batch_si
     figures = json.loads((tmp_path / "out/reconstruct.json").read_text())
     difference = (decoded - pixels).double()
     assert figures["images"] == 7
+    assert figures["crop"] == "ADM centre crop of 16 px, shorter edge 16 px"
     assert figures["l1"] == pytest.approx(difference.abs().mean().item(), rel=1e-4)
     psnr = -10 * difference.square().mean(dim=(1, 2, 3)).log10()
     assert figures["psnr"] == pytest.approx(psnr.mean().item(), rel=1e-4)
