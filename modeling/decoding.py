@@ -187,9 +187,10 @@ def compiled_halves() -> StepHalves:
 def prefill(state: DecodingState, halves: StepHalves) -> Tensor:
     """Feed cls and class and return the head's input (S, D) for the first code."""
     prefix = state.weights.model.embed_prefix(state.stream_labels) + state.weights.positions[:2]  # (S, 2, D)
-    forward_position(state, prefix[:, 0], 1, False, halves)
+    x_cls, x_class = prefix.transpose(0, 1).contiguous()  # laid out as in later steps: no other compiled form
+    forward_position(state, x_cls, 1, False, halves)
     state.position.add_(1)
-    return forward_position(state, prefix[:, 1], 2, False, halves)
+    return forward_position(state, x_class, 2, False, halves)
 
 
 def decode_one_token(state: DecodingState, end: int, masked: bool, halves: StepHalves) -> Tensor:

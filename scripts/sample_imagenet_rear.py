@@ -6,7 +6,7 @@
 Image i has class i mod C and depends on (weights, config, sampling.seed, i) only, so any number of processes gives the
 same images, and no block of the file is sorted by class (the Inception Score needs that).
 
-Writes `<output_dir>.npz` (arr_0: uint8 NHWC images, arr_1: int64 labels), `<output_dir>.png` (a grid of the first ones),
+Writes `<output_dir>.npz` (arr_0: uint8 NHWC images, arr_1: int64 labels), `<output_dir>.png` (a grid of some),
 `<output_dir>.yaml` (the resolved config) and, with `sampling.save_png`, `<output_dir>.images/`. While it runs, finished
 batches lie in `<output_dir>.parts/`: the same command continues a killed run from there, with any number of processes.
 """
