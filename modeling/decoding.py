@@ -97,10 +97,13 @@ class DecodingState:
             # Not empty: what lies beyond the position is masked, but 0 * NaN would still be NaN.
             return torch.zeros(shape, dtype=dtype, device=device)
 
+        def keys() -> Tensor:  # on a CPU they lie transposed, as the product of `attend` reads them
+            if device.type == "cpu":
+                return zeros(*cache[:2], cache[3], cache[2], dtype=weights.dtype).mT
+            return zeros(*cache, dtype=weights.dtype)
+
         self.layers = [
-            LayerBuffers(
-                zeros(*cache, dtype=weights.dtype), zeros(*cache, dtype=weights.dtype), zeros(*table), zeros(*table)
-            )
+            LayerBuffers(keys(), zeros(*cache, dtype=weights.dtype), zeros(*table), zeros(*table))
             for _ in weights.layers
         ]
         self.head = zeros(table[0], 2, hidden_size)  # (K U, 2, D): 1 + scale, shift
@@ -147,27 +150,29 @@ class DecodingState:
         rows(self.head).copy_(torch.stack([1 + scale, shift], dim=-2))
 
 
-def before_attention(x: Tensor, rows: Tensor, position: Tensor, weights: LayerWeights, buffers: LayerBuffers) -> Tensor:
-    """Queries (S, H, 1, d) of x (S, D); keys and values go to the cache at `position` (1,)."""
+def before_attention(
+    x: Tensor, rows: Tensor, position: Tensor, weights: LayerWeights, buffers: LayerBuffers
+) -> tuple[Tensor, Tensor]:
+    """Queries (S, H, 1, d) and the gate (S, D) of x (S, D); keys and values go to the cache at `position` (1,)."""
     heads, size = buffers.keys.shape[1], buffers.keys.shape[3]
-    shift, scale, _ = buffers.attention.index_select(0, rows).unbind(1)
+    shift, scale, gate = buffers.attention.index_select(0, rows).unbind(1)
     x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), scale)  # (S, D)
     qkv = F.linear(x.to(weights.qkv_weight.dtype), weights.qkv_weight, weights.qkv_bias)
     qkv = qkv.view(-1, 3, heads, size)  # (S, 3, H, d)
-    qk = F.layer_norm(qkv[:, :2].float(), (size,), eps=NORM_EPS)
+    qk = F.layer_norm(qkv.float(), (size,), eps=NORM_EPS)[:, :2]  # v's part is dropped; without it there is a copy
     qk = torch.addcmul(weights.qk_norm_bias, qk, weights.qk_norm_weight).to(qkv.dtype)
     buffers.keys.index_copy_(2, position, qk[:, 1, :, None])
     buffers.values.index_copy_(2, position, qkv[:, 2, :, None])
-    return qk[:, 0, :, None]
+    return qk[:, 0, :, None], gate
 
 
-def after_attention(x: Tensor, rows: Tensor, attended: Tensor, weights: LayerWeights, buffers: LayerBuffers) -> Tensor:
+def after_attention(
+    x: Tensor, attended: Tensor, gate: Tensor, rows: Tensor, weights: LayerWeights, buffers: LayerBuffers
+) -> Tensor:
     """The block's output (S, D) from its input x and the attention's result (S, H, 1, d)."""
-    dtype = weights.proj_weight.dtype
-    gate = buffers.attention.select(1, 2).index_select(0, rows)
     x = torch.addcmul(x, gate, F.linear(attended.flatten(1), weights.proj_weight, weights.proj_bias).float())
     shift, scale, gate = buffers.mlp.index_select(0, rows).unbind(1)
-    hidden = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), scale).to(dtype)
+    hidden = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), scale).to(weights.fc1_weight.dtype)
     hidden = F.gelu(F.linear(hidden, weights.fc1_weight, weights.fc1_bias))  # (S, M)
     return torch.addcmul(x, gate, F.linear(hidden, weights.fc2_weight, weights.fc2_bias).float())
 
@@ -175,7 +180,7 @@ def after_attention(x: Tensor, rows: Tensor, attended: Tensor, weights: LayerWei
 class StepHalves(NamedTuple):
     """The two halves of a block's step, plain or compiled."""
 
-    before_attention: Callable[..., Tensor] = before_attention
+    before_attention: Callable[..., tuple[Tensor, Tensor]] = before_attention
     after_attention: Callable[..., Tensor] = after_attention
 
 
@@ -214,9 +219,9 @@ def forward_position(state: DecodingState, x: Tensor, end: int, masked: bool, ha
         mask = torch.zeros(1, 1, 1, end, dtype=state.weights.dtype, device=x.device)
         mask = mask.masked_fill(state.places[:end] > position, -math.inf)
     for weights, buffers in zip(state.weights.layers, state.layers, strict=True):
-        q = halves.before_attention(x, rows, position, weights, buffers)
+        q, gate = halves.before_attention(x, rows, position, weights, buffers)
         attended = attend(q, buffers.keys[:, :, :end], buffers.values[:, :, :end], mask)
-        x = halves.after_attention(x, rows, attended, weights, buffers)
+        x = halves.after_attention(x, attended, gate, rows, weights, buffers)
     scale, shift = state.head.index_select(0, rows).unbind(1)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), scale)
 

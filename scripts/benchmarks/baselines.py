@@ -1,10 +1,11 @@
-"""Two other ways to decode the same model, restated for comparison; their codes are those of `modeling.generate`.
+"""Other ways to decode the same model, restated for comparison; their codes are those of `modeling.generate`.
 
 - no cache, the published algorithm: every step runs the whole prefix of both guidance streams through the network, with
   adaLN per row and position, position tables repeated per row and gathered by the order of the codes, a dense float
   mask, and the head over all positions;
-- concatenating cache, the usual first improvement: keys and values of earlier positions are kept and grown with
-  `torch.cat`, and only the newest position is embedded and computed; adaLN per row.
+- concatenating cache: the same step, but keys and values of earlier positions are kept and grown with `torch.cat`, and
+  of the inputs, made as before, only the newest position goes through the network;
+- lean concatenating cache: and nothing but the newest position's input is made, from one table of positions.
 
 Legend: B images, N codes per image, S = 2 B streams, t positions of a step, D hidden size, H heads, d = D / H.
 """
@@ -35,31 +36,53 @@ def generate_concatenating(model: ReAR, class_labels: Tensor, uniforms: Tensor, 
     return _generate(model, class_labels, uniforms, config, cache={})
 
 
+@torch.inference_mode()
+def generate_lean_concatenating(model: ReAR, class_labels: Tensor, uniforms: Tensor, config: GeneratorConfig) -> Tensor:
+    """The same with the inputs of the newest position only."""
+    return _generate(model, class_labels, uniforms, config, cache={}, table=model.position_table())
+
+
 def _generate(
-    model: ReAR, class_labels: Tensor, uniforms: Tensor, config: GeneratorConfig, cache: Cache | None
+    model: ReAR,
+    class_labels: Tensor,
+    uniforms: Tensor,
+    config: GeneratorConfig,
+    cache: Cache | None,
+    table: Tensor | None = None,  # (1, T, D)
 ) -> Tensor:
     scales = guidance_schedule(config.guidance_scale, config.guidance_scale_pow, model.image_seq_len)
     streams = torch.cat([class_labels, torch.full_like(class_labels, model.num_classes)])  # (S,)
     codes = torch.empty(len(class_labels), 0, dtype=torch.int64, device=class_labels.device)
-    table = model.position_table()  # (1, T, D)
     for k in range(model.image_seq_len):
-        x, condition = _inputs(model, streams, codes.repeat(2, 1), table if cache else None)
+        if cache and table is not None:
+            x, condition = _newest_inputs(model, streams, codes.repeat(2, 1), table)
+        else:
+            x, condition = _inputs(model, streams, codes.repeat(2, 1))
+        if cache:
+            x, condition = x[:, -1:], condition[:, -1:]
         logits = _last_logits(model, x, condition, cache).float()
         logits = guide(*logits.chunk(2), scales[k]) / config.randomize_temperature  # (B, V)
         codes = torch.cat([codes, sample_codes(logits, uniforms[:, k])[:, None]], dim=1)
     return codes
 
 
-def _inputs(model: ReAR, class_labels: Tensor, codes: Tensor, table: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Embeddings and adaLN conditions, each (S, t, D), of the whole prefix of `codes` (S, k); with a table of positions
-    of its newest position only."""
+def _inputs(model: ReAR, class_labels: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Embeddings and adaLN conditions, each (S, k + 2, D), of the prefix of `codes` (S, k)."""
     length = codes.shape[1] + 2
-    class_embedding = model.embeddings(model.codebook_size + 1 + class_labels)[:, None]
-    if table is not None:
-        x = model.embeddings(codes[:, -1:]) + table[:, length - 1 : length]
-        return x, class_embedding + model.timesteps_embeddings[:, length - 1 : length]
-    x = torch.cat([model.embed_prefix(class_labels), model.embeddings(codes)], dim=1)  # (S, k + 2, D)
-    return x + _positions(model, class_labels, length), class_embedding + model.timesteps_embeddings[:, :length]
+    x = torch.cat([model.embed_prefix(class_labels), model.embeddings(codes)], dim=1)
+    condition = _class_embedding(model, class_labels) + model.timesteps_embeddings[:, :length]
+    return x + _positions(model, class_labels, length), condition
+
+
+def _newest_inputs(model: ReAR, class_labels: Tensor, codes: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The last position of `_inputs`, (S, 1, D) each."""
+    here = slice(codes.shape[1] + 1, codes.shape[1] + 2)
+    condition = _class_embedding(model, class_labels) + model.timesteps_embeddings[:, here]
+    return model.embeddings(codes[:, -1:]) + table[:, here], condition
+
+
+def _class_embedding(model: ReAR, class_labels: Tensor) -> Tensor:
+    return model.embeddings(model.codebook_size + 1 + class_labels)[:, None]  # (S, 1, D)
 
 
 def _last_logits(model: ReAR, x: Tensor, condition: Tensor, cache: Cache | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sampling codes: `modeling.generate` against no cache and a concatenating cache (`baselines.py`).
+"""Sampling codes: `modeling.generate` against no cache and concatenating caches (`baselines.py`).
 
 Random weights: the time does not depend on them. The gate before it is in float32, the measurement in the precision of
 `sampling.mixed_precision=auto`; the baselines run in float32 (TF32 on a GPU), as they are published.
@@ -19,7 +19,7 @@ from torch import nn
 from modeling.generate import CodeSampler, image_inputs
 from modeling.maskgit_vq import MaskGitVQ
 from modeling.rear import ReAR
-from scripts.benchmarks.baselines import generate_concatenating, generate_no_cache
+from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
 from scripts.sample_imagenet_rear import PartWriter, pack, sample_blocks
 from utils.config import load_config
@@ -28,7 +28,11 @@ from utils.sample_parts import SampleParts
 from utils.schema import Config, GeneratorConfig, ModelConfig
 
 GATE_IMAGES = 4
-NAMES = {"ours": "ours", "no_cache": "no cache", "concat_cache": "concatenating cache"}
+BASELINES = {
+    "no_cache": generate_no_cache,
+    "concat_cache": generate_concatenating,
+    "lean_concat_cache": generate_lean_concatenating,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +59,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         model, config = random_model(arguments, tokens)
         check_equal(model, config, arguments.compile)
         latency = one_image_seconds(model, config, arguments)
-        print(f"N {tokens}: codes equal both baselines' in float32; one image takes {latency:.4g} s")
+        print(f"N {tokens}: codes equal the baselines' in float32; one image takes {latency:.4g} s")
         for batch in arguments.batch:
             figures = measure(model, config, batch, arguments, limits)
             settings.append({"tokens": tokens, "batch": batch, "latency_s": latency, **figures})
@@ -98,7 +102,7 @@ def check_equal(model: ReAR, config: GeneratorConfig, compile_mode: str) -> None
     torch.backends.cuda.matmul.allow_tf32 = False
     labels, uniforms = (values.to(device()) for values in image_inputs(range(GATE_IMAGES), model, seed=0))
     codes = CodeSampler(model, config, compile_mode=compile_mode)(labels, uniforms)
-    for baseline in (generate_no_cache, generate_concatenating):
+    for baseline in BASELINES.values():
         differing = (baseline(model, labels, uniforms, config) != codes).sum().item()
         if differing:
             raise InputError(f"gate: {differing} of {codes.numel()} codes differ from {baseline.__name__}, expected 0")
@@ -121,7 +125,7 @@ def one_image_seconds(model: ReAR, config: GeneratorConfig, arguments: argparse.
 def measure(
     model: ReAR, config: GeneratorConfig, batch: int, arguments: argparse.Namespace, limits: dict[str, float]
 ) -> dict[str, float]:
-    """One setting: times of the three ways, cold start, memory, and shares of the ceilings."""
+    """One setting: times of all ways, cold start, memory, and shares of the ceilings."""
     inputs = image_inputs(range(batch), model, seed=0)
     on_device = [values.to(device()) for values in inputs]
     if device().type == "cuda":
@@ -130,11 +134,8 @@ def measure(
     sampler = default_sampler(model, config, arguments.compile)
     seconds(partial(sampler, *inputs))
     cold_start, memory = time.perf_counter() - start, peak_memory_mb()
-    functions = {
-        "ours": partial(sampler, *inputs),
-        "no_cache": partial(generate_no_cache, model, *on_device, config),
-        "concat_cache": partial(generate_concatenating, model, *on_device, config),
-    }
+    functions = {"ours": partial(sampler, *inputs)}
+    functions |= {name: partial(baseline, model, *on_device, config) for name, baseline in BASELINES.items()}
     cpu_start = time.process_time()
     functions["ours"]()
     cpu_seconds = time.process_time() - cpu_start
@@ -144,15 +145,13 @@ def measure(
     work = step_work(config, batch, torch.finfo(sampler.weights.dtype).bits // 8)
     print(f"N {config.image_seq_len}, batch {batch}: cold start {cold_start:.3g} s, peak memory {memory:.0f} MB")
     for name, values in times.items():
-        print(f"  {NAMES[name]:20} {describe(values, config.image_seq_len / 1e3)} ms per step, "
+        print(f"  {name:18} {describe(values, config.image_seq_len / 1e3)} ms per step, "
               f"{batch / medians[name]:.4g} images/s")  # fmt: skip
     return {
         "images_per_s": batch / medians["ours"],
         "ms_per_step": medians["ours"] / config.image_seq_len * 1e3,
-        "ratio_no_cache": medians["no_cache"] / medians["ours"],
-        "ratio_concat_cache": medians["concat_cache"] / medians["ours"],
-        "images_per_s_no_cache": batch / medians["no_cache"],
-        "images_per_s_concat_cache": batch / medians["concat_cache"],
+        **{f"ratio_{name}": medians[name] / medians["ours"] for name in BASELINES},
+        **{f"images_per_s_{name}": batch / medians[name] for name in BASELINES},
         "seconds_ours": medians["ours"],
         "seconds_min": min(times["ours"]),
         "seconds_max": max(times["ours"]),
