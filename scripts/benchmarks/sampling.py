@@ -102,10 +102,10 @@ def check_equal(model: ReAR, config: GeneratorConfig, compile_mode: str) -> None
     torch.backends.cuda.matmul.allow_tf32 = False
     labels, uniforms = (values.to(device()) for values in image_inputs(range(GATE_IMAGES), model, seed=0))
     codes = CodeSampler(model, config, compile_mode=compile_mode)(labels, uniforms)
-    for baseline in BASELINES.values():
+    for name, baseline in BASELINES.items():
         differing = (baseline(model, labels, uniforms, config) != codes).sum().item()
         if differing:
-            raise InputError(f"gate: {differing} of {codes.numel()} codes differ from {baseline.__name__}, expected 0")
+            raise InputError(f"gate: {differing} of {codes.numel()} codes differ from {name}, expected 0")
     torch.backends.cuda.matmul.allow_tf32 = True
 
 
