@@ -116,7 +116,7 @@ class DecodingState:
         self.places = torch.arange(length, device=device)
 
     def begin(self, class_labels: Tensor, uniforms: Tensor) -> None:
-        """Take the class labels (B,) and uniforms (B, N) of the next batch; from the CPU without a host sync."""
+        """Take the class labels (B,) and uniforms (B, N) of the next batch. Here, once per batch, the host waits."""
         labels = class_labels
         if self.guided:
             labels = torch.cat([labels, torch.full_like(labels, self.weights.model.num_classes)])  # (S,)
@@ -151,19 +151,17 @@ class DecodingState:
 
 
 def before_attention(
-    x: Tensor, rows: Tensor, position: Tensor, weights: LayerWeights, buffers: LayerBuffers
-) -> tuple[Tensor, Tensor]:
-    """Queries (S, H, 1, d) and the gate (S, D) of x (S, D); keys and values go to the cache at `position` (1,)."""
-    heads, size = buffers.keys.shape[1], buffers.keys.shape[3]
+    x: Tensor, rows: Tensor, weights: LayerWeights, buffers: LayerBuffers
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each (S, H, 1, d), and the gate (S, D) of x (S, D)."""
+    heads, size = buffers.values.shape[1], buffers.values.shape[3]
     shift, scale, gate = buffers.attention.index_select(0, rows).unbind(1)
     x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), scale)  # (S, D)
     qkv = F.linear(x.to(weights.qkv_weight.dtype), weights.qkv_weight, weights.qkv_bias)
     qkv = qkv.view(-1, 3, heads, size)  # (S, 3, H, d)
     qk = F.layer_norm(qkv.float(), (size,), eps=NORM_EPS)[:, :2]  # v's part is dropped; without it there is a copy
     qk = torch.addcmul(weights.qk_norm_bias, qk, weights.qk_norm_weight).to(qkv.dtype)
-    buffers.keys.index_copy_(2, position, qk[:, 1, :, None])
-    buffers.values.index_copy_(2, position, qkv[:, 2, :, None])
-    return qk[:, 0, :, None], gate
+    return qk[:, 0, :, None], qk[:, 1, :, None], qkv[:, 2, :, None], gate
 
 
 def after_attention(
@@ -180,7 +178,7 @@ def after_attention(
 class StepHalves(NamedTuple):
     """The two halves of a block's step, plain or compiled."""
 
-    before_attention: Callable[..., tuple[Tensor, Tensor]] = before_attention
+    before_attention: Callable[..., tuple[Tensor, ...]] = before_attention
     after_attention: Callable[..., Tensor] = after_attention
 
 
@@ -219,7 +217,9 @@ def forward_position(state: DecodingState, x: Tensor, end: int, masked: bool, ha
         mask = torch.zeros(1, 1, 1, end, dtype=state.weights.dtype, device=x.device)
         mask = mask.masked_fill(state.places[:end] > position, -math.inf)
     for weights, buffers in zip(state.weights.layers, state.layers, strict=True):
-        q, gate = halves.before_attention(x, rows, position, weights, buffers)
+        q, k, v, gate = halves.before_attention(x, rows, weights, buffers)
+        buffers.keys.index_copy_(2, position, k)  # not in a compiled half: the compiler may copy the cache for it
+        buffers.values.index_copy_(2, position, v)
         attended = attend(q, buffers.keys[:, :, :end], buffers.values[:, :, :end], mask)
         x = halves.after_attention(x, attended, gate, rows, weights, buffers)
     scale, shift = state.head.index_select(0, rows).unbind(1)

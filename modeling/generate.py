@@ -119,7 +119,7 @@ class CodeSampler:
         """Sample in raster order.
 
         Args:
-            class_labels: (B,) int64. From the CPU, they and the uniforms come without a host sync.
+            class_labels: (B,) int64, on any device as the uniforms.
             uniforms: (B, N) random numbers, one row per image (`utils.randomness.image_uniforms`): an image depends
                 on its own row only, not on the batch it is in.
             on_step: called after each code, for a progress bar.
