@@ -157,7 +157,7 @@ class CodeSampler:
         try:
             self.halves = compiled_halves()
             self._warm_up()
-        except RuntimeError as error:  # of the compiler, a kernel or the capture
+        except Exception as error:  # compilers, kernels and captures raise errors of many kinds
             if self.compile_mode == "on":
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
