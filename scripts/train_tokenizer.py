@@ -36,10 +36,12 @@ from modeling.perceptual import PerceptualDistance
 from utils.checkpoint import save_weights
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
+from utils.hub import local_file
 from utils.images import make_grid, to_uint8
 from utils.optim import build_optimizer, set_learning_rate
 from utils.run_folder import make_logger, prepare_run_folder
 from utils.tracking import Tracker
+from utils.weights import load_state_dict, load_strict
 
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and one of reconstructions count as one
 
@@ -53,7 +55,10 @@ def main(config: Config) -> None:
     logger = make_logger(output_dir, is_main_process=True)
 
     torch.manual_seed(training.seed)
-    tokenizer = MaskGitVQ(config.model.vq_model).to(device)
+    tokenizer = MaskGitVQ(config.model.vq_model)
+    if vq_training.init_from is not None:
+        load_strict(tokenizer, load_state_dict(local_file(vq_training.init_from)), vq_training.init_from)
+    tokenizer.to(device)
     perceptual = PerceptualDistance().to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(tokenizer, config)
     tracker = Tracker(config, output_dir, first_step=0)
@@ -67,7 +72,7 @@ def main(config: Config) -> None:
     for step, batch in enumerate(tqdm(batches, total=training.max_train_steps)):
         lr = set_learning_rate(optimizer, step, config)
         images = batch["image"].to(device)
-        if step == 0:
+        if step == 0 and vq_training.init_from is None:
             replace_codes(tokenizer, torch.arange(tokenizer.codebook_size, device=device), images)
         terms, codes = training_step(tokenizer, perceptual, images, config)
         terms["train/loss"].backward()

@@ -142,6 +142,7 @@ class TrainingConfig:
 
 @dataclass
 class VQTrainingConfig:
+    init_from: str | None = None  # tokenizer weights to start from; null: from scratch
     commitment_weight: float = 0.25  # beta of the VQ-VAE loss
     l2_weight: float = 1.0  # of the squared error, beside the absolute error with weight 1
     perceptual_weight: float = 0.1  # of the distance between EfficientNet-Lite0 features

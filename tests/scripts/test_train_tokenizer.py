@@ -64,6 +64,18 @@ def test_training_run(tiny_arguments: list[str], images: Path, tmp_path: Path) -
     assert load_tokenizer(config).codebook_size == 24
 
 
+def test_training_goes_on_from_given_weights(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+    first = tmp_path / "first"
+    train_tokenizer.main(load_config(arguments(tiny_arguments, images, first)))
+    more = [f"vq_training.init_from={first / 'tokenizer.safetensors'}", "training.max_train_steps=1"]
+    train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / "second", *more)))
+    rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("first", "second")]
+    assert rows[1][0]["train/l1"] < 0.7 * rows[0][0]["train/l1"]
+    with pytest.raises(InputError, match=r"absent\.safetensors: no such weights file"):
+        absent = arguments(tiny_arguments, images, tmp_path / "third", "vq_training.init_from=absent.safetensors")
+        train_tokenizer.main(load_config(absent))
+
+
 def test_same_seed_same_weights(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     weights = []
     for name in ("a", "b"):
