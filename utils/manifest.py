@@ -50,7 +50,7 @@ class Manifest:
 
 
 def write_manifest(folder: Path, state: TrainingState, provenance: Provenance) -> None:
-    """Describe all files of `folder` in its manifest.json."""
+    """Describe all files of `folder` in its manifest.json, which also holds the hash of its own content."""
     manifest = Manifest(
         state=state,
         provenance=provenance,
@@ -58,7 +58,9 @@ def write_manifest(folder: Path, state: TrainingState, provenance: Provenance) -
         versions={"python": platform.python_version(), **{name: version(name) for name in VERSIONED_PACKAGES}},
         files={path.name: FileRecord(path.stat().st_size, file_sha256(path)) for path in sorted(folder.iterdir())},
     )
-    (folder / MANIFEST_FILE).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    content = asdict(manifest)
+    content["sha256"] = hash_of(content)
+    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -71,6 +73,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise InputError(f"{folder}: found no {MANIFEST_FILE}, so it is not known to be complete")
     try:
         raw = json.loads(path.read_bytes())
+        if raw.pop("sha256") != hash_of(raw):
+            raise ValueError("it differs from its own sha256")
         return Manifest(
             state=TrainingState(**raw["state"]),
             provenance=Provenance(**raw["provenance"]),

@@ -113,21 +113,15 @@ def test_launch_names_the_rank_that_differs(pair: Run) -> None:
 
 
 @pytest.mark.multiprocess
-def test_launch_names_other_data(pair: Run, tmp_path: Path, fault_arguments: list[str]) -> None:
-    """Same path, other content, as with local disks that were filled at different times: made by a link per rank."""
-    from data.token_store import open_tokens
-    from utils.config import load_config
-
-    config = load_config([*fault_arguments, "experiment.output_dir=unused"])
-    source = Path(config.dataset.params.pretokenization)
-    lines = source.read_text().splitlines(keepends=True)
+def test_launch_names_other_data(pair: Run, tmp_path: Path, tiny_config_file: Path) -> None:
+    """Same path, other content, as on local disks that were filled at different times."""
+    lines = (tiny_config_file.parent / "codes.jsonl").read_text().splitlines(keepends=True)
     for rank in range(2):
         (tmp_path / f"node{rank}").mkdir()
         (tmp_path / f"node{rank}/codes.jsonl").write_text("".join(lines if rank else reversed(lines)))
-        open_tokens(tmp_path / f"node{rank}/codes.jsonl", 24, 16, 5)
-    paths = {rank: [f"dataset.params.pretokenization={tmp_path}/node{rank}/codes.jsonl"] for rank in range(2)}
-    assert pair(processes=2, per_rank=paths) == [1, 1]
-    assert "differs from rank 0" in pair.output(0)
+    codes = pair("dataset.params.pretokenization=codes.jsonl", processes=2, TEST_CWD=f"{tmp_path}/node{{rank}}")
+    assert codes == [1, 1]
+    assert "launch: rank 1 differs from rank 0 in its data: hash=" in pair.output(0)
 
 
 @pytest.mark.multiprocess

@@ -3,7 +3,7 @@
 Started by `tests.faults.runs` from a server that has the imports done already, or by torchrun as a script. Environment:
 TEST_RECORD: file that gets a line {step, rank, ids} per micro-batch; TEST_SLOW: seconds per step; TEST_POISON:
 `<step>@<rank>` or `<step>+@<rank>` (from that step on): the loss is NaN there; TEST_SIGNAL_IN_SAVE: a SIGTERM comes
-while a checkpoint is written.
+while a checkpoint is written; TEST_CWD: working folder, with {rank}.
 """
 
 import json
@@ -70,6 +70,7 @@ def train_in_child(arguments: list[str], environment: dict[str, str], output: st
     """As a process of its own: environment and output are those of a launched script."""
     multiprocessing.set_start_method("fork", force=True)  # as in a script on Linux, for the data loader's workers
     os.environ.update(environment)
+    os.chdir(os.environ.get("TEST_CWD", ".").format(rank=os.environ.get("RANK")))
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
