@@ -96,7 +96,7 @@ def _region_tiles(region: str) -> Iterator[tuple[Tile, bool]]:
 
 
 def build_shards(output_dir: Path) -> None:
-    """Write train-*.tar, heldout-*.tar, shards.json, classes.json and classes.png; the folder appears when all is done."""
+    """Write train-*.tar, heldout-*.tar, shards.json, classes.json, classes.png; the folder appears when all is done."""
     partial = output_dir.with_name(output_dir.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """SIGTERM and SIGUSR1 ask for a checkpoint and an end; the step in progress is finished first."""
 
+import os
 import signal
 from types import FrameType, TracebackType
 
@@ -7,10 +8,19 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignals:
-    """Inside `with`: a stop signal sets `received` to its name and does nothing else, however often it comes."""
+    """Inside `with`: a stop signal sets `received` to its name and does nothing else, however often it comes.
+
+    The end of torchrun counts as a signal too: workers that outlive it would write to a folder that a restart uses.
+    """
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._parent = os.getppid()
+
+    def requested(self) -> bool:
+        if self.received is None and "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._parent:
+            self.received = "torchrun is gone"
+        return self.received is not None
 
     def __enter__(self) -> "StopSignals":
         self._previous = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}

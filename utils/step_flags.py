@@ -40,7 +40,7 @@ class StepGuard:
             TrainingError: too many steps in a row that are not finite, or too many failed checkpoints.
         """
         flags = torch.zeros(3, device=loss_and_norm.device)
-        flags[0] = self.signals.received is not None
+        flags[0] = self.signals.requested()
         flags[1] = ~torch.isfinite(loss_and_norm).all()
         flags[2] = self.saver.gave_up
         self.stop, nonfinite, save_failed = (flag > 0 for flag in max_over_ranks(flags).tolist())
