@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from tqdm import tqdm
@@ -49,6 +49,7 @@ from utils.resume import Start, check_same_run, find_start, flatten, load_start,
 from utils.run_folder import make_logger, prepare_run_folder
 from utils.saver import CheckpointSaver
 from utils.schedules import perturbation_ratio
+from utils.sharding import shard_model, whole
 from utils.signals import StopSignals
 from utils.snapshot import take_snapshot
 from utils.status import EXIT_PREEMPTED, reported_status
@@ -75,12 +76,10 @@ def main(config: Config) -> str:
     global_batch_size = training.per_gpu_batch_size * micro_steps * launch.world_size
     notices = launch.from_main("resume", lambda: check_same_run(start, config, provenance, global_batch_size))
     launch.leave()
-    blocks = {"auto_wrap_policy": "transformer_based_wrap", "transformer_cls_names_to_wrap": ["Block"]}
     accelerator = Accelerator(
         mixed_precision=training.mixed_precision,
         cpu=not torch.cuda.is_available(),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=training.process_group_timeout))],
-        fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2, **blocks) if training.fsdp else None,
     )
     if is_main:
         prepare_run_folder(config)
@@ -95,11 +94,13 @@ def main(config: Config) -> str:
     torch.manual_seed(training.seed)
     tokenizer.to(accelerator.device)
     model = ReAR(config.model).to(accelerator.device)
-    optimizer = build_optimizer(model, config)
     ema_updater = ModelEmaV3(model, decay=training.ema_decay) if training.use_ema else None
     ema = ema_updater.module if ema_updater else None
     load_start(start, model, ema)
-    wrapped_model, wrapped_optimizer = accelerator.prepare(model, optimizer)
+    if training.fsdp:
+        shard_model(model, model.blocks)
+    optimizer = build_optimizer(model, config)
+    wrapped_model = accelerator.prepare_model(model, evaluation_mode=training.fsdp)  # with FSDP autocast alone
     if start.checkpoint is not None and not start.weights_only:
         load_optimizer(Path(start.checkpoint), model, optimizer, training.fsdp)
     state = starting_state(start, resume, global_batch_size)
@@ -150,13 +151,13 @@ def main(config: Config) -> str:
                     terms = training_step(wrapped_model, tokenizer, batch, uniforms, max_ratio, config)
                     accelerator.backward(terms.loss / micro_steps)
                 step_terms.append(terms)
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
+            grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm))
             losses_and_norm = torch.stack([*(terms.loss.detach() for terms in step_terms), grad_norm])
             if guard.allows_update(step, losses_and_norm):
-                wrapped_optimizer.step()
+                optimizer.step()
                 if ema_updater:
                     ema_updater.update(model)
-            wrapped_optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
 
             state.global_step = status.step = done = step + 1
             state.samples_seen += global_batch_size
@@ -197,7 +198,7 @@ def main(config: Config) -> str:
         if is_main and status.status == "completed":
             save_weights(snapshot.ema or snapshot.model, output_dir / "model.safetensors")
             save_training_curves(output_dir / "metrics.jsonl", output_dir / "training_curves.png")
-    logger.info(f"{status.status} at step {status.step}: {output_dir}")
+    logger.info(f"{status.status} at step {status.step} ({status.reason or 'all steps'}): {output_dir}")
     if tracker:
         tracker.finish()
     accelerator.wait_for_everyone()

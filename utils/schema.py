@@ -147,7 +147,7 @@ class TrainingConfig:
     max_nonfinite_steps: int = 5  # end the run after this many steps in a row with a loss or gradient not finite
     launch_timeout: int = 120  # seconds in which all processes must have met
     process_group_timeout: int = 600  # seconds after which a rank that does not answer is taken for dead
-    fsdp: bool = False  # shard parameters, gradients and optimizer state over the GPUs (FSDP2); without EMA
+    fsdp: bool = False  # shard parameters, gradients and optimizer state over all processes (FSDP2); without EMA
     stop_steps: int | None = None  # end the run at this step with a checkpoint, schedules unchanged
 
 

@@ -3,7 +3,8 @@
 Started by `tests.faults.runs` from a server that has the imports done already, or by torchrun as a script. Environment:
 TEST_RECORD: file that gets a line {step, rank, ids} per micro-batch; TEST_SLOW: seconds per step; TEST_POISON:
 `<step>@<rank>` or `<step>+@<rank>` (from that step on): the loss is NaN there; TEST_SIGNAL_IN_SAVE: a SIGTERM comes
-while a checkpoint is written; TEST_CWD: working folder, with {rank}.
+while a checkpoint is written; TEST_CWD: working folder, with {rank};
+TEST_SHARDS: print how many parameters this rank holds.
 """
 
 import json
@@ -47,6 +48,16 @@ def observe() -> None:
         return terms
 
     train_rear.fault_point, train_rear.training_step = fault_point, training_step
+    if "TEST_SHARDS" in os.environ:
+        original_optimizer = train_rear.build_optimizer
+
+        def build_optimizer(model, config):
+            parameters = list(model.parameters())
+            local = sum(p.to_local().numel() for p in parameters)
+            print(f"{sum(p.numel() for p in parameters)} parameters, {local} of them here", flush=True)
+            return original_optimizer(model, config)
+
+        train_rear.build_optimizer = build_optimizer
     if "TEST_SIGNAL_IN_SAVE" in os.environ:
         original_manifest = checkpoint.write_manifest
 
