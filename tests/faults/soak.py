@@ -26,7 +26,7 @@ def main(kills: int, seed: int, folder: Path) -> None:
     (folder / "project").mkdir()
     config = make_tiny_project(folder / "project")
     arguments = [f"config={config}", f"training.max_train_steps={STEPS}", f"experiment.save_every={SAVE_EVERY}"]
-    arguments += ["training.per_gpu_batch_size=4", "training.process_group_timeout=30"]
+    arguments += ["training.per_gpu_batch_size=4", "training.process_group_timeout=30", "training.launch_timeout=15"]
     oracle = Run(arguments, folder / "oracle").completed(processes=2)
     run = Run(arguments, folder / "run")
     started, done = [], 0
