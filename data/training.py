@@ -16,18 +16,28 @@ from utils.schema import Config
 from utils.signals import ignore_stop_signals
 
 
-def open_training_data(config: Config) -> Dataset:
-    """Codes if the config names some, else images. Both have a `fingerprint` that tells other data."""
+def open_training_data(config: Config, verify: bool) -> Dataset:
+    """Codes if the config names some, else images. Both have a `fingerprint` that tells other data.
+
+    Args:
+        verify: read all codes and compare them with the hashes of their store.
+
+    Raises:
+        InputError: something is missing, damaged or does not fit the model.
+    """
     params, model = config.dataset.params, config.model
     if params.pretokenization is not None:
         generator = model.generator
-        return open_tokens(
+        store = open_tokens(
             Path(params.pretokenization),
             model.vq_model.codebook_size,
             generator.image_seq_len,
             generator.condition_num_classes,
             max_bad_fraction=params.max_bad_fraction if params.on_bad_sample == "skip" else 0.0,
         )
+        if verify:
+            store.verify()
+        return store
     if params.train_shards_path_or_url is None:
         raise InputError("dataset.params: give pretokenization (codes) or train_shards_path_or_url (images)")
     return ImageDataset(
@@ -35,21 +45,6 @@ def open_training_data(config: Config) -> Dataset:
         training_transform(config.dataset.preprocessing),
         config.training.seed,
     )
-
-
-def check_training_data(config: Config) -> int:
-    """Open the data, converting a jsonl that is new, and with `dataset.params.verify_hashes` read all codes.
-
-    Returns:
-        Number of samples.
-
-    Raises:
-        InputError: something is missing, damaged or does not fit the model.
-    """
-    dataset = open_training_data(config)
-    if config.dataset.params.verify_hashes and config.dataset.params.pretokenization is not None:
-        dataset.verify()
-    return len(dataset)
 
 
 def training_batches(

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batch_sampler import GlobalBatchSampler
-from data.training import check_training_data, open_training_data, training_batches
+from data.training import open_training_data, training_batches
 from modeling.losses import LossTerms, drop_class_labels, perturb_codes, rear_loss
 from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
 from modeling.rear import ReAR
@@ -40,13 +40,14 @@ from utils.checkpoint import load_optimizer, save_weights
 from utils.config import Config, accumulation_steps
 from utils.errors import TrainingError, input_errors_exit
 from utils.faults import fault_point
-from utils.launch import Launch, code_facts
+from utils.launch import Launch
 from utils.manifest import Provenance
 from utils.optim import build_optimizer, set_learning_rate
 from utils.plots import save_training_curves
 from utils.randomness import dropout_seed, sample_uniforms
-from utils.resume import Start, check_same_run, find_start, flatten, load_start, set_aside, starting_state
-from utils.run_folder import make_logger, prepare_run_folder
+from utils.resume import Start, find_start, load_start, set_aside, starting_state
+from utils.run_folder import code_facts, make_logger, prepare_run_folder
+from utils.same_run import check_same_run, flatten
 from utils.saver import CheckpointSaver
 from utils.schedules import perturbation_ratio
 from utils.sharding import shard_model, whole
@@ -68,8 +69,8 @@ def main(config: Config) -> str:
     facts = code_facts()
     launch.agree("config and code", flatten(asdict(config)) | facts)
     start = Start(**launch.from_main("checkpoint", lambda: asdict(find_start(output_dir, resume))))
-    launch.from_main("data", lambda: check_training_data(config))
-    dataset = open_training_data(config)
+    verify = is_main and config.dataset.params.verify_hashes
+    dataset = launch.main_first("data", lambda: open_training_data(config, verify))
     provenance = Provenance(asdict(config), dataset.fingerprint, facts["code"])
     launch.agree("data", {"hash": provenance.data_hash, "samples": len(dataset)})
     micro_steps = accumulation_steps(training, launch.world_size)

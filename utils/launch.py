@@ -5,23 +5,18 @@ time out as a whole, while here the rank that is missing or differs is named. An
 verify files has no time limit.
 """
 
-import hashlib
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from utils.errors import InputError, TrainingError
-from utils.manifest import VERSIONED_PACKAGES
 
-SOURCE_FOLDERS = ("scripts", "modeling", "data", "evaluation", "utils")
+T = TypeVar("T")
 POLL_S = 5  # seconds between looks at whether rank 0 is still there
 NAMED_IN_ERRORS = 3  # differences that an error message spells out
 
@@ -76,6 +71,16 @@ class Launch:
             raise
         self._store.set(topic, json.dumps({"result": result}))
         return json.loads(json.dumps(result))
+
+    def main_first(self, topic: str, make: Callable[[], T]) -> T:
+        """What `make` gives, run on rank 0 and then on the others: what rank 0 converts, they find converted.
+
+        Raises:
+            InputError, TrainingError: as `from_main`.
+        """
+        made: list[T] = []
+        self.from_main(topic, lambda: made.append(make()))
+        return made[0] if made else make()
 
     def leave(self) -> None:
         """Rank 0 waits until the others have read what it last wrote, for its end is the end of the store."""
@@ -143,17 +148,3 @@ def _connect(rank: int, timeout_s: int) -> dist.Store:
             f"launch: rank {rank} found no rank 0 at {host}:{port} within training.launch_timeout={timeout_s} s"
         ) from error
     return dist.PrefixStore(f"launch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-
-
-def code_facts() -> dict[str, str]:
-    """Hash of the Python sources and the versions that change numbers."""
-    versions = {name: version(name) for name in VERSIONED_PACKAGES}
-    return {"code": source_hash(), "python": platform.python_version(), **versions}
-
-
-def source_hash() -> str:
-    """sha256 of the project's Python files; unlike a commit it sees changes that are not committed."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(path for folder in SOURCE_FOLDERS for path in (root / folder).rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
