@@ -92,7 +92,8 @@ def _start_from_path(output_dir: Path, resume: str) -> Start:
         verify(path)
         start = Start(str(path))
     first_step = 0 if start.weights_only else read_manifest(path).state.global_step
-    start.set_aside = [str(p) for p in folders if p in damaged or step_of(p) > first_step]
+    others = [p for p in folders if p.resolve() != path.resolve()]
+    start.set_aside = [str(p) for p in others if p in damaged or step_of(p) >= first_step]
     start.notices += [f"{Path(p).name} is set aside" for p in start.set_aside]
     return start
 
