@@ -20,6 +20,8 @@ CURVES = ["train/loss", "train/ar_loss", "train/proj_loss", "train/correct_token
 NO_DROPOUT = ["model.generator.dropout=0", "model.generator.attn_drop=0"]
 WAIT_S = 90  # no test relies on it; it keeps a hanging run from hanging the suite
 
+STARTED: list[BaseProcess] = []  # by the test in progress
+
 SERVER = multiprocessing.get_context("forkserver")  # its children start with all imports done
 SERVER.set_forkserver_preload(["tests.faults.worker"])
 
@@ -46,6 +48,7 @@ class Run:
             process = SERVER.Process(target=worker.train_in_child, args=(arguments, common | ranks, output))
             process.start()
             self.processes.append(process)
+            STARTED.append(process)
         return self
 
     def new_record(self) -> Path:
@@ -118,6 +121,14 @@ class Run:
         for name, state in optimizer["state"].items():
             tensors |= {f"{name} {key}": value for key, value in state.items()}
         return tensors
+
+
+def kill_started() -> None:
+    """End what a failed test has left: a rank that hangs would keep pytest from ending."""
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.join()
 
 
 def assert_equal_runs(run: Run, oracle: Run) -> None:
