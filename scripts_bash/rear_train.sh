@@ -10,6 +10,7 @@ NUM_GPUS=${NUM_GPUS:-8}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/$(basename "$CONFIG" .yaml)}
 
 export PYTHONPATH="$PWD"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # seconds to save after SIGTERM, not 30
 LAUNCH=(accelerate launch --num_machines 1 --num_processes "$NUM_GPUS" --mixed_precision no --dynamo_backend no)
 if ((NUM_GPUS > 1)); then LAUNCH+=(--multi_gpu); fi # on a machine without GPUs: processes on the CPU, with gloo
 "${LAUNCH[@]}" scripts/train_rear.py config="$CONFIG" experiment.output_dir="$OUTPUT_DIR" "$@"

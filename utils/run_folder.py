@@ -1,5 +1,6 @@
 """The run folder: what was run, on what, and its log."""
 
+import hashlib
 import logging
 import platform
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 import torch
 
 from utils.config import Config, save_config
+from utils.manifest import VERSIONED_PACKAGES
 
-PACKAGES = ["torch", "accelerate", "timm", "numpy", "safetensors", "omegaconf", "webdataset"]
+PACKAGES = [*VERSIONED_PACKAGES, "omegaconf", "webdataset"]
+SOURCE_FOLDERS = ("scripts", "modeling", "data", "evaluation", "utils")
 
 
 def prepare_run_folder(config: Config) -> Path:
@@ -30,6 +33,20 @@ def describe_environment() -> str:
     lines = [f"commit {git.stdout.strip() or 'unknown'}", f"python {platform.python_version()}"]
     lines += [f"{package} {version(package)}" for package in PACKAGES]
     return "\n".join([*lines, f"device {device}"]) + "\n"
+
+
+def code_facts() -> dict[str, str]:
+    """Hash of the Python sources and the versions that change numbers."""
+    versions = {name: version(name) for name in VERSIONED_PACKAGES}
+    return {"code": source_hash(), "python": platform.python_version(), **versions}
+
+
+def source_hash() -> str:
+    """sha256 of the project's Python files; unlike a commit it sees changes that are not committed."""
+    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    for path in sorted(path for folder in SOURCE_FOLDERS for path in (root / folder).rglob("*.py")):
+        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def make_logger(output_dir: Path, is_main_process: bool) -> logging.Logger:

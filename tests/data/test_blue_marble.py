@@ -1,5 +1,6 @@
 """The embedded data set: no held-out pixel in training, every class in both splits, the same bytes each time."""
 
+import json
 import re
 import subprocess
 import sys
@@ -74,7 +75,9 @@ def test_land_tiles_show_land(splits: dict[str, ImageSource]) -> None:
 def test_the_same_bytes_again(folder: Path, tmp_path: Path) -> None:
     build_shards(tmp_path / "again")
     names = sorted(path.name for path in folder.iterdir())
-    assert names == ["classes.json", "classes.png", "heldout-000000.tar", *(f"train-{i:06d}.tar" for i in range(3))]
+    shards = ["heldout-000000.tar", *(f"train-{i:06d}.tar" for i in range(3))]
+    assert names == sorted(["classes.json", "classes.png", "shards.json", *shards])
+    assert sorted(json.loads((folder / "shards.json").read_text())) == shards
     for name in names:
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
     with Image.open(folder / "classes.png") as sheet:

@@ -71,8 +71,8 @@ def test_training_goes_on_from_given_weights(tiny_arguments: list[str], images: 
     train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / "second", *more)))
     rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("first", "second")]
     assert rows[1][0]["train/l1"] < 0.7 * rows[0][0]["train/l1"]
+    absent = arguments(tiny_arguments, images, tmp_path / "third", "vq_training.init_from=absent.safetensors")
     with pytest.raises(InputError, match=r"absent\.safetensors: no such weights file"):
-        absent = arguments(tiny_arguments, images, tmp_path / "third", "vq_training.init_from=absent.safetensors")
         train_tokenizer.main(load_config(absent))
 
 

@@ -1,0 +1,136 @@
+"""Where a run starts: the rules of `experiment.resume`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from utils.checkpoint import MODEL_FILE, checkpoint_folders, load_model, step_of
+from utils.errors import InputError
+from utils.manifest import MANIFEST_FILE, TrainingState, read_manifest, verify
+from utils.weights import load_state_dict, load_strict
+
+MODEL_FILES = (MODEL_FILE, "unwrapped_model/model.safetensors", "unwrapped_model/pytorch_model.bin")
+
+
+@dataclass
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        checkpoint: a verified checkpoint folder, or weights without a manifest; None: from scratch.
+        weights_only: `checkpoint` holds weights in the published layout; optimizer, step and data start anew.
+        notices: lines for the log.
+        set_aside: checkpoints of `output_dir` that are damaged or of later steps, to be renamed before training.
+    """
+
+    checkpoint: str | None = None
+    weights_only: bool = False
+    notices: list[str] = field(default_factory=list)
+    set_aside: list[str] = field(default_factory=list)
+
+
+def find_start(output_dir: Path, resume: str) -> Start:
+    """Choose and verify a checkpoint, reading all of it; changes nothing.
+
+    Args:
+        resume: `auto`: the newest good checkpoint of `output_dir`, from scratch if there is none at all; `true`: there
+            must be one; `false`: there must be none; else a path: a checkpoint, or weights of the published layout.
+            With a path, checkpoints that a run from this path has written to `output_dir` come first, so that the
+            same command continues.
+
+    Raises:
+        InputError: a rule above is broken, every checkpoint is damaged, or the one asked for by name is.
+    """
+    folders = checkpoint_folders(output_dir)
+    if resume == "false":
+        if folders:
+            raise InputError(f"experiment.resume=false: {output_dir} already holds {folders[-1].name}")
+        return Start()
+    if resume not in ("auto", "true"):
+        return _start_from_path(output_dir, resume)
+    newest, damaged = _newest_good(folders)
+    if newest is not None:
+        return Start(str(newest), notices=[*damaged.values()], set_aside=[str(path) for path in damaged])
+    if damaged:
+        reasons = "; ".join(damaged.values())
+        raise InputError(f"experiment.resume={resume}: no checkpoint in {output_dir} is whole: {reasons}")
+    if resume == "true":
+        raise InputError(f"experiment.resume=true: no complete checkpoint in {output_dir}")
+    return Start()
+
+
+def _newest_good(folders: list[Path]) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that is as its manifest says, and by path what is wrong with newer ones."""
+    damaged = {}
+    for path in reversed(folders):
+        try:
+            verify(path)
+        except InputError as error:
+            damaged[path] = f"passed over: {error}"
+        else:
+            return path, damaged
+    return None, damaged
+
+
+def _start_from_path(output_dir: Path, resume: str) -> Start:
+    path = Path(resume)
+    if not path.exists():
+        raise InputError(f"experiment.resume={resume}: no such path; expected auto, true, false or a checkpoint")
+    folders = checkpoint_folders(output_dir)
+    own, damaged = _newest_good(folders)
+    if own is not None and read_manifest(own).state.started_from == str(path.resolve()):
+        notice = f"continuing {own.name}, which began with experiment.resume={resume}"
+        return Start(str(own), notices=[*damaged.values(), notice], set_aside=[str(p) for p in damaged])
+    if not (path / MANIFEST_FILE).is_file():
+        weights = path if path.is_file() else next((path / n for n in MODEL_FILES if (path / n).is_file()), None)
+        if weights is None:
+            raise InputError(f"{path}: found neither {MANIFEST_FILE} nor weights, one of {', '.join(MODEL_FILES)}")
+        start = Start(str(weights), weights_only=True)
+        start.notices = [f"{weights}: no manifest, so weights only; optimizer, step and data order start anew"]
+    else:
+        verify(path)
+        start = Start(str(path))
+    first_step = 0 if start.weights_only else read_manifest(path).state.global_step
+    others = [p for p in folders if p.resolve() != path.resolve()]
+    start.set_aside = [str(p) for p in others if p in damaged or step_of(p) >= first_step]
+    start.notices += [f"{Path(p).name} is set aside" for p in start.set_aside]
+    return start
+
+
+def set_aside(start: Start) -> None:
+    """Rename what must neither be taken for the newest checkpoint nor be lost: `checkpoint-<step>.aside`."""
+    for path in map(Path, start.set_aside):
+        target = path.with_name(path.name + ".aside")
+        number = 1
+        while target.exists():
+            number, target = number + 1, path.with_name(f"{path.name}.aside{number}")
+        path.rename(target)
+
+
+def starting_state(start: Start, resume: str, global_batch_size: int) -> TrainingState:
+    """The state that the run goes on from."""
+    if start.checkpoint is not None and not start.weights_only:
+        state = read_manifest(Path(start.checkpoint)).state
+        state.global_batch_size = global_batch_size
+    else:
+        state = TrainingState(global_step=0, global_batch_size=global_batch_size, samples_seen=0)
+    if resume not in ("auto", "true", "false"):
+        state.started_from = str(Path(resume).resolve())
+    return state
+
+
+def load_start(start: Start, model: nn.Module, ema: nn.Module | None) -> None:
+    """Load the weights of `start`, in place and strictly; the EMA of weights without one begins with them.
+
+    Raises:
+        InputError: keys or shapes that differ from the model's.
+    """
+    if start.checkpoint is None:
+        return
+    path = Path(start.checkpoint)
+    if not start.weights_only:
+        load_model(path, model, ema)
+        return
+    for module in filter(None, (model, ema)):
+        load_strict(module, load_state_dict(path), path)
