@@ -32,7 +32,8 @@ class GlobalBatchSampler(Sampler[list[Draw]]):
 
     Args:
         num_samples: size n of the data set; less than 2**32.
-        first_step: optimizer steps done; all the state there is.
+        first_step: optimizer steps done; all the state there is, as long as the global batch stays the same.
+        samples_seen: samples of the steps before `first_step`; None: that many global batches.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class GlobalBatchSampler(Sampler[list[Draw]]):
         seed: int,
         first_step: int,
         last_step: int,
+        samples_seen: int | None = None,
     ) -> None:
         assert 0 < num_samples < 2**32
         assert 0 <= rank < world_size
@@ -52,16 +54,18 @@ class GlobalBatchSampler(Sampler[list[Draw]]):
         self.micro_batch_size, self.micro_steps = per_gpu_batch_size, gradient_accumulation_steps
         self.rank, self.world_size = rank, world_size
         self.first_step, self.last_step = first_step, last_step
+        global_batch_size = per_gpu_batch_size * gradient_accumulation_steps * world_size
+        self.samples_seen = first_step * global_batch_size if samples_seen is None else samples_seen
 
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.micro_steps
 
     def __iter__(self) -> Iterator[list[Draw]]:
         current_pass, order = -1, np.empty(0, np.uint32)
-        for micro_batch in range(self.first_step * self.micro_steps, self.last_step * self.micro_steps):
+        for micro_batch in range(len(self)):
             step, micro_step = divmod(micro_batch, self.micro_steps)
             slice_number = (step * self.world_size + self.rank) * self.micro_steps + micro_step
-            first = slice_number * self.micro_batch_size
+            first = self.samples_seen + slice_number * self.micro_batch_size
             draws = []
             for sample_number in range(first, first + self.micro_batch_size):
                 pass_number, position = divmod(sample_number, self.num_samples)

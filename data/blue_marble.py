@@ -19,7 +19,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from data.tar_shards import CLASS_NAMES_FILE
+from data.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE
 
 PIXELS_PER_DEGREE = 15
 TILE, STRIDE = 64, 16  # pixels
@@ -96,20 +96,22 @@ def _region_tiles(region: str) -> Iterator[tuple[Tile, bool]]:
 
 
 def build_shards(output_dir: Path) -> None:
-    """Write train-*.tar, heldout-*.tar, classes.json and classes.png; the folder appears when all is complete."""
+    """Write train-*.tar, heldout-*.tar, shards.json, classes.json, classes.png; the folder appears when all is done."""
     partial = output_dir.with_name(output_dir.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     picture = read_picture()
     train, heldout = split_tiles(picture)
-    _write_shards(partial / TRAIN_PATTERN, train, picture)
-    _write_shards(partial / HELDOUT_PATTERN, heldout, picture)
+    counts = _write_shards(partial / TRAIN_PATTERN, train, picture)
+    counts |= _write_shards(partial / HELDOUT_PATTERN, heldout, picture)
+    (partial / COUNTS_FILE).write_text(json.dumps(counts) + "\n")
     (partial / CLASS_NAMES_FILE).write_text(json.dumps(list(REGIONS)) + "\n")
     _contact_sheet(train, picture).save(partial / "classes.png")
     partial.rename(output_dir)
 
 
-def _write_shards(pattern: Path, tiles: list[Tile], picture: Image.Image) -> None:
+def _write_shards(pattern: Path, tiles: list[Tile], picture: Image.Image) -> dict[str, int]:
+    """Returns the number of tiles in each shard, by its name."""
     class_ids = {region: class_id for class_id, region in enumerate(REGIONS)}
     shuffled = np.random.Generator(np.random.Philox(key=0)).permutation(len(tiles))  # every shard holds all classes
     with webdataset.ShardWriter(str(pattern), maxcount=TILES_PER_SHARD, verbose=0, mtime=0) as writer:
@@ -117,6 +119,8 @@ def _write_shards(pattern: Path, tiles: list[Tile], picture: Image.Image) -> Non
             png = io.BytesIO()
             _cut(tile, picture).save(png, "PNG")
             writer.write({"__key__": tile.key, "png": png.getvalue(), "cls": str(class_ids[tile.region])})
+    shards = range(0, len(tiles), TILES_PER_SHARD)
+    return {pattern.name % i: min(TILES_PER_SHARD, len(tiles) - first) for i, first in enumerate(shards)}
 
 
 def _contact_sheet(tiles: list[Tile], picture: Image.Image, columns: int = 16) -> Image.Image:

@@ -50,6 +50,10 @@ class ImageDataset(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def fingerprint(self) -> str:
+        return self.source.fingerprint
+
     def __getitem__(self, item: int | Draw) -> dict[str, Tensor | int]:
         """
         Returns:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -26,28 +27,55 @@ class Sizes(NamedTuple):
     num_classes: int  # C
 
 
-def read_jsonl(path: Path, sizes: Sizes) -> Iterator[Batch]:
-    """Read and check the lines in batches, with a progress bar.
+@dataclass
+class BadLines:
+    """What `read_jsonl` found wrong.
+
+    Attributes:
+        max_fraction: bad lines up to this share of all are left out; 0: none.
+        reasons: line number and reason of the first ones.
+    """
+
+    max_fraction: float = 0.0
+    count: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    def add(self, reasons: list[str]) -> None:
+        self.count += len(reasons)
+        self.reasons = (self.reasons + reasons)[:MAX_REPORTED]
+
+    def check(self, path: Path, num_lines: int) -> None:
+        """
+        Raises:
+            InputError: more bad lines than allowed; names the file, the lines and the reasons.
+        """
+        if self.count > self.max_fraction * num_lines:
+            allowed = (
+                f"{self.count} of {num_lines} lines are bad, dataset.params.max_bad_fraction={self.max_fraction}: "
+            )
+            raise InputError(f"{path}: {allowed if self.max_fraction else ''}{'; '.join(self.reasons)}")
+
+
+def read_jsonl(path: Path, sizes: Sizes, bad_lines: BadLines) -> Iterator[Batch]:
+    """Read and check the lines in batches, with a progress bar; notes bad lines in `bad_lines`.
 
     Raises:
-        InputError: after the last line, or the tenth bad one: the file, the numbers of the bad lines and the reasons.
+        InputError: more bad lines than allowed, after the last line or, if none is allowed, after the tenth bad one.
     """
-    bad_lines = []
     first = 1  # number of the batch's first line
     with path.open("rb") as file, tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True) as bar:
         while lines := list(islice(file, LINES_PER_BATCH)):
             batch = parse_published_lines(lines, sizes)
             if batch is None:
-                batch, bad_in_batch = _parse_any_lines(lines, first, sizes)
-                bad_lines += bad_in_batch
-            if len(bad_lines) >= MAX_REPORTED:
+                batch, reasons = _parse_any_lines(lines, first, sizes)
+                bad_lines.add(reasons)
+            if bad_lines.count >= MAX_REPORTED and not bad_lines.max_fraction:
                 break
-            if not bad_lines:
+            if len(batch[0]) and (bad_lines.max_fraction or not bad_lines.count):
                 yield batch
             first += len(lines)
             bar.update(sum(map(len, lines)))
-    if bad_lines:
-        raise InputError(f"{path}: {'; '.join(bad_lines[:MAX_REPORTED])}")
+    bad_lines.check(path, first - 1)
     if first == 1:
         raise InputError(f"{path}: found no line, expected one per image")
 

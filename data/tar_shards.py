@@ -4,6 +4,7 @@ webdataset 1.0 itself only streams; here the headers are read once and images ar
 https://github.com/webdataset/webdataset
 """
 
+import fnmatch
 import glob
 import json
 import tarfile
@@ -18,6 +19,7 @@ from data.image_source import IMAGE_EXTENSIONS, ImageSource
 from utils.errors import InputError
 
 CLASS_NAMES_FILE = "classes.json"
+COUNTS_FILE = "shards.json"
 
 
 @dataclass
@@ -39,6 +41,7 @@ class TarShards(ImageSource):
         self.shards = find_shards(pattern)
         progress = tqdm(self.shards, desc="reading shard headers", unit="shard", delay=2)
         samples = [index_shard(shard) for shard in progress]
+        check_counts(pattern, {shard: len(of_shard) for shard, of_shard in zip(self.shards, samples, strict=True)})
         flat = [sample for shard in samples for sample in shard]
         # Arrays, not lists: reference counts would make every worker copy the memory.
         self._shard_of = np.repeat(np.arange(len(samples)), [len(shard) for shard in samples])
@@ -78,6 +81,33 @@ def find_shards(pattern: str) -> list[Path]:
             raise InputError(f"{name}: no such shard; the nearest folder is {nearest}, with {tars} .tar files")
         shards += map(Path, found)
     return shards
+
+
+def check_counts(pattern: str, found: dict[Path, int]) -> None:
+    """Compare with `shards.json` beside the shards, `{"train-000000.tar": 1000, ...}`, if there is one.
+
+    Only that file can tell that a glob finds too few shards, or that a well-formed shard lacks samples.
+
+    Raises:
+        InputError: a shard of the pattern is missing or holds another number of samples, or the file is damaged.
+    """
+    for folder in sorted({shard.parent for shard in found}):
+        path = folder / COUNTS_FILE
+        if not path.is_file():
+            continue
+        try:
+            counts = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise InputError(f"{path}: {error}; expected a JSON object of shard names and counts") from error
+        if not isinstance(counts, dict):
+            raise InputError(f"{path}: found {str(counts)[:40]}, expected a JSON object of shard names and counts")
+        patterns = [Path(name).name for name in braceexpand(pattern)]
+        for name, expected in counts.items():
+            shard = folder / name
+            if shard in found and found[shard] != expected:
+                raise InputError(f"{shard}: found {found[shard]} samples, expected {expected} as in {path}")
+            if shard not in found and any(fnmatch.fnmatch(name, wanted) for wanted in patterns):
+                raise InputError(f"{shard}: no such shard, expected {expected} samples as in {path}")
 
 
 def index_shard(shard: Path) -> list[Sample]:

@@ -1,6 +1,8 @@
 """Tokenized images on disk: a memory map that opens at once, however many images there are."""
 
+import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,11 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from data.batch_sampler import Draw, as_draw
-from data.jsonl import Sizes, read_jsonl, write_jsonl
+from data.jsonl import BadLines, Sizes, read_jsonl, write_jsonl
 from data.token_writer import CLASS_IDS_FILE, META_FILE, TOKENS_FILE, StoreMeta, TokenStoreWriter, write_meta
 from utils.errors import InputError
+from utils.manifest import hash_of
+
+ROWS_PER_READ = 65_536
 
 
 class TokenStore(Dataset):
@@ -46,6 +52,30 @@ class TokenStore(Dataset):
     def __len__(self) -> int:
         return len(self.codes)
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal samples in equal order, wherever they came from."""
+        return hash_of(
+            {"sha256": self.meta.sha256, "shape": self.codes.shape, "codebook_size": self.meta.codebook_size}
+        )
+
+    def verify(self) -> None:
+        """Read everything, with a progress bar, and compare it with the hashes of meta.json.
+
+        Raises:
+            InputError: codes or class ids were changed after they were written, or there is no hash to compare with.
+        """
+        for file, rows in ((TOKENS_FILE, self.codes), (CLASS_IDS_FILE, self.class_ids)):
+            digest = hashlib.sha256()
+            for first in tqdm(range(0, len(rows), ROWS_PER_READ), desc=f"verifying {file}", delay=2):
+                digest.update(np.ascontiguousarray(rows[first : first + ROWS_PER_READ]))
+            expected = (self.meta.sha256 or {}).get(file, "none")
+            if digest.hexdigest() != expected:
+                raise InputError(
+                    f"{self.path / file}: found sha256 {digest.hexdigest()[:12]}..., expected {expected[:12]}... as in "
+                    f"{META_FILE}; delete the store and make it again"
+                )
+
     def __getitem__(self, item: int | Draw) -> dict[str, Tensor]:
         """One sample: what `__getitems__` gives, without the batch dimension."""
         return {key: values[0] for key, values in self.__getitems__([item]).items()}
@@ -69,8 +99,13 @@ class TokenStore(Dataset):
         return TokenStore, (self.path,)  # a pickled memory map would be a copy of all the data
 
 
-def open_tokens(path: Path, codebook_size: int, image_seq_len: int, num_classes: int) -> TokenStore:
+def open_tokens(
+    path: Path, codebook_size: int, image_seq_len: int, num_classes: int, max_bad_fraction: float = 0.0
+) -> TokenStore:
     """Open codes for a model of these sizes: a `.tokens` store, or a `.jsonl` that is converted once beside itself.
+
+    Args:
+        max_bad_fraction: bad lines of a jsonl up to this share are left out, with a warning that counts them.
 
     Raises:
         InputError: nothing there, bad lines, a damaged store or one of other sizes; the message names file and value.
@@ -78,7 +113,7 @@ def open_tokens(path: Path, codebook_size: int, image_seq_len: int, num_classes:
     sizes = Sizes(codebook_size, image_seq_len, num_classes)
     if path.suffix not in (".tokens", ".jsonl"):
         raise InputError(f"dataset.params.pretokenization={path}: expected a .jsonl file or a .tokens store")
-    store = TokenStore(path) if path.suffix == ".tokens" else _open_converted(path, sizes)
+    store = TokenStore(path) if path.suffix == ".tokens" else _open_converted(path, sizes, max_bad_fraction)
     meta = store.meta
     for name in ("codebook_size", "image_seq_len"):
         if getattr(meta, name) != getattr(sizes, name):
@@ -101,7 +136,7 @@ def describe_source(jsonl: Path) -> dict[str, int | str]:
     return {"name": jsonl.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
 
 
-def _open_converted(jsonl: Path, sizes: Sizes) -> TokenStore:
+def _open_converted(jsonl: Path, sizes: Sizes, max_bad_fraction: float) -> TokenStore:
     store_path = jsonl.with_suffix(".tokens")
     if not jsonl.is_file():
         hint = f"; there is {store_path}" if store_path.is_dir() else ""
@@ -109,10 +144,16 @@ def _open_converted(jsonl: Path, sizes: Sizes) -> TokenStore:
     source = describe_source(jsonl)
     if store_path.is_dir():
         store = TokenStore(store_path)
-        if (store.meta.source, store.meta.codebook_size) == (source, sizes.codebook_size):
+        meta, num_lines = store.meta, store.meta.num_samples + store.meta.num_skipped
+        unchanged = (meta.source, meta.codebook_size) == (source, sizes.codebook_size) and meta.sha256 is not None
+        if unchanged and meta.num_skipped <= max_bad_fraction * num_lines:
             return store
     meta = StoreMeta(image_seq_len=sizes.image_seq_len, codebook_size=sizes.codebook_size, source=source)
+    bad_lines = BadLines(max_bad_fraction)
     with TokenStoreWriter(store_path, meta) as writer:
-        for codes, class_ids in read_jsonl(jsonl, sizes):
+        for codes, class_ids in read_jsonl(jsonl, sizes, bad_lines):
             writer.append(codes, class_ids)
+        writer.meta.num_skipped = bad_lines.count
+    if bad_lines.count:
+        warnings.warn(f"{jsonl}: left out {bad_lines.count} bad lines: {'; '.join(bad_lines.reasons)}", stacklevel=4)
     return TokenStore(store_path)

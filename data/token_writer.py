@@ -4,6 +4,7 @@ tokens.npy is (n, N) uint16, class_ids.npy (n,) int32; meta.json holds the field
 as `<name>.tokens.tmp/` and renamed when it is complete.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -27,6 +28,8 @@ class StoreMeta:
     crops_per_image: int = 1  # consecutive samples that are crops of one image
     class_names: list[str] | None = None  # in the order of the class ids
     source: dict[str, int | str] | None = None  # name, size and mtime_ns of the jsonl with the same samples
+    num_skipped: int = 0  # bad lines of the jsonl that were left out
+    sha256: dict[str, str] | None = None  # of the rows of tokens.npy and class_ids.npy, without their headers
     num_samples: int = 0  # n
     num_classes: int = 0  # number of class names, else largest class id + 1
 
@@ -77,7 +80,9 @@ class TokenStoreWriter:
         if self._tokens.rows == 0:
             raise InputError(f"{self.path}: found no sample to store, expected at least one")
         num_classes = len(self.meta.class_names or []) or self._largest_class_id + 1
-        write_meta(self.partial, replace(self.meta, num_samples=self._tokens.rows, num_classes=num_classes))
+        hashes = {TOKENS_FILE: self._tokens.digest.hexdigest(), CLASS_IDS_FILE: self._class_ids.digest.hexdigest()}
+        sizes = {"num_samples": self._tokens.rows, "num_classes": num_classes}
+        write_meta(self.partial, replace(self.meta, sha256=hashes, **sizes))
         if self.path.exists():
             shutil.rmtree(self.path)
         self.partial.rename(self.path)
@@ -93,13 +98,15 @@ class _NpyWriter:
     """An .npy file of a number of rows that is known only at the end, when the header is written again."""
 
     def __init__(self, path: Path, dtype: np.dtype, row_shape: tuple[int, ...]) -> None:
-        self.dtype, self.row_shape, self.rows = dtype, row_shape, 0
+        self.dtype, self.row_shape, self.rows, self.digest = dtype, row_shape, 0, hashlib.sha256()
         self._file = path.open("wb")
         self._data_start = self._file.write(self._header())
 
     def append(self, rows: np.ndarray) -> None:
         assert rows.shape[1:] == self.row_shape
-        self._file.write(np.ascontiguousarray(rows, dtype=self.dtype).tobytes())
+        content = np.ascontiguousarray(rows, dtype=self.dtype).tobytes()
+        self.digest.update(content)
+        self._file.write(content)
         self.rows += len(rows)
 
     def close(self) -> None:

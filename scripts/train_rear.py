@@ -7,162 +7,203 @@ Reads pre-tokenized codes (`dataset.params.pretokenization`) or images, which it
 (`dataset.params.train_shards_path_or_url`). The plain AR baseline is `model.generator.perturb_mode=none
 model.generator.transition_alignment=false`. The same command again continues the run.
 
-Writes to `experiment.output_dir`: config.yaml, environment.txt, log.txt, metrics.jsonl, checkpoint-<step>/,
-train_generated_images/<step>.png, training_curves.png and, at the end, model.safetensors (the EMA if there is one).
+Writes to `experiment.output_dir`: config.yaml, environment.txt, log.txt, metrics.jsonl, status.json,
+checkpoint-<step>/, train_generated_images/<step>.png, training_curves.png and, when complete, model.safetensors
+(the EMA if there is one). The exit status is 75 after a stop signal.
 """
 
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
-    from utils.config import check_tokenizer_fits, load_config_or_exit
+    from utils.config import check_global_batch, check_tokenizer_fits, load_config_or_exit
 
-    CONFIG = load_config_or_exit(check_tokenizer_fits)
+    CONFIG = load_config_or_exit(check_tokenizer_fits, check_global_batch)
 
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
-from PIL import Image
+from accelerate.utils import InitProcessGroupKwargs
 from timm.utils import ModelEmaV3
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.batch_sampler import GlobalBatchSampler
-from data.images import ImageDataset, open_images
-from data.token_store import open_tokens
-from data.transforms import training_transform
-from modeling.generate import generate_images
+from data.training import check_training_data, open_training_data, training_batches
 from modeling.losses import LossTerms, drop_class_labels, perturb_codes, rear_loss
 from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
 from modeling.rear import ReAR
-from utils.checkpoint import TrainingState, find_checkpoint, load_checkpoint, save_checkpoint, save_weights
-from utils.config import Config
-from utils.errors import InputError, input_errors_exit
-from utils.images import make_grid
+from modeling.sample_grid import save_sample_grid
+from utils.checkpoint import load_optimizer, save_weights
+from utils.config import Config, accumulation_steps
+from utils.errors import TrainingError, input_errors_exit
+from utils.faults import fault_point
+from utils.launch import Launch, code_facts
+from utils.manifest import Provenance
 from utils.optim import build_optimizer, set_learning_rate
 from utils.plots import save_training_curves
 from utils.randomness import dropout_seed, sample_uniforms
+from utils.resume import Start, check_same_run, find_start, flatten, load_start, set_aside, starting_state
 from utils.run_folder import make_logger, prepare_run_folder
-from utils.schedules import perturbation_ratio_at
+from utils.saver import CheckpointSaver
+from utils.schedules import perturbation_ratio
+from utils.sharding import shard_model, whole
+from utils.signals import StopSignals
+from utils.snapshot import take_snapshot
+from utils.status import EXIT_PREEMPTED, reported_status
+from utils.step_flags import StepGuard, max_over_ranks
 from utils.tracking import Tracker
 
-GRID_CLASSES, GRID_ROWS = 10, 4
 
-
-def main(config: Config) -> None:
-    training, output_dir, keep_last = config.training, Path(config.experiment.output_dir), config.experiment.keep_last
-    resume_from = find_checkpoint(output_dir, config.experiment.resume)
+def main(config: Config) -> str:
+    """Train until the last step or a stop signal; returns what `status.json` says then."""
+    training, output_dir, resume = config.training, Path(config.experiment.output_dir), config.experiment.resume
     tokenizer = load_tokenizer(config)
-    accelerator = Accelerator(mixed_precision=training.mixed_precision, cpu=not torch.cuda.is_available())
-    if accelerator.is_main_process:
+
+    # Launch: all ranks are there and agree; rank 0 converts and verifies files while the others wait
+    launch = Launch(training.launch_timeout)
+    is_main = launch.rank == 0
+    facts = code_facts()
+    launch.agree("config and code", flatten(asdict(config)) | facts)
+    start = Start(**launch.from_main("checkpoint", lambda: asdict(find_start(output_dir, resume))))
+    launch.from_main("data", lambda: check_training_data(config))
+    dataset = open_training_data(config)
+    provenance = Provenance(asdict(config), dataset.fingerprint, facts["code"])
+    launch.agree("data", {"hash": provenance.data_hash, "samples": len(dataset)})
+    micro_steps = accumulation_steps(training, launch.world_size)
+    global_batch_size = training.per_gpu_batch_size * micro_steps * launch.world_size
+    notices = launch.from_main("resume", lambda: check_same_run(start, config, provenance, global_batch_size))
+    launch.leave()
+    accelerator = Accelerator(
+        mixed_precision=training.mixed_precision,
+        cpu=not torch.cuda.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=training.process_group_timeout))],
+    )
+    if is_main:
         prepare_run_folder(config)
+        set_aside(start)
     accelerator.wait_for_everyone()
-    logger = make_logger(output_dir, accelerator.is_main_process)
+    logger = make_logger(output_dir, is_main)
+    for notice in [*start.notices, *notices]:
+        logger.info(notice)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.enable_tf32
 
-    # Model, optimizer, EMA
+    # Model, optimizer, EMA, from the checkpoint if there is one
     torch.manual_seed(training.seed)
     tokenizer.to(accelerator.device)
     model = ReAR(config.model).to(accelerator.device)
-    optimizer = build_optimizer(model, config)
     ema_updater = ModelEmaV3(model, decay=training.ema_decay) if training.use_ema else None
     ema = ema_updater.module if ema_updater else None
-    sampling_model = ema or model
-
-    # Resume
-    micro_steps = training.gradient_accumulation_steps
-    global_batch_size = training.per_gpu_batch_size * micro_steps * accelerator.num_processes
-    first_step = 0
-    if resume_from is not None:
-        state = load_checkpoint(resume_from, model, optimizer, ema)
-        if state.global_batch_size != global_batch_size:
-            raise InputError(
-                f"{resume_from}: written at a global batch of {state.global_batch_size} images, found "
-                f"{global_batch_size} = per_gpu_batch_size * gradient_accumulation_steps * processes; keep the product"
-            )
-        first_step = state.global_step
+    load_start(start, model, ema)
+    if training.fsdp:
+        shard_model(model, model.blocks)
+    optimizer = build_optimizer(model, config)
+    wrapped_model = accelerator.prepare_model(model, evaluation_mode=training.fsdp)  # with FSDP autocast alone
+    if start.checkpoint is not None and not start.weights_only:
+        load_optimizer(Path(start.checkpoint), model, optimizer, training.fsdp)
+    state = starting_state(start, resume, global_batch_size)
+    first_step = state.global_step
     last_step = training.max_train_steps if training.stop_steps is None else training.stop_steps
 
     # Data: the sampler alone decides which rank sees which sample at which step
-    with accelerator.main_process_first():
-        dataset = open_training_data(config)
     batch_sampler = GlobalBatchSampler(
         num_samples=len(dataset),
         per_gpu_batch_size=training.per_gpu_batch_size,
         gradient_accumulation_steps=micro_steps,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
+        rank=launch.rank,
+        world_size=launch.world_size,
         seed=training.seed,
         first_step=first_step,
         last_step=last_step,
+        samples_seen=state.samples_seen,
     )
     batches = training_batches(dataset, batch_sampler, config, accelerator.device)
-    wrapped_model, optimizer = accelerator.prepare(model, optimizer)
-    tracker = Tracker(config, output_dir, first_step) if accelerator.is_main_process else None
+    tracker = Tracker(config, output_dir, first_step) if is_main else None
+    saver = CheckpointSaver(config.experiment, provenance, start.checkpoint, logger)
     logger.info(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(dataset)} samples, "
-        f"{global_batch_size} per step on {accelerator.num_processes} processes, steps {first_step} to {last_step}"
+        f"{global_batch_size} per step on {launch.world_size} processes, steps {first_step} to {last_step}"
     )
 
     # The training loop
     wrapped_model.train()
     uniforms_per_sample = 2 * model.image_seq_len + 2
-    progress = tqdm(
-        range(first_step, last_step), initial=first_step, total=last_step, disable=not accelerator.is_main_process
-    )
+    progress = tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=not is_main)
     timer, timed_from = time.perf_counter(), first_step
-    for step in progress:
-        lr = set_learning_rate(optimizer, step, config)
-        max_ratio = perturbation_ratio(step, config)
-        step_terms = []
-        for micro_step in range(micro_steps):
-            batch = next(batches)
-            first = accelerator.process_index * training.per_gpu_batch_size * micro_steps
-            first += micro_step * training.per_gpu_batch_size  # position of this micro-batch in the global batch
-            uniforms = sample_uniforms(training.seed, step, first, training.per_gpu_batch_size, uniforms_per_sample)
-            torch.manual_seed(dropout_seed(training.seed, step, micro_step, accelerator.process_index))
-            is_last = micro_step == micro_steps - 1
-            with nullcontext() if is_last else accelerator.no_sync(wrapped_model):  # one all-reduce per step
-                terms = training_step(wrapped_model, tokenizer, batch, uniforms, max_ratio, config)
-                accelerator.backward(terms.loss / micro_steps)
-            step_terms.append(terms)
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ema_updater:
-            ema_updater.update(model)
+    reported = reported_status(output_dir, first_step, training.process_group_timeout)
+    with StopSignals() as signals, reported as status:
+        guard = StepGuard(state.nonfinite_steps, training.max_nonfinite_steps, signals, saver, logger)
+        for step in progress:
+            fault_point("step", step)
+            lr = set_learning_rate(optimizer, step, config)
+            max_ratio = perturbation_ratio(step, config.model.generator)
+            step_terms = []
+            for micro_step in range(micro_steps):
+                batch = next(batches)
+                first = launch.rank * training.per_gpu_batch_size * micro_steps
+                first += micro_step * training.per_gpu_batch_size  # position of this micro-batch in the global batch
+                uniforms = sample_uniforms(training.seed, step, first, training.per_gpu_batch_size, uniforms_per_sample)
+                torch.manual_seed(dropout_seed(training.seed, step, micro_step, launch.rank))
+                is_last = micro_step == micro_steps - 1
+                with nullcontext() if is_last else accelerator.no_sync(wrapped_model):  # one all-reduce per step
+                    terms = training_step(wrapped_model, tokenizer, batch, uniforms, max_ratio, config)
+                    accelerator.backward(terms.loss / micro_steps)
+                step_terms.append(terms)
+            grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), training.max_grad_norm))
+            losses_and_norm = torch.stack([*(terms.loss.detach() for terms in step_terms), grad_norm])
+            if guard.allows_update(step, losses_and_norm):
+                optimizer.step()
+                if ema_updater:
+                    ema_updater.update(model)
+            optimizer.zero_grad(set_to_none=True)
 
-        done = step + 1
-        if done == 1 or done % config.experiment.log_every == 0:
-            metrics = mean_over_ranks(step_terms, accelerator)
-            metrics |= {"lr": lr, "perturbation_ratio": max_ratio}
-            metrics["epoch"] = done * global_batch_size / config.experiment.max_train_examples
-            now = time.perf_counter()
-            samples = (done - timed_from) * global_batch_size / accelerator.num_processes
-            metrics["samples/sec/gpu"], timer, timed_from = samples / (now - timer), now, done
-            if done == 1 or done % config.experiment.log_grad_norm_every == 0:
-                metrics["grad_norm"] = float(grad_norm)
-            if tracker:
-                tracker.log(metrics, done)
-            progress.set_postfix(loss=f"{metrics['train/loss']:.3f}", ar=f"{metrics['train/ar_loss']:.3f}")
-        if done % config.experiment.save_every == 0 and done < last_step:
-            if accelerator.is_main_process:
-                save_checkpoint(output_dir, TrainingState(done, global_batch_size), model, optimizer, ema, keep_last)
-            accelerator.wait_for_everyone()
-        if tracker and (done % config.experiment.generate_every == 0 or done == last_step):
-            tracker.log_image("samples", save_sample_grid(sampling_model, tokenizer, config, done), done)
+            state.global_step = status.step = done = step + 1
+            state.samples_seen += global_batch_size
+            state.nonfinite_steps = guard.nonfinite_steps
+            if done == 1 or done % config.experiment.log_every == 0:
+                metrics = mean_over_ranks(step_terms, accelerator)
+                metrics |= {"lr": lr, "perturbation_ratio": max_ratio, "nonfinite_steps": guard.nonfinite_steps}
+                metrics["epoch"] = state.samples_seen / config.experiment.max_train_examples
+                now = time.perf_counter()
+                samples = (done - timed_from) * global_batch_size / launch.world_size
+                metrics["samples/sec/gpu"], timer, timed_from = samples / (now - timer), now, done
+                if done == 1 or done % config.experiment.log_grad_norm_every == 0:
+                    metrics["grad_norm"] = float(grad_norm)
+                if tracker:
+                    tracker.log(metrics, done)
+                progress.set_postfix(loss=f"{metrics['train/loss']:.3f}", ar=f"{metrics['train/ar_loss']:.3f}")
+            if guard.stop:
+                break
+            if done % config.experiment.save_every == 0 and done < last_step:
+                snapshot = take_snapshot(model, optimizer, ema, training.fsdp)
+                if is_main:
+                    saver.start(state, snapshot)
+            may_sample = tracker and not training.fsdp  # generation reads the parameters in no forward pass
+            if may_sample and (done % config.experiment.generate_every == 0 or done == last_step):
+                tracker.log_image("samples", save_sample_grid(ema or model, tokenizer, config, done), done)
 
-    if accelerator.is_main_process:
-        save_checkpoint(output_dir, TrainingState(last_step, global_batch_size), model, optimizer, ema, keep_last)
-        save_weights(sampling_model.state_dict(), output_dir / "model.safetensors")
-        save_training_curves(output_dir / "metrics.jsonl", output_dir / "training_curves.png")
+        snapshot = take_snapshot(model, optimizer, ema, training.fsdp)
+        if is_main and start.checkpoint != str(output_dir / f"checkpoint-{status.step}"):
+            saver.start(state, snapshot)
+            saver.wait()
+        if max_over_ranks(torch.tensor(float(saver.failures_in_a_row), device=accelerator.device)) > 0:
+            raise TrainingError(f"step {status.step}: the save failed at the end; {saver.describe_last_good()}")
+        status.status, status.reason = (
+            ("completed", "")
+            if status.step == last_step
+            else ("preempted", signals.received or "a signal to another rank")
+        )
+        if is_main and status.status == "completed":
+            save_weights(snapshot.ema or snapshot.model, output_dir / "model.safetensors")
+            save_training_curves(output_dir / "metrics.jsonl", output_dir / "training_curves.png")
+    logger.info(f"{status.status} at step {status.step} ({status.reason or 'all steps'}): {output_dir}")
+    if tracker:
         tracker.finish()
-        logger.info(f"done at step {last_step}: {output_dir / 'model.safetensors'}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    return status.status
 
 
 def training_step(
@@ -193,47 +234,6 @@ def training_step(
     return rear_loss(output, codes, tokenizer.embed(codes), perturbation_mask, generator)
 
 
-def perturbation_ratio(step: int, config: Config) -> float:
-    generator = config.model.generator
-    if generator.perturb_mode == "none":
-        return 0.0
-    return perturbation_ratio_at(step, generator.randomness_anneal_start, generator.randomness_anneal_end)
-
-
-def open_training_data(config: Config) -> Dataset:
-    """Codes if the config names some, else images."""
-    params, model = config.dataset.params, config.model
-    if params.pretokenization is not None:
-        generator = model.generator
-        return open_tokens(
-            Path(params.pretokenization),
-            model.vq_model.codebook_size,
-            generator.image_seq_len,
-            generator.condition_num_classes,
-        )
-    if params.train_shards_path_or_url is None:
-        raise InputError("dataset.params: give pretokenization (codes) or train_shards_path_or_url (images)")
-    return ImageDataset(
-        open_images(params.train_shards_path_or_url, model.generator.condition_num_classes),
-        training_transform(config.dataset.preprocessing),
-        config.training.seed,
-    )
-
-
-def training_batches(
-    dataset: Dataset, batch_sampler: GlobalBatchSampler, config: Config, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batch_sampler,
-        num_workers=config.dataset.params.num_workers_per_gpu,
-        collate_fn=dataset.collate,
-        pin_memory=device.type == "cuda",
-    )
-    for batch in loader:
-        yield send_to_device(batch, device, non_blocking=True)
-
-
 def mean_over_ranks(step_terms: list[LossTerms], accelerator: Accelerator) -> dict[str, float]:
     """Mean of the loss terms over the micro-batches and ranks of one step: one all-reduce, one host sync."""
     names = ["loss", "ar_loss", "proj_loss", "correct_tokens"]
@@ -242,19 +242,7 @@ def mean_over_ranks(step_terms: list[LossTerms], accelerator: Accelerator) -> di
     return {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
 
 
-def save_sample_grid(model: ReAR, tokenizer: MaskGitVQ, config: Config, step: int) -> Image.Image:
-    """A column of samples for each of the first classes; always the same classes and random numbers."""
-    columns = min(GRID_CLASSES, model.num_classes)
-    indices = [row * model.num_classes + label for row in range(GRID_ROWS) for label in range(columns)]
-    was_training = model.training
-    grid = make_grid(generate_images(model.eval(), tokenizer, indices, config), columns)
-    model.train(was_training)
-    folder = Path(config.experiment.output_dir) / "train_generated_images"
-    folder.mkdir(exist_ok=True)
-    grid.save(folder / f"{step:07d}.png")
-    return grid
-
-
 if __name__ == "__main__":
     with input_errors_exit():
-        main(CONFIG)
+        if main(CONFIG) == "preempted":
+            raise SystemExit(EXIT_PREEMPTED)

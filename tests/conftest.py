@@ -48,8 +48,11 @@ def tiny_model(tiny_config: ModelConfig) -> ReAR:
 
 @pytest.fixture(scope="session")
 def tiny_config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_project(tmp_path_factory.mktemp("tiny_project"))
+
+
+def make_tiny_project(folder: Path) -> Path:
     """YAML of a tiny project: random tokenizer (16 px, 16 codes), 50 code sequences of 5 classes."""
-    folder = tmp_path_factory.mktemp("tiny_project")
     arguments = [
         f"experiment.tokenizer_checkpoint={folder / 'tokenizer.safetensors'}",
         "experiment.log_every=1",

@@ -1,15 +1,14 @@
-"""Checkpoints that exist only when they are complete.
+"""Checkpoints that exist only when they are complete, and that are read only when they are whole.
 
-`checkpoint-<step>/` holds model.safetensors, optimizer.bin, ema.safetensors (with EMA) and, written last, state.json.
-It is written as `checkpoint-<step>.tmp/` and renamed, so that a killed run leaves nothing half-written under a final
-name. No random-number state is saved: all noise is keyed by the step.
+`checkpoint-<step>/` holds model.safetensors, optimizer.bin, ema.safetensors (with EMA) and, written last,
+manifest.json. It is written as `checkpoint-<step>.tmp/` and renamed, so that a killed run leaves nothing half-written
+under a final name. No random-number state is saved: all noise is keyed by the step.
 """
 
-import json
 import os
+import pickle
 import re
 import shutil
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,50 +16,88 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from utils.errors import InputError
+from utils.faults import fault_point
+from utils.manifest import MANIFEST_FILE, Provenance, TrainingState, check_sizes, write_manifest
+from utils.snapshot import Snapshot, restore_optimizer
 from utils.weights import load_state_dict, load_strict
 
-MODEL_FILE, EMA_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "ema.safetensors", "optimizer.bin", "state.json"
+MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.bin"
+UNFINISHED = re.compile(r"checkpoint-\d+\.(tmp|deleted)")
 
 
-@dataclass
-class TrainingState:
-    """Where a run stands; the data position follows from it."""
+def write_checkpoint(output_dir: Path, state: TrainingState, provenance: Provenance, snapshot: Snapshot) -> Path:
+    """Write `checkpoint-<step>` below `output_dir`, replacing one of the same step.
 
-    global_step: int  # optimizer steps done
-    global_batch_size: int  # images per optimizer step
-
-
-def save_checkpoint(
-    output_dir: Path,
-    state: TrainingState,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: nn.Module | None,
-    keep_last: int,
-) -> None:
-    """Write `checkpoint-<step>` below `output_dir`, replacing one of the same step; then delete the oldest ones."""
-    final = output_dir / f"checkpoint-{state.global_step}"
+    Raises:
+        InputError: a tensor that is not finite. Nothing is written.
+        OSError, RuntimeError: the disk is full or fails; `.tmp` is removed, older checkpoints are as before.
+    """
+    step = state.global_step
+    final = output_dir / f"checkpoint-{step}"
     partial = final.with_name(final.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_weights(model.state_dict(), partial / MODEL_FILE)
-    if ema is not None:
-        save_weights(ema.state_dict(), partial / EMA_FILE)
-    torch.save(optimizer.state_dict(), partial / OPTIMIZER_FILE)
-    (partial / STATE_FILE).write_text(json.dumps(asdict(state)))
-    for path in [*partial.iterdir(), partial]:
-        _fsync(path)
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    _fsync(output_dir)
+    nonfinite = snapshot.first_nonfinite()
+    if nonfinite is not None:
+        raise InputError(f"{final.name}: found a value that is not finite in {nonfinite}; it is not written")
+    try:
+        _remove_unfinished(output_dir)
+        partial.mkdir(parents=True)
+        fault_point("save.begin", step)
+        save_weights(snapshot.model, partial / MODEL_FILE)
+        fault_point("save.model", step)
+        if snapshot.ema is not None:
+            save_weights(snapshot.ema, partial / EMA_FILE)
+        torch.save(snapshot.optimizer, partial / OPTIMIZER_FILE)
+        fault_point("save.optimizer", step)
+        for path in partial.iterdir():
+            _fsync(path)
+        fault_point("save.manifest", step)
+        write_manifest(partial, state, provenance)
+        _fsync(partial / MANIFEST_FILE)
+        _fsync(partial)
+        fault_point("save.rename", step)
+        if final.exists():
+            final.rename(final.with_name(final.name + ".deleted"))
+        partial.rename(final)
+        _fsync(output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return final
+
+
+def prune_checkpoints(output_dir: Path, keep_last: int, keep_every: int) -> None:
+    """Delete all but the newest `keep_last` complete checkpoints and those of every `keep_every`-th step (0: none).
+
+    A checkpoint is renamed before it is deleted, so that one that is half deleted has no final name.
+
+    Raises:
+        OSError: the deletion failed; it is tried again after the next save.
+    """
     for old in list_checkpoints(output_dir)[:-keep_last]:
-        shutil.rmtree(old)
+        if keep_every and step_of(old) % keep_every == 0:
+            continue
+        fault_point("save.prune", step_of(old))
+        doomed = old.with_name(old.name + ".deleted")
+        old.rename(doomed)
+        shutil.rmtree(doomed)
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None
-) -> TrainingState:
-    """Load what `save_checkpoint` wrote, in place.
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Checkpoints whose files have the sizes of their manifest, in the order of their steps."""
+    return [path for path in checkpoint_folders(output_dir) if _looks_complete(path)]
+
+
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """All folders with the name of a checkpoint in the order of their steps, whatever they hold; no other names."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((path for path in found if path.is_dir()), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def load_model(path: Path, model: nn.Module, ema: nn.Module | None) -> None:
+    """Load the weights that `write_checkpoint` wrote, in place.
 
     Raises:
         InputError: keys or shapes that differ from the model's, or a missing file.
@@ -68,35 +105,19 @@ def load_checkpoint(
     load_strict(model, load_state_dict(path / MODEL_FILE), path / MODEL_FILE)
     if ema is not None:
         load_strict(ema, load_state_dict(path / EMA_FILE), path / EMA_FILE)
-    optimizer.load_state_dict(torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True))
-    return TrainingState(**json.loads((path / STATE_FILE).read_text()))
 
 
-def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
-    """The newest complete checkpoint, or None to start anew.
-
-    Args:
-        resume: auto, true or false, as in `experiment.resume`.
+def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> None:
+    """Load the optimizer state that `write_checkpoint` wrote, in place; no code in it is run.
 
     Raises:
-        InputError: `true` without a checkpoint, or `false` in a folder that has one.
+        InputError: the state of another set of parameters, or a pickle of more than tensors.
     """
-    checkpoints = list_checkpoints(output_dir)
-    if resume == "false":
-        if checkpoints:
-            raise InputError(f"experiment.resume=false: {output_dir} already holds {checkpoints[-1].name}")
-        return None
-    if checkpoints:
-        return checkpoints[-1]
-    if resume == "true":
-        raise InputError(f"experiment.resume=true: no complete checkpoint in {output_dir}")
-    return None
-
-
-def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints in the order of their steps; other folders are ignored."""
-    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((path for path in found if (path / STATE_FILE).is_file()), key=lambda path: int(path.name[11:]))
+    try:
+        saved = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(f"{path / OPTIMIZER_FILE}: refused, damaged or a pickle of more than tensors") from error
+    restore_optimizer(model, optimizer, saved, path / OPTIMIZER_FILE, sharded)
 
 
 def save_weights(state_dict: dict[str, Tensor], path: Path) -> None:
@@ -107,6 +128,21 @@ def save_weights(state_dict: dict[str, Tensor], path: Path) -> None:
     os.umask(umask)
     partial.chmod(0o666 & ~umask)
     partial.replace(path)
+
+
+def _remove_unfinished(output_dir: Path) -> None:
+    """What earlier, killed runs left: half-written and half-deleted checkpoints."""
+    for path in output_dir.glob("checkpoint-*"):
+        if UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _looks_complete(path: Path) -> bool:
+    try:
+        check_sizes(path)
+    except InputError:
+        return False
+    return True
 
 
 def _fsync(path: Path) -> None:

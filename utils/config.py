@@ -6,6 +6,7 @@ Print the resolved config of a command line without running it:
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from utils.errors import InputError
-from utils.schema import Config
+from utils.schema import Config, TrainingConfig
 
 # Keys of published YAML files that nothing reads, there or here: accepted with a notice.
 IGNORED_KEYS = {"eval_every", "kv_cache", "finetune_decoder", "pretrained_tokenizer_weight"}
@@ -159,13 +160,14 @@ def _normalize(config: Config) -> None:
     """Undo YAML 1.1, which reads a bare `no` or `true` as a boolean where a word is meant."""
     if config.training.mixed_precision == "False":
         config.training.mixed_precision = "no"
-    config.experiment.resume = config.experiment.resume.lower()
+    if config.experiment.resume.lower() in ("auto", "true", "false"):  # else a path
+        config.experiment.resume = config.experiment.resume.lower()
 
 
 def _check_values(config: Config) -> None:
     generator, vq_model = config.model.generator, config.model.vq_model
     choices = {
-        "experiment.resume": (config.experiment.resume, ("auto", "true", "false")),
+        "dataset.params.on_bad_sample": (config.dataset.params.on_bad_sample, ("error", "skip")),
         "training.mixed_precision": (config.training.mixed_precision, ("bf16", "no")),
         "model.generator.perturb_mode": (generator.perturb_mode, ("switch", "mask", "none")),
         "model.vq_model.model_type": (vq_model.model_type, ("maskgit_vq",)),
@@ -203,8 +205,11 @@ def _check_values(config: Config) -> None:
 
 def _lower_bounds(config: Config) -> list[tuple[str, float, float]]:
     bounds = {
-        "experiment": {"save_every": 1, "keep_last": 2, "generate_every": 1, "log_every": 1, "log_grad_norm_every": 1},
-        "training": {"gradient_accumulation_steps": 1, "per_gpu_batch_size": 1, "max_train_steps": 0},
+        "experiment": {"save_every": 1, "keep_last": 2, "generate_every": 1, "log_every": 1, "log_grad_norm_every": 1}
+        | {"keep_every": 0, "max_save_failures": 1},
+        "training": {"gradient_accumulation_steps": 1, "per_gpu_batch_size": 1, "max_train_steps": 0}
+        | {"max_nonfinite_steps": 1, "launch_timeout": 1, "process_group_timeout": 1},
+        "dataset.params": {"max_bad_fraction": 0},
         "sampling": {"num_fid_samples": 1, "per_gpu_batch_size": 1},
         "model.generator": {"condition_num_classes": 1, "image_seq_len": 1, "num_hidden_layers": 1, "top_k": 0},
     }
@@ -215,6 +220,41 @@ def _lower_bounds(config: Config) -> list[tuple[str, float, float]]:
             node = getattr(node, part)
         rows += [(f"{section}.{key}", getattr(node, key), least) for key, least in keys.items()]
     return rows
+
+
+def accumulation_steps(training: TrainingConfig, world_size: int) -> int:
+    """Micro-batches per optimizer step on each of `world_size` processes.
+
+    Raises:
+        ConfigError: `training.global_batch_size` is not a multiple of what the processes take at once, or contradicts
+            `training.gradient_accumulation_steps`.
+    """
+    total, per_gpu, given = (
+        training.global_batch_size,
+        training.per_gpu_batch_size,
+        training.gradient_accumulation_steps,
+    )
+    if total is None:
+        return given
+    steps, rest = divmod(total, per_gpu * world_size)
+    if rest or not steps:
+        raise ConfigError(
+            f"training.global_batch_size={total}: expected a multiple of {per_gpu * world_size} = "
+            f"per_gpu_batch_size={per_gpu} * {world_size} processes"
+        )
+    if given not in (1, steps):
+        raise ConfigError(
+            f"training.gradient_accumulation_steps={given}: expected {steps} for global_batch_size={total}, "
+            f"per_gpu_batch_size={per_gpu} and {world_size} processes; leave it out"
+        )
+    return steps
+
+
+def check_global_batch(config: Config) -> None:
+    """For scripts that train: the batch must divide among the processes of this launch."""
+    accumulation_steps(config.training, int(os.environ.get("WORLD_SIZE", 1)))
+    if config.training.fsdp and config.training.use_ema:
+        raise ConfigError("training.fsdp=true: expected training.use_ema=false; the EMA is not sharded")
 
 
 def check_tokenizer_fits(config: Config) -> None:

@@ -9,11 +9,15 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message names the file, key or index, what was found and expected."""
 
 
+class TrainingError(RuntimeError):
+    """A run cannot go on. The message says at which step and why, and what to continue from."""
+
+
 @contextmanager
 def input_errors_exit() -> Iterator[None]:
-    """Around a script's main: an InputError becomes one line on stderr and exit status 1."""
+    """Around a script's main: an InputError or a TrainingError becomes one line on stderr and exit status 1."""
     try:
         yield
-    except InputError as error:
+    except (InputError, TrainingError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(1) from None

@@ -2,6 +2,8 @@
 
 import math
 
+from utils.schema import GeneratorConfig
+
 
 def learning_rate_at(step: int, peak: float, warmup_steps: int, max_steps: int, end_lr: float) -> float:
     """Linear warm-up from 0 to `peak`, then half a cosine down to `end_lr` at `max_steps`."""
@@ -20,3 +22,10 @@ def perturbation_ratio_at(step: int, anneal_start: int, anneal_end: int) -> floa
     if step >= anneal_end:
         return 0.0
     return min(1.0, (anneal_end - step) / max(1, anneal_end - anneal_start))
+
+
+def perturbation_ratio(step: int, generator: GeneratorConfig) -> float:
+    """`perturbation_ratio_at` as the config says; 0 for the plain AR model."""
+    if generator.perturb_mode == "none":
+        return 0.0
+    return perturbation_ratio_at(step, generator.randomness_anneal_start, generator.randomness_anneal_end)

@@ -18,10 +18,12 @@ class ExperimentConfig:
     max_train_examples: int = 1_281_167  # images in one epoch, to tell epochs in images (ten crops count once)
     save_every: int = 50_000  # steps between checkpoints
     keep_last: int = 2  # newest checkpoints that are kept (at least 2)
+    keep_every: int = 0  # checkpoints at multiples of this step are kept for good; 0: none
+    max_save_failures: int = 3  # end the run after this many failed saves in a row
     generate_every: int = 5_000  # steps between sample grids
     log_every: int = 50  # steps between log lines
     log_grad_norm_every: int = 1_000  # steps between logged gradient norms
-    resume: str = "auto"  # auto: continue if there is a checkpoint; true: there must be one; false: start anew
+    resume: str = "auto"  # auto: continue if there is a checkpoint; true: there must be one; false: none; or a path
     tokenizer_checkpoint: str = "maskgit-vqgan-imagenet-f16-256.bin"  # .bin, .safetensors or hf://OWNER/REPO/FILE
     generator_checkpoint: str | None = None  # to sample from: a file (or hf://...), checkpoint or run folder
 
@@ -81,6 +83,9 @@ class DatasetParams:
     train_shards_path_or_url: str | None = None  # images: tar shards ("a-{000..252}.tar", glob) or a folder per class
     eval_shards_path_or_url: str | None = None  # held-out images, in the same forms
     num_workers_per_gpu: int = 12  # data loader processes per rank; 0: in the main process
+    on_bad_sample: str = "error"  # bad lines of a jsonl: error, or skip (leave them out of the conversion)
+    max_bad_fraction: float = 0.001  # with skip: more bad lines than this share of all are an error
+    verify_hashes: bool = False  # read all codes at the start and compare them with the store's hashes
 
 
 @dataclass
@@ -127,7 +132,9 @@ class LRSchedulerConfig:
 
 @dataclass
 class TrainingConfig:
-    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
+    gradient_accumulation_steps: int = 1  # micro-batches per optimizer step; derived if global_batch_size is given
+    global_batch_size: int | None = None  # images per optimizer step, whatever the number of processes; null: product
+    allow_batch_change: bool = False  # continue a checkpoint that was written at another global batch
     per_gpu_batch_size: int = 256  # images per rank and micro-batch
     mixed_precision: str = "bf16"  # bf16 (autocast) or no (fp32)
     enable_tf32: bool = True  # TF32 matrix products on NVIDIA GPUs
@@ -137,6 +144,10 @@ class TrainingConfig:
     seed: int = 42  # of initialisation, data order and all training noise
     max_train_steps: int = 250_000  # length of the schedules and of the run
     max_grad_norm: float = 1.0  # gradient clipping
+    max_nonfinite_steps: int = 5  # end the run after this many steps in a row with a loss or gradient not finite
+    launch_timeout: int = 120  # seconds in which all processes must have met
+    process_group_timeout: int = 600  # seconds after which a rank that does not answer is taken for dead
+    fsdp: bool = False  # shard parameters, gradients and optimizer state over all processes (FSDP2); without EMA
     stop_steps: int | None = None  # end the run at this step with a checkpoint, schedules unchanged
 
 

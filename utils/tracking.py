@@ -39,8 +39,12 @@ class Tracker:
             self._to_wandb({name: wandb.Image(image)}, step)
 
     def finish(self) -> None:
-        if self.wandb_run is not None:
+        if self.wandb_run is None:
+            return
+        try:
             self.wandb_run.finish()
+        except Exception as error:  # the upload; the local files are complete
+            warnings.warn(f"wandb did not finish: {error}", stacklevel=2)
 
     def _to_wandb(self, values: dict[str, Any], step: int) -> None:
         if self.wandb_run is None:
@@ -78,8 +82,13 @@ def start_wandb(config: Config, output_dir: Path) -> Any:
         return wandb.init(**arguments, settings=settings)
     except Exception as error:  # no login, no network, a server that is down: each raises its own class
         reason = str(error).splitlines()[0]
-        warnings.warn(f"wandb is offline for this run ({reason}); training goes on", stacklevel=3)
-        return wandb.init(**{**arguments, "resume": None}, settings=settings, mode="offline")
+    try:
+        run = wandb.init(**{**arguments, "resume": None}, settings=settings, mode="offline")
+    except Exception as error:  # such as a full disk
+        warnings.warn(f"wandb is off for this run ({reason}; offline: {error}); training goes on", stacklevel=3)
+        return None
+    warnings.warn(f"wandb is offline for this run ({reason}); training goes on", stacklevel=3)
+    return run
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

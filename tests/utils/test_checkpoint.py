@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from utils.checkpoint import TrainingState, find_checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from utils.checkpoint import list_checkpoints, load_model, load_optimizer, prune_checkpoints, write_checkpoint
 from utils.errors import InputError
+from utils.manifest import Provenance, TrainingState, read_manifest
+from utils.resume import find_start
+from utils.snapshot import take_snapshot
 
 
 def trained(steps: int) -> tuple[nn.Linear, torch.optim.AdamW]:
@@ -19,14 +22,20 @@ def trained(steps: int) -> tuple[nn.Linear, torch.optim.AdamW]:
     return model, optimizer
 
 
+def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> None:
+    snapshot = take_snapshot(model, optimizer, ema, sharded=False)
+    write_checkpoint(folder, TrainingState(step, 16, 16 * step), Provenance(), snapshot)
+
+
 def test_model_optimizer_ema_and_state_come_back(tmp_path: Path) -> None:
     model, optimizer = trained(3)
     ema = nn.Linear(3, 2)
-    save_checkpoint(tmp_path, TrainingState(3, 16), model, optimizer, ema, keep_last=2)
+    save(tmp_path, 3, model, optimizer, ema)
     other_model, other_optimizer = trained(0)
     other_ema = nn.Linear(3, 2)
-    state = load_checkpoint(tmp_path / "checkpoint-3", other_model, other_optimizer, other_ema)
-    assert state == TrainingState(3, 16)
+    load_model(tmp_path / "checkpoint-3", other_model, other_ema)
+    load_optimizer(tmp_path / "checkpoint-3", other_model, other_optimizer, sharded=False)
+    assert read_manifest(tmp_path / "checkpoint-3").state == TrainingState(3, 16, 48)
     assert torch.equal(model.weight, other_model.weight)
     assert torch.equal(ema.weight, other_ema.weight)
     moments = [o.state[o.param_groups[0]["params"][0]]["exp_avg_sq"] for o in (optimizer, other_optimizer)]
@@ -37,14 +46,17 @@ def test_model_optimizer_ema_and_state_come_back(tmp_path: Path) -> None:
 def test_only_complete_checkpoints_count_and_the_newest_are_kept(tmp_path: Path) -> None:
     model, optimizer = trained(1)
     for step in (5, 10, 100):
-        save_checkpoint(tmp_path, TrainingState(step, 16), model, optimizer, None, keep_last=2)
+        save(tmp_path, step, model, optimizer, None)
+        prune_checkpoints(tmp_path, keep_last=2, keep_every=0)
     (tmp_path / "checkpoint-200.tmp").mkdir()
     (tmp_path / "checkpoint-300").mkdir()  # cut off before its last file
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-12.bak").mkdir()
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
-    assert find_checkpoint(tmp_path, "auto").name == "checkpoint-100"
-    assert find_checkpoint(tmp_path / "empty", "auto") is None
+    start = find_start(tmp_path, "auto")
+    assert start.checkpoint == str(tmp_path / "checkpoint-100")
+    assert start.set_aside == [str(tmp_path / "checkpoint-300")]
+    assert find_start(tmp_path / "empty", "auto").checkpoint is None
 
 
 def test_an_error_while_saving_leaves_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,12 +67,12 @@ def test_an_error_while_saving_leaves_no_checkpoint(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(RuntimeError, match="disk full"):
-        save_checkpoint(tmp_path, TrainingState(1, 16), model, optimizer, None, keep_last=2)
+        save(tmp_path, 1, model, optimizer, None)
     assert list_checkpoints(tmp_path) == []
 
 
 def test_a_checkpoint_of_another_model_names_the_difference(tmp_path: Path) -> None:
     model, optimizer = trained(1)
-    save_checkpoint(tmp_path, TrainingState(1, 16), model, optimizer, None, keep_last=2)
+    save(tmp_path, 1, model, optimizer, None)
     with pytest.raises(InputError, match=r"weight \(2, 3\) instead of \(4, 3\)"):
-        load_checkpoint(tmp_path / "checkpoint-1", nn.Linear(3, 4), optimizer, None)
+        load_model(tmp_path / "checkpoint-1", nn.Linear(3, 4), None)

@@ -1,0 +1,26 @@
+"""A picture of what a model has learned so far."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from modeling.generate import generate_images
+from modeling.maskgit_vq import MaskGitVQ
+from modeling.rear import ReAR
+from utils.images import make_grid
+from utils.schema import Config
+
+GRID_CLASSES, GRID_ROWS = 10, 4
+
+
+def save_sample_grid(model: ReAR, tokenizer: MaskGitVQ, config: Config, step: int) -> Image.Image:
+    """A column of samples for each of the first classes; always the same classes and random numbers."""
+    columns = min(GRID_CLASSES, model.num_classes)
+    indices = [row * model.num_classes + label for row in range(GRID_ROWS) for label in range(columns)]
+    was_training = model.training
+    grid = make_grid(generate_images(model.eval(), tokenizer, indices, config), columns)
+    model.train(was_training)
+    folder = Path(config.experiment.output_dir) / "train_generated_images"
+    folder.mkdir(exist_ok=True)
+    grid.save(folder / f"{step:07d}.png")
+    return grid

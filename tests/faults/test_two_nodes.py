@@ -1,0 +1,90 @@
+"""Two machines, as two torchrun agents on this one."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.faults.runs import NO_DROPOUT, WAIT_S, Run, children_of, free_port, launch_environment
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.multiprocess
+
+
+class TwoNodes:
+    """`scripts_bash/rear_train_multinode.sh` twice; a start of its own port and output."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.starts = run, 0
+
+    def start(self, *overrides: str, **variables: str) -> list[subprocess.Popen]:
+        self.starts += 1
+        python = Path(sys.executable).parent  # the environment's torchrun
+        common = {"NUM_NODES": "2", "GPUS_PER_NODE": "1", "MASTER_PORT": str(free_port()), "TIMEOUT": "60"}
+        common |= {"CONFIG": self.run.arguments[0].removeprefix("config="), "OUTPUT_DIR": str(self.run.folder)}
+        nodes = []
+        for rank in range(2):
+            environment = launch_environment(NODE_RANK=str(rank), PATH=f"{python}:{os.environ['PATH']}")
+            with Path(self.output(rank)).open("w") as output:
+                nodes.append(
+                    subprocess.Popen(
+                        ["bash", "scripts_bash/rear_train_multinode.sh", *self.run.arguments[1:-1], *overrides],
+                        env=environment | common | variables,
+                        cwd=ROOT,
+                        stdout=output,
+                        stderr=output,
+                        start_new_session=True,
+                    )
+                )
+        return nodes
+
+    def output(self, rank: int) -> str:
+        return f"{self.run.folder}.node{self.starts}.{rank}"
+
+    def text(self) -> str:
+        return "".join(Path(self.output(rank)).read_text() for rank in range(2))
+
+
+@pytest.mark.parametrize("lost", ["agent", "node"])
+def test_losing_an_agent_or_a_node_ends_the_other_and_both_continue(pair: Run, plain_oracle: Run, lost: str) -> None:
+    nodes = TwoNodes(pair)
+    agents = nodes.start(*NO_DROPOUT, "training.max_train_steps=3000", "experiment.save_every=20")
+    workers = []
+    try:
+        pair.wait_for_step(25)
+        workers = children_of(agents[1].pid)
+        assert len(workers) == 1
+        if lost == "node":
+            os.killpg(agents[1].pid, signal.SIGKILL)
+            os.kill(workers[0], signal.SIGKILL)  # torchrun starts workers in sessions of their own
+        else:
+            agents[1].kill()
+        assert agents[0].wait(WAIT_S) != 0
+    finally:
+        for agent in agents:
+            agent.kill()
+    status = pair.status()
+    if lost == "node":
+        assert status.status == "failed"
+        assert "another rank is gone or did not answer within training.process_group_timeout=20 s" in nodes.text()
+    else:
+        assert (status.status, status.reason) == ("preempted", "a signal to another rank")
+        assert f"preempted at step {status.step}" in nodes.text()
+        assert pair.checkpoints()[-1] == f"checkpoint-{status.step}"
+    last = int(pair.checkpoints()[-1].removeprefix("checkpoint-"))
+    agents = nodes.start(*NO_DROPOUT, "training.max_train_steps=3000", f"training.stop_steps={last + 3}")
+    assert [agent.wait(WAIT_S) for agent in agents] == [0, 0], nodes.text()
+    assert pair.status().status == "completed"
+    assert f"steps {last} to {last + 3}" in pair.log()
+    assert [row[0] for row in pair.curves()] == [*range(1, last + 4)]
+
+
+def test_two_nodes_train_as_one_process_does(pair: Run, plain_oracle: Run) -> None:
+    nodes = TwoNodes(pair)
+    agents = nodes.start(*NO_DROPOUT)
+    assert [agent.wait(WAIT_S) for agent in agents] == [0, 0], nodes.text()
+    for ours, theirs in zip(pair.curves(), plain_oracle.curves(), strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)

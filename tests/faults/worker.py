@@ -1,0 +1,92 @@
+"""One rank of a training run under observation: records what it consumes, and can be slow or be poisoned.
+
+Started by `tests.faults.runs` from a server that has the imports done already, or by torchrun as a script. Environment:
+TEST_RECORD: file that gets a line {step, rank, ids} per micro-batch; TEST_SLOW: seconds per step; TEST_POISON:
+`<step>@<rank>` or `<step>+@<rank>` (from that step on): the loss is NaN there; TEST_SIGNAL_IN_SAVE: a SIGTERM comes
+while a checkpoint is written; TEST_CWD: working folder, with {rank};
+TEST_SHARDS: print how many parameters this rank holds.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from scripts import train_rear
+from utils import checkpoint
+from utils.config import load_config
+from utils.errors import input_errors_exit
+from utils.status import EXIT_PREEMPTED
+
+
+def observe() -> None:
+    """Wrap the hooks that the trainer has anyway: the fault point of a step and `training_step`."""
+    rank, at = int(os.environ.get("RANK", 0)), {"step": -1}
+    original_fault_point, original_step = train_rear.fault_point, train_rear.training_step
+    poison, _, poisoned_rank = os.environ.get("TEST_POISON", "").partition("@")
+
+    def fault_point(name: str, step: int) -> None:
+        at["step"] = step
+        time.sleep(float(os.environ.get("TEST_SLOW", 0)))
+        original_fault_point(name, step)
+
+    def training_step(model, tokenizer, batch, *rest):
+        if "TEST_RECORD" in os.environ:
+            line = json.dumps({"step": at["step"], "rank": rank, "ids": batch["index"].tolist()})
+            with Path(os.environ["TEST_RECORD"]).open("a") as file:
+                file.write(line + "\n")
+        terms = original_step(model, tokenizer, batch, *rest)
+        if poison and int(poisoned_rank) == rank:
+            reached = at["step"] >= int(poison[:-1]) if poison.endswith("+") else at["step"] == int(poison)
+            if reached:
+                terms.loss = terms.loss * float("nan")
+        return terms
+
+    train_rear.fault_point, train_rear.training_step = fault_point, training_step
+    if "TEST_SHARDS" in os.environ:
+        original_optimizer = train_rear.build_optimizer
+
+        def build_optimizer(model, config):
+            parameters = list(model.parameters())
+            local = sum(p.to_local().numel() for p in parameters)
+            print(f"{sum(p.numel() for p in parameters)} parameters, {local} of them here", flush=True)
+            return original_optimizer(model, config)
+
+        train_rear.build_optimizer = build_optimizer
+    if "TEST_SIGNAL_IN_SAVE" in os.environ:
+        original_manifest = checkpoint.write_manifest
+
+        def write_manifest(*arguments: object) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            original_manifest(*arguments)
+
+        checkpoint.write_manifest = write_manifest
+
+
+def train(arguments: list[str]) -> None:
+    """Exit as the script does."""
+    torch.set_num_threads(1)
+    observe()
+    with input_errors_exit():
+        if train_rear.main(load_config(arguments)) == "preempted":
+            raise SystemExit(EXIT_PREEMPTED)
+
+
+def train_in_child(arguments: list[str], environment: dict[str, str], output: str) -> None:
+    """As a process of its own: environment and output are those of a launched script."""
+    multiprocessing.set_start_method("fork", force=True)  # as in a script on Linux, for the data loader's workers
+    os.environ.update(environment)
+    os.chdir(os.environ.get("TEST_CWD", ".").format(rank=os.environ.get("RANK")))
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    train(arguments)
+
+
+if __name__ == "__main__":
+    train(sys.argv[1:])

@@ -1,0 +1,127 @@
+"""The manifest of a checkpoint: where the run stood, what it was made from, and the hash of every file beside it."""
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from utils.errors import InputError
+
+MANIFEST_FILE = "manifest.json"
+VERSIONED_PACKAGES = ["torch", "accelerate", "timm", "numpy", "safetensors"]
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands; the position in the data and all random numbers follow from it."""
+
+    global_step: int  # optimizer steps done, skipped ones included
+    global_batch_size: int  # images per optimizer step
+    samples_seen: int  # images consumed; global_step * global_batch_size unless the batch was changed on the way
+    nonfinite_steps: int = 0  # steps whose update was skipped
+    started_from: str | None = None  # the PATH of experiment.resume=PATH with which this line of checkpoints began
+
+
+@dataclass
+class Provenance:
+    """What a checkpoint was made from."""
+
+    config: dict[str, Any] = field(default_factory=dict)  # the resolved config, by section
+    data_hash: str = ""  # fingerprint of the training data
+    code_hash: str = ""  # of the Python sources
+
+
+@dataclass
+class FileRecord:
+    size: int  # bytes
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    state: TrainingState
+    provenance: Provenance
+    config_hash: str
+    versions: dict[str, str]
+    files: dict[str, FileRecord]
+
+
+def write_manifest(folder: Path, state: TrainingState, provenance: Provenance) -> None:
+    """Describe all files of `folder` in its manifest.json, which also holds the hash of its own content."""
+    manifest = Manifest(
+        state=state,
+        provenance=provenance,
+        config_hash=hash_of(provenance.config),
+        versions={"python": platform.python_version(), **{name: version(name) for name in VERSIONED_PACKAGES}},
+        files={path.name: FileRecord(path.stat().st_size, file_sha256(path)) for path in sorted(folder.iterdir())},
+    )
+    content = asdict(manifest)
+    content["sha256"] = hash_of(content)
+    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """
+    Raises:
+        InputError: no manifest, or one that is damaged.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise InputError(f"{folder}: found no {MANIFEST_FILE}, so it is not known to be complete")
+    try:
+        raw = json.loads(path.read_bytes())
+        if raw.pop("sha256") != hash_of(raw):
+            raise ValueError("it differs from its own sha256")
+        return Manifest(
+            state=TrainingState(**raw["state"]),
+            provenance=Provenance(**raw["provenance"]),
+            config_hash=raw["config_hash"],
+            versions=raw["versions"],
+            files={name: FileRecord(**record) for name, record in raw["files"].items()},
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged, {type(error).__name__}: {error}") from error
+
+
+def check_sizes(folder: Path) -> Manifest:
+    """The manifest, after a look at the sizes of the files: a cut file is found in no time.
+
+    Raises:
+        InputError: a file that is missing or of another size, or no good manifest.
+    """
+    manifest = read_manifest(folder)
+    for name, record in manifest.files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else "no file"
+        if found != record.size:
+            raise InputError(f"{path}: found {found}, expected {record.size} bytes as in {MANIFEST_FILE}")
+    return manifest
+
+
+def verify(folder: Path) -> Manifest:
+    """The manifest, after reading every file: neither safetensors nor torch.load notices a flipped bit.
+
+    Raises:
+        InputError: any difference from the manifest, or no good manifest.
+    """
+    manifest = check_sizes(folder)
+    for name, record in manifest.files.items():
+        found = file_sha256(folder / name)
+        if found != record.sha256:
+            raise InputError(
+                f"{folder / name}: damaged, found sha256 {found[:12]}..., expected {record.sha256[:12]}..."
+            )
+    return manifest
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of(values: dict[str, Any]) -> str:
+    """sha256 of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

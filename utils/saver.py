@@ -1,0 +1,71 @@
+"""Writing checkpoints while training goes on."""
+
+import logging
+import os
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+from utils.checkpoint import prune_checkpoints, write_checkpoint
+from utils.manifest import Provenance, TrainingState
+from utils.schema import ExperimentConfig
+from utils.snapshot import Snapshot
+
+
+class CheckpointSaver:
+    """Writes snapshots in a thread, one at a time. A failure is one line in the log, and training goes on.
+
+    Only the main process gives it something to write; that needs host memory for a copy of the whole state.
+
+    Attributes:
+        last_good: the newest checkpoint that was written or that the run started from.
+        failures_in_a_row: failed saves since the last good one.
+    """
+
+    def __init__(
+        self, experiment: ExperimentConfig, provenance: Provenance, last_good: str | None, logger: logging.Logger
+    ) -> None:
+        self.experiment, self.provenance, self.logger = experiment, provenance, logger
+        self.output_dir = Path(experiment.output_dir)
+        self.limit, self.last_good, self.failures_in_a_row = experiment.max_save_failures, last_good, 0
+        self._thread: threading.Thread | None = None
+
+    @property
+    def gave_up(self) -> bool:
+        return self.failures_in_a_row >= self.limit
+
+    def start(self, state: TrainingState, snapshot: Snapshot) -> None:
+        """Begin to write, after the save before this one has ended."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(replace(state), snapshot))
+        self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def describe_last_good(self) -> str:
+        self.wait()
+        if int(os.environ.get("RANK", 0)) > 0:
+            return "rank 0 names the last good checkpoint"
+        return f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint"
+
+    def _write(self, state: TrainingState, snapshot: Snapshot) -> None:
+        try:
+            self.last_good = str(write_checkpoint(self.output_dir, state, self.provenance, snapshot))
+        except Exception as error:  # full disk: OSError or torch's RuntimeError; whatever it is, all ranks must learn
+            self.failures_in_a_row += 1
+            free = shutil.disk_usage(self.output_dir).free
+            self.logger.error(
+                f"checkpoint-{state.global_step} was not written (failure {self.failures_in_a_row} of "
+                f"{self.limit} in a row): {str(error).splitlines()[0]}; needed "
+                f"{snapshot.num_bytes() / 1e9:.3f} GB, free {free / 1e9:.3f} GB"
+            )
+            return
+        self.failures_in_a_row = 0
+        try:
+            prune_checkpoints(self.output_dir, self.experiment.keep_last, self.experiment.keep_every)
+        except (OSError, RuntimeError) as error:
+            self.logger.warning(f"an old checkpoint could not be deleted: {error}")

@@ -1,0 +1,70 @@
+"""What all ranks must know before the update of a step: one all-reduce of three numbers."""
+
+import logging
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.errors import TrainingError
+from utils.saver import CheckpointSaver
+from utils.signals import StopSignals
+
+
+class StepGuard:
+    """Decides on every rank alike whether to update, to go on or to end.
+
+    Args:
+        nonfinite_steps: skipped updates before this start of the run.
+        limit: `training.max_nonfinite_steps`.
+
+    Attributes:
+        stop: a stop signal has reached any rank; end after this step.
+        nonfinite_steps: skipped updates of the whole run.
+    """
+
+    def __init__(
+        self, nonfinite_steps: int, limit: int, signals: StopSignals, saver: CheckpointSaver, logger: logging.Logger
+    ) -> None:
+        self.nonfinite_steps, self.limit, self.in_a_row = nonfinite_steps, limit, 0
+        self.signals, self.saver, self.logger = signals, saver, logger
+        self.stop = False
+
+    def allows_update(self, step: int, loss_and_norm: Tensor) -> bool:
+        """Join the flags of all ranks. Waits for the device, once per step: the update depends on the answer.
+
+        Args:
+            loss_and_norm: (K,) losses and gradient norm of this rank; the update is skipped unless all are finite.
+
+        Raises:
+            TrainingError: too many steps in a row that are not finite, or too many failed checkpoints.
+        """
+        flags = torch.zeros(3, device=loss_and_norm.device)
+        flags[0] = self.signals.requested()
+        flags[1] = ~torch.isfinite(loss_and_norm).all()
+        flags[2] = self.saver.gave_up
+        self.stop, nonfinite, save_failed = (flag > 0 for flag in max_over_ranks(flags).tolist())
+        if save_failed:
+            raise TrainingError(
+                f"step {step}: checkpoints failed {self.saver.limit} times in a row (experiment.max_save_failures); "
+                f"{self.saver.describe_last_good()}"
+            )
+        if not nonfinite:
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        self.nonfinite_steps += 1
+        self.logger.warning(f"step {step}: loss or gradient not finite, update skipped ({self.in_a_row} in a row)")
+        if self.in_a_row >= self.limit:
+            raise TrainingError(
+                f"step {step}: loss or gradient not finite for {self.in_a_row} steps in a row "
+                f"(training.max_nonfinite_steps={self.limit}); {self.saver.describe_last_good()}"
+            )
+        return False
+
+
+def max_over_ranks(values: Tensor) -> Tensor:
+    """The largest value over all processes, element by element, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
