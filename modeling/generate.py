@@ -1,19 +1,29 @@
-"""Sampling codes: prefill, one-token decoding with a static KV cache, power-cosine guidance.
+"""Sampling codes: power-cosine guidance, choice by uniforms, and the loop over the codes of a batch of images.
 
-Legend: B images, N codes per image, S = 2 B or B streams (conditional, then unconditional when guided), D hidden size,
+Legend: B images, N codes per image, S = 2 B or B streams (conditional, then unconditional when guided),
 V codebook size.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from modeling.decoding import (
+    BUCKET,
+    DecoderWeights,
+    DecodingState,
+    StepHalves,
+    compiled_halves,
+    decode_one_token,
+    prefill,
+)
+from modeling.image_decoder import ImageDecoder
 from modeling.maskgit_vq import MaskGitVQ
-from modeling.rear import LayerKVCache, ReAR
-from utils.images import to_uint8
+from modeling.rear import ReAR
+from modeling.step_graph import StepGraphs
 from utils.randomness import image_uniforms
 from utils.schema import Config, GeneratorConfig
 
@@ -27,9 +37,9 @@ def guidance_schedule(guidance_scale: float, guidance_scale_pow: float, steps: i
     return [1 + (guidance_scale - 1) * r for r in ramp]
 
 
-def guide(cond_logits: Tensor, uncond_logits: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance on logits of any equal shape."""
-    return uncond_logits + scale * (cond_logits - uncond_logits)
+def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance on logits, or what they depend on linearly, of any equal shape."""
+    return uncond + scale * (cond - uncond)
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -60,85 +70,138 @@ def sample_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, uniforms.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
-@torch.inference_mode()
-def generate(
-    model: ReAR,
-    class_labels: Tensor,
-    uniforms: Tensor,
-    config: GeneratorConfig,
-    on_step: Callable[[], object] = lambda: None,
-) -> Tensor:
-    """Sample the codes of images in raster order.
+def choose_codes(hidden: Tensor, state: DecodingState, scales: Tensor, config: GeneratorConfig) -> None:
+    """Choose the next codes from the head's input (S, D): they enter `state.codes`, the position moves on to them.
+
+    Guidance is linear and so is the head: guided before it, the head runs on half of the rows.
+    """
+    k = state.position - 1  # (1,) which code
+    if state.guided:
+        hidden = guide(*hidden.chunk(2), scales.index_select(0, k))  # (B, D)
+    logits = state.weights.model.lm_head(hidden) / config.randomize_temperature  # (B, V)
+    logits = filter_logits(logits, config.top_k, config.top_p)
+    codes = sample_codes(logits, state.uniforms.index_select(1, k)[:, 0])  # (B,)
+    state.codes.index_copy_(1, k, codes[:, None])
+    state.position.add_(1)
+
+
+class CodeSampler:
+    """Samples the codes of batches of images; buffers and CUDA graphs are kept for the next batch of the same size.
 
     Args:
-        model: in eval mode.
-        class_labels: (B,) int64 on the model's device.
-        uniforms: (B, N) random numbers, one row per image (`utils.randomness.image_uniforms`): an image depends on
-            its own row only, not on the batch it is in.
+        model: in eval mode; its weights must not change while this object is used.
         config: guidance, temperature, top-k and top-p.
-        on_step: called after each code, for a progress bar.
-
-    Returns:
-        (B, N) int64 codes.
+        dtype: of the blocks' matrix products and of the cache; everything else is float32.
+        compile_mode: `sampling.compile`. off: operations are launched one by one; on: the step is compiled and, on
+            CUDA, runs as a graph; auto: on on CUDA, off on a CPU, and off with a notice where that fails.
+        notice: receives the notice, one line.
     """
-    guided = config.guidance_scale != 1
-    scales = guidance_schedule(config.guidance_scale, config.guidance_scale_pow, model.image_seq_len)
-    stream_labels = class_labels
-    if guided:
-        stream_labels = torch.cat([class_labels, torch.full_like(class_labels, model.num_classes)])  # (S,)
-    positions = model.position_table()  # (1, T, D)
-    condition = model.condition(stream_labels)  # (S, T, D)
-    caches = make_caches(model, len(stream_labels), positions)
-    codes = torch.empty(len(class_labels), model.image_seq_len, dtype=torch.int64, device=class_labels.device)
 
-    logits = prefill(model, stream_labels, positions, condition, caches)  # (S, V)
-    for k in range(model.image_seq_len):
-        if k > 0:
-            new_codes = codes[:, k - 1].repeat(2 if guided else 1)  # (S,)
-            logits = decode_one_token(model, new_codes, k + 1, positions, condition, caches)
-        logits = logits.float()
-        if guided:
-            logits = guide(*logits.chunk(2), scales[k])  # (B, V)
-        logits = filter_logits(logits / config.randomize_temperature, config.top_k, config.top_p)
-        codes[:, k] = sample_codes(logits, uniforms[:, k])
+    def __init__(
+        self,
+        model: ReAR,
+        config: GeneratorConfig,
+        dtype: torch.dtype = torch.float32,
+        compile_mode: str = "off",
+        notice: Callable[[str], object] = print,
+    ) -> None:
+        self.config, self.compile_mode, self.notice = config, compile_mode, notice
+        with torch.inference_mode():
+            self.weights = DecoderWeights(model, dtype)
+        self.steps, self.device = model.image_seq_len, model.cls_token.device
+        scales = guidance_schedule(config.guidance_scale, config.guidance_scale_pow, self.steps)
+        self.scales = torch.tensor(scales, device=self.device)  # (N,)
+        self.state: DecodingState | None = None
+        self.halves, self.graphs = StepHalves(), None
+
+    @torch.inference_mode()
+    def __call__(self, class_labels: Tensor, uniforms: Tensor, on_step: Callable[[], object] = lambda: None) -> Tensor:
+        """Sample in raster order.
+
+        Args:
+            class_labels: (B,) int64. From the CPU, they and the uniforms come without a host sync.
+            uniforms: (B, N) random numbers, one row per image (`utils.randomness.image_uniforms`): an image depends
+                on its own row only, not on the batch it is in.
+            on_step: called after each code, for a progress bar.
+
+        Returns:
+            (B, N) int64 codes; a GPU may still be at work on them.
+        """
+        if self.state is None or len(self.state.codes) != len(class_labels):
+            self._prepare(len(class_labels))
+        state = self.state
+        state.begin(class_labels, uniforms)
+        state.fill_modulations(0)
+        choose_codes(prefill(state, self.halves), state, self.scales, self.config)
         on_step()
-    return codes
+        for position in range(2, self.steps + 1):
+            if position % BUCKET == 0:
+                state.fill_modulations(position)
+            if self.graphs is not None:
+                self.graphs.replay(bucket_end(position))
+            else:
+                self._step(position + 1, masked=False)
+            on_step()
+        return state.codes.clone()
+
+    def _step(self, end: int, masked: bool) -> None:
+        hidden = decode_one_token(self.state, end, masked, self.halves)
+        choose_codes(hidden, self.state, self.scales, self.config)
+
+    def _prepare(self, images: int) -> None:
+        """Allocate for batches of this size; compile and capture where that is asked for."""
+        self.state = self.graphs = None  # freed before the next ones are allocated
+        self.state = DecodingState(self.weights, images, guided=self.config.guidance_scale != 1)
+        if not compiles(self.compile_mode, self.device):
+            return
+        try:
+            self.halves = compiled_halves()
+            self._warm_up()
+        except RuntimeError as error:  # of the compiler, a kernel or the capture
+            if self.compile_mode == "on":
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            self.notice(f"sampling.compile=auto: the step runs without a graph, since compiling it failed: {reason}")
+            self.compile_mode, self.halves, self.graphs = "off", StepHalves(), None
+
+    def _warm_up(self) -> None:
+        ends = sorted({bucket_end(position) for position in range(2, self.steps + 1)})
+        if self.device.type == "cuda":
+            self.graphs = StepGraphs(lambda end: self._step(end, masked=True), self._rewind, ends)
+        elif ends:
+            self._rewind()
+            self._step(3, masked=False)
+
+    def _rewind(self) -> None:
+        self.state.position.fill_(2)
 
 
-def make_caches(model: ReAR, streams: int, like: Tensor) -> list[LayerKVCache]:
-    """One static cache per block, as long as the sequence, in the device and dtype of `like`."""
-    attention = model.blocks[0].attn
-    head_size = like.shape[-1] // attention.num_heads
-    shape = (streams, attention.num_heads, model.image_seq_len + 1, head_size)  # the last code is never fed back
-    return [LayerKVCache(shape, like.device, like.dtype) for _ in model.blocks]
+def compiles(compile_mode: str, device: torch.device) -> bool:
+    return compile_mode == "on" or (compile_mode == "auto" and device.type == "cuda")
 
 
-def prefill(
-    model: ReAR, class_labels: Tensor, positions: Tensor, condition: Tensor, caches: list[LayerKVCache]
-) -> Tensor:
-    """Feed [cls, class] and return the logits (S, V) of the first code."""
-    return model.step(model.embed_prefix(class_labels) + positions[:, :2], condition[:, :2], caches)
+def bucket_end(position: int) -> int:
+    """Length of the attention of a graph's step: that of the position's whole bucket."""
+    return (position // BUCKET + 1) * BUCKET
 
 
-def decode_one_token(
-    model: ReAR, codes: Tensor, position: int, positions: Tensor, condition: Tensor, caches: list[LayerKVCache]
-) -> Tensor:
-    """Feed the codes (S,) that stand at `position` of the sequence and return the logits (S, V) of the next ones."""
-    here = slice(position, position + 1)
-    return model.step(model.embeddings(codes)[:, None] + positions[:, here], condition[:, here], caches)
+def generate(model: ReAR, class_labels: Tensor, uniforms: Tensor, config: GeneratorConfig) -> Tensor:
+    """Codes (B, N) of one batch in float32, launched one by one; arguments as in `CodeSampler`."""
+    return CodeSampler(model, config)(class_labels, uniforms)
 
 
-@torch.inference_mode()
 def generate_images(model: ReAR, tokenizer: MaskGitVQ, indices: list[int], config: Config) -> np.ndarray:
-    """The images with these indices; image i has class i mod C and its own random numbers.
+    """The images with these indices, in float32; image i has class i mod C and its own random numbers.
 
     Returns:
         (len(indices), H, W, 3) uint8.
     """
-    device = model.cls_token.device
-    class_labels = torch.tensor(indices, device=device) % model.num_classes
-    uniforms = image_uniforms(config.sampling.seed, indices, model.image_seq_len).to(device)
+    class_labels, uniforms = image_inputs(indices, model, config.sampling.seed)
     codes = generate(model, class_labels, uniforms, config.model.generator)
-    # One image at a time: the rounding of a convolution depends on the batch size, and truncation to bytes shows it.
-    images = torch.cat([tokenizer.decode(image_codes) for image_codes in codes.split(1)])  # (B, 3, H, W)
-    return to_uint8(images, config.sampling.uint8_rule)
+    decoder = ImageDecoder(tokenizer, config.sampling.uint8_rule)
+    return decoder.finish(decoder.start(codes))
+
+
+def image_inputs(indices: Sequence[int], model: ReAR, seed: int) -> tuple[Tensor, Tensor]:
+    """Class labels (B,) int64 and uniforms (B, N) of the images with these indices, on the CPU."""
+    return torch.tensor(indices) % model.num_classes, image_uniforms(seed, list(indices), model.image_seq_len)

@@ -1,7 +1,8 @@
 """reAR: a raster-order GPT over tokenizer codes, with training-only projectors for embedding regularization.
 
 Paper: https://arxiv.org/abs/2510.04450. The architecture is RAR's (https://arxiv.org/abs/2411.00776) in raster order.
-The state-dict keys are those of the published weights and never change.
+The state-dict keys are those of the published weights and never change. `modeling/decoding.py` restates the forward
+pass for one position with a cache.
 
 Legend: B images, N codes per image, T = N + 2 positions [cls, class, x1 .. xN], D hidden size, H heads, d = D / H,
 V codebook size, C classes, Z width of a codebook vector.
@@ -42,23 +43,6 @@ class ReAROutput:
     decode_z: Tensor | None  # (B, N, Z) from the position that predicts the code
 
 
-class LayerKVCache:
-    """Keys and values of one attention layer in buffers of full length, written in place."""
-
-    def __init__(self, shape: tuple[int, int, int, int], device: torch.device, dtype: torch.dtype) -> None:
-        self.keys = torch.empty(shape, device=device, dtype=dtype)  # (B, H, T, d)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store new positions (B, H, t, d) and return all that are stored so far."""
-        assert self.length == 0 or keys.shape[2] == 1, "only the first call may add several positions"
-        start, self.length = self.length, self.length + keys.shape[2]
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-
 class Attention(nn.Module):
     """Causal self-attention with LayerNorm on queries and keys per head."""
 
@@ -72,14 +56,12 @@ class Attention(nn.Module):
         self.proj = nn.Linear(hidden_size, hidden_size)
         self.proj_drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cache: LayerKVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast a norm returns float32
-        if cache is not None:
-            k, v = cache.append(k, v)
         dropout = self.attn_drop if self.training else 0.0
-        # is_causal instead of a mask keeps the flash kernel; a single new position sees all that is cached.
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.shape[2] > 1)  # (B, H, t, d)
+        # is_causal instead of a mask keeps the flash kernel.
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, d)
         return self.proj_drop(self.proj(rearrange(x, "b h t d -> b t (h d)")))
 
 
@@ -98,10 +80,10 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, mlp_size, drop=dropout)
         self.adaLN_modulation = adaln_linear(hidden_size, 6)
 
-    def forward(self, x: Tensor, condition: Tensor, cache: LayerKVCache | None = None) -> Tensor:
-        modulation = self.adaLN_modulation(condition)  # (B, t, 6 D)
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        modulation = self.adaLN_modulation(condition)  # (B, T, 6 D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn), cache)
+        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
         return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
@@ -222,21 +204,6 @@ class ReAR(nn.Module):
                 decode_z = self.decode_align_mlp(x[:, 1:-1])  # (B, N, Z) at class, x1 .. xN-1
         logits = self.lm_head(self.adaln_before_head(x[:, 1:-1], condition[:, 1:-1]))  # (B, N, V)
         return ReAROutput(logits, encode_z, decode_z)
-
-    def step(self, x: Tensor, condition: Tensor, caches: list[LayerKVCache]) -> Tensor:
-        """Cached pass over new positions, for sampling.
-
-        Args:
-            x: (B, t, D) embedded input of the new positions.
-            condition: (B, t, D) of the same positions.
-            caches: one per block; extended by t positions.
-
-        Returns:
-            (B, V) logits of the code after the last new position.
-        """
-        for block, cache in zip(self.blocks, caches, strict=True):
-            x = block(x, condition, cache)
-        return self.lm_head(self.adaln_before_head(x[:, -1], condition[:, -1]))
 
     def embed_prefix(self, class_labels: Tensor) -> Tensor:
         """(B,) class ids -> (B, 2, D) embeddings of [cls, class], without positions."""

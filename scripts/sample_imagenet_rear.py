@@ -3,11 +3,12 @@
     PYTHONPATH=. torchrun --nproc_per_node=8 scripts/sample_imagenet_rear.py config=configs/rear_b.yaml \\
         experiment.output_dir=outputs/rear_b_samples experiment.generator_checkpoint=outputs/rear_b
 
-Image i has class i mod C and depends on (weights, config, sampling.seed, i) only, so any number of processes and any
-batch size give the same images, and no block of the file is sorted by class (the Inception Score needs that).
+Image i has class i mod C and depends on (weights, config, sampling.seed, i) only, so any number of processes gives the
+same images, and no block of the file is sorted by class (the Inception Score needs that).
 
-Writes `<output_dir>.npz` (arr_0: uint8 NHWC images, arr_1: int64 labels), `<output_dir>.png` (the first images, a grid)
-and `<output_dir>.yaml` (the resolved config). While it runs, finished batches lie in `<output_dir>.parts/`.
+Writes `<output_dir>.npz` (arr_0: uint8 NHWC images, arr_1: int64 labels), `<output_dir>.png` (a grid of some),
+`<output_dir>.yaml` (the resolved config) and, with `sampling.save_png`, `<output_dir>.images/`. While it runs, finished
+batches lie in `<output_dir>.parts/`: the same command continues a killed run from there, with any number of processes.
 """
 
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
@@ -15,91 +16,168 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
 
     CONFIG = load_config_or_exit(check_tokenizer_fits)
 
-import os
+import dataclasses
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
-from modeling.generate import generate_images
-from modeling.maskgit_vq import load_tokenizer
-from modeling.rear import load_generator
+from modeling.generate import CodeSampler, image_inputs
+from modeling.image_decoder import ImageDecoder
+from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.rear import ReAR, load_generator
 from utils.config import Config, save_config
 from utils.distributed import distributed
 from utils.errors import InputError, input_errors_exit
+from utils.files import complete_file
 from utils.images import make_grid
 from utils.npz import write_npz
+from utils.sample_parts import SampleParts
+from utils.weights import weights_sha256
 
 GRID_COLUMNS, GRID_IMAGES = 10, 50
+PNG_THREADS = 4
 
 
 def main(config: Config) -> None:
     if config.experiment.generator_checkpoint is None:
         raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
     output = Path(config.experiment.output_dir)
-    parts = output.with_name(output.name + ".parts")
     tokenizer = load_tokenizer(config)
     model = load_generator(config.experiment.generator_checkpoint, config.model)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.enable_tf32
-    with distributed() as world:
+    parts = SampleParts(
+        output.with_name(output.name + ".parts"), config.sampling.num_fid_samples, config.sampling.per_gpu_batch_size
+    )
+    with distributed() as world:  # left before the work begins: nothing later waits for a collective
+        fingerprint = fingerprint_of(config, model, tokenizer, world.device)
         if world.is_main_process:
-            shutil.rmtree(parts, ignore_errors=True)
-            parts.mkdir(parents=True)
+            parts.claim(fingerprint)
         world.barrier()
-        model.to(world.device).eval()
-        tokenizer.to(world.device)
-        first, last = (config.sampling.num_fid_samples * r // world.world_size for r in (world.rank, world.rank + 1))
-        batch_size = config.sampling.per_gpu_batch_size
-        for start in tqdm(range(first, last, batch_size), unit="batch", disable=not world.is_main_process):
-            indices = list(range(start, min(start + batch_size, last)))
-            images = generate_images(model, tokenizer, indices, config)
-            save_part(parts / f"{start:09d}.npy", images)
-        world.barrier()
-        if world.is_main_process:
-            pack(parts, output, config)
+        parts.check(fingerprint)
+        missing = parts.missing()
+        world.barrier()  # all have looked before anyone adds parts
+    model.to(world.device).eval()
+    tokenizer.to(world.device)
+    progress = tqdm(missing[world.rank :: world.world_size], unit="batch", disable=not world.is_main_process)
+    with PartWriter(parts, output, config.sampling.save_png) as writer:
+        for block, images in sample_blocks(progress, model, tokenizer, config, notices=world.is_main_process):
+            writer.write(block, images)
+    if world.is_main_process:
+        parts.wait()
+        pack(parts, output, config)
 
 
-def save_part(path: Path, images: np.ndarray) -> None:
-    """Write (B, H, W, 3) uint8 so that the file exists only when it is complete."""
-    partial = path.with_suffix(".tmp")
-    with partial.open("wb") as file:
-        np.save(file, images)
-    os.replace(partial, path)
+def fingerprint_of(config: Config, model: ReAR, tokenizer: MaskGitVQ, device: torch.device) -> dict[str, Any]:
+    """All that the images depend on, by config key."""
+    sections = {"model": config.model, "sampling": config.sampling}
+    return {
+        **{key: value for name, section in sections.items() for key, value in flat(name, dataclasses.asdict(section))},
+        "training.enable_tf32": config.training.enable_tf32,
+        "device": device.type,
+        "sha256 of experiment.generator_checkpoint": weights_sha256(model),
+        "sha256 of experiment.tokenizer_checkpoint": weights_sha256(tokenizer),
+    }
 
 
-def pack(parts: Path, output: Path, config: Config) -> None:
-    """Gather the parts into the npz, a part at a time, and remove them."""
-    files = sorted(parts.glob("*.npy"))
+def flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if not isinstance(value, dict):
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from flat(f"{name}.{key}", inner)
+
+
+def sample_blocks(
+    blocks: Iterator[range], model: ReAR, tokenizer: MaskGitVQ, config: Config, notices: bool
+) -> Iterator[tuple[range, np.ndarray]]:
+    """Blocks of indices with their images (B, H, W, 3) uint8; a GPU decodes one beside sampling the next.
+
+    Args:
+        notices: print what `sampling.compile=auto` had to give up.
+    """
+    sampling, device = config.sampling, model.cls_token.device
+    reduced = sampling.mixed_precision == "bf16" or (sampling.mixed_precision == "auto" and device.type == "cuda")
+    sampler = CodeSampler(
+        model,
+        config.model.generator,
+        torch.bfloat16 if reduced else torch.float32,
+        sampling.compile,
+        notice=print if notices else lambda line: None,
+    )
+    half_decoder = reduced and device.type == "cuda"
+    decoder = ImageDecoder(tokenizer, sampling.uint8_rule, torch.float16 if half_decoder else torch.float32)
+    previous = None
+    for block in blocks:
+        codes = sampler(*image_inputs(block, model, sampling.seed))
+        if previous is not None:
+            yield previous[0], decoder.finish(previous[1])
+        previous = block, decoder.start(codes)
+    if previous is not None:
+        yield previous[0], decoder.finish(previous[1])
+
+
+class PartWriter:
+    """Writes parts, and PNG files before them, in worker threads beside the sampling; the parts appear in order."""
+
+    def __init__(self, parts: SampleParts, output: Path, save_png: bool) -> None:
+        self.parts, self.folder = parts, output.with_name(output.name + ".images") if save_png else None
+        self.queue, self.png_pool = ThreadPoolExecutor(1), ThreadPoolExecutor(PNG_THREADS)
+        self.last: Future | None = None
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def __enter__(self) -> "PartWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.queue.shutdown()
+        self.png_pool.shutdown()
+        if self.last is not None:
+            self.last.result()
+
+    def write(self, block: range, images: np.ndarray) -> None:
+        """Queue a block; waits for the one before, so that not more than one is in memory."""
+        if self.last is not None:
+            self.last.result()
+        self.last = self.queue.submit(self._write, block, images)
+
+    def _write(self, block: range, images: np.ndarray) -> None:
+        if self.folder is not None:
+            list(self.png_pool.map(self._write_png, block, images))
+        self.parts.save(block, images)
+
+    def _write_png(self, index: int, image: np.ndarray) -> None:
+        with complete_file(self.folder / f"{index:06d}.png") as partial:
+            Image.fromarray(image).save(partial, format="png")
+
+
+def pack(parts: SampleParts, output: Path, config: Config) -> None:
+    """Gather the parts into the npz, a part at a time, and remove them. The npz comes last: with it all is there."""
     n = config.sampling.num_fid_samples
-    found = sum(len(np.load(file, mmap_mode="r")) for file in files)
-    assert found == n, f"{parts} holds {found} images, expected {n}"
-    image_shape = np.load(files[0], mmap_mode="r").shape[1:]
+    first_images = parts.first_images(GRID_IMAGES)
+    with complete_file(output.with_name(output.name + ".png")) as partial:
+        make_grid(first_images, GRID_COLUMNS).save(partial, format="png")
+    with complete_file(output.with_name(output.name + ".yaml")) as partial:
+        save_config(config, partial)
     labels = np.arange(n) % config.model.generator.condition_num_classes
     npz = output.with_name(output.name + ".npz")
+    images = tqdm(parts.load(), desc=npz.name, total=len(parts.blocks), unit="part")
     write_npz(
         npz,
         {
-            "arr_0": ((n, *image_shape), np.uint8, (np.load(file) for file in tqdm(files, desc=npz.name))),
+            "arr_0": ((n, *first_images.shape[1:]), np.uint8, images),
             "arr_1": (labels.shape, np.int64, [labels]),
         },
     )
-    save_config(config, output.with_name(output.name + ".yaml"))
-    grid = make_grid(np.stack(list(first_images(files, GRID_IMAGES))), GRID_COLUMNS)
-    grid.save(output.with_name(output.name + ".png"))
-    shutil.rmtree(parts)
+    shutil.rmtree(parts.folder)
     print(f"{n} images in {npz}")
-
-
-def first_images(files: list[Path], count: int) -> Iterator[np.ndarray]:
-    for file in files:
-        images = np.load(file)[:count]
-        count -= len(images)
-        yield from images
-        if count == 0:
-            return
 
 
 if __name__ == "__main__":

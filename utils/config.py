@@ -157,9 +157,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _normalize(config: Config) -> None:
-    """Undo YAML 1.1, which reads a bare `no` or `true` as a boolean where a word is meant."""
-    if config.training.mixed_precision == "False":
-        config.training.mixed_precision = "no"
+    """Undo YAML 1.1, which reads a bare `no`, `on` or `true` as a boolean where a word is meant."""
+    for section in (config.training, config.sampling):
+        if section.mixed_precision == "False":
+            section.mixed_precision = "no"
+    config.sampling.compile = {"True": "on", "False": "off"}.get(config.sampling.compile, config.sampling.compile)
     if config.experiment.resume.lower() in ("auto", "true", "false"):  # else a path
         config.experiment.resume = config.experiment.resume.lower()
 
@@ -178,6 +180,8 @@ def _check_values(config: Config) -> None:
             ("center", "center_flip", "ten_crop"),
         ),
         "sampling.uint8_rule": (config.sampling.uint8_rule, ("truncate", "round")),
+        "sampling.compile": (config.sampling.compile, ("auto", "on", "off")),
+        "sampling.mixed_precision": (config.sampling.mixed_precision, ("auto", "bf16", "no")),
     }
     for key, (value, allowed) in choices.items():
         if value not in allowed:

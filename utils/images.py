@@ -11,10 +11,15 @@ GRID_GAP = 2  # white pixels between the images of a grid
 
 
 def to_uint8(images: Tensor, rule: str = "truncate") -> np.ndarray:
-    """Bytes of float images in [0, 1]; values outside are clamped.
+    """Bytes of float images in [0, 1] as an array; see `to_byte_tensor`."""
+    return to_byte_tensor(images, rule).cpu().numpy()
+
+
+def to_byte_tensor(images: Tensor, rule: str = "truncate") -> Tensor:
+    """Bytes of float images in [0, 1], on their device; values outside are clamped.
 
     Args:
-        images: (B, 3, H, W) float, on any device.
+        images: (B, 3, H, W) float.
         rule: truncate (x * 255 cast to an integer, as the published sampler does) or round (to the nearest).
 
     Returns:
@@ -27,7 +32,7 @@ def to_uint8(images: Tensor, rule: str = "truncate") -> np.ndarray:
         raise ValueError(f"uint8 rule {rule!r}: expected truncate or round")
     scaled = images.float().clamp(0, 1) * 255
     scaled = scaled.round() if rule == "round" else scaled
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()  # (B, H, W, 3)
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
 
 
 def make_grid(images: np.ndarray, columns: int) -> Image.Image:

@@ -1,6 +1,5 @@
 """Writing npz files larger than memory."""
 
-import os
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import DTypeLike
+
+from utils.files import complete_file
 
 NpzEntry = tuple[tuple[int, ...], DTypeLike, Iterable[np.ndarray]]  # shape, dtype, chunks along the first axis
 
@@ -26,20 +27,11 @@ def write_npz(path: Path, entries: dict[str, NpzEntry]) -> None:
     Raises:
         ValueError: chunks that differ from the announced dtype or shape.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".tmp")
-    try:
-        with partial.open("wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                for name, (shape, dtype, chunks) in entries.items():
-                    info = zipfile.ZipInfo(f"{name}.npy", ZIP_DATE)
-                    with archive.open(info, "w", force_zip64=True) as member:
-                        _write_array(member, name, shape, np.dtype(dtype), chunks)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with complete_file(Path(path)) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        for name, (shape, dtype, chunks) in entries.items():
+            info = zipfile.ZipInfo(f"{name}.npy", ZIP_DATE)
+            with archive.open(info, "w", force_zip64=True) as member:
+                _write_array(member, name, shape, np.dtype(dtype), chunks)
 
 
 def _write_array(

@@ -165,6 +165,9 @@ class SamplingConfig:
     per_gpu_batch_size: int = 50  # images per rank and batch
     seed: int = 42  # image i depends on (weights, config, seed, i) only
     uint8_rule: str = "truncate"  # float to uint8: truncate (the original) or round
+    compile: str = "auto"  # the decode step compiled and as a CUDA graph: auto (on CUDA, if that works), on or off
+    mixed_precision: str = "auto"  # bf16 (generator; the decoder on CUDA in fp16), no (fp32) or auto: bf16 on CUDA
+    save_png: bool = False  # also write each image to <output_dir>.images/
 
 
 @dataclass

@@ -1,5 +1,6 @@
-"""Weight files: reading without running code from them, and loading that accepts no difference."""
+"""Weight files: reading without running code from them, loading that accepts no difference, a hash."""
 
+import hashlib
 import pickle
 from pathlib import Path
 
@@ -61,6 +62,15 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: Path | str)
         found = "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in problems.items() if names)
         raise InputError(f"{source}: does not fit {type(module).__name__} as configured: {found}")
     module.load_state_dict(state, strict=True)
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Hash of a module's names, shapes and values, whatever file they came from."""
+    digest = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _first(names: list[str]) -> str:

@@ -1,12 +1,25 @@
+import copy
 import dataclasses
+import importlib.util
+import shutil
 
 import pytest
 import torch
 
-from modeling.generate import filter_logits, generate, guidance_schedule, guide, sample_codes
+from modeling import generate as generate_module
+from modeling.decoding import BUCKET
+from modeling.generate import (
+    CodeSampler,
+    bucket_end,
+    filter_logits,
+    generate,
+    guidance_schedule,
+    guide,
+    sample_codes,
+)
 from modeling.rear import ReAR
 from utils.randomness import image_uniforms
-from utils.schema import ModelConfig
+from utils.schema import GeneratorConfig, ModelConfig, VQModelConfig
 
 
 def recompute(model: ReAR, labels: torch.Tensor, uniforms: torch.Tensor, config) -> torch.Tensor:
@@ -21,13 +34,128 @@ def recompute(model: ReAR, labels: torch.Tensor, uniforms: torch.Tensor, config)
     return codes
 
 
-def test_cached_decoding_equals_recomputation(tiny_model: ReAR, tiny_config: ModelConfig) -> None:
-    labels = torch.tensor([0, 1, 4, 4])
+class MaskedSampler(CodeSampler):
+    """Takes on a CPU the steps that a CUDA graph replays: attention over whole buckets, masked beyond the position."""
+
+    def _step(self, end: int, masked: bool) -> None:
+        super()._step(bucket_end(end - 1), masked=True)
+
+
+def random_model(hidden_size: int, layers: int, heads: int, steps: int) -> tuple[ReAR, GeneratorConfig]:
+    generator = GeneratorConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=2 * hidden_size,
+        image_seq_len=steps,
+        condition_num_classes=7,
+        guidance_scale=3.0,
+        transition_alignment=False,
+    )
+    torch.manual_seed(1)
+    model = ReAR(ModelConfig(vq_model=VQModelConfig(codebook_size=40), generator=generator))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval(), generator
+
+
+@pytest.mark.parametrize("sampler", [CodeSampler, MaskedSampler])
+@pytest.mark.parametrize("shape", [(32, 2, 4, 16), (48, 3, 2, 33), (24, 1, 3, 70)])
+def test_cached_decoding_equals_recomputation(sampler: type[CodeSampler], shape: tuple[int, ...]) -> None:
+    model, config = random_model(*shape)
+    labels, sample = torch.tensor([0, 1, 6, 6, 3]), sampler(model, config)
     for seed in range(3):
-        uniforms = image_uniforms(seed, [0, 1, 2, 3], 16)
-        fast = generate(tiny_model, labels, uniforms, tiny_config.generator)
-        assert torch.equal(fast, recompute(tiny_model, labels, uniforms, tiny_config.generator))
+        uniforms = image_uniforms(seed, list(range(5)), shape[-1])
+        fast = sample(labels, uniforms)
+        assert torch.equal(fast, recompute(model, labels, uniforms, config))
         assert len(fast.unique()) > 5
+
+
+@pytest.mark.parametrize("steps", [1, 2, BUCKET - 1, BUCKET])
+def test_sequences_that_end_at_the_edge_of_a_bucket(steps: int) -> None:
+    model, config = random_model(32, 2, 4, steps)
+    labels, uniforms = torch.tensor([2, 5]), image_uniforms(0, [0, 1], steps)
+    assert torch.equal(generate(model, labels, uniforms, config), recompute(model, labels, uniforms, config))
+
+
+def test_nothing_is_left_of_the_batch_before(tiny_model: ReAR, tiny_config: ModelConfig) -> None:
+    """Buffers are reused: batches of other classes, another number of classes and another size in between."""
+    sample = CodeSampler(tiny_model, tiny_config.generator)
+    batches = [[0, 1, 2], [3, 3, 3], [4], [1, 1, 0]]
+    for seed, labels in enumerate(torch.tensor(batch) for batch in batches):
+        uniforms = image_uniforms(seed, list(range(len(labels))), 16)
+        assert torch.equal(sample(labels, uniforms), generate(tiny_model, labels, uniforms, tiny_config.generator))
+
+
+def test_top_k_and_temperature_enter(tiny_model: ReAR, tiny_config: ModelConfig) -> None:
+    labels, uniforms = torch.tensor([3, 2]), image_uniforms(0, [0, 1], 16)
+    greedy = dataclasses.replace(tiny_config.generator, top_k=1)
+    cold = dataclasses.replace(tiny_config.generator, randomize_temperature=1e-4)
+    greedy_codes = generate(tiny_model, labels, uniforms, greedy)
+    assert torch.equal(greedy_codes, generate(tiny_model, labels, uniforms, cold))
+    assert not torch.equal(greedy_codes, generate(tiny_model, labels, uniforms, tiny_config.generator))
+
+
+@pytest.mark.parametrize("sampler", [CodeSampler, MaskedSampler])
+def test_bfloat16_stays_close(sampler: type[CodeSampler]) -> None:
+    """Codes differ only from the first close call on; the model itself stays float32."""
+    model, config = random_model(32, 2, 4, 40)
+    labels, uniforms = torch.arange(7), image_uniforms(0, list(range(7)), 40)
+    exact, rounded = generate(model, labels, uniforms, config), sampler(model, config, torch.bfloat16)(labels, uniforms)
+    assert (exact == rounded).float().mean() > 0.5
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_auto_falls_back_with_one_line(
+    tiny_model: ReAR, tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> None:
+        raise RuntimeError("no compiler here\nand a second line")
+
+    monkeypatch.setattr(generate_module, "compiles", lambda compile_mode, device: compile_mode != "off")
+    monkeypatch.setattr(generate_module, "compiled_halves", refuse)
+    labels, uniforms, notices = torch.tensor([0, 1]), image_uniforms(0, [0, 1], 16), []
+    sample = CodeSampler(tiny_model, tiny_config.generator, compile_mode="auto", notice=notices.append)
+    for _ in range(2):
+        fast = sample(labels, uniforms)
+    assert torch.equal(fast, generate(tiny_model, labels, uniforms, tiny_config.generator))
+    sample(labels[:1], uniforms[:1])  # buffers of another size: not tried again
+    assert len(notices) == 1
+    assert notices[0].endswith("no compiler here")
+    with pytest.raises(RuntimeError, match="no compiler"):
+        CodeSampler(tiny_model, tiny_config.generator, compile_mode="on")(labels, uniforms)
+
+
+def test_what_is_compiled_where() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [generate_module.compiles(mode, cpu) for mode in ("auto", "on", "off")] == [False, True, False]
+    assert [generate_module.compiles(mode, cuda) for mode in ("auto", "on", "off")] == [True, True, False]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("g++") is None or importlib.util.find_spec("torch._inductor") is None, reason="needs a C++ compiler"
+)
+def test_compiled_on_cpu(tiny_config: ModelConfig) -> None:
+    """Both halves are compiled once, not once per layer."""
+    model, config = random_model(32, 3, 4, 40)
+    labels, uniforms = torch.tensor([0, 1, 1]), image_uniforms(0, [0, 1, 2], 40)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = CodeSampler(model, config, compile_mode="on")(labels, uniforms)
+    assert torch.equal(compiled, generate(model, labels, uniforms, config))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compile_mode", ["on", "off"])
+def test_graph_equals_recomputation(compile_mode: str) -> None:
+    model, config = random_model(64, 2, 4, 70)
+    sample = CodeSampler(copy.deepcopy(model).cuda(), config, compile_mode=compile_mode)
+    for labels in (torch.tensor([0, 1, 6]), torch.tensor([2, 2, 2]), torch.tensor([5])):
+        uniforms = image_uniforms(0, list(range(len(labels))), 70)
+        wanted = recompute(model, labels, uniforms, config)
+        assert (sample(labels, uniforms).cpu() == wanted).float().mean() > 0.99
 
 
 def test_guidance_one_equals_the_conditional_stream_alone(tiny_model: ReAR, tiny_config: ModelConfig) -> None:

@@ -9,7 +9,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from modeling.generate import decode_one_token, guidance_schedule, guide, make_caches, prefill
+from modeling.decoding import BUCKET, DecoderWeights, DecodingState, StepHalves, decode_one_token, prefill
+from modeling.generate import guidance_schedule, guide
 from modeling.losses import rear_loss
 from modeling.rear import ReAR
 from utils.schema import ModelConfig
@@ -76,18 +77,18 @@ def test_cached_and_guided_logits(model: ReAR, expected: dict) -> None:
     """Each step of cached decoding gives the published inference logits, and so does the guidance on them."""
     ids, labels = expected["ids"], expected["labels"]
     steps = ids.shape[1]
-    streams = torch.cat([labels, torch.full_like(labels, model.num_classes)])
     scales = guidance_schedule(float(expected["guidance_scale"]), float(expected["guidance_scale_pow"]), steps)
     close(torch.tensor(scales), expected["cfg_per_step"], atol=1e-6)
     with torch.no_grad():
-        positions, condition = model.position_table(), model.condition(streams)
-        caches = make_caches(model, len(streams), positions)
+        state = DecodingState(DecoderWeights(model, torch.float32), len(labels), guided=True)
+        state.begin(labels, torch.zeros(ids.shape))
+        state.codes.copy_(ids)
         for k in range(steps):
-            if k == 0:
-                logits = prefill(model, streams, positions, condition, caches)
-            else:
-                logits = decode_one_token(model, ids[:, k - 1].repeat(2), k + 1, positions, condition, caches)
-            cond, uncond = logits.chunk(2)
+            if (k + 1) % BUCKET == 0 or k == 0:
+                state.fill_modulations(0 if k == 0 else k + 1)
+            hidden = prefill(state, StepHalves()) if k == 0 else decode_one_token(state, k + 2, False, StepHalves())
+            state.position.add_(1)
+            cond, uncond = model.lm_head(hidden).chunk(2)
             close(cond, expected["cond_logits"][:, k])
             close(uncond, expected["uncond_logits"][:, k])
             close(guide(cond, uncond, scales[k]), expected["guided_logits"][:, k], atol=1e-3)

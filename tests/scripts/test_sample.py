@@ -1,8 +1,10 @@
 """The sampler: any number of processes and images, the same npz."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from scripts import sample_imagenet_rear
 from utils.checkpoint import save_weights
 from utils.config import load_config
 from utils.errors import InputError
+from utils.sample_parts import SampleParts
+from utils.weights import load_state_dict
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,6 +58,19 @@ def torchrun(tiny_arguments: list[str], checkpoint: Path, output: Path, *overrid
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return output.with_name(output.name + ".npz")
+
+
+def start_workers(arguments: list[str], count: int) -> list[subprocess.Popen]:
+    """What torchrun starts, without torchrun: killing that would leave its workers alive."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **address}
+    command = [sys.executable, str(ROOT / "scripts/sample_imagenet_rear.py"), *arguments]
+    return [
+        subprocess.Popen(command, env={**environment, "RANK": rank, "LOCAL_RANK": rank}, stderr=subprocess.DEVNULL)
+        for rank in map(str, range(count))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +126,120 @@ def test_missing_and_foreign_weights_are_named(tiny_arguments: list[str], checkp
     with pytest.raises(InputError, match=r"model\.safetensors.*blocks\.2"):
         sample(tiny_arguments, checkpoint, tmp_path / "x", "model.generator.num_hidden_layers=3")
     assert list(tmp_path.iterdir()) == []
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[range]:
+    """Let parts be saved, `count` of them; the next one is a crash. Returns the list of those that were asked for."""
+    asked, save = [], SampleParts.save
+
+    def save_some(self: SampleParts, block: range, images: np.ndarray) -> None:
+        asked.append(block)
+        if len(asked) > count:
+            raise OSError("the disk is gone")
+        save(self, block, images)
+
+    monkeypatch.setattr(SampleParts, "save", save_some)
+    return asked
+
+
+def test_a_run_goes_on_where_it_ended(
+    tiny_arguments: list[str], checkpoint: Path, npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(OSError, match="the disk is gone"):
+            sample(tiny_arguments, checkpoint, tmp_path / "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.parts"]
+    asked = interrupt_after(monkeypatch, 5)
+    assert sample(tiny_arguments, checkpoint, tmp_path / "x").read_bytes() == npz.read_bytes()
+    assert asked == [range(16, 24), range(24, 32), range(32, 37)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz", "x.png", "x.yaml"]
+
+
+def test_killed_while_packing(
+    tiny_arguments: list[str], checkpoint: Path, npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleParts, "load", lambda self: iter([np.zeros((37, 16, 16, 3), np.uint8), 1 / 0]))
+        with pytest.raises(ZeroDivisionError):
+            sample(tiny_arguments, checkpoint, tmp_path / "x")
+    assert not list(tmp_path.glob("x.npz*"))
+    asked = interrupt_after(monkeypatch, 0)
+    assert sample(tiny_arguments, checkpoint, tmp_path / "x").read_bytes() == npz.read_bytes()
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampling.seed=1", r"sampling\.seed=42 in the run that began here, found 1"),
+        ("model.generator.guidance_scale=2", r"model\.generator\.guidance_scale=14\.5 .*, found 2\.0"),
+        ("sampling.per_gpu_batch_size=4", r"sampling\.per_gpu_batch_size=8 .*, found 4"),
+        ("other weights", r"sha256 of experiment\.generator_checkpoint=[0-9a-f]{64} .*, found [0-9a-f]{64}"),
+    ],
+)
+def test_parts_of_another_run_are_refused(
+    tiny_arguments: list[str],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    override: str,
+    message: str,
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 1)
+        with pytest.raises(OSError, match="the disk is gone"):
+            sample(tiny_arguments, checkpoint, tmp_path / "x")
+    overrides = [override]
+    if override == "other weights":
+        state = load_state_dict(checkpoint)
+        state["lm_head.bias"][0] += 1
+        checkpoint, overrides = tmp_path / "other.safetensors", []
+        save_weights(state, checkpoint)
+    with pytest.raises(InputError, match=message):
+        sample(tiny_arguments, checkpoint, tmp_path / "x", *overrides)
+
+
+@pytest.mark.multiprocess
+def test_two_processes_killed_and_continued_with_one_and_with_three(
+    tiny_arguments: list[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    many = ["sampling.num_fid_samples=301", "sampling.per_gpu_batch_size=2"]
+    wanted = sample(tiny_arguments, checkpoint, tmp_path / "wanted", *many).read_bytes()
+    for processes in (1, 3):
+        output = tmp_path / f"killed_{processes}"
+        parts = output.with_name(output.name + ".parts")
+        workers = start_workers(arguments_of(tiny_arguments, checkpoint, output, *many), 2)
+        while len(list(parts.glob("*.npy"))) < 10:
+            assert all(worker.poll() is None for worker in workers)
+            time.sleep(0.002)
+        for worker in workers:
+            worker.kill()
+            worker.wait()
+        assert len(list(parts.glob("*.npy"))) < 151
+        assert not list(tmp_path.glob(f"{output.name}.npz*"))
+        before = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sample_imagenet_rear.shutil, "rmtree", lambda folder: None)  # to look at the parts
+            if processes == 1:
+                sample(tiny_arguments, checkpoint, output, *many)
+                assert before.items() <= {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npy")}.items()
+            else:
+                torchrun(tiny_arguments, checkpoint, output, *many, processes=processes)
+        assert output.with_name(output.name + ".npz").read_bytes() == wanted
+
+
+def test_png_files(tiny_arguments: list[str], checkpoint: Path, npz: Path, tmp_path: Path) -> None:
+    assert not list(npz.parent.glob("*.images"))
+    sample(tiny_arguments, checkpoint, tmp_path / "x", "sampling.save_png=true")
+    files = sorted((tmp_path / "x.images").iterdir())
+    assert [path.name for path in files] == [f"{i:06d}.png" for i in range(37)]
+    images = np.stack([np.asarray(Image.open(path)) for path in files])
+    np.testing.assert_array_equal(images, np.load(npz)["arr_0"])
+
+
+def test_bfloat16_is_another_precision(tiny_arguments: list[str], checkpoint: Path, npz: Path, tmp_path: Path) -> None:
+    rounded = np.load(sample(tiny_arguments, checkpoint, tmp_path / "x", "sampling.mixed_precision=bf16"))["arr_0"]
+    exact = np.load(npz)["arr_0"]
+    assert rounded.shape == exact.shape
+    assert not np.array_equal(rounded, exact)

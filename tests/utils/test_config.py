@@ -40,6 +40,8 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
             ["training.mixed_precision=bf32"],
             "=bf32: expected one of bf16, no; did you mean 'bf16'",
         ),
+        (["sampling.compile=yes please"], "sampling.compile=yes please: expected one of auto, on, off"),
+        (["sampling.mixed_precision=fp16"], "sampling.mixed_precision=fp16: expected one of auto, bf16, no"),
         (["model.generator.num_attention_heads=7"], "hidden_size=768: expected a multiple of num_attention_heads=7"),
         (["model.generator.decode_align_layer_idx=24"], "decode_align_layer_idx=24: expected 0 to 23"),
         (["lr_scheduler.params.learning_rate=1"], "lr_scheduler.params.learning_rate=1.0: expected the optimizer's"),
@@ -89,6 +91,10 @@ def test_a_bare_no_means_the_word(tmp_path: Path) -> None:
     assert load_config([f"config={path}", OUT]).training.mixed_precision == "no"
     assert load_config(["training.mixed_precision=no", OUT]).training.mixed_precision == "no"
     assert load_config(["experiment.resume=True", OUT]).experiment.resume == "true"
+    path.write_text("sampling:\n  compile: off\n  mixed_precision: no\n")
+    sampling = load_config([f"config={path}", OUT]).sampling
+    assert (sampling.compile, sampling.mixed_precision) == ("off", "no")
+    assert load_config(["sampling.compile=on", OUT]).sampling.compile == "on"
 
 
 def test_keys_that_published_files_hold_and_nothing_reads(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

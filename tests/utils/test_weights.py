@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from utils.errors import InputError
-from utils.weights import load_state_dict, load_strict
+from utils.weights import load_state_dict, load_strict, weights_sha256
 
 
 class Exploit:
@@ -77,3 +77,12 @@ def test_differences_are_counted_and_named(linear: nn.Linear) -> None:
         "1 of another shape (weight (2, 4) instead of (2, 3))"
     )
     torch.testing.assert_close(linear.weight, before)
+
+
+def test_the_hash_is_that_of_the_values(linear: nn.Linear) -> None:
+    other = nn.Linear(3, 2)
+    other.load_state_dict(linear.state_dict())
+    assert weights_sha256(other) == weights_sha256(linear)
+    other.bias.data[1] += 1e-6
+    assert weights_sha256(other) != weights_sha256(linear)
+    assert weights_sha256(linear.bfloat16()) != weights_sha256(other)

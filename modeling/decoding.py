@@ -1,0 +1,236 @@
+"""One position of cached decoding, as a pure function of buffers that stay in place: it can run as a CUDA graph.
+
+`ReAR.forward` restated for a single position, in few operations on plain tensors (one position costs more in launches
+than in arithmetic), so that all layers also share one compiled form. The residual stream, norms, logits and all after
+them are float32; matrix products and cache have the dtype of `DecoderWeights`.
+
+Legend: B images, N codes per image, S = 2 B or B streams (conditional, then unconditional when guided), D hidden size,
+H heads, d = D / H, L cache length, V codebook size, U classes at most (the null class is one), K positions per bucket.
+
+    position       0     1      2    ...   N
+    input          cls   class  x1   ...   xN-1          (the last code is never fed back)
+    predicts             x1     x2   ...   xN
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modeling.rear import Block, ReAR
+
+BUCKET = 32  # positions whose modulations are computed together and which, in a graph, share a length of attention
+NORM_EPS = 1e-6
+
+
+class LayerWeights(NamedTuple):
+    """What a step reads of one block; the norms' affine parameters are part of the modulations."""
+
+    qkv_weight: Tensor  # (3 D, D)
+    qkv_bias: Tensor
+    qk_norm_weight: Tensor  # (2, 1, d) float32; the query's part holds the attention's 1 / sqrt(d)
+    qk_norm_bias: Tensor
+    proj_weight: Tensor  # (D, D)
+    proj_bias: Tensor
+    fc1_weight: Tensor  # (M, D)
+    fc1_bias: Tensor
+    fc2_weight: Tensor  # (D, M)
+    fc2_bias: Tensor
+
+
+class LayerBuffers(NamedTuple):
+    """What steps keep of one block: its cache, and its modulations of the current bucket."""
+
+    keys: Tensor  # (S, H, L, d)
+    values: Tensor  # (S, H, L, d)
+    attention: Tensor  # (K U, 3, D) float32: shift, 1 + scale, gate; row (position mod K) * U + class
+    mlp: Tensor  # (K U, 3, D)
+
+
+class DecoderWeights:
+    """A model's weights for decoding: matrices of the blocks in `dtype`, all else float32.
+
+    Tensors that have their dtype already are shared with the model, so that nothing is copied at float32.
+    """
+
+    def __init__(self, model: ReAR, dtype: torch.dtype) -> None:
+        self.model, self.dtype = model, dtype
+        self.num_heads = model.blocks[0].attn.num_heads
+        self.layers = [self._layer(block) for block in model.blocks]
+        self.adaln = [(linear.weight.to(dtype), linear.bias.to(dtype)) for linear in self._adaln_linears()]
+        self.positions = model.position_table()[0]  # (T, D)
+
+    def _layer(self, block: Block) -> LayerWeights:
+        attention, mlp = block.attn, block.mlp
+        linears = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
+        (qkv, qkv_bias), *others = ((linear.weight.to(self.dtype), linear.bias.to(self.dtype)) for linear in linears)
+        scale = (attention.qkv.in_features // self.num_heads) ** -0.5
+        norm_weight = torch.stack([attention.q_norm.weight * scale, attention.k_norm.weight])[:, None]
+        norm_bias = torch.stack([attention.q_norm.bias * scale, attention.k_norm.bias])[:, None]
+        return LayerWeights(qkv, qkv_bias, norm_weight, norm_bias, *(tensor for pair in others for tensor in pair))
+
+    def _adaln_linears(self) -> list[torch.nn.Linear]:
+        return [module.adaLN_modulation[1] for module in (*self.model.blocks, self.model.adaln_before_head)]
+
+
+class DecodingState:
+    """All that steps read and write, allocated once; `begin` fills it for a batch of images.
+
+    Args:
+        images: B of every batch.
+        guided: with an unconditional stream for each image.
+    """
+
+    def __init__(self, weights: DecoderWeights, images: int, guided: bool) -> None:
+        model, (hidden_size, device) = weights.model, (weights.positions.shape[1], weights.positions.device)
+        self.weights, self.guided = weights, guided
+        streams, steps = 2 * images if guided else images, model.image_seq_len
+        length = math.ceil((steps + 1) / BUCKET) * BUCKET
+        self.max_classes = min(images, model.num_classes) + guided  # U
+        cache = (streams, weights.num_heads, length, hidden_size // weights.num_heads)
+        table = (BUCKET * self.max_classes, 3, hidden_size)
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            # Not empty: what lies beyond the position is masked, but 0 * NaN would still be NaN.
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        def keys() -> Tensor:  # on a CPU they lie transposed, as the product of `attend` reads them
+            if device.type == "cpu":
+                return zeros(*cache[:2], cache[3], cache[2], dtype=weights.dtype).mT
+            return zeros(*cache, dtype=weights.dtype)
+
+        self.layers = [
+            LayerBuffers(keys(), zeros(*cache, dtype=weights.dtype), zeros(*table), zeros(*table))
+            for _ in weights.layers
+        ]
+        self.head = zeros(table[0], 2, hidden_size)  # (K U, 2, D): 1 + scale, shift
+        self.class_rows = zeros(streams, dtype=torch.int64)
+        self.stream_labels = zeros(streams, dtype=torch.int64)
+        self.distinct_labels = zeros(0, dtype=torch.int64)
+        self.uniforms = zeros(images, steps)
+        self.codes = zeros(images, steps, dtype=torch.int64)
+        self.position = zeros(1, dtype=torch.int64)  # of the newest input
+        self.places = torch.arange(length, device=device)
+
+    def begin(self, class_labels: Tensor, uniforms: Tensor) -> None:
+        """Take the class labels (B,) and uniforms (B, N) of the next batch; from the CPU without a host sync."""
+        labels = class_labels
+        if self.guided:
+            labels = torch.cat([labels, torch.full_like(labels, self.weights.model.num_classes)])  # (S,)
+        distinct, rows = labels.unique(return_inverse=True)
+        self.distinct_labels = distinct.to(self.position.device)
+        self.stream_labels.copy_(labels)
+        self.class_rows.copy_(rows)
+        self.uniforms.copy_(uniforms)
+        self.position.zero_()
+
+    def fill_modulations(self, first: int) -> None:
+        """Compute the modulations of the bucket that starts at position `first`, once per distinct class."""
+        model = self.weights.model
+        last, classes = min(first + BUCKET, model.image_seq_len + 1), len(self.distinct_labels)
+        embedded = model.embeddings(model.codebook_size + 1 + self.distinct_labels)  # (U, D)
+        condition = F.silu(embedded + model.timesteps_embeddings[0, first:last, None])  # (K, U, D)
+        condition = condition.to(self.weights.dtype)
+
+        def rows(table: Tensor) -> Tensor:
+            return table.unflatten(0, (BUCKET, self.max_classes))[: last - first, :classes]  # (K, U, 3, D)
+
+        for block, layer, adaln in zip(model.blocks, self.layers, self.weights.adaln[:-1], strict=True):
+            modulation = F.linear(condition, *adaln).float().unflatten(-1, (2, 3, -1))  # (K, U, 2, 3, D)
+            for table, norm, (shift, scale, gate) in (
+                (layer.attention, block.norm1, modulation[..., 0, :, :].unbind(-2)),
+                (layer.mlp, block.norm2, modulation[..., 1, :, :].unbind(-2)),
+            ):  # (normed * w + b) * (1 + scale) + shift
+                scale = 1 + scale
+                rows(table).copy_(torch.stack([shift + norm.bias * scale, norm.weight * scale, gate], dim=-2))
+        scale, shift = F.linear(condition, *self.weights.adaln[-1]).float().chunk(2, dim=-1)
+        rows(self.head).copy_(torch.stack([1 + scale, shift], dim=-2))
+
+
+def before_attention(
+    x: Tensor, rows: Tensor, position: Tensor, weights: LayerWeights, buffers: LayerBuffers
+) -> tuple[Tensor, Tensor]:
+    """Queries (S, H, 1, d) and the gate (S, D) of x (S, D); keys and values go to the cache at `position` (1,)."""
+    heads, size = buffers.keys.shape[1], buffers.keys.shape[3]
+    shift, scale, gate = buffers.attention.index_select(0, rows).unbind(1)
+    x = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), scale)  # (S, D)
+    qkv = F.linear(x.to(weights.qkv_weight.dtype), weights.qkv_weight, weights.qkv_bias)
+    qkv = qkv.view(-1, 3, heads, size)  # (S, 3, H, d)
+    qk = F.layer_norm(qkv.float(), (size,), eps=NORM_EPS)[:, :2]  # v's part is dropped; without it there is a copy
+    qk = torch.addcmul(weights.qk_norm_bias, qk, weights.qk_norm_weight).to(qkv.dtype)
+    buffers.keys.index_copy_(2, position, qk[:, 1, :, None])
+    buffers.values.index_copy_(2, position, qkv[:, 2, :, None])
+    return qk[:, 0, :, None], gate
+
+
+def after_attention(
+    x: Tensor, attended: Tensor, gate: Tensor, rows: Tensor, weights: LayerWeights, buffers: LayerBuffers
+) -> Tensor:
+    """The block's output (S, D) from its input x and the attention's result (S, H, 1, d)."""
+    x = torch.addcmul(x, gate, F.linear(attended.flatten(1), weights.proj_weight, weights.proj_bias).float())
+    shift, scale, gate = buffers.mlp.index_select(0, rows).unbind(1)
+    hidden = torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), scale).to(weights.fc1_weight.dtype)
+    hidden = F.gelu(F.linear(hidden, weights.fc1_weight, weights.fc1_bias))  # (S, M)
+    return torch.addcmul(x, gate, F.linear(hidden, weights.fc2_weight, weights.fc2_bias).float())
+
+
+class StepHalves(NamedTuple):
+    """The two halves of a block's step, plain or compiled."""
+
+    before_attention: Callable[..., tuple[Tensor, Tensor]] = before_attention
+    after_attention: Callable[..., Tensor] = after_attention
+
+
+def compiled_halves() -> StepHalves:
+    """Compiled once each for all layers and lengths: neither appears in them."""
+    return StepHalves(torch.compile(before_attention), torch.compile(after_attention))
+
+
+def prefill(state: DecodingState, halves: StepHalves) -> Tensor:
+    """Feed cls and class and return the head's input (S, D) for the first code."""
+    prefix = state.weights.model.embed_prefix(state.stream_labels) + state.weights.positions[:2]  # (S, 2, D)
+    x_cls, x_class = prefix.transpose(0, 1).contiguous()  # laid out as in later steps: no other compiled form
+    forward_position(state, x_cls, 1, False, halves)
+    state.position.add_(1)
+    return forward_position(state, x_class, 2, False, halves)
+
+
+def decode_one_token(state: DecodingState, end: int, masked: bool, halves: StepHalves) -> Tensor:
+    """Feed the newest codes, which stand at `state.position`, and return the head's input (S, D) for the next ones.
+
+    Args:
+        end: length of the attention, at least position + 1.
+        masked: leave out what lies between position and `end`; False where nothing does.
+    """
+    codes = state.codes.index_select(1, state.position - 2)[:, 0]  # (B,)
+    x = state.weights.model.embeddings(codes) + state.weights.positions.index_select(0, state.position)  # (B, D)
+    return forward_position(state, torch.cat([x, x]) if state.guided else x, end, masked, halves)
+
+
+def forward_position(state: DecodingState, x: Tensor, end: int, masked: bool, halves: StepHalves) -> Tensor:
+    """The head's input (S, D) of input x (S, D) at `state.position`, attending to the first `end` places."""
+    position = state.position
+    rows = state.class_rows + position % BUCKET * state.max_classes  # (S,)
+    mask = None
+    if masked:  # (1, 1, 1, end)
+        mask = torch.zeros(1, 1, 1, end, dtype=state.weights.dtype, device=x.device)
+        mask = mask.masked_fill(state.places[:end] > position, -math.inf)
+    for weights, buffers in zip(state.weights.layers, state.layers, strict=True):
+        q, gate = halves.before_attention(x, rows, position, weights, buffers)
+        attended = attend(q, buffers.keys[:, :, :end], buffers.values[:, :, :end], mask)
+        x = halves.after_attention(x, attended, gate, rows, weights, buffers)
+    scale, shift = state.head.index_select(0, rows).unbind(1)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), scale)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention (S, H, 1, d) of scaled queries (S, H, 1, d) to keys and values (S, H, t, d)."""
+    if q.device.type == "cpu":  # for a single query, two products take 3/4 of the time of SDPA's CPU kernel
+        scores = torch.bmm(q.flatten(0, 1), keys.flatten(0, 1).mT)  # (S H, 1, t)
+        scores = scores if mask is None else scores + mask[0]
+        probabilities = scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype)
+        return torch.bmm(probabilities, values.flatten(0, 1)).view_as(q)
+    return F.scaled_dot_product_attention(q, keys, values, mask, scale=1.0)

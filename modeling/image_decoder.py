@@ -1,0 +1,96 @@
+"""From sampled codes to bytes: the tokenizer's decoder, as fast as the device allows.
+
+Legend: B images, N codes per image, H x W pixels.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from modeling.maskgit_vq import MaskGitVQ, fold_upsampling
+from utils.images import to_byte_tensor
+
+MEMORY_SHARE = 0.2  # of the GPU's memory, for the decoder's activations
+LIVE_ACTIVATIONS = 6  # tensors of the size of the widest full-resolution one that exist at a time, at most
+
+
+@dataclass
+class PendingImages:
+    """Images that a GPU may still be at work on."""
+
+    codes: Tensor  # (B, N) what they are decoded from
+    images: Tensor  # (B, H, W, 3) uint8 on the CPU
+    finite: Tensor  # () bool on the CPU
+    done: torch.cuda.Event | None  # None on a CPU: there they are finished
+
+    def wait(self) -> bool:
+        """Wait for the images; False if one of them is not finite."""
+        if self.done is not None:
+            self.done.synchronize()
+        return bool(self.finite)
+
+
+class ImageDecoder:
+    """Decodes batches of codes, on CUDA on a stream of its own beside what samples the next codes.
+
+    On a CPU image by image in float32: the rounding of a convolution depends on the batch size, and truncation to bytes
+    shows it. For the same reason the chunks on a GPU depend on its total memory, not on what happens to be free.
+
+    Args:
+        uint8_rule: `sampling.uint8_rule`.
+        dtype: float16 is as exact as TF32 here (bfloat16 is not); a batch whose values leave its range is decoded again
+            in float32.
+    """
+
+    def __init__(self, tokenizer: MaskGitVQ, uint8_rule: str, dtype: torch.dtype = torch.float32) -> None:
+        self.tokenizer, self.uint8_rule, self.dtype = tokenizer, uint8_rule, dtype
+        device = tokenizer.quantize.embedding.weight.device
+        self.exact = fold_upsampling(tokenizer.decoder)
+        self.decoder = self.exact
+        self.stream, self.chunk_size = None, 1
+        if dtype != torch.float32:
+            self.decoder = copy.deepcopy(self.exact).to(dtype)
+        if device.type == "cuda":
+            self.decoder = self.decoder.to(memory_format=torch.channels_last)
+            self.stream = torch.cuda.Stream()
+            width = self.exact.norm_out.num_channels
+            image_bytes = LIVE_ACTIVATIONS * width * tokenizer.resolution**2 * dtype.itemsize
+            memory = torch.cuda.get_device_properties(device).total_memory
+            self.chunk_size = max(1, int(MEMORY_SHARE * memory / image_bytes))
+
+    @torch.inference_mode()
+    def start(self, codes: Tensor) -> PendingImages:
+        """Decode codes (B, N) without waiting for the GPU."""
+        if self.stream is None:
+            images, finite = self._decode(codes, self.decoder)
+            return PendingImages(codes, images, finite, None)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        codes.record_stream(self.stream)
+        with torch.cuda.stream(self.stream):
+            images, finite = (
+                torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
+                for result in self._decode(codes, self.decoder)
+            )
+            return PendingImages(codes, images, finite, self.stream.record_event())
+
+    def finish(self, pending: PendingImages) -> np.ndarray:
+        """The images (B, H, W, 3) uint8 that `start` began with."""
+        if pending.wait() or self.decoder is self.exact:
+            return pending.images.numpy()
+        with torch.inference_mode():
+            return self._decode(pending.codes, self.exact)[0].cpu().numpy()
+
+    def _decode(self, codes: Tensor, decoder: torch.nn.Module) -> tuple[Tensor, Tensor]:
+        """Bytes (B, H, W, 3) on the codes' device, and whether all values were finite."""
+        dtype = next(decoder.parameters()).dtype
+        parts, finite = [], []
+        for chunk in codes.split(self.chunk_size):
+            vectors = rearrange(self.tokenizer.embed(chunk), "b (h w) z -> b z h w", h=self.tokenizer.grid_size)
+            images = decoder(vectors.to(dtype))  # (b, 3, H, W)
+            finite.append(images.isfinite().all())
+            parts.append(to_byte_tensor(images, self.uint8_rule))
+        return torch.cat(parts), torch.stack(finite).all()

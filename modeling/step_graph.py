@@ -1,0 +1,39 @@
+"""The decode step as CUDA graphs: one launch per step instead of some hundred."""
+
+from collections.abc import Callable
+
+import torch
+
+
+class StepGraphs:
+    """One graph for each length of attention; all share their memory, since one runs at a time.
+
+    Args:
+        step: the step with attention over this many places; it reads and writes buffers that stay in place and never
+            waits for the GPU.
+        reset: makes the buffers valid for any step, whatever ran before.
+        ends: the lengths.
+
+    Raises:
+        RuntimeError: an operation of the step cannot be captured.
+    """
+
+    def __init__(self, step: Callable[[int], None], reset: Callable[[], None], ends: list[int]) -> None:
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(
+            side
+        ):  # libraries and compiled kernels load at their first run, which must not be captured
+            for end in ends:
+                reset()
+                step(end)
+        current.wait_stream(side)
+        pool = torch.cuda.graph_pool_handle()
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        for end in reversed(ends):  # the largest first: the others fit into its memory
+            self.graphs[end] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[end], pool=pool):
+                step(end)
+
+    def replay(self, end: int) -> None:
+        self.graphs[end].replay()

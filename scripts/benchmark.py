@@ -1,0 +1,38 @@
+"""Measure a part of this project against the way it is usually done, both in one run.
+
+    PYTHONPATH=. python scripts/benchmark.py sampling --width 64 --layers 2 --tokens 64 256 --batch 4
+    PYTHONPATH=. python scripts/benchmark.py decode --resolution 64 --batch 8
+    PYTHONPATH=. python scripts/benchmark.py npz --images 5000
+    PYTHONPATH=. python scripts/benchmark.py precision config=configs/rear_blue_marble.yaml \\
+        experiment.generator_checkpoint=outputs/quickstart/rear
+
+`benchmark.py COMMAND --help` lists the options. Each checks first that both ways agree, alternates between them, and
+prints a table and, last, one line of JSON.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+
+from utils.errors import input_errors_exit
+from utils.run_folder import describe_environment
+
+COMMANDS = ("sampling", "decode", "npz", "precision")  # modules of scripts/benchmarks
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    modules = {name: importlib.import_module(f"scripts.benchmarks.{name}") for name in COMMANDS}
+    for name, module in modules.items():
+        module.add_arguments(commands.add_parser(name, description=module.__doc__.splitlines()[0]))
+    arguments = parser.parse_args(argv)
+    print(describe_environment(), end="")
+    figures = modules[arguments.command].run(arguments)
+    print(json.dumps({"command": arguments.command, **figures}))
+
+
+if __name__ == "__main__":
+    with input_errors_exit():
+        main(sys.argv[1:])

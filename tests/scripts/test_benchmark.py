@@ -1,0 +1,105 @@
+"""The benchmarks run, agree with their baselines and end in one line of JSON; what they measure is not asserted."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from modeling.rear import ReAR
+from scripts import benchmark
+from scripts.benchmarks import measure, precision, sampling
+from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
+from utils.checkpoint import save_weights
+from utils.config import load_config
+from utils.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def small_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "CPU_MATMUL", 32)
+    monkeypatch.setattr(measure, "CPU_COPY_BYTES", 2**12)
+
+
+def last_line(capsys: pytest.CaptureFixture) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_sampling(capsys: pytest.CaptureFixture) -> None:
+    small = ["--width", "32", "--layers", "1", "--tokens", "4", "16", "--batch", "1", "3", "--repeats", "2"]
+    benchmark.main(["sampling", *small, "--end-to-end", "5"])
+    figures = last_line(capsys)
+    wanted = {"images_per_s", "ratio_no_cache", "ratio_concat_cache", "latency_s", "peak_memory_mb", "cold_start_s"}
+    assert wanted <= set(figures)
+    assert (figures["tokens"], figures["batch"]) == (16, 3)
+    assert [(row["tokens"], row["batch"]) for row in figures["settings"]] == [(4, 1), (4, 3), (16, 1), (16, 3)]
+    assert figures["end_to_end_images_per_s"] > 0
+
+
+def test_the_gate_of_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "BASELINES", {"wrong": lambda model, labels, uniforms, config: uniforms.long() - 1})
+    with pytest.raises(InputError, match=r"gate: 16 of 16 codes differ from wrong, expected 0"):
+        benchmark.main(
+            ["sampling", "--width", "32", "--layers", "1", "--tokens", "4", "--batch", "1", "--repeats", "1"]
+        )
+
+
+@pytest.mark.parametrize("baseline", [generate_no_cache, generate_concatenating, generate_lean_concatenating])
+def test_baselines_compute_the_model(baseline: Callable[..., torch.Tensor], tiny_model: ReAR) -> None:
+    """One code more than a teacher-forced prefix: greedy, so that the logits alone decide."""
+    labels, uniforms = torch.tensor([0, 3]), torch.zeros(2, 16)
+    config = load_config(["experiment.output_dir=x", "model.generator.randomize_temperature=1e-5"]).model.generator
+    config.guidance_scale = 1.0
+    codes = baseline(tiny_model, labels, uniforms, config)
+    with torch.no_grad():
+        assert torch.equal(tiny_model(codes, labels).logits.argmax(dim=-1), codes)
+
+
+def test_decode(capsys: pytest.CaptureFixture) -> None:
+    benchmark.main(["decode", "--resolution", "16", "--channels", "8", "--batch", "2", "--repeats", "2"])
+    figures = last_line(capsys)
+    assert {"images_per_s", "ratio_plain", "peak_memory_mb"} <= set(figures)
+    assert figures["grey_levels"] < 0.15
+
+
+def test_npz(capsys: pytest.CaptureFixture) -> None:
+    benchmark.main(
+        ["npz", "--images", "7", "--baseline-images", "5", "--resolution", "16", "--batch", "2", "--repeats", "2"]
+    )
+    assert {"images_per_s", "ratio_png", "extra_rss_mb"} <= set(last_line(capsys))
+
+
+def test_precision(
+    tiny_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On weights that are bf16 numbers and small: only activations are rounded."""
+    config = load_config([*tiny_arguments, "experiment.output_dir=x"])
+    torch.manual_seed(0)
+    save_weights(ReAR(config.model).state_dict(), tmp_path / "model.safetensors")
+    arguments = ["precision", "--images", "8", *tiny_arguments]
+    with pytest.raises(InputError, match="generator_checkpoint: missing"):
+        benchmark.main(arguments)
+    arguments.append(f"experiment.generator_checkpoint={tmp_path / 'model.safetensors'}")
+    monkeypatch.setattr(precision, "MIN_AGREEMENT", 0.5)
+    benchmark.main(arguments)
+    figures = last_line(capsys)
+    assert figures["codes"] == 8 * 16
+    monkeypatch.setattr(precision, "MAX_NLL_DIFFERENCE", -1.0)
+    with pytest.raises(InputError, match="gate: "):
+        benchmark.main(arguments)
+
+
+def test_teacher_forced_logits_are_the_models(tiny_model: ReAR) -> None:
+    codes, labels = torch.randint(24, (3, 16)), torch.tensor([0, 1, 1])
+    with torch.no_grad():
+        wanted = tiny_model(codes, labels).logits
+    torch.testing.assert_close(
+        precision.teacher_forced(tiny_model, labels, codes, torch.float32), wanted, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_help_names_the_commands(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.main(["--help"])
+    assert "{sampling,decode,npz,precision}" in capsys.readouterr().out
