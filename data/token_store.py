@@ -13,10 +13,12 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.batch_sampler import Draw, as_draw
-from data.jsonl import BadLines, Sizes, read_jsonl, write_jsonl
-from data.token_writer import CLASS_IDS_FILE, META_FILE, TOKENS_FILE, StoreMeta, TokenStoreWriter, write_meta
+from data.conversion import describe_source, jsonl_to_store, store_to_jsonl
+from data.jsonl import Sizes
+from data.token_writer import CLASS_IDS_FILE, META_FILE, TOKENS_FILE, StoreMeta, write_meta
 from utils.errors import InputError
 from utils.manifest import hash_of
+from utils.processes import num_cpus
 
 ROWS_PER_READ = 65_536
 
@@ -125,15 +127,19 @@ def open_tokens(
 
 def export_jsonl(store: TokenStore, jsonl: Path) -> None:
     """Write the samples as jsonl and note it in the store, which is then the conversion of that file."""
-    write_jsonl(jsonl, store.codes, store.class_ids)
+    store_to_jsonl(store.codes, store.class_ids, store.fingerprint, jsonl, num_cpus())
     store.meta.source = describe_source(jsonl)
     write_meta(store.path, store.meta)
 
 
-def describe_source(jsonl: Path) -> dict[str, int | str]:
-    """What tells whether a jsonl is still the one that a store was made from."""
-    status = jsonl.stat()
-    return {"name": jsonl.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+def is_conversion(store_path: Path, jsonl: Path, sizes: Sizes, max_bad_fraction: float) -> bool:
+    """Whether a store is there that was made from this jsonl as it is now, under the same rules."""
+    if not store_path.is_dir():
+        return False
+    meta = TokenStore(store_path).meta
+    if meta.sha256 is None or meta.num_skipped > max_bad_fraction * (meta.num_samples + meta.num_skipped):
+        return False
+    return (meta.source, meta.codebook_size) == (describe_source(jsonl), sizes.codebook_size)
 
 
 def _open_converted(jsonl: Path, sizes: Sizes, max_bad_fraction: float) -> TokenStore:
@@ -141,19 +147,9 @@ def _open_converted(jsonl: Path, sizes: Sizes, max_bad_fraction: float) -> Token
     if not jsonl.is_file():
         hint = f"; there is {store_path}" if store_path.is_dir() else ""
         raise InputError(f"dataset.params.pretokenization={jsonl}: no such file{hint}")
-    source = describe_source(jsonl)
-    if store_path.is_dir():
-        store = TokenStore(store_path)
-        meta, num_lines = store.meta, store.meta.num_samples + store.meta.num_skipped
-        unchanged = (meta.source, meta.codebook_size) == (source, sizes.codebook_size) and meta.sha256 is not None
-        if unchanged and meta.num_skipped <= max_bad_fraction * num_lines:
-            return store
-    meta = StoreMeta(image_seq_len=sizes.image_seq_len, codebook_size=sizes.codebook_size, source=source)
-    bad_lines = BadLines(max_bad_fraction)
-    with TokenStoreWriter(store_path, meta) as writer:
-        for codes, class_ids in read_jsonl(jsonl, sizes, bad_lines):
-            writer.append(codes, class_ids)
-        writer.meta.num_skipped = bad_lines.count
-    if bad_lines.count:
-        warnings.warn(f"{jsonl}: left out {bad_lines.count} bad lines: {'; '.join(bad_lines.reasons)}", stacklevel=4)
+    if not is_conversion(store_path, jsonl, sizes, max_bad_fraction):
+        bad_lines = jsonl_to_store(jsonl, store_path, sizes, num_cpus(), max_bad_fraction)
+        if bad_lines.count:
+            reasons = "; ".join(bad_lines.reasons)
+            warnings.warn(f"{jsonl}: left out {bad_lines.count} bad lines: {reasons}", stacklevel=4)
     return TokenStore(store_path)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
+from math import isqrt
 from pathlib import Path
 from types import TracebackType
 
@@ -29,6 +30,10 @@ class StoreMeta:
     class_names: list[str] | None = None  # in the order of the class ids
     source: dict[str, int | str] | None = None  # name, size and mtime_ns of the jsonl with the same samples
     num_skipped: int = 0  # bad lines of the jsonl that were left out
+    grid_size: int | None = None  # h = w of the grid that the codes fill in raster order; None: N is no square
+    tokenizer_sha256: str | None = None  # of the tokenizer's weights; None: a jsonl does not tell
+    source_sha256: str | None = None  # `fingerprint` of the images; None: a jsonl does not tell
+    settings: dict[str, int | str | bool] | None = None  # of the pre-tokenization, by config key
     sha256: dict[str, str] | None = None  # of the rows of tokens.npy and class_ids.npy, without their headers
     num_samples: int = 0  # n
     num_classes: int = 0  # number of class names, else largest class id + 1
@@ -55,6 +60,8 @@ class TokenStoreWriter:
     def append(self, codes: np.ndarray, class_ids: np.ndarray) -> None:
         """Add B samples: integers (B, N) in [0, V) and (B,)."""
         assert len(codes) == len(class_ids)
+        if not len(codes):
+            return
         assert codes.min() >= 0
         assert codes.max() < self.meta.codebook_size
         assert class_ids.min() >= 0
@@ -81,7 +88,9 @@ class TokenStoreWriter:
             raise InputError(f"{self.path}: found no sample to store, expected at least one")
         num_classes = len(self.meta.class_names or []) or self._largest_class_id + 1
         hashes = {TOKENS_FILE: self._tokens.digest.hexdigest(), CLASS_IDS_FILE: self._class_ids.digest.hexdigest()}
+        grid_size = isqrt(self.meta.image_seq_len)
         sizes = {"num_samples": self._tokens.rows, "num_classes": num_classes}
+        sizes["grid_size"] = grid_size if grid_size**2 == self.meta.image_seq_len else None
         write_meta(self.partial, replace(self.meta, sha256=hashes, **sizes))
         if self.path.exists():
             shutil.rmtree(self.path)

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.batch_sampler import Draw, GlobalBatchSampler
-from data.jsonl import LINES_PER_BATCH, Sizes, format_line, parse_line, parse_published_lines
+from data.jsonl import LINES_PER_BATCH, Sizes, format_lines, parse_line, parse_published_lines
 from data.token_store import TokenStore, export_jsonl, open_tokens
 from data.token_writer import StoreMeta, TokenStoreWriter
 from utils.errors import InputError
@@ -24,9 +24,8 @@ def random_samples(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_lines(path: Path, codes: np.ndarray, class_ids: np.ndarray) -> list[bytes]:
-    lines = [format_line(*row) for row in zip(class_ids, codes, strict=True)]
-    path.write_bytes(b"".join(lines))
-    return lines
+    path.write_bytes(format_lines(class_ids, codes))
+    return path.read_bytes().splitlines(keepends=True)
 
 
 def write_store(path: Path, codes: np.ndarray, class_ids: np.ndarray) -> TokenStore:
@@ -157,8 +156,8 @@ def test_fast_and_slow_parser_agree() -> None:
     rng = np.random.default_rng(0)
     alphabet = b'0012,,,   \t\r-+.e[]{}"tx\xff'
     taken = refused = 0
-    for row in zip(*random_samples(10_000)[::-1], strict=True):
-        damaged = bytearray(format_line(*row))
+    for line in format_lines(*random_samples(10_000)[::-1]).splitlines(keepends=True):
+        damaged = bytearray(line)
         assert parse_published_lines([bytes(damaged)], SIZES) is not None
         for _ in range(rng.integers(1, 5)):
             place, byte = rng.integers(len(damaged)), alphabet[rng.integers(len(alphabet))]

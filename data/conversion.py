@@ -1,0 +1,139 @@
+"""From jsonl to a token store and back: on all CPUs, and killed conversions go on where they were.
+
+A jsonl is cut into ranges of bytes, whose lines are checked and kept as part files until the store is joined from them.
+A store is cut into blocks of rows, whose lines go to their place in the jsonl at once, for their lengths are known.
+"""
+
+import json
+import os
+from contextlib import closing
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.jsonl import BadLines, Sizes, format_lines, formatted_size, read_range
+from data.token_writer import StoreMeta, TokenStoreWriter
+from utils.errors import InputError
+from utils.faults import fault_point
+from utils.parts import Parts
+from utils.processes import in_processes
+
+RANGE_BYTES = 2**25  # of a jsonl per part; a process needs a few times that memory
+ROWS_PER_BLOCK = 16_384  # of a store per part
+
+
+def describe_source(jsonl: Path) -> dict[str, int | str]:
+    """What tells whether a jsonl is still the one that a store was made from."""
+    status = jsonl.stat()
+    return {"name": jsonl.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def jsonl_to_store(
+    jsonl: Path, store_path: Path, sizes: Sizes, processes: int, max_bad_fraction: float = 0.0, **meta: Any
+) -> BadLines:
+    """Check all lines and write them as a token store, which appears when it is complete.
+
+    Until then its parts, of the same size, lie in `<store>.lines/`.
+
+    Args:
+        max_bad_fraction: bad lines up to this share of all are left out.
+        meta: further fields of `StoreMeta`.
+
+    Returns:
+        What was left out.
+
+    Raises:
+        InputError: more bad lines than allowed; names the first ten. Nothing is left.
+    """
+    source = describe_source(jsonl)
+    parts = Parts(store_path.with_name(store_path.name + ".lines"), source["size"], RANGE_BYTES, ".npz")
+    bad_lines = BadLines(max_bad_fraction)
+    if not parts.blocks:
+        bad_lines.check(jsonl, complete=True)
+    parts.claim_anew({**source, **sizes._asdict(), "range": RANGE_BYTES})
+    try:
+        _convert_ranges(jsonl, parts, sizes, bad_lines, processes)
+    except InputError:
+        parts.remove()
+        raise
+    fields = StoreMeta(sizes.image_seq_len, sizes.codebook_size, source=source, num_skipped=bad_lines.count, **meta)
+    fault_point("join.begin", 0)
+    with TokenStoreWriter(store_path, fields) as writer:
+        for block in tqdm(parts.blocks, desc=store_path.name, unit="part", delay=2):
+            with np.load(parts.path(block)) as part:
+                writer.append(part["codes"], part["class_ids"])
+        fault_point("join.end", 0)
+    parts.remove()
+    return bad_lines
+
+
+def _convert_ranges(jsonl: Path, parts: Parts, sizes: Sizes, bad_lines: BadLines, processes: int) -> None:
+    """Make the missing parts; count bad lines in the order of the file, as far as it is read without a gap."""
+
+    def convert(block: range) -> None:
+        lines = read_range(jsonl, block.start, block.stop, sizes)
+        with parts.writing(block) as partial, partial.open("wb") as file:
+            counts = json.dumps([lines.num_lines, lines.num_bad, lines.reasons])
+            np.savez(file, codes=lines.codes, class_ids=lines.class_ids, counts=counts)
+
+    def count_ready() -> None:
+        nonlocal counted
+        while counted < len(parts.blocks) and parts.blocks[counted].start not in pending:
+            with np.load(parts.path(parts.blocks[counted])) as part:
+                bad_lines.add(*json.loads(str(part["counts"])))
+            counted += 1
+        bad_lines.check(jsonl, complete=counted == len(parts.blocks))
+
+    missing, counted, size = parts.missing(), 0, parts.blocks[-1].stop
+    pending = {block.start for block in missing}
+    count_ready()
+    initial = size - sum(map(len, missing))
+    with (
+        tqdm(total=size, initial=initial, desc=jsonl.name, unit="B", unit_scale=True) as progress,
+        closing(in_processes(convert, missing, processes)) as blocks,
+    ):
+        for block in blocks:
+            pending.remove(block.start)
+            progress.update(len(block))
+            count_ready()
+
+
+def store_to_jsonl(codes: np.ndarray, class_ids: np.ndarray, fingerprint: str, jsonl: Path, processes: int) -> None:
+    """Write (n, N) codes and (n,) class ids as jsonl, which appears when it is complete.
+
+    Until then it lies in `<jsonl>.rows/`.
+
+    Args:
+        fingerprint: of the codes and class ids.
+    """
+    parts = Parts(jsonl.with_name(jsonl.name + ".rows"), len(codes), ROWS_PER_BLOCK, ".done")
+    sizes = [formatted_size(class_ids[b.start : b.stop], codes[b.start : b.stop]) for b in parts.blocks]
+    offsets = dict(zip(parts.blocks, accumulate(sizes, initial=0), strict=False))
+    parts.claim_anew({"codes": fingerprint, "rows": ROWS_PER_BLOCK})
+    growing = parts.folder / "growing.jsonl"
+    growing.open("ab").close()
+
+    def convert(block: range) -> None:
+        text = format_lines(class_ids[block.start : block.stop], codes[block.start : block.stop])
+        with parts.writing(block) as marker, growing.open("r+b") as file:
+            file.seek(offsets[block])
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            marker.touch()
+
+    missing = parts.missing()
+    finished = len(codes) - sum(map(len, missing))
+    with (
+        tqdm(total=len(codes), initial=finished, desc=jsonl.name, unit="line", unit_scale=True, delay=2) as progress,
+        closing(in_processes(convert, missing, processes)) as blocks,
+    ):
+        for block in blocks:
+            progress.update(len(block))
+    fault_point("join.begin", 0)
+    growing.replace(jsonl)
+    fault_point("join.end", 0)
+    parts.remove()
