@@ -9,7 +9,6 @@ import os
 from contextlib import closing
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -32,7 +31,13 @@ def describe_source(jsonl: Path) -> dict[str, int | str]:
 
 
 def jsonl_to_store(
-    jsonl: Path, store_path: Path, sizes: Sizes, processes: int, max_bad_fraction: float = 0.0, **meta: Any
+    jsonl: Path,
+    store_path: Path,
+    sizes: Sizes,
+    processes: int,
+    max_bad_fraction: float = 0.0,
+    crops_per_image: int = 1,
+    class_names: list[str] | None = None,
 ) -> BadLines:
     """Check all lines and write them as a token store, which appears when it is complete.
 
@@ -40,13 +45,15 @@ def jsonl_to_store(
 
     Args:
         max_bad_fraction: bad lines up to this share of all are left out.
-        meta: further fields of `StoreMeta`.
+        crops_per_image: consecutive lines that are of one image.
+        class_names: in the order of the class ids.
 
     Returns:
         What was left out.
 
     Raises:
-        InputError: more bad lines than allowed; names the first ten. Nothing is left.
+        InputError: more bad lines than allowed, of which it names the first ten, or lines that do not make whole
+            images. Nothing is left.
     """
     source = describe_source(jsonl)
     parts = Parts(store_path.with_name(store_path.name + ".lines"), source["size"], RANGE_BYTES, ".npz")
@@ -56,10 +63,12 @@ def jsonl_to_store(
     parts.claim_anew({**source, **sizes._asdict(), "range": RANGE_BYTES})
     try:
         _convert_ranges(jsonl, parts, sizes, bad_lines, processes)
+        if bad_lines.num_lines % crops_per_image:
+            raise InputError(f"{jsonl}: found {bad_lines.num_lines} lines, expected {crops_per_image} of each image")
     except InputError:
         parts.remove()
         raise
-    fields = StoreMeta(sizes.image_seq_len, sizes.codebook_size, source=source, num_skipped=bad_lines.count, **meta)
+    fields = StoreMeta(sizes.image_seq_len, sizes.codebook_size, crops_per_image, class_names, source, bad_lines.count)
     fault_point("join.begin", 0)
     with TokenStoreWriter(store_path, fields) as writer:
         for block in tqdm(parts.blocks, desc=store_path.name, unit="part", delay=2):

@@ -162,11 +162,17 @@ def _check_end(shard: Path, end: int, num_images: int) -> None:
 def read_class_names(folder: Path) -> list[str] | None:
     """Names from `classes.json` beside the shards, a list in the order of the class ids; None without the file."""
     path = folder / CLASS_NAMES_FILE
-    if not path.is_file():
-        return None
+    return read_names(path) if path.is_file() else None
+
+
+def read_names(path: Path) -> list[str]:
+    """
+    Raises:
+        InputError: anything but a JSON list of strings.
+    """
     try:
         names = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}; expected a JSON list of class names") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: found {str(names)[:40]}, expected a JSON list of class names")

@@ -125,11 +125,12 @@ def open_tokens(
     return store
 
 
-def export_jsonl(store: TokenStore, jsonl: Path) -> None:
-    """Write the samples as jsonl and note it in the store, which is then the conversion of that file."""
-    store_to_jsonl(store.codes, store.class_ids, store.fingerprint, jsonl, num_cpus())
-    store.meta.source = describe_source(jsonl)
-    write_meta(store.path, store.meta)
+def export_jsonl(store: TokenStore, jsonl: Path, processes: int) -> None:
+    """Write the samples as jsonl; a store beside it notes that it is the conversion of that file."""
+    store_to_jsonl(store.codes, store.class_ids, store.fingerprint, jsonl, processes)
+    if jsonl.with_suffix(".tokens") == store.path:
+        store.meta.source = describe_source(jsonl)
+        write_meta(store.path, store.meta)
 
 
 def is_conversion(store_path: Path, jsonl: Path, sizes: Sizes, max_bad_fraction: float) -> bool:

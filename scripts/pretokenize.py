@@ -40,6 +40,7 @@ from utils.distributed import Distributed, distributed
 from utils.errors import InputError, TrainingError, input_errors_exit
 from utils.faults import fault_point
 from utils.parts import Parts
+from utils.processes import num_cpus
 from utils.signals import StopSignals
 from utils.weights import weights_sha256
 
@@ -87,7 +88,7 @@ def main(config: Config) -> None:
         join(parts, store_path, meta, source.class_ids)
     store = TokenStore(store_path)
     if output.suffix == ".jsonl" and not (output.exists() and store.meta.source == describe_source(output)):
-        export_jsonl(store, output)
+        export_jsonl(store, output, num_cpus())
     if parts.folder.exists():
         parts.remove()
     print(f"{output}: {len(images)} images, {len(store)} samples")

@@ -51,7 +51,7 @@ def test_jsonl_is_converted_once_and_comes_back_unchanged(tmp_path: Path) -> Non
     converted = (tmp_path / "codes.tokens/tokens.npy").stat().st_ino
     open_tokens(path, *SIZES)
     assert (tmp_path / "codes.tokens/tokens.npy").stat().st_ino == converted
-    export_jsonl(store, tmp_path / "again.jsonl")
+    export_jsonl(store, tmp_path / "again.jsonl", processes=1)
     assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
 
 
@@ -65,7 +65,7 @@ def test_changed_jsonl_is_converted_again(tmp_path: Path) -> None:
 
 def test_exported_jsonl_needs_no_conversion(tmp_path: Path) -> None:
     store = write_store(tmp_path / "codes.tokens", *random_samples(20))
-    export_jsonl(store, tmp_path / "codes.jsonl")
+    export_jsonl(store, tmp_path / "codes.jsonl", processes=1)
     before = (tmp_path / "codes.tokens/tokens.npy").stat().st_ino
     assert len(open_tokens(tmp_path / "codes.jsonl", *SIZES)) == 20
     assert (tmp_path / "codes.tokens/tokens.npy").stat().st_ino == before
