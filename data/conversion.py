@@ -14,7 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data.jsonl import BadLines, Sizes, format_lines, formatted_size, read_range
-from data.token_writer import StoreMeta, TokenStoreWriter
+from data.store_files import StoreMeta, open_store, write_meta
+from data.token_writer import TokenStoreWriter
 from utils.errors import InputError
 from utils.faults import fault_point
 from utils.parts import Parts
@@ -79,6 +80,16 @@ def jsonl_to_store(
     return bad_lines
 
 
+def is_conversion(store_path: Path, jsonl: Path, sizes: Sizes, max_bad_fraction: float) -> bool:
+    """Whether a store is there that was made from this jsonl as it is now, under the same rules."""
+    if not store_path.is_dir():
+        return False
+    meta = open_store(store_path)[0]
+    if meta.sha256 is None or meta.num_skipped > max_bad_fraction * (meta.num_samples + meta.num_skipped):
+        return False
+    return (meta.source, meta.codebook_size) == (describe_source(jsonl), sizes.codebook_size)
+
+
 def _convert_ranges(jsonl: Path, parts: Parts, sizes: Sizes, bad_lines: BadLines, processes: int) -> None:
     """Make the missing parts; count bad lines in the order of the file, as far as it is read without a gap."""
 
@@ -110,18 +121,22 @@ def _convert_ranges(jsonl: Path, parts: Parts, sizes: Sizes, bad_lines: BadLines
             count_ready()
 
 
-def store_to_jsonl(codes: np.ndarray, class_ids: np.ndarray, fingerprint: str, jsonl: Path, processes: int) -> None:
-    """Write (n, N) codes and (n,) class ids as jsonl, which appears when it is complete.
+def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:
+    """Write the samples as jsonl, which appears when it is complete; until then it lies in `<jsonl>.rows/`.
 
-    Until then it lies in `<jsonl>.rows/`.
+    A store beside it notes that it is the conversion of that file.
 
-    Args:
-        fingerprint: of the codes and class ids.
+    Returns:
+        Number of samples.
+
+    Raises:
+        InputError: no store there, or a damaged one.
     """
+    meta, codes, class_ids = open_store(store_path)
     parts = Parts(jsonl.with_name(jsonl.name + ".rows"), len(codes), ROWS_PER_BLOCK, ".done")
     sizes = [formatted_size(class_ids[b.start : b.stop], codes[b.start : b.stop]) for b in parts.blocks]
     offsets = dict(zip(parts.blocks, accumulate(sizes, initial=0), strict=False))
-    parts.claim_anew({"codes": fingerprint, "rows": ROWS_PER_BLOCK})
+    parts.claim_anew({"codes": meta.fingerprint, "rows": ROWS_PER_BLOCK})
     growing = parts.folder / "growing.jsonl"
     growing.open("ab").close()
 
@@ -144,5 +159,8 @@ def store_to_jsonl(codes: np.ndarray, class_ids: np.ndarray, fingerprint: str, j
             progress.update(len(block))
     fault_point("join.begin", 0)
     growing.replace(jsonl)
-    fault_point("join.end", 0)
+    if jsonl.with_suffix(".tokens") == store_path:
+        meta.source = describe_source(jsonl)
+        write_meta(store_path, meta)
     parts.remove()
+    return len(codes)

@@ -12,6 +12,7 @@ from utils.errors import InputError
 
 LINES_PER_BATCH = 64  # more fit the processor's cache no longer
 MAX_REPORTED = 10
+MAX_LABEL_DIGITS = 9
 HEAD, MIDDLE, TAIL = b'{"class_id": ', b', "tokens": [', b"]}\n"
 
 Batch = tuple[np.ndarray, np.ndarray]  # codes (B, N) uint16, class ids (B,) int32
@@ -94,30 +95,35 @@ def read_range(path: Path, start: int, stop: int, sizes: Sizes) -> LineRange:
 
 
 def parse_published_lines(lines: list[bytes], sizes: Sizes) -> Batch | None:
-    """All lines at once, several times as fast as `json`; None unless they are valid and as `format_line` writes them.
+    """All lines at once, several times as fast as `json`; None unless they are valid and as `format_lines` writes them.
 
-    The codes must be runs of digits with ", " between them and no other byte; a leading zero would make the text
-    longer than its numbers need, which its length shows.
+    The codes must be runs of digits, with commas and spaces in turn between them and no other byte; a leading zero
+    would make the text longer than its numbers need, which its length shows.
     """
     class_ids, bodies = [], []
     for line in lines:
-        class_id, separator, body = line[len(HEAD) :].partition(MIDDLE)
-        if not (line.startswith(HEAD) and separator and line.endswith(TAIL)):
+        split = line.find(MIDDLE, len(HEAD), len(HEAD) + MAX_LABEL_DIGITS + len(MIDDLE))
+        if not (line.startswith(HEAD) and split > 0 and line.endswith(TAIL)):
             return None
-        if not (class_id.isdigit() and len(class_id) < 10) or (class_id[:1] == b"0" and class_id != b"0"):
+        class_id, body = line[len(HEAD) : split], line[split + len(MIDDLE) : -len(TAIL)]
+        if not class_id.isdigit() or (class_id[:1] == b"0" and class_id != b"0"):
             return None
-        if body.count(b", ") != sizes.image_seq_len - 1:
+        if body.count(b",") != sizes.image_seq_len - 1:
             return None
         class_ids.append(int(class_id))
-        bodies.append(body[: -len(TAIL)])
+        bodies.append(body)
     text = b", ".join(bodies)
+    num_codes = len(lines) * sizes.image_seq_len
     separators = text.translate(None, delete=b"0123456789")
-    if separators != b", " * (len(lines) * sizes.image_seq_len - 1):
+    if separators != b", " * (num_codes - 1):
         return None
     if b", ," in text or not (text[:1] + text[-1:]).isdigit():  # an empty run
         return None
-    codes = np.fromstring(text, dtype=np.int64, sep=",")
-    if len(text) != _num_digits(codes, 5) + len(separators):
+    try:
+        codes = np.fromstring(text, dtype=np.int64, sep=",")
+    except ValueError:  # two runs with a space alone between them
+        return None
+    if len(codes) != num_codes or len(text) != _num_digits(codes, 5) + len(separators):
         return None
     if codes.max() >= sizes.codebook_size or max(class_ids) >= sizes.num_classes:
         return None
@@ -181,7 +187,7 @@ def format_lines(class_ids: np.ndarray, codes: np.ndarray) -> bytes:
 def formatted_size(class_ids: np.ndarray, codes: np.ndarray) -> int:
     """Bytes of `format_lines`, without formatting."""
     fixed = len(HEAD) + len(MIDDLE) + len(TAIL) + len(", ") * (codes.shape[1] - 1)
-    return len(codes) * fixed + _num_digits(class_ids, 9) + _num_digits(codes, 5)
+    return len(codes) * fixed + _num_digits(class_ids, MAX_LABEL_DIGITS) + _num_digits(codes, 5)
 
 
 def _num_digits(numbers: np.ndarray, at_most: int) -> int:

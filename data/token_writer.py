@@ -1,42 +1,20 @@
-"""Writing a token store: `<name>.tokens/` with tokens.npy, class_ids.npy and meta.json.
-
-tokens.npy is (n, N) uint16, class_ids.npy (n,) int32; meta.json holds the fields of `StoreMeta`. The folder is written
-as `<name>.tokens.tmp/` and renamed when it is complete.
-"""
+"""Writing a token store. The folder is written as `<name>.tokens.tmp/` and renamed when it is complete."""
 
 import hashlib
 import io
-import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from math import isqrt
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
+from data.store_files import CLASS_IDS_FILE, TOKENS_FILE, StoreMeta, write_meta
 from utils.errors import InputError
 
-TOKENS_FILE, CLASS_IDS_FILE, META_FILE = "tokens.npy", "class_ids.npy", "meta.json"
 MAX_CODEBOOK_SIZE = 2**16
-
-
-@dataclass
-class StoreMeta:
-    image_seq_len: int  # N, codes per image
-    codebook_size: int  # V
-    crops_per_image: int = 1  # consecutive samples that are crops of one image
-    class_names: list[str] | None = None  # in the order of the class ids
-    source: dict[str, int | str] | None = None  # name, size and mtime_ns of the jsonl with the same samples
-    num_skipped: int = 0  # bad lines of the jsonl that were left out
-    grid_size: int | None = None  # h = w of the grid that the codes fill in raster order; None: N is no square
-    tokenizer_sha256: str | None = None  # of the tokenizer's weights; None: a jsonl does not tell
-    source_sha256: str | None = None  # `fingerprint` of the images; None: a jsonl does not tell
-    settings: dict[str, int | str | bool] | None = None  # of the pre-tokenization, by config key
-    sha256: dict[str, str] | None = None  # of the rows of tokens.npy and class_ids.npy, without their headers
-    num_samples: int = 0  # n
-    num_classes: int = 0  # number of class names, else largest class id + 1
 
 
 class TokenStoreWriter:
@@ -95,12 +73,6 @@ class TokenStoreWriter:
         if self.path.exists():
             shutil.rmtree(self.path)
         self.partial.rename(self.path)
-
-
-def write_meta(folder: Path, meta: StoreMeta) -> None:
-    partial = folder / f"{META_FILE}.tmp"
-    partial.write_text(json.dumps(asdict(meta), indent=1) + "\n")
-    partial.replace(folder / META_FILE)
 
 
 class _NpyWriter:

@@ -13,10 +13,10 @@ import argparse
 import time
 from pathlib import Path
 
-from data.conversion import jsonl_to_store
+from data.conversion import is_conversion, jsonl_to_store, store_to_jsonl
 from data.jsonl import Sizes
+from data.store_files import open_store
 from data.tar_shards import read_names
-from data.token_store import TokenStore, export_jsonl, is_conversion
 from utils.errors import InputError, input_errors_exit
 from utils.processes import num_cpus
 
@@ -66,7 +66,7 @@ def to_store(jsonl: Path, store_path: Path, arguments: argparse.Namespace) -> in
     sizes = Sizes(arguments.codebook_size, arguments.image_seq_len, num_classes)
     if is_conversion(store_path, jsonl, sizes, arguments.max_bad_fraction):
         print(f"{store_path}: is the conversion of {jsonl} already")
-        return len(TokenStore(store_path))
+        return open_store(store_path)[0].num_samples
     if store_path.exists():
         raise InputError(f"{store_path}: exists and is not made from {jsonl} as it is now; delete it or choose a name")
     bad_lines = jsonl_to_store(
@@ -91,9 +91,7 @@ def to_jsonl(store_path: Path, jsonl: Path, arguments: argparse.Namespace) -> in
     """
     if jsonl.exists():
         raise InputError(f"{jsonl}: exists; delete it or choose another name")
-    store = TokenStore(store_path)
-    export_jsonl(store, jsonl, arguments.processes)
-    return len(store)
+    return store_to_jsonl(store_path, jsonl, arguments.processes)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.conversion import describe_source
+from data.conversion import describe_source, store_to_jsonl
 from data.images import ImageDataset, open_images
-from data.token_store import TokenStore, export_jsonl
-from data.token_writer import MAX_CODEBOOK_SIZE, StoreMeta, TokenStoreWriter
+from data.store_files import StoreMeta
+from data.token_store import TokenStore
+from data.token_writer import MAX_CODEBOOK_SIZE, TokenStoreWriter
 from data.transforms import pretokenize_transform
 from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config
@@ -88,7 +89,7 @@ def main(config: Config) -> None:
         join(parts, store_path, meta, source.class_ids)
     store = TokenStore(store_path)
     if output.suffix == ".jsonl" and not (output.exists() and store.meta.source == describe_source(output)):
-        export_jsonl(store, output, num_cpus())
+        store_to_jsonl(store_path, output, num_cpus())
     if parts.folder.exists():
         parts.remove()
     print(f"{output}: {len(images)} images, {len(store)} samples")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from data import conversion
-from data.conversion import jsonl_to_store, store_to_jsonl
+from data.conversion import is_conversion, jsonl_to_store, store_to_jsonl
 from data.jsonl import BadLines, Sizes, format_lines, formatted_size, read_range
-from data.token_store import TokenStore, export_jsonl, is_conversion
+from data.token_store import TokenStore
 from utils.errors import InputError, TrainingError
 from utils.parts import Parts
 from utils.processes import in_processes
@@ -64,7 +64,7 @@ def test_processes_and_ranges_change_nothing(jsonl: Path, monkeypatch: pytest.Mo
     store = TokenStore(jsonl.with_name("one.tokens"))
     for processes in (1, 3):
         back = jsonl.with_name(f"back{processes}.jsonl")
-        store_to_jsonl(store.codes, store.class_ids, store.fingerprint, back, processes)
+        store_to_jsonl(store.path, back, processes)
         assert back.read_bytes() == jsonl.read_bytes()
     assert not [*jsonl.parent.glob("*.lines"), *jsonl.parent.glob("*.rows"), *jsonl.parent.glob("*.tmp")]
 
@@ -104,8 +104,8 @@ def test_killed_conversions_go_on(jsonl: Path) -> None:
     convert(jsonl, target.name, processes=2)
     assert contents(target) == contents(jsonl.with_name("expected.tokens"))
 
-    store, back = TokenStore(target), jsonl.with_name("back.jsonl")
-    arguments = (store.codes, store.class_ids, store.fingerprint, back, 1)
+    back = jsonl.with_name("back.jsonl")
+    arguments = (target, back, 1)
     for fault in ("part.begin.0", "part.rename.2", "part.begin.5", "join.begin"):
         assert in_child(store_to_jsonl, *arguments, fault=fault) == -signal.SIGKILL
         assert not back.exists()
@@ -189,5 +189,5 @@ def test_crops_names_and_links(jsonl: Path) -> None:
     store = TokenStore(jsonl.with_name("codes.tokens"))
     assert (store.meta.crops_per_image, store.meta.class_names, store.meta.grid_size) == (10, names, None)
     assert is_conversion(store.path, jsonl, SIZES, 0.0)
-    export_jsonl(store, jsonl.with_name("elsewhere.jsonl"), processes=1)
+    store_to_jsonl(store.path, jsonl.with_name("elsewhere.jsonl"), processes=1)
     assert is_conversion(store.path, jsonl, SIZES, 0.0)

@@ -10,9 +10,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.batch_sampler import Draw, GlobalBatchSampler
+from data.conversion import store_to_jsonl
 from data.jsonl import LINES_PER_BATCH, Sizes, format_lines, parse_line, parse_published_lines
-from data.token_store import TokenStore, export_jsonl, open_tokens
-from data.token_writer import StoreMeta, TokenStoreWriter
+from data.store_files import StoreMeta
+from data.token_store import TokenStore, open_tokens
+from data.token_writer import TokenStoreWriter
 from utils.errors import InputError
 
 SIZES = Sizes(codebook_size=1024, image_seq_len=6, num_classes=10)
@@ -51,7 +53,7 @@ def test_jsonl_is_converted_once_and_comes_back_unchanged(tmp_path: Path) -> Non
     converted = (tmp_path / "codes.tokens/tokens.npy").stat().st_ino
     open_tokens(path, *SIZES)
     assert (tmp_path / "codes.tokens/tokens.npy").stat().st_ino == converted
-    export_jsonl(store, tmp_path / "again.jsonl", processes=1)
+    store_to_jsonl(store.path, tmp_path / "again.jsonl", processes=1)
     assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
 
 
@@ -65,7 +67,7 @@ def test_changed_jsonl_is_converted_again(tmp_path: Path) -> None:
 
 def test_exported_jsonl_needs_no_conversion(tmp_path: Path) -> None:
     store = write_store(tmp_path / "codes.tokens", *random_samples(20))
-    export_jsonl(store, tmp_path / "codes.jsonl", processes=1)
+    store_to_jsonl(store.path, tmp_path / "codes.jsonl", processes=1)
     before = (tmp_path / "codes.tokens/tokens.npy").stat().st_ino
     assert len(open_tokens(tmp_path / "codes.jsonl", *SIZES)) == 20
     assert (tmp_path / "codes.tokens/tokens.npy").stat().st_ino == before
