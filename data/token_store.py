@@ -47,6 +47,10 @@ class TokenStore(Dataset):
         """Equal for equal samples in equal order, wherever they came from."""
         return self.meta.fingerprint
 
+    def class_name(self, class_id: int) -> str:
+        """The name, or the number itself if the store does not tell names."""
+        return self.meta.class_names[class_id] if self.meta.class_names else str(class_id)
+
     def verify(self) -> None:
         """Read everything, with a progress bar, and compare it with the hashes of meta.json.
 

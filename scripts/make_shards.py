@@ -7,8 +7,8 @@
 The bytes of the images stay as they are. Images are shuffled, always in the same way, and with --heldout a share of
 each class goes to shards of its own. All CPUs work at it, and the same command continues a killed run.
 
-Writes to OUTPUT, which appears when it is complete: <prefix>-000000.tar ..., heldout-000000.tar ..., classes.json (names
-in the order of the class ids) and shards.json (samples, bytes and sha256 of each shard, which readers compare).
+Writes to OUTPUT, which appears when it is complete: <prefix>-000000.tar ..., heldout-000000.tar ..., classes.json
+(names in the order of the class ids) and shards.json (samples, bytes and sha256 of each shard).
 """
 
 import argparse

@@ -116,7 +116,7 @@ def test_errors(images: Path, tmp_path: Path) -> None:
     (images / "n01/x.png").rename(images / "n01/a_v1.png")
     with pytest.raises(InputError, match=r"images=.* in the run that began here, found"):
         make(images, "out")
-    with pytest.raises(InputError, match="has the same key 'n01/a_v1' as .*"):
+    with pytest.raises(InputError, match="has the same key 'n01/a_v1' as "):
         make(images, "out3")
     with pytest.raises(SystemExit):
         make(images, "out", "--heldout", "1")
