@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -40,12 +41,15 @@ class ImageDataset(Dataset):
 
     An item is asked for by index or, by `GlobalBatchSampler`, by `Draw(index, pass_number)`. Its augmentation depends
     on (seed, pass number, index) only; a plain index is pass 0.
+
+    Args:
+        skip_bad: the next image that can be decoded takes the place of one that cannot.
     """
 
     collate = staticmethod(default_collate)
 
-    def __init__(self, source: ImageSource, transform: Transform, seed: int) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
+    def __init__(self, source: ImageSource, transform: Transform, seed: int, skip_bad: bool = False) -> None:
+        self.source, self.transform, self.seed, self.skip_bad = source, transform, seed, skip_bad
 
     def __len__(self) -> int:
         return len(self.source)
@@ -57,12 +61,22 @@ class ImageDataset(Dataset):
     def __getitem__(self, item: int | Draw) -> dict[str, Tensor | int]:
         """
         Returns:
-            image: what the transform gives, for training float32 (3, H, W) in [0, 1]; class_labels and index: int.
+            image: what the transform gives, for training float32 (3, H, W) in [0, 1]; class_labels and index: int;
+            is_bad: bool, another image is in the place of this one.
 
         Raises:
             InputError: the image cannot be read or decoded.
         """
         index, pass_number = as_draw(item)
-        image, class_id = self.source[index]
+        image, class_id, is_bad = self._readable(index)
         rng = np.random.Generator(philox(Stream.AUGMENTATION, self.seed, pass_number * len(self) + index))
-        return {"image": self.transform(image, rng), "class_labels": class_id, "index": index}
+        return {"image": self.transform(image, rng), "class_labels": class_id, "index": index, "is_bad": is_bad}
+
+    def _readable(self, index: int) -> tuple[Image.Image, int, bool]:
+        for there in range(index, index + len(self)):
+            try:
+                return *self.source[there % len(self)], there != index
+            except InputError:
+                if not self.skip_bad:
+                    raise
+        raise InputError(f"{self.source.location(index)}: cannot be decoded, nor can any other image")

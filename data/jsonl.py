@@ -1,19 +1,18 @@
 """The published format of tokenized images: a line `{"class_id": 3, "tokens": [1, 2, ...]}` per image."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from utils.errors import InputError
 
-LINES_PER_BATCH = 256
+LINES_PER_BATCH = 64  # more fit the processor's cache no longer
 MAX_REPORTED = 10
+MAX_LABEL_DIGITS = 9
 HEAD, MIDDLE, TAIL = b'{"class_id": ', b', "tokens": [', b"]}\n"
 
 Batch = tuple[np.ndarray, np.ndarray]  # codes (B, N) uint16, class ids (B,) int32
@@ -29,7 +28,7 @@ class Sizes(NamedTuple):
 
 @dataclass
 class BadLines:
-    """What `read_jsonl` found wrong.
+    """What was found wrong in a file, in the order of its lines.
 
     Attributes:
         max_fraction: bad lines up to this share of all are left out; 0: none.
@@ -37,75 +36,94 @@ class BadLines:
     """
 
     max_fraction: float = 0.0
+    num_lines: int = 0  # seen so far
     count: int = 0
     reasons: list[str] = field(default_factory=list)
 
-    def add(self, reasons: list[str]) -> None:
-        self.count += len(reasons)
-        self.reasons = (self.reasons + reasons)[:MAX_REPORTED]
+    def add(self, num_lines: int, num_bad: int, reasons: list[tuple[int, str]]) -> None:
+        """The next lines: how many, how many of them are bad, and the first of these, counted from 0."""
+        named = [f"line {self.num_lines + number + 1}: {reason}" for number, reason in reasons]
+        self.reasons = (self.reasons + named)[:MAX_REPORTED]
+        self.num_lines, self.count = self.num_lines + num_lines, self.count + num_bad
 
-    def check(self, path: Path, num_lines: int) -> None:
+    def check(self, path: Path, complete: bool) -> None:
         """
         Raises:
-            InputError: more bad lines than allowed; names the file, the lines and the reasons.
+            InputError: more bad lines than allowed, or no lines at all; before the file is `complete` only if none is
+                allowed and there are ten. Names the file, the lines and the reasons.
         """
-        if self.count > self.max_fraction * num_lines:
-            allowed = (
-                f"{self.count} of {num_lines} lines are bad, dataset.params.max_bad_fraction={self.max_fraction}: "
-            )
-            raise InputError(f"{path}: {allowed if self.max_fraction else ''}{'; '.join(self.reasons)}")
+        if not complete and (self.max_fraction or self.count < MAX_REPORTED):
+            return
+        if self.count > self.max_fraction * self.num_lines:
+            share = f"{self.count} of {self.num_lines} lines are bad, dataset.params.max_bad_fraction="
+            allowed = f"{share}{self.max_fraction}: " if self.max_fraction else ""
+            raise InputError(f"{path}: {allowed}{'; '.join(self.reasons)}")
+        if not self.num_lines:
+            raise InputError(f"{path}: found no line, expected one per image")
 
 
-def read_jsonl(path: Path, sizes: Sizes, bad_lines: BadLines) -> Iterator[Batch]:
-    """Read and check the lines in batches, with a progress bar; notes bad lines in `bad_lines`.
+class LineRange(NamedTuple):
+    """The lines of a file whose first byte lies in some range."""
 
-    Raises:
-        InputError: more bad lines than allowed, after the last line or, if none is allowed, after the tenth bad one.
-    """
-    first = 1  # number of the batch's first line
-    with path.open("rb") as file, tqdm(total=path.stat().st_size, desc=path.name, unit="B", unit_scale=True) as bar:
-        while lines := list(islice(file, LINES_PER_BATCH)):
+    codes: np.ndarray  # (n, N) uint16, of the good lines
+    class_ids: np.ndarray  # (n,) int32
+    num_lines: int
+    num_bad: int
+    reasons: list[tuple[int, str]]  # of the first bad lines: number from 0 within the range, what is wrong
+
+
+def read_range(path: Path, start: int, stop: int, sizes: Sizes) -> LineRange:
+    """Read and check the lines that begin at the bytes `start` to `stop - 1`."""
+    batches, num_lines, bad = [_parse_any_lines([], 0, sizes)[0]], 0, []
+    with path.open("rb") as file:
+        if start:  # the line that a byte before the range belongs to is not ours
+            file.seek(start - 1)
+            file.readline()
+        position = file.tell()
+        while position < stop and (lines := list(islice(file, LINES_PER_BATCH))):
+            end = position + sum(map(len, lines))
+            while end - len(lines[-1]) >= stop:  # begins behind the range
+                end -= len(lines.pop())
             batch = parse_published_lines(lines, sizes)
             if batch is None:
-                batch, reasons = _parse_any_lines(lines, first, sizes)
-                bad_lines.add(reasons)
-            if bad_lines.count >= MAX_REPORTED and not bad_lines.max_fraction:
-                break
-            if len(batch[0]) and (bad_lines.max_fraction or not bad_lines.count):
-                yield batch
-            first += len(lines)
-            bar.update(sum(map(len, lines)))
-    bad_lines.check(path, first - 1)
-    if first == 1:
-        raise InputError(f"{path}: found no line, expected one per image")
+                batch, reasons = _parse_any_lines(lines, num_lines, sizes)
+                bad += reasons
+            batches.append(batch)
+            num_lines, position = num_lines + len(lines), end
+    codes, class_ids = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+    return LineRange(codes, class_ids, num_lines, len(bad), bad[:MAX_REPORTED])
 
 
 def parse_published_lines(lines: list[bytes], sizes: Sizes) -> Batch | None:
-    """All lines at once, several times as fast as `json`; None unless they are valid and as `format_line` writes them.
+    """All lines at once, several times as fast as `json`; None unless they are valid and as `format_lines` writes them.
 
-    The codes must be runs of digits with ", " between them and no other byte; a leading zero would make the text
-    longer than its numbers need, which its length shows.
+    The codes must be runs of digits, with commas and spaces in turn between them and no other byte; a leading zero
+    would make the text longer than its numbers need, which its length shows.
     """
     class_ids, bodies = [], []
     for line in lines:
-        class_id, separator, body = line[len(HEAD) :].partition(MIDDLE)
-        if not (line.startswith(HEAD) and separator and line.endswith(TAIL)):
+        split = line.find(MIDDLE, len(HEAD), len(HEAD) + MAX_LABEL_DIGITS + len(MIDDLE))
+        if not (line.startswith(HEAD) and split > 0 and line.endswith(TAIL)):
             return None
-        if not (class_id.isdigit() and len(class_id) < 10) or (class_id[:1] == b"0" and class_id != b"0"):
+        class_id, body = line[len(HEAD) : split], line[split + len(MIDDLE) : -len(TAIL)]
+        if not class_id.isdigit() or (class_id[:1] == b"0" and class_id != b"0"):
             return None
-        if body.count(b", ") != sizes.image_seq_len - 1:
+        if body.count(b",") != sizes.image_seq_len - 1:
             return None
         class_ids.append(int(class_id))
-        bodies.append(body[: -len(TAIL)])
+        bodies.append(body)
     text = b", ".join(bodies)
+    num_codes = len(lines) * sizes.image_seq_len
     separators = text.translate(None, delete=b"0123456789")
-    if separators != b", " * (len(lines) * sizes.image_seq_len - 1):
+    if separators != b", " * (num_codes - 1):
         return None
     if b", ," in text or not (text[:1] + text[-1:]).isdigit():  # an empty run
         return None
-    codes = np.fromstring(text, dtype=np.int64, sep=",")
-    num_digits = len(codes) + sum(np.count_nonzero(codes >= 10**power) for power in range(1, 5))
-    if len(text) != num_digits + len(separators):
+    try:
+        codes = np.fromstring(text, dtype=np.int64, sep=",")
+    except ValueError:  # two runs with a space alone between them
+        return None
+    if len(codes) != num_codes or len(text) != _num_digits(codes, 5) + len(separators):
         return None
     if codes.max() >= sizes.codebook_size or max(class_ids) >= sizes.num_classes:
         return None
@@ -144,27 +162,33 @@ def _is_id(value: object, count: int) -> bool:
     return type(value) is int and 0 <= value < count  # isinstance would let true and false pass
 
 
-def _parse_any_lines(lines: list[bytes], first: int, sizes: Sizes) -> tuple[Batch, list[str]]:
+def _parse_any_lines(lines: list[bytes], first: int, sizes: Sizes) -> tuple[Batch, list[tuple[int, str]]]:
     class_ids, codes, bad_lines = [], [], []
     for number, line in enumerate(lines, start=first):
         try:
             class_id, tokens = parse_line(line, sizes)
         except ValueError as error:
-            bad_lines.append(f"line {number}: {error}")
+            bad_lines.append((number, str(error)))
         else:
             class_ids.append(class_id)
             codes.append(tokens)
-    return (np.array(codes, dtype=np.uint16), np.array(class_ids, dtype=np.int32)), bad_lines
+    codes = np.array(codes, dtype=np.uint16).reshape(-1, sizes.image_seq_len)
+    return (codes, np.array(class_ids, dtype=np.int32)), bad_lines
 
 
-def format_line(class_id: int, codes: np.ndarray) -> bytes:
-    return json.dumps({"class_id": int(class_id), "tokens": codes.tolist()}).encode() + b"\n"
+def format_lines(class_ids: np.ndarray, codes: np.ndarray) -> bytes:
+    """Lines of (n,) class ids and (n, N) codes, as `json.dumps` writes them."""
+    texts = [str(code) for code in range(int(codes.max()) + 1)]  # looked up faster than formatted
+    rows = zip(class_ids.tolist(), codes.tolist(), strict=True)
+    lines = (f'{{"class_id": {label}, "tokens": [{", ".join([texts[i] for i in row])}]}}\n' for label, row in rows)
+    return "".join(lines).encode()
 
 
-def write_jsonl(path: Path, codes: np.ndarray, class_ids: np.ndarray) -> None:
-    """Write (n, N) codes and (n,) class ids, with a progress bar; the file appears when it is complete."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("wb") as file:
-        rows = zip(class_ids, codes, strict=True)
-        file.writelines(format_line(*row) for row in tqdm(rows, desc=path.name, total=len(codes), unit="line", delay=2))
-    partial.replace(path)
+def formatted_size(class_ids: np.ndarray, codes: np.ndarray) -> int:
+    """Bytes of `format_lines`, without formatting."""
+    fixed = len(HEAD) + len(MIDDLE) + len(TAIL) + len(", ") * (codes.shape[1] - 1)
+    return len(codes) * fixed + _num_digits(class_ids, MAX_LABEL_DIGITS) + _num_digits(codes, 5)
+
+
+def _num_digits(numbers: np.ndarray, at_most: int) -> int:
+    return numbers.size + sum(int(np.count_nonzero(numbers >= 10**power)) for power in range(1, at_most))

@@ -10,6 +10,7 @@ import json
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from data.image_source import IMAGE_EXTENSIONS, ImageSource
 from utils.errors import InputError
+from utils.manifest import hash_of
 
 CLASS_NAMES_FILE = "classes.json"
 COUNTS_FILE = "shards.json"
@@ -40,16 +42,19 @@ class TarShards(ImageSource):
     def __init__(self, pattern: str) -> None:
         self.shards = find_shards(pattern)
         progress = tqdm(self.shards, desc="reading shard headers", unit="shard", delay=2)
-        samples = [index_shard(shard) for shard in progress]
-        check_counts(pattern, {shard: len(of_shard) for shard, of_shard in zip(self.shards, samples, strict=True)})
-        flat = [sample for shard in samples for sample in shard]
-        # Arrays, not lists: reference counts would make every worker copy the memory.
-        self._shard_of = np.repeat(np.arange(len(samples)), [len(shard) for shard in samples])
-        self._keys = np.array([sample.key.encode() for sample in flat])
-        self._offsets = np.array([sample.offset for sample in flat])
-        self._sizes = np.array([sample.size for sample in flat])
-        self.class_ids = np.array([sample.class_id for sample in flat], dtype=np.int32)
+        columns = [_columns(index_shard(shard)) for shard in progress]
+        found = {shard: len(of_shard[0]) for shard, of_shard in zip(self.shards, columns, strict=True)}
+        self._sha256 = check_counts(pattern, found)
+        self._shard_of = np.repeat(np.arange(len(found)), list(found.values()))
+        self._keys, self.class_ids, self._offsets, self._sizes = map(np.concatenate, zip(*columns, strict=True))
         self.class_names = read_class_names(self.shards[0].parent)
+
+    @property
+    def fingerprint(self) -> str:
+        """As of any source; of shards whose hashes `shards.json` tells, equal contents too."""
+        return (
+            hash_of({"samples": super().fingerprint, "sha256": self._sha256}) if self._sha256 else super().fingerprint
+        )
 
     def key(self, index: int) -> str:
         return self._keys[index].decode()
@@ -70,6 +75,16 @@ class TarShards(ImageSource):
         return encoded
 
 
+def _columns(samples: list[Sample]) -> tuple[np.ndarray, ...]:
+    """Keys, class ids, offsets and sizes; arrays, for reference counts would make every worker copy the memory."""
+    return (
+        np.array([sample.key.encode() for sample in samples]),
+        np.array([sample.class_id for sample in samples], dtype=np.int32),
+        np.array([sample.offset for sample in samples]),
+        np.array([sample.size for sample in samples]),
+    )
+
+
 def find_shards(pattern: str) -> list[Path]:
     """Files of a path, of "a-{000..252}.tar" or of a glob; every name that the braces give must exist."""
     shards = []
@@ -83,31 +98,46 @@ def find_shards(pattern: str) -> list[Path]:
     return shards
 
 
-def check_counts(pattern: str, found: dict[Path, int]) -> None:
-    """Compare with `shards.json` beside the shards, `{"train-000000.tar": 1000, ...}`, if there is one.
+def check_counts(pattern: str, found: dict[Path, int]) -> list[str]:
+    """Compare with `shards.json` beside the shards, if there is one: by name the samples of a shard, as a number or as
+    `{"samples": 1000, "bytes": 12345, "sha256": "..."}`.
 
     Only that file can tell that a glob finds too few shards, or that a well-formed shard lacks samples.
 
+    Returns:
+        The sha256 of all shards in order, if it tells them; they are not compared.
+
     Raises:
-        InputError: a shard of the pattern is missing or holds another number of samples, or the file is damaged.
+        InputError: a shard of the pattern is missing or has another number of samples or bytes, or the file is damaged.
     """
+    hashes = {}
     for folder in sorted({shard.parent for shard in found}):
         path = folder / COUNTS_FILE
         if not path.is_file():
             continue
-        try:
-            counts = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise InputError(f"{path}: {error}; expected a JSON object of shard names and counts") from error
-        if not isinstance(counts, dict):
-            raise InputError(f"{path}: found {str(counts)[:40]}, expected a JSON object of shard names and counts")
         patterns = [Path(name).name for name in braceexpand(pattern)]
-        for name, expected in counts.items():
-            shard = folder / name
+        for name, record in _read_counts(path).items():
+            shard, expected = folder / name, record["samples"]
             if shard in found and found[shard] != expected:
                 raise InputError(f"{shard}: found {found[shard]} samples, expected {expected} as in {path}")
+            if shard in found and shard.stat().st_size != record.get("bytes", shard.stat().st_size):
+                size = shard.stat().st_size
+                raise InputError(f"{shard}: found {size} bytes, expected {record['bytes']} as in {path}")
             if shard not in found and any(fnmatch.fnmatch(name, wanted) for wanted in patterns):
                 raise InputError(f"{shard}: no such shard, expected {expected} samples as in {path}")
+            hashes[shard] = record.get("sha256")
+    in_order = [hashes.get(shard) for shard in found]
+    return in_order if all(in_order) else []
+
+
+def _read_counts(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        counts = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: {error}; expected a JSON object of shard names and counts") from error
+    if not isinstance(counts, dict):
+        raise InputError(f"{path}: found {str(counts)[:40]}, expected a JSON object of shard names and counts")
+    return {name: record if isinstance(record, dict) else {"samples": record} for name, record in counts.items()}
 
 
 def index_shard(shard: Path) -> list[Sample]:
@@ -162,11 +192,17 @@ def _check_end(shard: Path, end: int, num_images: int) -> None:
 def read_class_names(folder: Path) -> list[str] | None:
     """Names from `classes.json` beside the shards, a list in the order of the class ids; None without the file."""
     path = folder / CLASS_NAMES_FILE
-    if not path.is_file():
-        return None
+    return read_names(path) if path.is_file() else None
+
+
+def read_names(path: Path) -> list[str]:
+    """
+    Raises:
+        InputError: anything but a JSON list of strings.
+    """
     try:
         names = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}; expected a JSON list of class names") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: found {str(names)[:40]}, expected a JSON list of class names")

@@ -1,7 +1,7 @@
 """Tokenized images on disk: a memory map that opens at once, however many images there are."""
 
 import hashlib
-import json
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +13,11 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.batch_sampler import Draw, as_draw
-from data.jsonl import BadLines, Sizes, read_jsonl, write_jsonl
-from data.token_writer import CLASS_IDS_FILE, META_FILE, TOKENS_FILE, StoreMeta, TokenStoreWriter, write_meta
+from data.conversion import is_conversion, jsonl_to_store
+from data.jsonl import Sizes
+from data.store_files import CLASS_IDS_FILE, META_FILE, TOKENS_FILE, open_store
 from utils.errors import InputError
-from utils.manifest import hash_of
+from utils.processes import num_cpus
 
 ROWS_PER_READ = 65_536
 
@@ -25,7 +26,7 @@ class TokenStore(Dataset):
     """A `<name>.tokens` folder: n samples of N codes and a class id.
 
     Attributes:
-        codes: (n, N) uint16, mapped from disk.
+        codes: (n, N) uint16, mapped from disk; for reading in order.
         class_ids: (n,) int32, mapped from disk.
         meta: sizes, class names and origin.
 
@@ -35,19 +36,8 @@ class TokenStore(Dataset):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self.meta = StoreMeta(**json.loads((path / META_FILE).read_text()))
-            self.codes = np.load(path / TOKENS_FILE, mmap_mode="r")
-            self.class_ids = np.load(path / CLASS_IDS_FILE, mmap_mode="r")
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path}: cannot be opened as a token store: {str(error).splitlines()[0]}") from error
-        expected = (self.meta.num_samples, self.meta.image_seq_len)
-        for file, found, shape in (
-            (TOKENS_FILE, self.codes.shape, expected),
-            (CLASS_IDS_FILE, self.class_ids.shape, expected[:1]),
-        ):
-            if found != shape:
-                raise InputError(f"{path / file}: found shape {found}, expected {shape} as in {META_FILE}")
+        self.meta, self.codes, self.class_ids = open_store(path)
+        self._tokens = (path / TOKENS_FILE).open("rb", buffering=0)
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -55,9 +45,11 @@ class TokenStore(Dataset):
     @property
     def fingerprint(self) -> str:
         """Equal for equal samples in equal order, wherever they came from."""
-        return hash_of(
-            {"sha256": self.meta.sha256, "shape": self.codes.shape, "codebook_size": self.meta.codebook_size}
-        )
+        return self.meta.fingerprint
+
+    def class_name(self, class_id: int) -> str:
+        """The name, or the number itself if the store does not tell names."""
+        return self.meta.class_names[class_id] if self.meta.class_names else str(class_id)
 
     def verify(self) -> None:
         """Read everything, with a progress bar, and compare it with the hashes of meta.json.
@@ -87,8 +79,17 @@ class TokenStore(Dataset):
             codes: (B, N) int64; class_labels: (B,) int64; index: (B,) int64.
         """
         index = np.array([as_draw(item).index for item in items], dtype=np.int64)
-        arrays = {"codes": self.codes[index], "class_labels": self.class_ids[index], "index": index}
+        arrays = {"class_labels": self.class_ids[index], "codes": self._read_rows(index), "index": index}
         return {key: torch.from_numpy(array.astype(np.int64)) for key, array in arrays.items()}
+
+    def _read_rows(self, index: np.ndarray) -> np.ndarray:
+        """Rows (B, N) at random places. Reading maps nothing: through the memory map every row would add the pages
+        around it to the memory that the process is said to use."""
+        rows = np.empty((len(index), self.codes.shape[1]), dtype=self.codes.dtype)
+        for row, i in zip(rows, (index % len(self)).tolist(), strict=True):
+            if os.preadv(self._tokens.fileno(), [row], self.codes.offset + i * row.nbytes) != row.nbytes:
+                raise InputError(f"{self.path / TOKENS_FILE}: ends before sample {i}; it was cut after it was opened")
+        return rows
 
     @staticmethod
     def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -123,37 +124,14 @@ def open_tokens(
     return store
 
 
-def export_jsonl(store: TokenStore, jsonl: Path) -> None:
-    """Write the samples as jsonl and note it in the store, which is then the conversion of that file."""
-    write_jsonl(jsonl, store.codes, store.class_ids)
-    store.meta.source = describe_source(jsonl)
-    write_meta(store.path, store.meta)
-
-
-def describe_source(jsonl: Path) -> dict[str, int | str]:
-    """What tells whether a jsonl is still the one that a store was made from."""
-    status = jsonl.stat()
-    return {"name": jsonl.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-
-
 def _open_converted(jsonl: Path, sizes: Sizes, max_bad_fraction: float) -> TokenStore:
     store_path = jsonl.with_suffix(".tokens")
     if not jsonl.is_file():
         hint = f"; there is {store_path}" if store_path.is_dir() else ""
         raise InputError(f"dataset.params.pretokenization={jsonl}: no such file{hint}")
-    source = describe_source(jsonl)
-    if store_path.is_dir():
-        store = TokenStore(store_path)
-        meta, num_lines = store.meta, store.meta.num_samples + store.meta.num_skipped
-        unchanged = (meta.source, meta.codebook_size) == (source, sizes.codebook_size) and meta.sha256 is not None
-        if unchanged and meta.num_skipped <= max_bad_fraction * num_lines:
-            return store
-    meta = StoreMeta(image_seq_len=sizes.image_seq_len, codebook_size=sizes.codebook_size, source=source)
-    bad_lines = BadLines(max_bad_fraction)
-    with TokenStoreWriter(store_path, meta) as writer:
-        for codes, class_ids in read_jsonl(jsonl, sizes, bad_lines):
-            writer.append(codes, class_ids)
-        writer.meta.num_skipped = bad_lines.count
-    if bad_lines.count:
-        warnings.warn(f"{jsonl}: left out {bad_lines.count} bad lines: {'; '.join(bad_lines.reasons)}", stacklevel=4)
+    if not is_conversion(store_path, jsonl, sizes, max_bad_fraction):
+        bad_lines = jsonl_to_store(jsonl, store_path, sizes, num_cpus(), max_bad_fraction)
+        if bad_lines.count:
+            reasons = "; ".join(bad_lines.reasons)
+            warnings.warn(f"{jsonl}: left out {bad_lines.count} bad lines: {reasons}", stacklevel=4)
     return TokenStore(store_path)

@@ -1,37 +1,20 @@
-"""Writing a token store: `<name>.tokens/` with tokens.npy, class_ids.npy and meta.json.
-
-tokens.npy is (n, N) uint16, class_ids.npy (n,) int32; meta.json holds the fields of `StoreMeta`. The folder is written
-as `<name>.tokens.tmp/` and renamed when it is complete.
-"""
+"""Writing a token store. The folder is written as `<name>.tokens.tmp/` and renamed when it is complete."""
 
 import hashlib
 import io
-import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from math import isqrt
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
 
+from data.store_files import CLASS_IDS_FILE, TOKENS_FILE, StoreMeta, write_meta
 from utils.errors import InputError
 
-TOKENS_FILE, CLASS_IDS_FILE, META_FILE = "tokens.npy", "class_ids.npy", "meta.json"
 MAX_CODEBOOK_SIZE = 2**16
-
-
-@dataclass
-class StoreMeta:
-    image_seq_len: int  # N, codes per image
-    codebook_size: int  # V
-    crops_per_image: int = 1  # consecutive samples that are crops of one image
-    class_names: list[str] | None = None  # in the order of the class ids
-    source: dict[str, int | str] | None = None  # name, size and mtime_ns of the jsonl with the same samples
-    num_skipped: int = 0  # bad lines of the jsonl that were left out
-    sha256: dict[str, str] | None = None  # of the rows of tokens.npy and class_ids.npy, without their headers
-    num_samples: int = 0  # n
-    num_classes: int = 0  # number of class names, else largest class id + 1
 
 
 class TokenStoreWriter:
@@ -55,6 +38,8 @@ class TokenStoreWriter:
     def append(self, codes: np.ndarray, class_ids: np.ndarray) -> None:
         """Add B samples: integers (B, N) in [0, V) and (B,)."""
         assert len(codes) == len(class_ids)
+        if not len(codes):
+            return
         assert codes.min() >= 0
         assert codes.max() < self.meta.codebook_size
         assert class_ids.min() >= 0
@@ -81,17 +66,13 @@ class TokenStoreWriter:
             raise InputError(f"{self.path}: found no sample to store, expected at least one")
         num_classes = len(self.meta.class_names or []) or self._largest_class_id + 1
         hashes = {TOKENS_FILE: self._tokens.digest.hexdigest(), CLASS_IDS_FILE: self._class_ids.digest.hexdigest()}
+        grid_size = isqrt(self.meta.image_seq_len)
         sizes = {"num_samples": self._tokens.rows, "num_classes": num_classes}
+        sizes["grid_size"] = grid_size if grid_size**2 == self.meta.image_seq_len else None
         write_meta(self.partial, replace(self.meta, sha256=hashes, **sizes))
         if self.path.exists():
             shutil.rmtree(self.path)
         self.partial.rename(self.path)
-
-
-def write_meta(folder: Path, meta: StoreMeta) -> None:
-    partial = folder / f"{META_FILE}.tmp"
-    partial.write_text(json.dumps(asdict(meta), indent=1) + "\n")
-    partial.replace(folder / META_FILE)
 
 
 class _NpyWriter:

@@ -277,6 +277,29 @@ class MaskGitVQ(nn.Module):
         return self.decoder(quantizer_output.quantized), quantizer_output
 
 
+def tokenizer_sizes(state: dict[str, Tensor]) -> VQModelConfig:
+    """Sizes of the tokenizer with this state dict; `resolution` and `num_latent_tokens` are not in it and stay default.
+
+    Raises:
+        InputError: keys of another model.
+    """
+    try:
+        codebook_size, token_size = state["quantize.embedding.weight"].shape
+        hidden_channels = len(state["encoder.conv_in.weight"])
+        levels = 1 + max(int(key.split(".")[2]) for key in state if key.startswith("encoder.down."))
+        widths = [len(state[f"encoder.down.{level}.block.0.conv2.weight"]) for level in range(levels)]
+        num_res_blocks = sum(key.startswith("encoder.mid.") and key.endswith(".conv1.weight") for key in state)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"weights without {error}: expected those of a MaskGIT-VQ tokenizer") from error
+    return VQModelConfig(
+        codebook_size=codebook_size,
+        token_size=token_size,
+        hidden_channels=hidden_channels,
+        channel_mult=[width // hidden_channels for width in widths],
+        num_res_blocks=num_res_blocks,
+    )
+
+
 def load_tokenizer(config: Config) -> MaskGitVQ:
     """The frozen tokenizer of `experiment.tokenizer_checkpoint` in eval mode, float32 (also from fp16 files), on CPU.
 

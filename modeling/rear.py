@@ -14,6 +14,7 @@ V codebook size, C classes, Z width of a codebook vector.
 """
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -236,10 +237,37 @@ def load_generator(source: str, config: ModelConfig) -> ReAR:
     Raises:
         InputError: no weights there, or keys or shapes that are not those of `config`.
     """
-    path = local_file(source)
-    if path.is_dir():
-        path = path / "ema.safetensors" if (path / "ema.safetensors").is_file() else path / "model.safetensors"
+    path = weights_file(source)
     state = {key: value for key, value in load_state_dict(path).items() if "_align_mlp." not in key}
     model = ReAR(replace(config, generator=replace(config.generator, transition_alignment=False)))
     load_strict(model, state, path)
     return model
+
+
+def init_from(source: str, model: ReAR) -> None:
+    """Begin fine-tuning: trained weights in all places but the rows of the classes, which stay as initialised.
+
+    Codes, mask and null class keep their rows, so the number of classes may differ; nothing else may.
+
+    Args:
+        source: as for `load_generator`.
+
+    Raises:
+        InputError: no weights there, or keys or shapes that are not the model's.
+    """
+    path = weights_file(source)
+    state = load_state_dict(path)
+    trained, own = state.get("embeddings.weight"), model.embeddings.weight
+    if trained is not None and trained.shape[1:] == own.shape[1:]:
+        first_class = model.codebook_size + 1
+        classes = own.detach().cpu()[first_class:-1]
+        state["embeddings.weight"] = torch.cat([trained[:first_class], classes.to(trained.dtype), trained[-1:]])
+    load_strict(model, state, path)
+
+
+def weights_file(source: str) -> Path:
+    """The file itself, or that of a run or checkpoint folder, the EMA first."""
+    path = local_file(source)
+    if path.is_dir():
+        return path / "ema.safetensors" if (path / "ema.safetensors").is_file() else path / "model.safetensors"
+    return path

@@ -3,6 +3,7 @@
     PYTHONPATH=. python scripts/benchmark.py sampling --width 64 --layers 2 --tokens 64 256 --batch 4
     PYTHONPATH=. python scripts/benchmark.py decode --resolution 64 --batch 8
     PYTHONPATH=. python scripts/benchmark.py npz --images 5000
+    PYTHONPATH=. python scripts/benchmark.py data --lines 100000 1000000
     PYTHONPATH=. python scripts/benchmark.py precision config=configs/rear_blue_marble.yaml \\
         experiment.generator_checkpoint=outputs/quickstart/rear
 
@@ -18,7 +19,7 @@ import sys
 from utils.errors import input_errors_exit
 from utils.run_folder import describe_environment
 
-COMMANDS = ("sampling", "decode", "npz", "precision")  # modules of scripts/benchmarks
+COMMANDS = ("sampling", "decode", "npz", "data", "precision")  # modules of scripts/benchmarks
 
 
 def main(argv: list[str]) -> None:

@@ -1,15 +1,17 @@
 """Turn images into tokenizer codes, once, so that training reads codes instead of images.
 
-    PYTHONPATH=. python scripts/pretokenize.py config=configs/rear_b.yaml \\
+    PYTHONPATH=. torchrun --nproc_per_node=8 scripts/pretokenize.py config=configs/rear_b.yaml \\
         dataset.params.train_shards_path_or_url="imagenet-train-{000000..000252}.tar" \\
         dataset.params.pretokenization=maskgitvq.jsonl
 
 Reads the images of `dataset.params.train_shards_path_or_url` in their order, cuts each into the crops of
-`dataset.preprocessing.pretokenize_crops` and encodes them with `experiment.tokenizer_checkpoint`, on a GPU if there
-is one: `training.per_gpu_batch_size` crops at a time, read by `dataset.params.num_workers_per_gpu` processes.
+`dataset.preprocessing.pretokenize_crops` and encodes them with `experiment.tokenizer_checkpoint`, on GPUs if there
+are some: `training.per_gpu_batch_size` crops at a time, read by `dataset.params.num_workers_per_gpu` processes each.
+Any number of processes gives the same bytes; without torchrun it is one.
 
 Writes `dataset.params.pretokenization`: a .tokens store or, if the name ends in .jsonl, that file and the store beside
 it. Both appear when they are complete. Samples are in the order of the images, the crops of an image side by side.
+While it runs, finished blocks of images lie in `<name>.tokens.parts/`: the same command continues a killed run.
 """
 
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
@@ -18,22 +20,87 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
     CONFIG = load_config_or_exit(check_tokenizer_fits)
 
 import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from data.conversion import describe_source, store_to_jsonl
 from data.images import ImageDataset, open_images
-from data.token_store import TokenStore, export_jsonl
-from data.token_writer import StoreMeta, TokenStoreWriter
+from data.store_files import StoreMeta
+from data.token_store import TokenStore
+from data.token_writer import MAX_CODEBOOK_SIZE, TokenStoreWriter
 from data.transforms import pretokenize_transform
 from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config
-from utils.errors import InputError, input_errors_exit
+from utils.distributed import Distributed, distributed
+from utils.errors import InputError, TrainingError, input_errors_exit
+from utils.faults import fault_point
+from utils.parts import Parts
+from utils.processes import num_cpus
+from utils.signals import StopSignals
+from utils.weights import weights_sha256
+
+IMAGES_PER_PART = 256  # or the next multiple of what is encoded at once
 
 
 def main(config: Config) -> None:
+    output = checked_output(config)
+    store_path = output.with_suffix(".tokens")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.enable_tf32
+    tokenizer = load_tokenizer(config)
+    params, preprocessing = config.dataset.params, config.dataset.preprocessing
+    source = open_images(params.train_shards_path_or_url, config.model.generator.condition_num_classes)
+    images = ImageDataset(source, pretokenize_transform(preprocessing), config.training.seed)
+    crops = images[0]["image"].shape[0]
+    batch_size = max(1, config.training.per_gpu_batch_size // crops)
+    # A batch never reaches into another part: kernels may round differently for another batch size.
+    block_size = -(-IMAGES_PER_PART // batch_size) * batch_size
+    parts = Parts(store_path.with_name(store_path.name + ".parts"), len(images), block_size, ".npy")
+    with distributed() as world:  # left before the work begins: nothing later waits for a collective
+        meta = describe(config, tokenizer, images, crops, world.device)
+        if store_path.is_dir():
+            check_finished(TokenStore(store_path), meta)
+            missing = []
+        else:
+            fingerprint = {**asdict(meta), **meta.settings, "settings": None, "images per part": block_size}
+            if world.is_main_process:
+                parts.claim(fingerprint)
+            world.barrier()
+            parts.check(fingerprint)
+            missing = parts.missing()
+        world.barrier()  # all have looked before anyone adds parts
+    started, at_start = time.perf_counter(), sum(map(len, missing))
+    if missing:
+        mine = missing[world.rank :: world.world_size]
+        encode(mine, parts, images, tokenizer.to(world.device), batch_size, params.num_workers_per_gpu, world)
+    if not world.is_main_process:
+        return
+    if not store_path.is_dir():
+        parts.wait()
+        seconds = time.perf_counter() - started
+        print(
+            f"{at_start} images encoded, {at_start / seconds:.1f} images/s on {world.world_size} x {world.device.type}"
+        )
+        join(parts, store_path, meta, source.class_ids)
+    store = TokenStore(store_path)
+    if output.suffix == ".jsonl" and not (output.exists() and store.meta.source == describe_source(output)):
+        store_to_jsonl(store_path, output, num_cpus())
+    if parts.folder.exists():
+        parts.remove()
+    print(f"{output}: {len(images)} images, {len(store)} samples")
+
+
+def checked_output(config: Config) -> Path:
+    """The file or store to write.
+
+    Raises:
+        InputError: a key of the config is missing or wrong.
+    """
     params = config.dataset.params
     for key in ("train_shards_path_or_url", "pretokenization"):
         if getattr(params, key) is None:
@@ -41,49 +108,96 @@ def main(config: Config) -> None:
     output = Path(params.pretokenization)
     if output.suffix not in (".jsonl", ".tokens"):
         raise InputError(f"dataset.params.pretokenization={output}: expected a name that ends in .jsonl or .tokens")
+    if config.model.vq_model.codebook_size > MAX_CODEBOOK_SIZE:
+        raise InputError(
+            f"model.vq_model.codebook_size={config.model.vq_model.codebook_size}: expected at most {MAX_CODEBOOK_SIZE}"
+        )
     crop_size, resolution = config.dataset.preprocessing.crop_size, config.model.vq_model.resolution
     if crop_size != resolution:
         raise InputError(
             f"dataset.preprocessing.crop_size={crop_size}: expected model.vq_model.resolution={resolution}"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.enable_tf32
-    tokenizer = load_tokenizer(config).to(device)
-    source = open_images(params.train_shards_path_or_url, config.model.generator.condition_num_classes)
-    images = ImageDataset(source, pretokenize_transform(config.dataset.preprocessing), config.training.seed)
-
-    started = time.perf_counter()
-    num_samples = encode_images(images, tokenizer, device, output.with_suffix(".tokens"), config)
-    images_per_second = len(images) / (time.perf_counter() - started)
-    if output.suffix == ".jsonl":
-        export_jsonl(TokenStore(output.with_suffix(".tokens")), output)
-    print(f"{output}: {len(images)} images, {num_samples} samples, {images_per_second:.1f} images/s on {device}")
+    return output
 
 
-def encode_images(
-    images: ImageDataset, tokenizer: MaskGitVQ, device: torch.device, store_path: Path, config: Config
-) -> int:
-    """Write the codes of all crops to a token store; return how many samples it holds."""
-    crops = images[0]["image"].shape[0]
-    loader = DataLoader(
-        images,
-        batch_size=max(1, config.training.per_gpu_batch_size // crops),
-        num_workers=config.dataset.params.num_workers_per_gpu,
-        collate_fn=images.collate,
-    )
-    meta = StoreMeta(
+def describe(config: Config, tokenizer: MaskGitVQ, images: ImageDataset, crops: int, device: torch.device) -> StoreMeta:
+    """All that the codes depend on."""
+    preprocessing = config.dataset.preprocessing
+    settings: dict[str, Any] = {
+        f"dataset.preprocessing.{key}": getattr(preprocessing, key)
+        for key in ("resize_shorter_edge", "crop_size", "pretokenize_crops")
+    }
+    settings["training.per_gpu_batch_size"] = config.training.per_gpu_batch_size
+    settings["training.enable_tf32"] = config.training.enable_tf32 and device.type == "cuda"
+    settings["device"] = device.type
+    return StoreMeta(
         image_seq_len=tokenizer.image_seq_len,
         codebook_size=tokenizer.codebook_size,
         crops_per_image=crops,
         class_names=images.source.class_names,
+        tokenizer_sha256=weights_sha256(tokenizer),
+        source_sha256=images.fingerprint,
+        settings=settings,
     )
-    with TokenStoreWriter(store_path, meta) as writer, tqdm(total=len(images), unit="image") as progress:
-        for batch in loader:
-            with torch.inference_mode():
-                codes = tokenizer.encode(batch["image"].flatten(0, 1).to(device))  # (B, K, 3, H, W) -> (B * K, N)
-            writer.append(codes.cpu().numpy(), batch["class_labels"].repeat_interleave(crops).numpy())
-            progress.update(len(batch["image"]))
-    return len(images) * crops
+
+
+def check_finished(store: TokenStore, meta: StoreMeta) -> None:
+    """
+    Raises:
+        InputError: the store that is there already is another one than this command would write.
+    """
+    for key in ("tokenizer_sha256", "source_sha256", "class_names", "settings"):
+        found, expected = getattr(store.meta, key), getattr(meta, key)
+        if found != expected:
+            raise InputError(
+                f"{store.path}: exists and was made otherwise: {key} is {found}, expected {expected}; "
+                "delete it or write to another dataset.params.pretokenization"
+            )
+
+
+@torch.inference_mode()
+def encode(
+    blocks: list[range],
+    parts: Parts,
+    images: ImageDataset,
+    tokenizer: MaskGitVQ,
+    batch_size: int,
+    num_workers: int,
+    world: Distributed,
+) -> None:
+    """Write the parts of some blocks; the main process shows the progress of all processes."""
+    batches = DataLoader(
+        images,
+        batch_sampler=[block[i : i + batch_size] for block in blocks for i in range(0, len(block), batch_size)],
+        num_workers=num_workers,
+        collate_fn=images.collate,
+        pin_memory=world.device.type == "cuda",
+    )
+    batches, launcher = iter(batches), StopSignals()
+    initial = len(images) - sum(map(len, parts.missing()))
+    progress = tqdm(total=len(images), initial=initial, unit="image", smoothing=0, disable=not world.is_main_process)
+    for block in blocks:
+        codes = []  # per batch: (b * K, N)
+        for _ in range(0, len(block), batch_size):
+            crops = next(batches)["image"].flatten(0, 1)  # (b, K, 3, H, W) -> (b * K, 3, H, W)
+            codes.append(tokenizer.encode(crops.to(world.device)).cpu().numpy().astype(np.uint16))
+        if launcher.requested():
+            raise TrainingError("torchrun is gone; the same command continues")
+        with parts.writing(block) as partial, partial.open("wb") as file:
+            np.save(file, np.concatenate(codes))
+        if world.is_main_process:
+            progress.update(len(images) - sum(map(len, parts.missing())) - progress.n)
+    progress.close()
+
+
+def join(parts: Parts, store_path: Path, meta: StoreMeta, class_ids: np.ndarray) -> None:
+    """Write the store from all parts, a part at a time."""
+    fault_point("join.begin", 0)
+    with TokenStoreWriter(store_path, meta) as writer:
+        for block in tqdm(parts.blocks, desc=store_path.name, unit="part", delay=2):
+            labels = class_ids[block.start : block.stop].repeat(meta.crops_per_image)
+            writer.append(np.load(parts.path(block)), labels)
+        fault_point("join.end", 0)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batch_sampler import GlobalBatchSampler
-from data.training import open_training_data, training_batches
+from data.training import TrainingBatches, describe_length, open_training_data, passes_done
 from modeling.losses import LossTerms, drop_class_labels, perturb_codes, rear_loss
 from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
-from modeling.rear import ReAR
+from modeling.rear import ReAR, init_from
 from modeling.sample_grid import save_sample_grid
 from utils.checkpoint import load_optimizer, save_weights
 from utils.config import Config, accumulation_steps
@@ -54,8 +54,9 @@ from utils.sharding import shard_model, whole
 from utils.signals import StopSignals
 from utils.snapshot import take_snapshot
 from utils.status import EXIT_PREEMPTED, reported_status
-from utils.step_flags import StepGuard, max_over_ranks
+from utils.step_flags import StepGuard, max_over_ranks, sum_over_ranks
 from utils.tracking import Tracker
+from utils.weights import weights_sha256
 
 
 def main(config: Config) -> str:
@@ -70,7 +71,8 @@ def main(config: Config) -> str:
     launch.agree("config and code", flatten(asdict(config)) | facts)
     start = Start(**launch.from_main("checkpoint", lambda: asdict(find_start(output_dir, resume))))
     verify = is_main and config.dataset.params.verify_hashes
-    dataset = launch.main_first("data", lambda: open_training_data(config, verify))
+    tokenizer_sha256 = weights_sha256(tokenizer)
+    dataset = launch.main_first("data", lambda: open_training_data(config, tokenizer_sha256, verify))
     provenance = Provenance(asdict(config), dataset.fingerprint, facts["code"])
     launch.agree("data", {"hash": provenance.data_hash, "samples": len(dataset)})
     micro_steps = accumulation_steps(training, launch.world_size)
@@ -95,6 +97,9 @@ def main(config: Config) -> str:
     torch.manual_seed(training.seed)
     tokenizer.to(accelerator.device)
     model = ReAR(config.model).to(accelerator.device)
+    if start.checkpoint is None and config.experiment.init_from is not None:
+        init_from(config.experiment.init_from, model)
+        logger.info(f"starting from the weights of {config.experiment.init_from}, with new rows for the classes")
     ema_updater = ModelEmaV3(model, decay=training.ema_decay) if training.use_ema else None
     ema = ema_updater.module if ema_updater else None
     load_start(start, model, ema)
@@ -120,13 +125,14 @@ def main(config: Config) -> str:
         last_step=last_step,
         samples_seen=state.samples_seen,
     )
-    batches = training_batches(dataset, batch_sampler, config, accelerator.device)
+    batches = TrainingBatches(dataset, batch_sampler, config, accelerator.device)
     tracker = Tracker(config, output_dir, first_step) if is_main else None
     saver = CheckpointSaver(config.experiment, provenance, start.checkpoint, logger)
     logger.info(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(dataset)} samples, "
         f"{global_batch_size} per step on {launch.world_size} processes, steps {first_step} to {last_step}"
     )
+    logger.info(describe_length(config, global_batch_size, len(dataset)))
 
     # The training loop
     wrapped_model.train()
@@ -143,8 +149,7 @@ def main(config: Config) -> str:
             step_terms = []
             for micro_step in range(micro_steps):
                 batch = next(batches)
-                first = launch.rank * training.per_gpu_batch_size * micro_steps
-                first += micro_step * training.per_gpu_batch_size  # position of this micro-batch in the global batch
+                first = (launch.rank * micro_steps + micro_step) * training.per_gpu_batch_size  # in the global batch
                 uniforms = sample_uniforms(training.seed, step, first, training.per_gpu_batch_size, uniforms_per_sample)
                 torch.manual_seed(dropout_seed(training.seed, step, micro_step, launch.rank))
                 is_last = micro_step == micro_steps - 1
@@ -166,7 +171,8 @@ def main(config: Config) -> str:
             if done == 1 or done % config.experiment.log_every == 0:
                 metrics = mean_over_ranks(step_terms, accelerator)
                 metrics |= {"lr": lr, "perturbation_ratio": max_ratio, "nonfinite_steps": guard.nonfinite_steps}
-                metrics["epoch"] = state.samples_seen / config.experiment.max_train_examples
+                metrics |= passes_done(config, state.samples_seen, len(dataset))
+                metrics["skipped_images"] = sum_over_ranks(batches.num_skipped, accelerator.device)
                 now = time.perf_counter()
                 samples = (done - timed_from) * global_batch_size / launch.world_size
                 metrics["samples/sec/gpu"], timer, timed_from = samples / (now - timer), now, done
@@ -191,11 +197,8 @@ def main(config: Config) -> str:
             saver.wait()
         if max_over_ranks(torch.tensor(float(saver.failures_in_a_row), device=accelerator.device)) > 0:
             raise TrainingError(f"step {status.step}: the save failed at the end; {saver.describe_last_good()}")
-        status.status, status.reason = (
-            ("completed", "")
-            if status.step == last_step
-            else ("preempted", signals.received or "a signal to another rank")
-        )
+        status.status = "completed" if status.step == last_step else "preempted"
+        status.reason = "" if status.status == "completed" else signals.received or "a signal to another rank"
         if is_main and status.status == "completed":
             save_weights(snapshot.ema or snapshot.model, output_dir / "model.safetensors")
             save_training_curves(output_dir / "metrics.jsonl", output_dir / "training_curves.png")
@@ -240,7 +243,7 @@ def mean_over_ranks(step_terms: list[LossTerms], accelerator: Accelerator) -> di
     names = ["loss", "ar_loss", "proj_loss", "correct_tokens"]
     values = torch.stack([torch.stack([getattr(terms, name).detach() for name in names]) for terms in step_terms])
     means = accelerator.reduce(values.mean(dim=0), reduction="mean").tolist()
-    return {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
+    return dict(zip((f"train/{name}" for name in names), means, strict=True))
 
 
 if __name__ == "__main__":

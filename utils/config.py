@@ -202,6 +202,11 @@ def _check_values(config: Config) -> None:
                 f"model.generator.{name}_align_layer_idx={layer}: expected 0 to {generator.num_hidden_layers - 1} "
                 f"(num_hidden_layers={generator.num_hidden_layers})"
             )
+    experiment = config.experiment
+    if experiment.init_from is not None and experiment.resume not in ("auto", "true", "false"):
+        raise ConfigError(
+            f"experiment.init_from={experiment.init_from}: expected no path in experiment.resume beside it"
+        )
     peak, scheduled = config.optimizer.params.learning_rate, config.lr_scheduler.params.learning_rate
     if peak != scheduled:
         raise ConfigError(f"lr_scheduler.params.learning_rate={scheduled}: expected the optimizer's, {peak}")
@@ -214,6 +219,7 @@ def _lower_bounds(config: Config) -> list[tuple[str, float, float]]:
         "training": {"gradient_accumulation_steps": 1, "per_gpu_batch_size": 1, "max_train_steps": 0}
         | {"max_nonfinite_steps": 1, "launch_timeout": 1, "process_group_timeout": 1},
         "dataset.params": {"max_bad_fraction": 0},
+        "inspection": {"num_images": 1},
         "sampling": {"num_fid_samples": 1, "per_gpu_batch_size": 1},
         "model.generator": {"condition_num_classes": 1, "image_seq_len": 1, "num_hidden_layers": 1, "top_k": 0},
     }

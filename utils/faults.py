@@ -2,9 +2,10 @@
 
     REAR_FAULT=<point>[.<step>][@<rank>][:kill|raise|enospc|sleep]      without an action: kill
 
-Points: step (before its forward pass), and of a checkpoint, in this order: save.begin, save.model, save.optimizer,
-save.manifest, save.rename, save.prune; each is reached just before what it names. Without step or rank it strikes at
-the first step and on every rank that reaches it.
+Points: step (before its forward pass); of a checkpoint, in this order: save.begin, save.model, save.optimizer,
+save.manifest, save.rename, save.prune; of work in parts, <step> being the number of the part: part.begin, part.rename
+and, of joining them, join.begin, join.end. Each is reached just before what it names. Without step or rank it strikes
+at the first step and on every rank that reaches it.
 """
 
 import errno

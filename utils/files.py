@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 @contextmanager
-def complete_file(path: Path) -> Iterator[Path]:
-    """Give `<path>.tmp` to write to; at the end it is flushed to disk and renamed to `path`, after an error removed."""
-    partial = path.with_name(path.name + ".tmp")
+def complete_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
+    """Give `<path><suffix>` to write to; at the end it is flushed to disk and renamed to `path`, else removed."""
+    partial = path.with_name(path.name + suffix)
     try:
         yield partial
         with partial.open("rb") as file:

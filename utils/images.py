@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 GRID_GAP = 2  # white pixels between the images of a grid
+CAPTION_HEIGHT = 12  # pixels
 
 
 def to_uint8(images: Tensor, rule: str = "truncate") -> np.ndarray:
@@ -45,3 +46,14 @@ def make_grid(images: np.ndarray, columns: int) -> Image.Image:
         top, left = (i // columns) * step_y, (i % columns) * step_x
         canvas[top : top + height, left : left + width] = image
     return Image.fromarray(canvas)
+
+
+def make_captioned_grid(images: np.ndarray, captions: list[str], columns: int) -> Image.Image:
+    """As `make_grid`, with a caption below each image, cut to its width."""
+    count, _, width, _ = images.shape
+    below = np.full((count, CAPTION_HEIGHT, width, 3), 255, np.uint8)
+    for strip, caption in zip(below, captions, strict=True):
+        picture = Image.new("RGB", (width, CAPTION_HEIGHT), "white")
+        ImageDraw.Draw(picture).text((0, 0), caption, fill="black")
+        strip[:] = picture
+    return make_grid(np.concatenate([images, below], axis=1), columns)

@@ -1,7 +1,8 @@
-"""Pictures of a training run."""
+"""Pictures of a training run and of its data."""
 
 from pathlib import Path
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -20,5 +21,16 @@ def save_training_curves(metrics_path: Path, picture_path: Path) -> None:
         axes.plot(*zip(*points, strict=True) if points else ([], []))
         axes.set_title(name)
         axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+    figure.savefig(picture_path, dpi=100)
+
+
+def save_histograms(counts: dict[str, np.ndarray], picture_path: Path) -> None:
+    """Draw counts (K,) as steps, a panel for each name."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, values) in zip(figure.subplots(1, len(counts), squeeze=False).flat, counts.items(), strict=True):
+        axes.stairs(values, fill=True)
+        axes.set_title(name)
         axes.grid(alpha=0.3)
     figure.savefig(picture_path, dpi=100)

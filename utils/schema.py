@@ -23,6 +23,7 @@ class ExperimentConfig:
     generate_every: int = 5_000  # steps between sample grids
     log_every: int = 50  # steps between log lines
     log_grad_norm_every: int = 1_000  # steps between logged gradient norms
+    init_from: str | None = None  # fine-tuning: start from these weights, as generator_checkpoint, with new classes
     resume: str = "auto"  # auto: continue if there is a checkpoint; true: there must be one; false: none; or a path
     tokenizer_checkpoint: str = "maskgit-vqgan-imagenet-f16-256.bin"  # .bin, .safetensors or hf://OWNER/REPO/FILE
     generator_checkpoint: str | None = None  # to sample from: a file (or hf://...), checkpoint or run folder
@@ -83,8 +84,8 @@ class DatasetParams:
     train_shards_path_or_url: str | None = None  # images: tar shards ("a-{000..252}.tar", glob) or a folder per class
     eval_shards_path_or_url: str | None = None  # held-out images, in the same forms
     num_workers_per_gpu: int = 12  # data loader processes per rank; 0: in the main process
-    on_bad_sample: str = "error"  # bad lines of a jsonl: error, or skip (leave them out of the conversion)
-    max_bad_fraction: float = 0.001  # with skip: more bad lines than this share of all are an error
+    on_bad_sample: str = "error"  # bad lines of a jsonl, images in training that cannot be decoded: error or skip
+    max_bad_fraction: float = 0.001  # with skip: more bad lines or images than this share of all are an error
     verify_hashes: bool = False  # read all codes at the start and compare them with the store's hashes
 
 
@@ -172,6 +173,12 @@ class SamplingConfig:
 
 
 @dataclass
+class InspectionConfig:
+    rows: list[int] | None = None  # of the codes, to decode; null: random ones
+    num_images: int = 40  # random rows
+
+
+@dataclass
 class Config:
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -181,3 +188,4 @@ class Config:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     vq_training: VQTrainingConfig = field(default_factory=VQTrainingConfig)  # scripts/train_tokenizer.py only
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    inspection: InspectionConfig = field(default_factory=InspectionConfig)  # scripts/inspect_codes.py only

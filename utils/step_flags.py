@@ -68,3 +68,11 @@ def max_over_ranks(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return values
+
+
+def sum_over_ranks(count: int, device: torch.device) -> int:
+    """The sum over all processes."""
+    total = torch.tensor(count, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return int(total)

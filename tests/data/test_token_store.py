@@ -10,9 +10,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.batch_sampler import Draw, GlobalBatchSampler
-from data.jsonl import LINES_PER_BATCH, Sizes, format_line, parse_line, parse_published_lines
-from data.token_store import TokenStore, export_jsonl, open_tokens
-from data.token_writer import StoreMeta, TokenStoreWriter
+from data.conversion import store_to_jsonl
+from data.jsonl import LINES_PER_BATCH, Sizes, format_lines, parse_line, parse_published_lines
+from data.store_files import StoreMeta
+from data.token_store import TokenStore, open_tokens
+from data.token_writer import TokenStoreWriter
 from utils.errors import InputError
 
 SIZES = Sizes(codebook_size=1024, image_seq_len=6, num_classes=10)
@@ -24,9 +26,8 @@ def random_samples(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_lines(path: Path, codes: np.ndarray, class_ids: np.ndarray) -> list[bytes]:
-    lines = [format_line(*row) for row in zip(class_ids, codes, strict=True)]
-    path.write_bytes(b"".join(lines))
-    return lines
+    path.write_bytes(format_lines(class_ids, codes))
+    return path.read_bytes().splitlines(keepends=True)
 
 
 def write_store(path: Path, codes: np.ndarray, class_ids: np.ndarray) -> TokenStore:
@@ -52,7 +53,7 @@ def test_jsonl_is_converted_once_and_comes_back_unchanged(tmp_path: Path) -> Non
     converted = (tmp_path / "codes.tokens/tokens.npy").stat().st_ino
     open_tokens(path, *SIZES)
     assert (tmp_path / "codes.tokens/tokens.npy").stat().st_ino == converted
-    export_jsonl(store, tmp_path / "again.jsonl")
+    store_to_jsonl(store.path, tmp_path / "again.jsonl", processes=1)
     assert (tmp_path / "again.jsonl").read_bytes() == path.read_bytes()
 
 
@@ -66,7 +67,7 @@ def test_changed_jsonl_is_converted_again(tmp_path: Path) -> None:
 
 def test_exported_jsonl_needs_no_conversion(tmp_path: Path) -> None:
     store = write_store(tmp_path / "codes.tokens", *random_samples(20))
-    export_jsonl(store, tmp_path / "codes.jsonl")
+    store_to_jsonl(store.path, tmp_path / "codes.jsonl", processes=1)
     before = (tmp_path / "codes.tokens/tokens.npy").stat().st_ino
     assert len(open_tokens(tmp_path / "codes.jsonl", *SIZES)) == 20
     assert (tmp_path / "codes.tokens/tokens.npy").stat().st_ino == before
@@ -157,8 +158,8 @@ def test_fast_and_slow_parser_agree() -> None:
     rng = np.random.default_rng(0)
     alphabet = b'0012,,,   \t\r-+.e[]{}"tx\xff'
     taken = refused = 0
-    for row in zip(*random_samples(10_000)[::-1], strict=True):
-        damaged = bytearray(format_line(*row))
+    for line in format_lines(*random_samples(10_000)[::-1]).splitlines(keepends=True):
+        damaged = bytearray(line)
         assert parse_published_lines([bytes(damaged)], SIZES) is not None
         for _ in range(rng.integers(1, 5)):
             place, byte = rng.integers(len(damaged)), alphabet[rng.integers(len(alphabet))]

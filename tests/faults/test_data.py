@@ -20,6 +20,7 @@ from data.tar_shards import COUNTS_FILE, TarShards
 from data.token_store import TokenStore, open_tokens
 from tests.faults.runs import Run
 from utils.errors import InputError
+from utils.tracking import read_metrics
 
 SIZES = Sizes(codebook_size=24, image_seq_len=16, num_classes=5)
 BAD = {
@@ -167,6 +168,19 @@ def test_row_23_a_damaged_shard_is_named_with_counts(run: Run, shards: Path, kin
     assert run(*images, "training.max_train_steps=2") == [1]
     assert message in run.output()
     assert run.output().strip().splitlines()[-1].startswith("error: ")
+
+
+def test_row_23_skip_leaves_out_undecodable_images_up_to_a_fraction(run: Run, shards: Path) -> None:
+    rewrite(shards / "a-1.tar", "-", {"1-2.png": b"no image"})
+    images = ["dataset.params.pretokenization=null", f"dataset.params.train_shards_path_or_url={shards}/a-*.tar"]
+    skip = ["dataset.params.on_bad_sample=skip", "training.max_train_steps=2"]  # two passes over the 8 images
+    assert run(*images, *skip, "dataset.params.max_bad_fraction=0.1") == [1]
+    message = "1 of 8 images cannot be decoded, expected at most dataset.params.max_bad_fraction=0.1: "
+    assert f"error: {message}{shards}/a-1.tar, sample '1-2'" in run.output()
+    run.completed(*images, *skip, "dataset.params.max_bad_fraction=0.2", "dataset.params.num_workers_per_gpu=2")
+    assert run.output().count("a-1.tar, sample '1-2': cannot be decoded") == 1
+    assert [row["skipped_images"] for row in read_metrics(run.folder / "metrics.jsonl")] == [1, 2]
+    assert sorted(run.ids()[1]) == [*range(8)]
 
 
 def test_row_23_whole_shards_train_and_other_patterns_do_not_count(run: Run, shards: Path) -> None:

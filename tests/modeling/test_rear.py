@@ -1,9 +1,10 @@
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
 
-from modeling.rear import ReAR, load_generator
+from modeling.rear import ReAR, init_from, load_generator
 from utils.checkpoint import save_weights
 from utils.errors import InputError
 from utils.schema import GeneratorConfig, ModelConfig
@@ -74,6 +75,30 @@ def test_activation_checkpointing_changes_no_gradient(tiny_config: ModelConfig, 
         tiny_model(codes, labels).logits.square().mean().backward()
         gradients.append(tiny_model.blocks[0].mlp.fc1.weight.grad.clone())
     torch.testing.assert_close(*gradients)
+
+
+def test_init_from_keeps_all_but_the_classes(tiny_config: ModelConfig, tiny_model: ReAR, tmp_path) -> None:
+    source = tmp_path / "model.safetensors"
+    save_weights(tiny_model.state_dict(), source)
+    model = ReAR(replace(tiny_config, generator=replace(tiny_config.generator, condition_num_classes=3)))
+    classes = model.embeddings.weight[25:28].clone()
+    init_from(str(tmp_path), model)
+    trained = tiny_model.state_dict()
+    for key, value in model.state_dict().items():
+        if key != "embeddings.weight":
+            assert torch.equal(value, trained[key]), key
+    table, old = model.embeddings.weight, trained["embeddings.weight"]
+    assert torch.equal(table[:25], old[:25])  # codes and mask
+    assert torch.equal(table[25:28], classes)
+    assert torch.equal(table[28], old[30])  # null class
+
+    wider = ReAR(replace(tiny_config, vq_model=replace(tiny_config.vq_model, codebook_size=25)))
+    with pytest.raises(InputError, match=r"model\.safetensors: does not fit ReAR as configured: .*lm_head"):
+        init_from(str(source), wider)
+    del trained["encode_align_mlp.0.bias"]
+    save_weights(trained, source)
+    with pytest.raises(InputError, match=r"1 missing \(encode_align_mlp\.0\.bias\)"):
+        init_from(str(source), model)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])

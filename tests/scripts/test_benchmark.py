@@ -4,12 +4,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from data.conversion import jsonl_to_store
+from data.jsonl import Sizes, format_lines
 from modeling.rear import ReAR
 from scripts import benchmark
-from scripts.benchmarks import measure, precision, sampling
+from scripts.benchmarks import data, measure, precision, sampling
 from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
 from utils.checkpoint import save_weights
 from utils.config import load_config
@@ -70,6 +73,35 @@ def test_npz(capsys: pytest.CaptureFixture) -> None:
     assert {"images_per_s", "ratio_png", "extra_rss_mb"} <= set(last_line(capsys))
 
 
+@pytest.mark.multiprocess
+def test_data(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ["--tokens", "16", "--batch", "4", "--batches", "3", "--ranks", "2", "--folder", str(tmp_path)]
+    benchmark.main(["data", "--lines", "50", "120", *small])
+    figures = last_line(capsys)
+    keys = {"start_s", "private_rss_mb", "items_per_s", "convert_lines_per_s"}
+    assert keys | {f"{key}_published" for key in keys} <= set(figures)
+    assert [row["lines"] for row in figures["settings"]] == [50, 120]
+    assert figures["lines_published"] == 120
+    assert list(tmp_path.iterdir()) == []
+
+    monkeypatch.setattr(data, "free_memory", lambda: 0)
+    benchmark.main(["data", "--lines", "50", *small])
+    out = capsys.readouterr().out
+    assert "the published way would need more than 60% of the free memory" in out
+    assert "start_s_published" not in json.loads(out.splitlines()[-1])
+
+
+def test_the_gate_of_data(tmp_path: Path) -> None:
+    sizes = Sizes(24, 16, 5)
+    for name, seed in (("a", 0), ("b", 1)):
+        codes = np.random.default_rng(seed).integers(0, 24, (9, 16))
+        (tmp_path / f"{name}.jsonl").write_bytes(format_lines(np.zeros(9, int), codes))
+        jsonl_to_store(tmp_path / f"{name}.jsonl", tmp_path / f"{name}.tokens", sizes, processes=1)
+    data.compare_items(tmp_path / "a.jsonl", tmp_path / "a.tokens", 9)
+    with pytest.raises(InputError, match="gate: item 0 differs from its line"):
+        data.compare_items(tmp_path / "a.jsonl", tmp_path / "b.tokens", 9)
+
+
 def test_precision(
     tiny_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,4 +134,4 @@ def test_teacher_forced_logits_are_the_models(tiny_model: ReAR) -> None:
 def test_help_names_the_commands(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["--help"])
-    assert "{sampling,decode,npz,precision}" in capsys.readouterr().out
+    assert "{sampling,decode,npz,data,precision}" in capsys.readouterr().out

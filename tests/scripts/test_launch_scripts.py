@@ -25,6 +25,8 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip() and not line.startswith("#")
 ]
+WRITTEN_BY_OTHERS = re.compile(r"outputs/\w+/(rear|tokenizer)\.yaml")  # of the commands, by make_config.py
+BROUGHT = {"LOC_synset_mapping.txt"}
 
 
 @pytest.mark.multiprocess
@@ -62,10 +64,10 @@ def test_the_readme_has_commands() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_readme_commands_name_files_and_keys_that_exist(command: str) -> None:
-    words = shlex.split(command)
+    words = [WRITTEN_BY_OTHERS.sub("configs/rear_blue_marble.yaml", word) for word in shlex.split(command)]
     files = [word.removeprefix("config=") for word in words]
     for file in (file for file in files if re.fullmatch(r"[\w/]+\.(py|sh|yaml|sbatch|txt)", file)):
-        assert (ROOT / file).is_file(), file
+        assert file in BROUGHT or (ROOT / file).is_file(), file
     overrides = [word for word in words if re.fullmatch(r"(config|[a-z_]+(\.[a-z_]+)+)=.*", word)]
     if overrides:
         load_config(

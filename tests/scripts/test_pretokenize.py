@@ -1,6 +1,8 @@
 """Pre-tokenization against encoding image by image, and its errors."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,12 +13,14 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image
 
-from data.token_store import open_tokens
+from data.images import open_images
+from data.token_store import TokenStore, open_tokens
 from data.transforms import ten_crop
 from modeling.maskgit_vq import load_tokenizer
 from scripts import pretokenize
 from utils.config import load_config
 from utils.errors import InputError
+from utils.weights import weights_sha256
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,6 +70,93 @@ def test_codes_are_those_of_the_crops_in_order(
     np.testing.assert_array_equal(store.codes, torch.stack(expected))
 
 
+def encoded(arguments: list[str], processes: int, fault: str = "") -> int:
+    """Exit status of the script, of torchrun if there are several processes; `fault` as in `utils.faults`."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "scripts/pretokenize.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "REAR_FAULT": fault}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert fault or result.returncode == 0, result.stderr
+    return result.returncode
+
+
+def store_files(output: Path) -> dict[str, bytes]:
+    """Everything but the time stamp of the jsonl."""
+    files = {path.name: path.read_bytes() for path in output.with_suffix(".tokens").iterdir()}
+    meta = json.loads(files.pop("meta.json"))
+    meta["source"].pop("mtime_ns")
+    return {**files, "meta": json.dumps(meta).encode(), "jsonl": output.read_bytes()}
+
+
+@pytest.fixture
+def many_images(images: Path) -> Path:
+    """As `images`, but 600 of the first class: parts of 258, 258 and 87, read 3 at a time."""
+    for i in range(10, 607):
+        shutil.copy(images / "cat/0.png", images / f"cat/{i}.png")
+    return images
+
+
+@pytest.mark.multiprocess
+def test_any_number_of_processes_and_kills_give_the_same_bytes(
+    tiny_arguments: list[str], many_images: Path, tmp_path: Path
+) -> None:
+    def arguments_of(name: str) -> list[str]:
+        (tmp_path / name).mkdir()
+        return arguments(tiny_arguments, many_images, tmp_path / name / "codes.jsonl", "training.per_gpu_batch_size=30")
+
+    alone = arguments_of("alone")
+    pretokenize.main(load_config(alone))
+    expected = store_files(tmp_path / "alone/codes.jsonl")
+    assert encoded(arguments_of("three"), processes=3) == 0
+    assert store_files(tmp_path / "three/codes.jsonl") == expected
+
+    killed, folder = arguments_of("killed"), tmp_path / "killed"
+    assert encoded(killed, processes=2, fault="part.rename.1") == 1
+    assert not (folder / "codes.jsonl").exists()
+    first = folder / "codes.tokens.parts/000000000000.npy"
+    written = first.stat().st_mtime_ns if first.exists() else None
+    for fault in ("part.begin.1", "join.begin", "join.end"):
+        assert encoded(killed, processes=1, fault=fault) == -9
+        assert not (folder / "codes.tokens").exists()
+        assert written in (None, first.stat().st_mtime_ns)  # finished parts are not made again
+    pretokenize.main(load_config(killed))
+    assert store_files(folder / "codes.jsonl") == expected
+    assert sorted(path.name for path in folder.iterdir()) == ["codes.jsonl", "codes.tokens"]
+
+
+def test_parts_and_stores_of_another_origin_are_refused(
+    tiny_arguments: list[str], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = arguments(tiny_arguments, images, tmp_path / "codes.tokens")
+    other = [*ours, "dataset.preprocessing.pretokenize_crops=center"]
+    monkeypatch.setattr(pretokenize, "join", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretokenize.main(load_config(ours))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"fingerprint\.json: crops_per_image=10 in the run that began here, found 1"):
+        pretokenize.main(load_config(other))
+    (images / "dog/1.png").rename(images / "dog/x.png")
+    with pytest.raises(InputError, match="source_sha256="):
+        pretokenize.main(load_config(ours))
+    (images / "dog/x.png").rename(images / "dog/1.png")
+    pretokenize.main(load_config(ours))
+    before = (tmp_path / "codes.tokens/tokens.npy").stat().st_ino
+    pretokenize.main(load_config(ours))  # nothing left to do
+    assert (tmp_path / "codes.tokens/tokens.npy").stat().st_ino == before
+    with pytest.raises(InputError, match=r"codes\.tokens: exists and was made otherwise: settings is .*delete it"):
+        pretokenize.main(load_config(other))
+
+
+def test_the_store_tells_its_origin(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+    config = load_config(arguments(tiny_arguments, images, tmp_path / "codes.tokens"))
+    pretokenize.main(config)
+    meta = TokenStore(tmp_path / "codes.tokens").meta
+    assert (meta.grid_size, meta.codebook_size, meta.crops_per_image, meta.num_classes) == (4, 24, 10, 2)
+    assert meta.tokenizer_sha256 == weights_sha256(load_tokenizer(config))
+    assert meta.source_sha256 == open_images(str(images)).fingerprint
+    assert meta.settings["dataset.preprocessing.pretokenize_crops"] == "ten_crop"
+
+
 def test_only_a_store(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     output = tmp_path / "codes.tokens"
     pretokenize.main(
@@ -81,6 +172,7 @@ def test_only_a_store(tiny_arguments: list[str], images: Path, tmp_path: Path) -
         ("dataset.params.train_shards_path_or_url=null", "train_shards_path_or_url: missing"),
         ("dataset.params.pretokenization=null", "pretokenization: missing"),
         ("dataset.params.pretokenization=codes.npz", "ends in .jsonl or .tokens"),
+        ("model.vq_model.codebook_size=65537", "codebook_size=65537: expected at most 65536"),
         ("dataset.preprocessing.crop_size=8", "crop_size=8: expected model.vq_model.resolution=16"),
         ("model.generator.condition_num_classes=1", "dog/0.png: found class id 1, expected less than 1"),
     ],
@@ -96,7 +188,7 @@ def test_bad_image_leaves_no_store(tiny_arguments: list[str], images: Path, tmp_
     (images / "dog/1.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"dog/1\.png"):
         pretokenize.main(load_config(arguments(tiny_arguments, images, tmp_path / "codes.jsonl")))
-    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["codes.tokens.parts", "images"]
 
 
 def test_a_typo_ends_before_the_slow_imports(tmp_path: Path) -> None:

@@ -7,10 +7,12 @@ import sys
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.token_writer import StoreMeta, TokenStoreWriter
 from modeling.losses import alignment_loss, next_token_loss, perturb_codes
 from modeling.maskgit_vq import load_tokenizer
 from modeling.rear import ReAROutput
@@ -165,6 +167,41 @@ def test_on_the_fly_tokenization_gives_the_codes_of_the_images(tiny_arguments: l
     run(tiny_arguments, tmp_path / "parts", *overrides, *steps, "training.stop_steps=3")
     parts = run(tiny_arguments, tmp_path / "parts", *overrides, *steps)
     assert [row["train/loss"] for row in whole] == [row["train/loss"] for row in parts]
+
+
+def test_fine_tuning_begins_with_trained_weights_and_continues_by_itself(
+    tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    run(tiny_arguments, tmp_path / "first", "training.max_train_steps=3")
+    trained = load_file(tmp_path / "first/model.safetensors")
+    more = [f"experiment.init_from={tmp_path / 'first'}", "model.generator.condition_num_classes=7"]
+    run(tiny_arguments, tmp_path / "none", *more, "training.max_train_steps=0")
+    start = load_file(tmp_path / "none/model.safetensors")
+    assert torch.equal(start["embeddings.weight"][:25], trained["embeddings.weight"][:25])
+    assert torch.equal(start["lm_head.weight"], trained["lm_head.weight"])
+    assert "with new rows for the classes" in (tmp_path / "none/log.txt").read_text()
+    steps = ["training.max_train_steps=4", "training.use_ema=true"]
+    whole = run(tiny_arguments, tmp_path / "whole", *more, *steps)
+    run(tiny_arguments, tmp_path / "parts", *more, *steps, "training.stop_steps=2")
+    parts = run(tiny_arguments, tmp_path / "parts", *more, *steps)
+    assert [row["train/loss"] for row in whole] == [row["train/loss"] for row in parts]
+    assert whole[0]["train/loss"] < run(tiny_arguments, tmp_path / "scratch", *steps)[0]["train/loss"]
+    with pytest.raises(InputError, match=r"init_from=x: expected no path in experiment\.resume"):
+        config_of(tiny_arguments, tmp_path / "x", "experiment.init_from=x", "experiment.resume=y")
+
+
+def test_the_log_tells_epochs_in_images_and_passes(tiny_arguments: list[str], tmp_path: Path) -> None:
+    rows = run(tiny_arguments, tmp_path / "run", "training.max_train_steps=10", "experiment.max_train_examples=5")
+    assert (rows[-1]["epoch"], rows[-1]["dataset_passes"], rows[-1]["skipped_images"]) == (16.0, 1.6, 0)
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "10 steps are 16 epochs of 5 images, 1.6 dataset passes" in log
+
+
+def test_codes_of_another_tokenizer_are_refused(tiny_arguments: list[str], tmp_path: Path) -> None:
+    with TokenStoreWriter(tmp_path / "a.tokens", StoreMeta(16, 24, tokenizer_sha256="0" * 64)) as writer:
+        writer.append(np.zeros((9, 16), int), np.zeros(9, int))
+    with pytest.raises(InputError, match=r"a\.tokens: made by a tokenizer of sha256 000"):
+        run(tiny_arguments, tmp_path / "run", f"dataset.params.pretokenization={tmp_path / 'a.tokens'}")
 
 
 GOOD = json.dumps({"class_id": 1, "tokens": [0] * 16})

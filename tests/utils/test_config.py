@@ -159,7 +159,7 @@ def test_shipped_configs_load(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["train_rear", "sample_imagenet_rear", "pretokenize", "train_tokenizer", "reconstruct"]
+    "script", ["train_rear", "sample_imagenet_rear", "pretokenize", "train_tokenizer", "reconstruct", "inspect_codes"]
 )
 def test_a_typo_ends_a_script_at_once(script: str, tmp_path: Path) -> None:
     """Before torch is imported: the import hook makes that an error."""

@@ -1,0 +1,166 @@
+"""From jsonl to a token store and back: on all CPUs, and killed conversions go on where they were.
+
+A jsonl is cut into ranges of bytes, whose lines are checked and kept as part files until the store is joined from them.
+A store is cut into blocks of rows, whose lines go to their place in the jsonl at once, for their lengths are known.
+"""
+
+import json
+import os
+from contextlib import closing
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.jsonl import BadLines, Sizes, format_lines, formatted_size, read_range
+from data.store_files import StoreMeta, open_store, write_meta
+from data.token_writer import TokenStoreWriter
+from utils.errors import InputError
+from utils.faults import fault_point
+from utils.parts import Parts
+from utils.processes import in_processes
+
+RANGE_BYTES = 2**25  # of a jsonl per part; a process needs a few times that memory
+ROWS_PER_BLOCK = 16_384  # of a store per part
+
+
+def describe_source(jsonl: Path) -> dict[str, int | str]:
+    """What tells whether a jsonl is still the one that a store was made from."""
+    status = jsonl.stat()
+    return {"name": jsonl.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def jsonl_to_store(
+    jsonl: Path,
+    store_path: Path,
+    sizes: Sizes,
+    processes: int,
+    max_bad_fraction: float = 0.0,
+    crops_per_image: int = 1,
+    class_names: list[str] | None = None,
+) -> BadLines:
+    """Check all lines and write them as a token store, which appears when it is complete.
+
+    Until then its parts, of the same size, lie in `<store>.lines/`.
+
+    Args:
+        max_bad_fraction: bad lines up to this share of all are left out.
+        crops_per_image: consecutive lines that are of one image.
+        class_names: in the order of the class ids.
+
+    Returns:
+        What was left out.
+
+    Raises:
+        InputError: more bad lines than allowed, of which it names the first ten, or lines that do not make whole
+            images. Nothing is left.
+    """
+    source = describe_source(jsonl)
+    parts = Parts(store_path.with_name(store_path.name + ".lines"), source["size"], RANGE_BYTES, ".npz")
+    bad_lines = BadLines(max_bad_fraction)
+    if not parts.blocks:
+        bad_lines.check(jsonl, complete=True)
+    parts.claim_anew({**source, **sizes._asdict(), "range": RANGE_BYTES})
+    try:
+        _convert_ranges(jsonl, parts, sizes, bad_lines, processes)
+        if bad_lines.num_lines % crops_per_image:
+            raise InputError(f"{jsonl}: found {bad_lines.num_lines} lines, expected {crops_per_image} of each image")
+    except InputError:
+        parts.remove()
+        raise
+    fields = StoreMeta(sizes.image_seq_len, sizes.codebook_size, crops_per_image, class_names, source, bad_lines.count)
+    fault_point("join.begin", 0)
+    with TokenStoreWriter(store_path, fields) as writer:
+        for block in tqdm(parts.blocks, desc=store_path.name, unit="part", delay=2):
+            with np.load(parts.path(block)) as part:
+                writer.append(part["codes"], part["class_ids"])
+        fault_point("join.end", 0)
+    parts.remove()
+    return bad_lines
+
+
+def is_conversion(store_path: Path, jsonl: Path, sizes: Sizes, max_bad_fraction: float) -> bool:
+    """Whether a store is there that was made from this jsonl as it is now, under the same rules."""
+    if not store_path.is_dir():
+        return False
+    meta = open_store(store_path)[0]
+    if meta.sha256 is None or meta.num_skipped > max_bad_fraction * (meta.num_samples + meta.num_skipped):
+        return False
+    return (meta.source, meta.codebook_size) == (describe_source(jsonl), sizes.codebook_size)
+
+
+def _convert_ranges(jsonl: Path, parts: Parts, sizes: Sizes, bad_lines: BadLines, processes: int) -> None:
+    """Make the missing parts; count bad lines in the order of the file, as far as it is read without a gap."""
+
+    def convert(block: range) -> None:
+        lines = read_range(jsonl, block.start, block.stop, sizes)
+        with parts.writing(block) as partial, partial.open("wb") as file:
+            counts = json.dumps([lines.num_lines, lines.num_bad, lines.reasons])
+            np.savez(file, codes=lines.codes, class_ids=lines.class_ids, counts=counts)
+
+    def count_ready() -> None:
+        nonlocal counted
+        while counted < len(parts.blocks) and parts.blocks[counted].start not in pending:
+            with np.load(parts.path(parts.blocks[counted])) as part:
+                bad_lines.add(*json.loads(str(part["counts"])))
+            counted += 1
+        bad_lines.check(jsonl, complete=counted == len(parts.blocks))
+
+    missing, counted, size = parts.missing(), 0, parts.blocks[-1].stop
+    pending = {block.start for block in missing}
+    count_ready()
+    initial = size - sum(map(len, missing))
+    with (
+        tqdm(total=size, initial=initial, desc=jsonl.name, unit="B", unit_scale=True) as progress,
+        closing(in_processes(convert, missing, processes)) as blocks,
+    ):
+        for block in blocks:
+            pending.remove(block.start)
+            progress.update(len(block))
+            count_ready()
+
+
+def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:
+    """Write the samples as jsonl, which appears when it is complete; until then it lies in `<jsonl>.rows/`.
+
+    A store beside it notes that it is the conversion of that file.
+
+    Returns:
+        Number of samples.
+
+    Raises:
+        InputError: no store there, or a damaged one.
+    """
+    meta, codes, class_ids = open_store(store_path)
+    parts = Parts(jsonl.with_name(jsonl.name + ".rows"), len(codes), ROWS_PER_BLOCK, ".done")
+    sizes = [formatted_size(class_ids[b.start : b.stop], codes[b.start : b.stop]) for b in parts.blocks]
+    offsets = dict(zip(parts.blocks, accumulate(sizes, initial=0), strict=False))
+    parts.claim_anew({"codes": meta.fingerprint, "rows": ROWS_PER_BLOCK})
+    growing = parts.folder / "growing.jsonl"
+    growing.open("ab").close()
+
+    def convert(block: range) -> None:
+        text = format_lines(class_ids[block.start : block.stop], codes[block.start : block.stop])
+        with parts.writing(block) as marker, growing.open("r+b") as file:
+            file.seek(offsets[block])
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            marker.touch()
+
+    missing = parts.missing()
+    finished = len(codes) - sum(map(len, missing))
+    with (
+        tqdm(total=len(codes), initial=finished, desc=jsonl.name, unit="line", unit_scale=True, delay=2) as progress,
+        closing(in_processes(convert, missing, processes)) as blocks,
+    ):
+        for block in blocks:
+            progress.update(len(block))
+    fault_point("join.begin", 0)
+    growing.replace(jsonl)
+    if jsonl.with_suffix(".tokens") == store_path:
+        meta.source = describe_source(jsonl)
+        write_meta(store_path, meta)
+    parts.remove()
+    return len(codes)

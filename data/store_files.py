@@ -1,0 +1,67 @@
+"""The files of a token store, `<name>.tokens/`: tokens.npy, class_ids.npy and meta.json.
+
+tokens.npy is (n, N) uint16, class_ids.npy (n,) int32; meta.json holds the fields of `StoreMeta`. Reading and converting
+them needs no torch, whose import alone takes 500 MB.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import InputError
+from utils.manifest import hash_of
+
+TOKENS_FILE, CLASS_IDS_FILE, META_FILE = "tokens.npy", "class_ids.npy", "meta.json"
+
+
+@dataclass
+class StoreMeta:
+    image_seq_len: int  # N, codes per image
+    codebook_size: int  # V
+    crops_per_image: int = 1  # consecutive samples that are crops of one image
+    class_names: list[str] | None = None  # in the order of the class ids
+    source: dict[str, int | str] | None = None  # name, size and mtime_ns of the jsonl with the same samples
+    num_skipped: int = 0  # bad lines of the jsonl that were left out
+    grid_size: int | None = None  # h = w of the grid that the codes fill in raster order; None: N is no square
+    tokenizer_sha256: str | None = None  # of the tokenizer's weights; None: a jsonl does not tell
+    source_sha256: str | None = None  # `fingerprint` of the images; None: a jsonl does not tell
+    settings: dict[str, int | str | bool] | None = None  # of the pre-tokenization, by config key
+    sha256: dict[str, str] | None = None  # of the rows of tokens.npy and class_ids.npy, without their headers
+    num_samples: int = 0  # n
+    num_classes: int = 0  # number of class names, else largest class id + 1
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal samples in equal order, wherever they came from."""
+        shape = (self.num_samples, self.image_seq_len)
+        return hash_of({"sha256": self.sha256, "shape": shape, "codebook_size": self.codebook_size})
+
+
+def open_store(path: Path) -> tuple[StoreMeta, np.memmap, np.memmap]:
+    """Meta, codes (n, N) uint16 and class ids (n,) int32, both mapped from disk.
+
+    Raises:
+        InputError: no store there, or a damaged one.
+    """
+    try:
+        meta = StoreMeta(**json.loads((path / META_FILE).read_text()))
+        codes = np.load(path / TOKENS_FILE, mmap_mode="r")
+        class_ids = np.load(path / CLASS_IDS_FILE, mmap_mode="r")
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be opened as a token store: {str(error).splitlines()[0]}") from error
+    expected = (meta.num_samples, meta.image_seq_len)
+    for file, found, shape in (
+        (TOKENS_FILE, codes.shape, expected),
+        (CLASS_IDS_FILE, class_ids.shape, expected[:1]),
+    ):
+        if found != shape:
+            raise InputError(f"{path / file}: found shape {found}, expected {shape} as in {META_FILE}")
+    return meta, codes, class_ids
+
+
+def write_meta(folder: Path, meta: StoreMeta) -> None:
+    partial = folder / f"{META_FILE}.tmp"
+    partial.write_text(json.dumps(asdict(meta), indent=1) + "\n")
+    partial.replace(folder / META_FILE)

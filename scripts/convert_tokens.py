@@ -1,0 +1,99 @@
+"""Convert tokenized images: the published jsonl to a token store, or a store to jsonl.
+
+    PYTHONPATH=. python scripts/convert_tokens.py maskgitvq.jsonl maskgitvq.tokens --crops-per-image 10
+    PYTHONPATH=. python scripts/convert_tokens.py maskgitvq.tokens maskgitvq.jsonl
+
+Training converts a jsonl by itself, beside it; this command does so beforehand, and tells more about the codes. Every
+line is checked: a bad one is named with its number and what is wrong. All CPUs work at it, each with little memory. The
+target appears when it is complete; the same command continues a killed conversion. A store needs the space of its codes
+twice while it is made (for ImageNet's ten crops 13 GB).
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+from data.conversion import is_conversion, jsonl_to_store, store_to_jsonl
+from data.jsonl import Sizes
+from data.store_files import open_store
+from data.tar_shards import read_names
+from utils.errors import InputError, input_errors_exit
+from utils.processes import num_cpus
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    source, target = arguments.source, arguments.target
+    suffixes = (source.suffix, target.suffix)
+    if suffixes not in ((".jsonl", ".tokens"), (".tokens", ".jsonl")):
+        raise InputError(f"{source} to {target}: expected a .jsonl and a .tokens, in either order")
+    started = time.perf_counter()
+    count = (to_store if target.suffix == ".tokens" else to_jsonl)(source, target, arguments)
+    seconds = time.perf_counter() - started
+    print(f"{target}: {count} samples, {count / seconds:.0f} per second with {arguments.processes} processes")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help=".jsonl file or .tokens store")
+    parser.add_argument("target", type=Path, help=".tokens store or .jsonl file")
+    parser.add_argument("--processes", type=int, default=num_cpus(), help="default: all CPUs, here %(default)s")
+    of_jsonl = parser.add_argument_group("what the lines of a jsonl must fit, and what it does not tell")
+    of_jsonl.add_argument("--codebook-size", type=int, default=1024, help="default %(default)s")
+    of_jsonl.add_argument("--image-seq-len", type=int, default=256, help="codes per image, default %(default)s")
+    of_jsonl.add_argument("--num-classes", type=int, default=1000, help="default %(default)s")
+    of_jsonl.add_argument("--max-bad-fraction", type=float, default=0.0, help="leave out bad lines up to this share")
+    of_jsonl.add_argument("--crops-per-image", type=int, default=1, help="consecutive lines that are of one image")
+    of_jsonl.add_argument("--class-names", type=Path, help="JSON list of names in the order of the class ids")
+    arguments = parser.parse_args(argv)
+    if min(arguments.processes, arguments.crops_per_image) < 1:
+        parser.error("--processes and --crops-per-image: expected at least 1")
+    if arguments.max_bad_fraction and arguments.crops_per_image > 1:
+        parser.error("--max-bad-fraction: not with --crops-per-image; without a line the crops would not line up")
+    return arguments
+
+
+def to_store(jsonl: Path, store_path: Path, arguments: argparse.Namespace) -> int:
+    """Convert unless that has been done; returns the number of samples.
+
+    Raises:
+        InputError: bad lines, or another store under that name.
+    """
+    if not jsonl.is_file():
+        raise InputError(f"{jsonl}: no such file")
+    names = None if arguments.class_names is None else read_names(arguments.class_names)
+    num_classes = arguments.num_classes if names is None else len(names)
+    sizes = Sizes(arguments.codebook_size, arguments.image_seq_len, num_classes)
+    if is_conversion(store_path, jsonl, sizes, arguments.max_bad_fraction):
+        print(f"{store_path}: is the conversion of {jsonl} already")
+        return open_store(store_path)[0].num_samples
+    if store_path.exists():
+        raise InputError(f"{store_path}: exists and is not made from {jsonl} as it is now; delete it or choose a name")
+    bad_lines = jsonl_to_store(
+        jsonl,
+        store_path,
+        sizes,
+        arguments.processes,
+        arguments.max_bad_fraction,
+        crops_per_image=arguments.crops_per_image,
+        class_names=names,
+    )
+    if bad_lines.count:
+        print(f"{jsonl}: left out {bad_lines.count} bad lines: {'; '.join(bad_lines.reasons)}")
+    return bad_lines.num_lines - bad_lines.count
+
+
+def to_jsonl(store_path: Path, jsonl: Path, arguments: argparse.Namespace) -> int:
+    """Returns the number of samples.
+
+    Raises:
+        InputError: a damaged store, or a jsonl under that name.
+    """
+    if jsonl.exists():
+        raise InputError(f"{jsonl}: exists; delete it or choose another name")
+    return store_to_jsonl(store_path, jsonl, arguments.processes)
+
+
+if __name__ == "__main__":
+    with input_errors_exit():
+        main()

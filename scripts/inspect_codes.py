@@ -1,0 +1,114 @@
+"""Look at tokenized images: decode some to a grid with their class names, and count all codes.
+
+    PYTHONPATH=. python scripts/inspect_codes.py config=configs/rear_b.yaml experiment.output_dir=outputs/codes
+    PYTHONPATH=. python scripts/inspect_codes.py config=configs/rear_b.yaml experiment.output_dir=outputs/codes \\
+        inspection.rows=[0,1,2,12811660]
+
+Reads the codes of `dataset.params.pretokenization`, all but those that `inspection.rows` names at random, and decodes
+them with `experiment.tokenizer_checkpoint`.
+
+Prints the statistics. Writes to `experiment.output_dir`: codes.png (the grid), statistics.png (how often codes and
+classes occur) and statistics.json.
+"""
+
+if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+    from utils.config import check_tokenizer_fits, load_config_or_exit
+
+    CONFIG = load_config_or_exit(check_tokenizer_fits)
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.code_statistics import CodeStatistics, code_statistics
+from data.token_store import TokenStore
+from data.training import check_tokenizer, open_codes
+from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
+from utils.config import Config
+from utils.errors import InputError, input_errors_exit
+from utils.images import make_captioned_grid, to_uint8
+from utils.plots import save_histograms
+from utils.weights import weights_sha256
+
+MOST_FREQUENT = 5  # codes that are printed
+DECODED_AT_ONCE = 16  # images
+GRID_COLUMNS = 8
+
+
+def main(config: Config) -> None:
+    if config.dataset.params.pretokenization is None:
+        raise InputError("dataset.params.pretokenization: missing; give the codes to look at")
+    tokenizer = load_tokenizer(config)
+    store = open_codes(config)
+    check_tokenizer(store, weights_sha256(tokenizer))
+    rows = choose_rows(store, config)
+    output_dir = Path(config.experiment.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    decoded_grid(store, rows, tokenizer, config).save(output_dir / "codes.png")
+    statistics = code_statistics(store)
+    figures = summary(store, statistics)
+    for name, value in figures.items():
+        print(f"{name}: {value}")
+    (output_dir / "statistics.json").write_text(json.dumps(figures, indent=1) + "\n")
+    counts = {"codes, most frequent first": statistics.code_counts, "samples of each class": statistics.class_counts}
+    save_histograms({name: -np.sort(-values) for name, values in counts.items()}, output_dir / "statistics.png")
+    print(f"look at {output_dir}/codes.png and {output_dir}/statistics.png")
+
+
+def choose_rows(store: TokenStore, config: Config) -> list[int]:
+    """The rows asked for, or random ones, in order.
+
+    Raises:
+        InputError: a row that is not there.
+    """
+    rows = config.inspection.rows
+    if rows is None:
+        count = min(config.inspection.num_images, len(store))
+        rng = np.random.default_rng(config.training.seed)
+        return sorted(rng.choice(len(store), count, replace=False, shuffle=False).tolist())
+    for row in rows:
+        if not 0 <= row < len(store):
+            raise InputError(f"inspection.rows: found {row}, expected 0 to {len(store) - 1}")
+    return rows
+
+
+@torch.inference_mode()
+def decoded_grid(store: TokenStore, rows: list[int], tokenizer: MaskGitVQ, config: Config) -> Image.Image:
+    """Images of some rows, each above its row number and class name."""
+    tokenizer.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device, images = next(tokenizer.parameters()).device, []
+    for first in range(0, len(rows), DECODED_AT_ONCE):
+        codes = store.__getitems__(rows[first : first + DECODED_AT_ONCE])["codes"].to(device)  # (b, N)
+        images.append(to_uint8(tokenizer.decode(codes), config.sampling.uint8_rule))
+    captions = [f"{row} {store.class_name(int(store.class_ids[row]))}" for row in rows]
+    return make_captioned_grid(np.concatenate(images), captions, GRID_COLUMNS)
+
+
+def summary(store: TokenStore, statistics: CodeStatistics) -> dict[str, Any]:
+    """By name, for reading and for JSON."""
+    meta, per_class = store.meta, statistics.class_counts
+    rarest, commonest = int(per_class.argmin()), int(per_class.argmax())
+    return {
+        "samples": len(store),
+        "images": len(store) // meta.crops_per_image,
+        "crops per image": meta.crops_per_image,
+        "codes per sample": f"{meta.image_seq_len}, grid {meta.grid_size} x {meta.grid_size}",
+        "codebook": meta.codebook_size,
+        "codebook used": f"{statistics.usage:.2%}",
+        "entropy of the codes": f"{statistics.entropy:.3f} of {math.log2(meta.codebook_size):.3f} bits",
+        "most frequent codes": ", ".join(f"{code} ({s:.2%})" for code, s in statistics.most_frequent(MOST_FREQUENT)),
+        "classes": f"{meta.num_classes}, {int((per_class > 0).sum())} of them with samples",
+        "samples of the rarest class": f"{per_class[rarest]} ({store.class_name(rarest)})",
+        "samples of the commonest class": f"{per_class[commonest]} ({store.class_name(commonest)})",
+        "tokenizer": meta.tokenizer_sha256,
+    }
+
+
+if __name__ == "__main__":
+    with input_errors_exit():
+        main(CONFIG)

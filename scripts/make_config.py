@@ -1,0 +1,147 @@
+"""Write the configs for one's own images: classes from the shards, grid and codebook from the tokenizer.
+
+    PYTHONPATH=. python scripts/make_config.py outputs/mine/images outputs/mine --resolution 64
+    PYTHONPATH=. python scripts/make_config.py shards outputs/mine --resolution 256 --base configs/rear_b.yaml \\
+        --tokenizer maskgit-vqgan-imagenet-f16-256.bin
+
+IMAGES is a folder that scripts/make_shards.py has made. Without --tokenizer, the one to be trained is small: the sizes
+of configs/tokenizer_blue_marble.yaml. Everything that is not given or derived is as in --base.
+
+Writes to OUTPUT: rear.yaml (for pretokenize.py, train_rear.py and all that follows) and, without --tokenizer,
+tokenizer.yaml (for train_tokenizer.py). Change them as you like; this script reads neither.
+"""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from data.image_source import ImageSource
+from data.images import open_images
+from data.shard_writer import HELDOUT_PREFIX
+from modeling.maskgit_vq import tokenizer_sizes
+from utils.config import check_tokenizer_fits, load_config
+from utils.errors import InputError, input_errors_exit
+from utils.hub import local_file
+from utils.schema import VQModelConfig
+from utils.weights import load_state_dict
+
+ROOT = Path(__file__).parents[1]
+SMALL_BASE, SMALL_TOKENIZER = ROOT / "configs/rear_blue_marble.yaml", ROOT / "configs/tokenizer_blue_marble.yaml"
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    output, resolution = arguments.output, arguments.resolution
+    train, heldout = find_shards(arguments.images)
+    train_images, heldout_images = open_images(train), open_images(heldout)
+    num_classes = len(train_images.class_names or []) or int(train_images.class_ids.max()) + 1
+    data = {
+        "dataset.params.train_shards_path_or_url": train,
+        "dataset.params.eval_shards_path_or_url": heldout,
+        "dataset.preprocessing.resize_shorter_edge": resolution,
+        "dataset.preprocessing.crop_size": resolution,
+        "dataset.preprocessing.random_flip": not arguments.no_flip,
+        "experiment.max_train_examples": len(train_images),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    if arguments.tokenizer is None:
+        sizes, tokenizer = VQModelConfig(**OmegaConf.load(SMALL_TOKENIZER).model.vq_model), output / "tokenizer"
+        own = {"experiment.name": f"{output.name}_tokenizer", "experiment.output_dir": str(tokenizer)}
+        settings = {**data, **tokenizer_settings(sizes, resolution), **own}
+        write_yaml(output / "tokenizer.yaml", SMALL_TOKENIZER, settings, "python scripts/train_tokenizer.py")
+        tokenizer = tokenizer / "tokenizer.safetensors"
+    else:
+        tokenizer = arguments.tokenizer
+        sizes = tokenizer_sizes(load_state_dict(local_file(tokenizer)))
+    settings = {
+        **data,
+        **tokenizer_settings(sizes, resolution),
+        "experiment.name": output.name,
+        "experiment.output_dir": str(output / "rear"),
+        "experiment.tokenizer_checkpoint": str(tokenizer),
+        "model.generator.image_seq_len": codes_per_image(sizes, resolution),
+        "model.generator.z_dim": sizes.token_size,
+        "model.generator.condition_num_classes": num_classes,
+        "dataset.params.pretokenization": str(output / "train.tokens"),
+        "sampling.num_fid_samples": balanced_count(heldout_images, num_classes),
+    }
+    if arguments.no_flip:
+        settings["dataset.preprocessing.pretokenize_crops"] = "center"
+    write_yaml(output / "rear.yaml", arguments.base, settings, "accelerate launch scripts/train_rear.py")
+    print(
+        f"{output}: {len(train_images)} training and {len(heldout_images)} held-out images of {num_classes} classes, "
+        f"{settings['model.generator.image_seq_len']} codes of {sizes.codebook_size} per image"
+    )
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", type=Path, help="folder with shards")
+    parser.add_argument("output", type=Path, help="folder for the configs and for what they make")
+    parser.add_argument("--resolution", type=int, required=True, help="pixels, a multiple of 8 for the small tokenizer")
+    parser.add_argument("--tokenizer", help="weights of a trained one, .bin, .safetensors or hf://OWNER/REPO/FILE")
+    parser.add_argument("--base", type=Path, default=SMALL_BASE, help="default %(default)s")
+    parser.add_argument("--no-flip", action="store_true", help="for images whose mirror image is another thing")
+    return parser.parse_args(argv)
+
+
+def find_shards(folder: Path) -> tuple[str, str]:
+    """Patterns of the training and the held-out shards; without these the training shards take their place.
+
+    Raises:
+        InputError: no shards, or training shards of several kinds.
+    """
+    prefixes = sorted({path.name.rpartition("-")[0] for path in folder.glob("*-*.tar")})
+    train = [prefix for prefix in prefixes if prefix != HELDOUT_PREFIX]
+    if len(train) != 1:
+        raise InputError(f"{folder}: found shards of the kinds {train}, expected one, made by scripts/make_shards.py")
+    heldout = HELDOUT_PREFIX if HELDOUT_PREFIX in prefixes else train[0]
+    return str(folder / f"{train[0]}-*.tar"), str(folder / f"{heldout}-*.tar")
+
+
+def tokenizer_settings(sizes: VQModelConfig, resolution: int) -> dict[str, Any]:
+    """The section model.vq_model."""
+    section = {**asdict(sizes), "resolution": resolution, "num_latent_tokens": codes_per_image(sizes, resolution)}
+    return {f"model.vq_model.{key}": value for key, value in section.items()}
+
+
+def codes_per_image(sizes: VQModelConfig, resolution: int) -> int:
+    """
+    Raises:
+        InputError: a resolution that the tokenizer's levels do not divide.
+    """
+    factor = 2 ** (len(sizes.channel_mult) - 1)
+    if resolution < factor or resolution % factor:
+        raise InputError(f"--resolution {resolution}: expected a multiple of {factor}, as the tokenizer has it")
+    return (resolution // factor) ** 2
+
+
+def balanced_count(images: ImageSource, num_classes: int) -> int:
+    """As many images of each class as the smallest class has, or all if a class has none."""
+    return num_classes * int(np.bincount(images.class_ids, minlength=num_classes).min()) or len(images)
+
+
+def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -> None:
+    """The settings over those of `base`, checked.
+
+    Raises:
+        InputError: what does not fit together.
+    """
+    merged = OmegaConf.load(base)
+    for key, value in settings.items():
+        OmegaConf.update(merged, key, value)
+    path.write_text(f"# Written by scripts/make_config.py from {base.name}.\n#   {command} config={path}\n")
+    with path.open("a") as file:
+        file.write(OmegaConf.to_yaml(merged))
+    config = load_config([f"config={path}"])
+    if path.name == "rear.yaml":
+        check_tokenizer_fits(config)
+
+
+if __name__ == "__main__":
+    with input_errors_exit():
+        main()

@@ -1,0 +1,88 @@
+"""Pack a folder of images, with a sub-folder per class, into webdataset shards.
+
+    PYTHONPATH=. python scripts/make_shards.py imagenet/train shards/train --prefix imagenet-train \\
+        --class-names LOC_synset_mapping.txt
+    PYTHONPATH=. python scripts/make_shards.py my_images outputs/mine/images --heldout 0.1
+
+The bytes of the images stay as they are. Images are shuffled, always in the same way, and with --heldout a share of
+each class goes to shards of its own. All CPUs work at it, and the same command continues a killed run.
+
+Writes to OUTPUT, which appears when it is complete: <prefix>-000000.tar ..., heldout-000000.tar ..., classes.json
+(names in the order of the class ids) and shards.json (samples, bytes and sha256 of each shard).
+"""
+
+import argparse
+from contextlib import closing
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data.image_folder import ImageFolder
+from data.shard_writer import HELDOUT_PREFIX, plan_shards, write_shards
+from utils.errors import InputError, input_errors_exit
+from utils.processes import num_cpus
+
+SAMPLES_PER_SHARD = 5064  # 253 shards of ImageNet's training images
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    if arguments.output.exists():
+        raise InputError(f"{arguments.output}: exists; delete it or choose another name")
+    if not arguments.source.is_dir():
+        raise InputError(f"{arguments.source}: no such folder")
+    source = ImageFolder(arguments.source)
+    names = source.class_names
+    if arguments.class_names is not None:
+        names = read_titles(arguments.class_names, source.class_names)
+    shards = plan_shards(source, arguments.prefix, arguments.samples_per_shard, arguments.heldout)
+    with (
+        tqdm(total=len(source), unit="image", smoothing=0) as progress,
+        closing(write_shards(source, names, shards, arguments.output, arguments.processes)) as written,
+    ):
+        for count in written:
+            progress.update(count)
+    heldout = sum(len(shard.indices) for shard in shards if shard.name.startswith(f"{HELDOUT_PREFIX}-"))
+    print(
+        f"{arguments.output}: {len(source) - heldout} images and {heldout} held out, of {len(names)} "
+        f"classes, in {len(shards)} shards"
+    )
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="folder with a sub-folder per class")
+    parser.add_argument("output", type=Path, help="folder to make")
+    parser.add_argument("--prefix", default="train", help="of the shard names, default %(default)s")
+    parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="default %(default)s")
+    parser.add_argument("--heldout", type=float, default=0.0, help="share of each class, below 1; default none")
+    parser.add_argument("--class-names", type=Path, help="text file with lines `folder name`, to rename the classes")
+    parser.add_argument("--processes", type=int, default=num_cpus(), help="default: all CPUs, here %(default)s")
+    arguments = parser.parse_args(argv)
+    if min(arguments.processes, arguments.samples_per_shard) < 1 or not 0 <= arguments.heldout < 1:
+        parser.error("expected at least 1 process and 1 sample per shard, and --heldout from 0 to below 1")
+    if arguments.prefix == HELDOUT_PREFIX:
+        parser.error(f"--prefix {HELDOUT_PREFIX}: is the name of the held-out shards")
+    return arguments
+
+
+def read_titles(path: Path, folders: list[str]) -> list[str]:
+    """Names of the class folders from lines such as `n01440764 tench, Tinca tinca`.
+
+    Raises:
+        InputError: no such file, or a folder that it does not name.
+    """
+    try:
+        lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    titles = {line[0]: line[-1].strip() for line in lines}
+    unnamed = [folder for folder in folders if folder not in titles]
+    if unnamed:
+        raise InputError(f"{path}: found no line for {len(unnamed)} class folders, such as {unnamed[0]}")
+    return [titles[folder] for folder in folders]
+
+
+if __name__ == "__main__":
+    with input_errors_exit():
+        main()

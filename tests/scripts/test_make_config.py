@@ -1,0 +1,88 @@
+"""From a folder of images to configs that fit it, with one class and with many; the whole road on a tiny scale."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeling.maskgit_vq import MaskGitVQ, tokenizer_sizes
+from scripts import (
+    inspect_codes,
+    make_config,
+    make_shards,
+    pretokenize,
+    sample_imagenet_rear,
+    train_rear,
+    train_tokenizer,
+)
+from utils.checkpoint import save_weights
+from utils.config import load_config
+from utils.errors import InputError
+from utils.schema import VQModelConfig
+from utils.weights import load_state_dict
+
+SIZES = VQModelConfig(codebook_size=24, token_size=8, hidden_channels=8, channel_mult=[1, 1, 2], num_res_blocks=2)
+
+
+def shards_of(tmp_path: Path, classes: int, images: int = 4, *options: str) -> Path:
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        (tmp_path / f"images/c{label:04d}").mkdir(parents=True)
+        for i in range(images):
+            pixels = rng.integers(0, 256, (9, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"images/c{label:04d}/{i}.png")
+    make_shards.main([str(tmp_path / "images"), str(tmp_path / "shards"), "--processes", "1", *options])
+    return tmp_path / "shards"
+
+
+@pytest.mark.parametrize("sizes", [SIZES, VQModelConfig(hidden_channels=32)])
+def test_sizes_of_a_tokenizer_are_read_from_its_weights(sizes: VQModelConfig) -> None:
+    assert tokenizer_sizes(MaskGitVQ(sizes).state_dict()) == sizes
+    with pytest.raises(InputError, match=r"weights without 'quantize\.embedding\.weight'"):
+        tokenizer_sizes({})
+
+
+@pytest.mark.parametrize("classes", [1, 1100])
+def test_classes_and_tokenizer_make_the_config(tmp_path: Path, classes: int) -> None:
+    shards = shards_of(tmp_path, classes, 2)
+    save_weights(MaskGitVQ(SIZES).state_dict(), tmp_path / "tokenizer.safetensors")
+    options = ["--resolution", "12", "--tokenizer", str(tmp_path / "tokenizer.safetensors")]
+    make_config.main([str(shards), str(tmp_path / "own"), *options])
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["rear.yaml"]
+    config = load_config([f"config={tmp_path / 'own/rear.yaml'}"])
+    generator, vq_model = config.model.generator, config.model.vq_model
+    assert (generator.condition_num_classes, generator.image_seq_len, generator.z_dim) == (classes, 9, 8)
+    assert (vq_model.codebook_size, vq_model.num_latent_tokens, vq_model.channel_mult) == (24, 9, [1, 1, 2])
+    assert config.experiment.max_train_examples == config.sampling.num_fid_samples == 2 * classes
+    assert config.dataset.params.eval_shards_path_or_url == f"{shards}/train-*.tar"  # nothing was held out
+    assert config.dataset.preprocessing.random_flip
+    with pytest.raises(InputError, match="--resolution 10: expected a multiple of 4"):
+        make_config.main([str(shards), str(tmp_path / "own"), "--resolution", "10", *options[2:]])
+
+
+def test_from_a_folder_to_samples(tmp_path: Path) -> None:
+    """The README's section, with two classes and a few steps of everything."""
+    shards, own = shards_of(tmp_path, 2, 6, "--heldout", "0.4"), tmp_path / "own"
+    make_config.main([str(shards), str(own), "--resolution", "32", "--no-flip"])
+    small = ["training.max_train_steps=2", "training.per_gpu_batch_size=4", "lr_scheduler.params.warmup_steps=1"]
+    train_tokenizer.main(load_config([f"config={own / 'tokenizer.yaml'}", *small]))
+    arguments = [f"config={own / 'rear.yaml'}", *small]
+    pretokenize.main(load_config(arguments))
+    inspect_codes.main(load_config([*arguments, f"experiment.output_dir={own / 'codes'}"]))
+    train_rear.main(load_config(arguments))
+    weights = f"experiment.generator_checkpoint={own / 'rear'}"
+    sample_imagenet_rear.main(load_config([*arguments, weights, f"experiment.output_dir={own / 'samples'}"]))
+    arrays = np.load(own / "samples.npz")
+    assert arrays["arr_0"].shape == (4, 32, 32, 3)  # as many as were held out
+    assert arrays["arr_1"].tolist() == [0, 1, 0, 1]
+    assert load_state_dict(own / "rear/model.safetensors")["embeddings.weight"].shape == (512 + 1 + 2 + 1, 128)
+
+
+def test_no_or_ambiguous_shards(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"found shards of the kinds \[\], expected one"):
+        make_config.main([str(tmp_path), str(tmp_path / "own"), "--resolution", "8"])
+    for name in ("a-000000.tar", "b-000000.tar"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"kinds \['a', 'b'\]"):
+        make_config.main([str(tmp_path), str(tmp_path / "own"), "--resolution", "8"])

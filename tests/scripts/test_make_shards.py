@@ -1,0 +1,138 @@
+"""Folder to shards: what is inside, the same bytes after any kill and with any number of processes, named errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.images import open_images
+from data.tar_shards import TarShards
+from scripts import make_shards
+from utils.errors import InputError
+from utils.manifest import file_sha256
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Classes of 12, 4 and 1 images, in several formats; one name has dots, one is long and not ASCII."""
+    rng = np.random.default_rng(0)
+    for name, count in (("n01", 12), ("n02.x", 4), ("n03", 1)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = Image.fromarray(rng.integers(0, 256, (8, 9, 3), dtype=np.uint8))
+            pixels.save(tmp_path / "images" / name / (f"a.v{i}.JPEG" if i % 2 else f"{'ü' * 80}{i}.png"))
+    return tmp_path / "images"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def make(images: Path, name: str, *options: str) -> dict[str, bytes]:
+    make_shards.main([str(images), str(images.parent / name), "--samples-per-shard", "5", *options])
+    return contents(images.parent / name)
+
+
+def test_images_labels_and_names(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    files = make(images, "out", "--heldout", "0.3")
+    assert "out: 13 images and 4 held out, of 3 classes, in 4 shards" in capsys.readouterr().out
+    assert sorted(files) == [
+        *("classes.json", "heldout-000000.tar", "shards.json"),
+        *(f"train-{i:06d}.tar" for i in range(3)),
+    ]
+    train, heldout = (open_images(str(tmp_path / f"out/{split}-*.tar")) for split in ("train", "heldout"))
+    assert train.class_names == ["n01", "n02.x", "n03"]
+    assert np.bincount(heldout.class_ids).tolist() == [3, 1]
+    assert np.bincount(train.class_ids).tolist() == [9, 3, 1]
+    folder = open_images(str(images))
+    original = {folder.read(i): folder.class_ids[i] for i in range(len(folder))}
+    packed = {source.read(i): source.class_ids[i] for source in (train, heldout) for i in range(len(source))}
+    assert packed == original
+    assert {key.split("/")[0] for key in map(train.key, range(len(train)))} == {"n01", "n02.x", "n03"}
+    for name, record in json.loads(files["shards.json"]).items():
+        path = tmp_path / "out" / name
+        assert record == {
+            "samples": len(TarShards(str(path))),
+            "bytes": path.stat().st_size,
+            "sha256": file_sha256(path),
+        }
+
+
+def test_webdataset_reads_them(images: Path, tmp_path: Path) -> None:
+    import webdataset
+
+    make(images, "out")
+    samples = list(webdataset.WebDataset(str(tmp_path / "out/train-000000.tar"), shardshuffle=False))
+    assert len(samples) == 5
+    assert all(sample["cls"].isdigit() and {"jpeg", "png"} & set(sample) for sample in samples)
+
+
+@pytest.mark.multiprocess
+def test_kills_and_processes_change_nothing(images: Path, tmp_path: Path) -> None:
+    expected = make(images, "one", "--processes", "1")
+    assert make(images, "three", "--processes", "3") == expected
+    command = [sys.executable, str(ROOT / "scripts/make_shards.py"), str(images), str(tmp_path / "killed")]
+    command += ["--samples-per-shard", "5", "--processes", "1"]
+    for fault in ("part.begin.0", "part.rename.1", "part.begin.3", "join.begin", "join.end"):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "REAR_FAULT": fault}
+        assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+        assert not (tmp_path / "killed").exists()
+    written = {path.name: path.stat().st_ino for path in (tmp_path / "killed.parts/shards").glob("*.tar")}
+    assert make(images, "killed") == expected
+    assert {path.name: path.stat().st_ino for path in (tmp_path / "killed").glob("*.tar")} == written
+    assert not (tmp_path / "killed.parts").exists()
+
+
+def test_class_names_from_a_file(images: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("n02.x tench, Tinca tinca\nn01 goldfish\n\n")
+    with pytest.raises(InputError, match=r"names\.txt: found no line for 1 class folders, such as n03"):
+        make(images, "out", "--class-names", str(names))
+    names.write_text(names.read_text() + "n03\n")
+    make(images, "out", "--class-names", str(names))
+    assert open_images(str(tmp_path / "out/*.tar")).class_names == ["goldfish", "tench, Tinca tinca", "n03"]
+    with pytest.raises(InputError, match="cannot be read"):
+        make(images, "out2", "--class-names", str(tmp_path / "nothing.txt"))
+
+
+def test_errors(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(InputError, match="there: exists"):
+        make(images, "there")
+    with pytest.raises(InputError, match="nothing: no such folder"):
+        make(tmp_path / "nothing", "out")
+    (images / "n01/x.png").touch()
+    with pytest.raises(InputError, match=r"x\.png: found an empty file"):
+        make(images, "out")
+    assert not (tmp_path / "out").exists()
+    (images / "n01/x.png").rename(images / "n01/a_v1.png")
+    with pytest.raises(InputError, match=r"images=.* in the run that began here, found"):
+        make(images, "out")
+    with pytest.raises(InputError, match="has the same key 'n01/a_v1' as "):
+        make(images, "out3")
+    with pytest.raises(SystemExit):
+        make(images, "out", "--heldout", "1")
+    with pytest.raises(SystemExit):
+        make(images, "out", "--prefix", "heldout")
+
+
+def test_readers_compare_sizes_and_hashes(images: Path, tmp_path: Path) -> None:
+    make(images, "out")
+    pattern, counts = str(tmp_path / "out/*.tar"), tmp_path / "out/shards.json"
+    before = TarShards(pattern).fingerprint
+    records = json.loads(counts.read_text())
+    records["train-000001.tar"]["sha256"] = "0" * 64
+    counts.write_text(json.dumps(records))
+    assert TarShards(pattern).fingerprint != before
+    records["train-000001.tar"]["bytes"] += 1
+    counts.write_text(json.dumps(records))
+    with pytest.raises(InputError, match=r"train-000001\.tar: found \d+ bytes, expected \d+ as in .*shards\.json"):
+        TarShards(pattern)

@@ -1,0 +1,99 @@
+"""Work in part files, from which a killed run goes on.
+
+A part stands for a block of consecutive items. The blocks depend on the number of items and the block size only, so any
+number of processes can share the missing ones. `fingerprint.json` beside the parts tells what they were made from.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from utils.errors import InputError
+from utils.faults import fault_point
+from utils.files import complete_file
+
+POLL_SECONDS = 0.5
+FINGERPRINT = "fingerprint.json"
+
+
+class Parts:
+    """Args:
+    folder: created by `claim`.
+    count: items of the whole work.
+    block_size: items per part; the last part holds the rest.
+    suffix: of the part files, such as .npy.
+    """
+
+    def __init__(self, folder: Path, count: int, block_size: int, suffix: str) -> None:
+        self.folder, self.suffix = folder, suffix
+        self.blocks = [range(i, min(i + block_size, count)) for i in range(0, count, block_size)]
+
+    def claim(self, fingerprint: dict[str, Any]) -> None:
+        """Create the folder for parts of this fingerprint (flat, by config key), unless that has been done.
+
+        Raises:
+            InputError: parts that nothing describes.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / FINGERPRINT
+        if path.exists():
+            return
+        if next(self.folder.glob(f"*{self.suffix}"), None):
+            raise InputError(f"{self.folder}: holds parts but no {FINGERPRINT}; delete the folder to start anew")
+        with complete_file(path) as partial:
+            partial.write_text(json.dumps(fingerprint, indent=1) + "\n")
+
+    def check(self, fingerprint: dict[str, Any]) -> None:
+        """Refuse to mix parts of different origin.
+
+        Raises:
+            InputError: the folder was claimed with another fingerprint; the first key that differs is named.
+        """
+        path = self.folder / FINGERPRINT
+        theirs = json.loads(path.read_text())
+        for key in [*fingerprint, *theirs]:
+            if fingerprint.get(key) != theirs.get(key):
+                raise InputError(
+                    f"{path}: {key}={theirs.get(key)} in the run that began here, found {fingerprint.get(key)}; "
+                    "finish that run first or delete the folder"
+                )
+
+    def claim_anew(self, fingerprint: dict[str, Any]) -> None:
+        """As `claim`, but parts of another fingerprint, which are of no use any more, are deleted."""
+        try:
+            self.claim(fingerprint)
+            self.check(fingerprint)
+        except InputError:
+            self.remove()
+            self.claim(fingerprint)
+
+    def path(self, block: range) -> Path:
+        return self.folder / f"{block.start:012d}{self.suffix}"
+
+    def missing(self) -> list[range]:
+        there = {entry.name for entry in os.scandir(self.folder)}
+        return [block for block in self.blocks if self.path(block).name not in there]
+
+    @contextmanager
+    def writing(self, block: range) -> Iterator[Path]:
+        """Give a path to write a part to; it gets its name at the end. Two processes at the same part do no harm."""
+        number = block.start // len(self.blocks[0])
+        with complete_file(self.path(block), f".{os.getpid()}.tmp") as partial:
+            fault_point("part.begin", number)
+            yield partial
+            fault_point("part.rename", number)
+
+    def wait(self) -> None:
+        """Return when all parts are there; the launcher ends this process if another one dies."""
+        while self.missing():
+            time.sleep(POLL_SECONDS)
+
+    def remove(self) -> None:
+        """Delete all parts. The fingerprint goes first: what a killed deletion leaves is of no use to anyone."""
+        (self.folder / FINGERPRINT).unlink(missing_ok=True)
+        shutil.rmtree(self.folder)
