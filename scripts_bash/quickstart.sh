@@ -9,6 +9,7 @@ OUT=outputs/quickstart
 NUM_SAMPLES=${NUM_SAMPLES:-336} # 28 of each region, as many as the smallest region has held-out tiles
 THREADS=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$THREADS}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that spin while they wait take the CPU from each other
 LAUNCH=(accelerate launch --num_machines 1 --num_processes 1 --mixed_precision no --dynamo_backend no)
 SAMPLE=(python scripts/sample_imagenet_rear.py config=$CONFIG sampling.num_fid_samples="$NUM_SAMPLES")
 
