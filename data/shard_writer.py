@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,6 +48,30 @@ def plan_shards(source: ImageFolder, prefix: str, samples_per_shard: int, heldou
     return shards
 
 
+def is_written(output: Path, class_names: list[str], shards: list[Shard]) -> bool:
+    """Whether these shards are there already; then what a kill at the very end has left is deleted.
+
+    Raises:
+        InputError: something else is there.
+    """
+    if not output.exists():
+        return False
+    try:
+        found = {name: record["samples"] for name, record in json.loads((output / COUNTS_FILE).read_text()).items()}
+        same = found == {shard.name: len(shard.indices) for shard in shards}
+        same = same and json.loads((output / CLASS_NAMES_FILE).read_text()) == class_names
+    except (OSError, ValueError, TypeError):
+        same = False
+    if not same:
+        raise InputError(f"{output}: exists and holds other things; delete it or choose another name")
+    shutil.rmtree(parts_folder(output), ignore_errors=True)
+    return True
+
+
+def parts_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".parts")
+
+
 def write_shards(
     source: ImageFolder, class_names: list[str], shards: list[Shard], output: Path, processes: int
 ) -> Iterator[int]:
@@ -57,7 +82,7 @@ def write_shards(
     Raises:
         InputError: a file that cannot be read, or parts of another source.
     """
-    parts = Parts(output.with_name(output.name + ".parts"), len(shards), 1, ".json")
+    parts = Parts(parts_folder(output), len(shards), 1, ".json")
     fingerprint = {"images": source.fingerprint, "class names": class_names}
     fingerprint |= {shard.name: len(shard.indices) for shard in shards}
     parts.claim(fingerprint)

@@ -85,7 +85,7 @@ def decoded_grid(store: TokenStore, rows: list[int], tokenizer: MaskGitVQ, confi
     for first in range(0, len(rows), DECODED_AT_ONCE):
         codes = store.__getitems__(rows[first : first + DECODED_AT_ONCE])["codes"].to(device)  # (b, N)
         images.append(to_uint8(tokenizer.decode(codes), config.sampling.uint8_rule))
-    captions = [f"{row} {store.class_name(int(store.class_ids[row]))}" for row in rows]
+    captions = [f"{row}: {store.class_name(int(store.class_ids[row]))}" for row in rows]
     return make_captioned_grid(np.concatenate(images), captions, GRID_COLUMNS)
 
 

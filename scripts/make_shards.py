@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.image_folder import ImageFolder
-from data.shard_writer import HELDOUT_PREFIX, plan_shards, write_shards
+from data.shard_writer import HELDOUT_PREFIX, is_written, plan_shards, write_shards
 from utils.errors import InputError, input_errors_exit
 from utils.processes import num_cpus
 
@@ -27,8 +27,6 @@ SAMPLES_PER_SHARD = 5064  # 253 shards of ImageNet's training images
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    if arguments.output.exists():
-        raise InputError(f"{arguments.output}: exists; delete it or choose another name")
     if not arguments.source.is_dir():
         raise InputError(f"{arguments.source}: no such folder")
     source = ImageFolder(arguments.source)
@@ -36,6 +34,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.class_names is not None:
         names = read_titles(arguments.class_names, source.class_names)
     shards = plan_shards(source, arguments.prefix, arguments.samples_per_shard, arguments.heldout)
+    if is_written(arguments.output, names, shards):
+        print(f"{arguments.output}: is complete already")
+        return
     with (
         tqdm(total=len(source), unit="image", smoothing=0) as progress,
         closing(write_shards(source, names, shards, arguments.output, arguments.processes)) as written,

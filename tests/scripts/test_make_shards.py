@@ -90,6 +90,12 @@ def test_kills_and_processes_change_nothing(images: Path, tmp_path: Path) -> Non
     assert {path.name: path.stat().st_ino for path in (tmp_path / "killed").glob("*.tar")} == written
     assert not (tmp_path / "killed.parts").exists()
 
+    (tmp_path / "killed.parts").mkdir()  # as after a kill at the very end
+    assert make(images, "killed") == expected
+    assert not (tmp_path / "killed.parts").exists()
+    with pytest.raises(InputError, match="killed: exists and holds other things"):
+        make(images, "killed", "--heldout", "0.3")
+
 
 def test_class_names_from_a_file(images: Path, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
@@ -105,7 +111,7 @@ def test_class_names_from_a_file(images: Path, tmp_path: Path) -> None:
 
 def test_errors(images: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    with pytest.raises(InputError, match="there: exists"):
+    with pytest.raises(InputError, match="there: exists and holds other things"):
         make(images, "there")
     with pytest.raises(InputError, match="nothing: no such folder"):
         make(tmp_path / "nothing", "out")
