@@ -17,8 +17,8 @@ COMPARED_BLOCKS = (0, 2, 4, 10, 15)
 LEAST_EDGE = 128  # pixels; smaller images are enlarged, for the network has learned from large ones
 
 
-class PerceptualDistance(nn.Module):
-    """Frozen; gradients flow to the first argument of `forward`."""
+class PerceptualFeatures(nn.Module):
+    """Frozen; gradients flow to the images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,10 +27,11 @@ class PerceptualDistance(nn.Module):
         )
         self.stem = nn.Sequential(network._conv_stem, network._bn0, network._swish)
         self.blocks = network._blocks[: COMPARED_BLOCKS[-1] + 1]
+        self.feature_channels = [network._blocks[i]._project_conv.out_channels for i in COMPARED_BLOCKS]
         self.requires_grad_(False)
         self.eval()
 
-    def features(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps (B, C, H / s, W / s) of unit length along C, s = 2, 4, 8, 16, 32, of images in [0, 1]."""
         if images.shape[-1] < LEAST_EDGE:
             images = F.interpolate(images, scale_factor=LEAST_EDGE / images.shape[-1], mode="bilinear")
@@ -42,9 +43,7 @@ class PerceptualDistance(nn.Module):
                 maps.append(F.normalize(x.float(), dim=1))
         return maps
 
-    def forward(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Mean distance, a scalar from 0 (equal) to 4, of images and targets (B, 3, H, W) in [0, 1]."""
-        with torch.no_grad():
-            wanted = self.features(targets)
-        distances = [(x - y).square().sum(dim=1).mean() for x, y in zip(self.features(images), wanted, strict=True)]
-        return torch.stack(distances).mean()
+
+def perceptual_distance(maps: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """Mean distance, a scalar from 0 (equal) to 4, of the feature maps of two batches."""
+    return torch.stack([(x - y).square().sum(dim=1).mean() for x, y in zip(maps, targets, strict=True)]).mean()

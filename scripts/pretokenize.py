@@ -68,12 +68,7 @@ def main(config: Config) -> None:
             missing = []
         else:
             fingerprint = {**asdict(meta), **meta.settings, "settings": None, "images per part": block_size}
-            if world.is_main_process:
-                parts.claim(fingerprint)
-            world.barrier()
-            parts.check(fingerprint)
-            missing = parts.missing()
-        world.barrier()  # all have looked before anyone adds parts
+            missing = parts.begin(fingerprint, world)
     started, at_start = time.perf_counter(), sum(map(len, missing))
     if missing:
         mine = missing[world.rank :: world.world_size]

@@ -56,13 +56,7 @@ def main(config: Config) -> None:
         output.with_name(output.name + ".parts"), config.sampling.num_fid_samples, config.sampling.per_gpu_batch_size
     )
     with distributed() as world:  # left before the work begins: nothing later waits for a collective
-        fingerprint = fingerprint_of(config, model, tokenizer, world.device)
-        if world.is_main_process:
-            parts.claim(fingerprint)
-        world.barrier()
-        parts.check(fingerprint)
-        missing = parts.missing()
-        world.barrier()  # all have looked before anyone adds parts
+        missing = parts.begin(fingerprint_of(config, model, tokenizer, world.device), world)
     model.to(world.device).eval()
     tokenizer.to(world.device)
     progress = tqdm(missing[world.rank :: world.world_size], unit="batch", disable=not world.is_main_process)

@@ -1,9 +1,10 @@
-"""Train a MaskGIT-VQ tokenizer on images: reconstruction, perceptual and vector-quantization losses, one process.
+"""Train a MaskGIT-VQ tokenizer on images, one process: reconstruction, vector-quantization, perceptual and, for
+`vq_training.adversarial_weight` > 0, adversarial losses.
 
     PYTHONPATH=. OMP_WAIT_POLICY=PASSIVE python scripts/train_tokenizer.py config=configs/tokenizer_blue_marble.yaml
 
-Reads `dataset.params.train_shards_path_or_url` and, for the held-out figures, `eval_shards_path_or_url`. There is no
-adversarial loss and no resuming: a new start replaces an earlier run in the same folder.
+Reads `dataset.params.train_shards_path_or_url` and, for the held-out figures, `eval_shards_path_or_url`. There is
+no resuming: a new start replaces an earlier run in the same folder. `vq_training.init_from` goes on from weights.
 
 Writes to `experiment.output_dir`: config.yaml, environment.txt, log.txt, metrics.jsonl and, every
 `experiment.save_every` steps and at the end, tokenizer.safetensors (float16), metrics.json (held-out figures) and
@@ -31,8 +32,9 @@ from data.batch_sampler import GlobalBatchSampler, permutation
 from data.images import ImageDataset, open_images
 from data.transforms import training_transform
 from evaluation.reconstruction import ReconstructionMetrics
+from modeling.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
 from modeling.maskgit_vq import MaskGitVQ
-from modeling.perceptual import PerceptualDistance
+from modeling.perceptual import PerceptualFeatures, perceptual_distance
 from utils.checkpoint import save_weights
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
@@ -59,8 +61,10 @@ def main(config: Config) -> None:
     if vq_training.init_from is not None:
         load_strict(tokenizer, load_state_dict(local_file(vq_training.init_from)), vq_training.init_from)
     tokenizer.to(device)
-    perceptual = PerceptualDistance().to(device, memory_format=torch.channels_last)
+    features = PerceptualFeatures().to(device, memory_format=torch.channels_last)
     optimizer = build_optimizer(tokenizer, config)
+    discriminator = FeatureDiscriminator(features.feature_channels).to(device)
+    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), betas=(0.5, 0.99))
     tracker = Tracker(config, output_dir, first_step=0)
     logger.info(
         f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.2f} M parameters, {len(train_set)} images, "
@@ -74,11 +78,15 @@ def main(config: Config) -> None:
         images = batch["image"].to(device)
         if step == 0 and vq_training.init_from is None:
             replace_codes(tokenizer, torch.arange(tokenizer.codebook_size, device=device), images)
-        terms, codes = training_step(tokenizer, perceptual, images, config)
+        terms, codes = training_step(tokenizer, features, discriminator, images, config)
         terms["train/loss"].backward()
         torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if "train/discriminator" in terms:
+            discriminator_optimizer.zero_grad(set_to_none=True)  # the generator's loss left gradients here too
+            terms["train/discriminator"].backward()
+            discriminator_optimizer.step()
 
         done = step + 1
         uses += torch.bincount(codes.flatten(), minlength=tokenizer.codebook_size)
@@ -136,19 +144,26 @@ def make_loader(dataset: ImageDataset, config: Config) -> DataLoader:
 
 
 def training_step(
-    tokenizer: MaskGitVQ, perceptual: PerceptualDistance, images: Tensor, config: Config
+    tokenizer: MaskGitVQ,
+    features: PerceptualFeatures,
+    discriminator: FeatureDiscriminator,
+    images: Tensor,
+    config: Config,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Loss terms (scalars) and codes (B, N) of images (B, 3, H, W)."""
+    """Loss terms (scalars) and codes (B, N) of images (B, 3, H, W); the discriminator has a loss of its own."""
+    vq_training = config.vq_training
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.training.mixed_precision == "bf16"):
         reconstructions, quantized = tokenizer(images)
     reconstructions = reconstructions.float()
+    with torch.no_grad():
+        image_maps = features(images)
+    maps = features(reconstructions)
     terms = {
         "train/l1": F.l1_loss(reconstructions, images),
         "train/mse": F.mse_loss(reconstructions, images),
-        "train/perceptual": perceptual(reconstructions, images),
+        "train/perceptual": perceptual_distance(maps, image_maps),
         "train/commitment": quantized.commitment_loss,
     }
-    vq_training = config.vq_training
     terms["train/loss"] = (
         terms["train/l1"]
         + vq_training.l2_weight * terms["train/mse"]
@@ -156,6 +171,11 @@ def training_step(
         + quantized.codebook_loss
         + vq_training.commitment_weight * quantized.commitment_loss
     )
+    if vq_training.adversarial_weight > 0:
+        terms["train/generator"] = generator_loss(discriminator(maps))
+        terms["train/loss"] = terms["train/loss"] + vq_training.adversarial_weight * terms["train/generator"]
+        judged = discriminator([x.detach() for x in maps])
+        terms["train/discriminator"] = discriminator_loss(discriminator(image_maps), judged)
     return terms, quantized.codes
 
 

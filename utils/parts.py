@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from utils.distributed import Distributed
 from utils.errors import InputError
 from utils.faults import fault_point
 from utils.files import complete_file
@@ -62,6 +63,20 @@ class Parts:
                     f"{path}: {key}={theirs.get(key)} in the run that began here, found {fingerprint.get(key)}; "
                     "finish that run first or delete the folder"
                 )
+
+    def begin(self, fingerprint: dict[str, Any], world: Distributed) -> list[range]:
+        """Claim and check for all processes of a launch, which call this together; the parts missing at that moment.
+
+        Raises:
+            InputError: parts of another fingerprint, or that nothing describes.
+        """
+        if world.is_main_process:
+            self.claim(fingerprint)
+        world.barrier()
+        self.check(fingerprint)
+        missing = self.missing()
+        world.barrier()  # all have looked before anyone adds parts
+        return missing
 
     def claim_anew(self, fingerprint: dict[str, Any]) -> None:
         """As `claim`, but parts of another fingerprint, which are of no use any more, are deleted."""

@@ -158,6 +158,7 @@ class VQTrainingConfig:
     commitment_weight: float = 0.25  # beta of the VQ-VAE loss
     l2_weight: float = 1.0  # of the squared error, beside the absolute error with weight 1
     perceptual_weight: float = 0.1  # of the distance between EfficientNet-Lite0 features
+    adversarial_weight: float = 0.0  # of a discriminator's judgement of these features; 0: without a discriminator
     revive_every: int = 100  # steps between revivals of codes that were not used since the last one
 
 

@@ -86,6 +86,21 @@ def test_same_seed_same_weights(tiny_arguments: list[str], images: Path, tmp_pat
     assert weights[0] == weights[1]
 
 
+def test_adversarial_training(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+    """The discriminator learns, its judgement enters the tokenizer's loss, and its weights are not exported."""
+    weight = ["vq_training.adversarial_weight=0.5", "training.max_train_steps=20"]
+    train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / "run", *weight)))
+    rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in row]
+    assert rows[0]["train/discriminator"] == pytest.approx(1, abs=0.2)
+    assert rows[-1]["train/discriminator"] < 0.9 * rows[0]["train/discriminator"]
+    assert not any("heads" in key for key in load_state_dict(tmp_path / "run" / "tokenizer.safetensors"))
+    plain = arguments(tiny_arguments, images, tmp_path / "plain", "training.max_train_steps=1")
+    train_tokenizer.main(load_config(plain))
+    without = read_metrics(tmp_path / "plain" / "metrics.jsonl")[0]
+    assert "train/generator" not in without
+    assert rows[0]["train/loss"] == pytest.approx(without["train/loss"] + 0.5 * rows[0]["train/generator"], rel=1e-5)
+
+
 def test_replaced_codes_are_features(tiny_arguments: list[str], images: Path) -> None:
     config = load_config(arguments(tiny_arguments, images, Path("unused")))
     tokenizer = MaskGitVQ(config.model.vq_model)
