@@ -36,7 +36,7 @@ def rows(folder: Path) -> list[tuple[str, str]]:
     first, last = steps[0], steps[-1]
     distances = {
         name: read_json(folder / f"{name}.efficientnet_lite0.json")["metrics"]["frechet_distance"]
-        for name in ("samples", "untrained_samples", "tokenizer/reconstructions")
+        for name in ("samples", "untrained_samples", "tokenizer/reconstructions", "train_tiles/reference")
     }
     number = len(np.load(folder / "samples.npz")["arr_1"])
     frechet = f"Frechet distance (EfficientNet-Lite0) to {number} held-out tiles"
@@ -53,8 +53,9 @@ def rows(folder: Path) -> list[tuple[str, str]]:
             )
         ],
         (f"{frechet}: {number} samples", f"{distances['samples']:.1f}"),
-        (f"{frechet}: their reconstructions", f"{distances['tokenizer/reconstructions']:.1f}"),
         (f"{frechet}: {number} samples of an untrained model", f"{distances['untrained_samples']:.1f}"),
+        (f"{frechet}: the tokenizer's reconstructions of them", f"{distances['tokenizer/reconstructions']:.1f}"),
+        (f"{frechet}: {number} training tiles", f"{distances['train_tiles/reference']:.1f}"),
         ("trained / untrained", f"{distances['samples'] / distances['untrained_samples']:.2f}"),
     ]
 

@@ -220,6 +220,7 @@ def _lower_bounds(config: Config) -> list[tuple[str, float, float]]:
         | {"max_nonfinite_steps": 1, "launch_timeout": 1, "process_group_timeout": 1},
         "dataset.params": {"max_bad_fraction": 0},
         "inspection": {"num_images": 1},
+        "vq_training": {"revive_every": 1, "adversarial_weight": 0},
         "sampling": {"num_fid_samples": 1, "per_gpu_batch_size": 1},
         "model.generator": {"condition_num_classes": 1, "image_seq_len": 1, "num_hidden_layers": 1, "top_k": 0},
     }

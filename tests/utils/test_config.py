@@ -46,6 +46,8 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         (["model.generator.decode_align_layer_idx=24"], "decode_align_layer_idx=24: expected 0 to 23"),
         (["lr_scheduler.params.learning_rate=1"], "lr_scheduler.params.learning_rate=1.0: expected the optimizer's"),
         (["training.per_gpu_batch_size=0"], "training.per_gpu_batch_size=0: expected at least 1"),
+        (["vq_training.revive_every=0"], "vq_training.revive_every=0: expected at least 1"),
+        (["vq_training.adversarial_weight=-1"], "vq_training.adversarial_weight=-1.0: expected at least 0"),
         (["seed"], "'seed' is not of the form key=value"),
         (
             ["config=configs/rear_bb.yaml"],
