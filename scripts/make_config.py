@@ -26,7 +26,7 @@ from modeling.maskgit_vq import tokenizer_sizes
 from utils.config import check_tokenizer_fits, load_config
 from utils.errors import InputError, input_errors_exit
 from utils.hub import local_file
-from utils.schema import VQModelConfig
+from utils.schema import Config, VQModelConfig
 from utils.weights import load_state_dict
 
 ROOT = Path(__file__).parents[1]
@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     if arguments.no_flip:
         settings["dataset.preprocessing.pretokenize_crops"] = "center"
-    write_yaml(output / "rear.yaml", arguments.base, settings, "accelerate launch scripts/train_rear.py")
+    config = write_yaml(output / "rear.yaml", arguments.base, settings, "accelerate launch scripts/train_rear.py")
+    check_tokenizer_fits(config)
     print(
         f"{output}: {len(train_images)} training and {len(heldout_images)} held-out images of {num_classes} classes, "
         f"{settings['model.generator.image_seq_len']} codes of {sizes.codebook_size} per image"
@@ -125,8 +126,8 @@ def balanced_count(images: ImageSource, num_classes: int) -> int:
     return num_classes * int(np.bincount(images.class_ids, minlength=num_classes).min()) or len(images)
 
 
-def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -> None:
-    """The settings over those of `base`, checked.
+def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -> Config:
+    """Write the settings over those of `base`, and read them back, which checks them.
 
     Raises:
         InputError: what does not fit together.
@@ -137,9 +138,7 @@ def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -
     path.write_text(f"# Written by scripts/make_config.py from {base.name}.\n#   {command} config={path}\n")
     with path.open("a") as file:
         file.write(OmegaConf.to_yaml(merged))
-    config = load_config([f"config={path}"])
-    if path.name == "rear.yaml":
-        check_tokenizer_fits(config)
+    return load_config([f"config={path}"])
 
 
 if __name__ == "__main__":
