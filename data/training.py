@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.batch_sampler import GlobalBatchSampler
-from data.images import ImageDataset, open_images
-from data.token_store import TokenStore, open_tokens
-from data.transforms import training_transform
+from data.codes.token_store import TokenStore, open_tokens
+from data.images.reading import ImageDataset, open_images
+from data.images.transforms import training_transform
 from utils.errors import InputError
 from utils.schema import Config
 from utils.signals import ignore_stop_signals

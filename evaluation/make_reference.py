@@ -16,8 +16,8 @@ from pathlib import Path
 if __name__ == "__main__":  # the repository's root in place of this folder: runs without PYTHONPATH
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data.images import open_images
-from data.transforms import adm_center_crop
+from data.images.reading import open_images
+from data.images.transforms import adm_center_crop
 from evaluation.evaluator import add_feature_options, load_extractor, positive
 from evaluation.npz import MIN_IMAGES, open_npz
 from evaluation.ranks import main_process_first

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from data.tar_shards import TarShards
+from data.images.tar_shards import TarShards
 from utils.errors import input_errors_exit
 
 
 def main(output_dir: Path) -> None:
     if not output_dir.exists():
-        from data.blue_marble import build_shards  # takes seconds to import: webdataset imports torch
+        from data.images.blue_marble import build_shards  # takes seconds to import: webdataset imports torch
 
         build_shards(output_dir)
     train, heldout = (TarShards(str(output_dir / f"{split}-*.tar")) for split in ("train", "heldout"))

@@ -13,10 +13,10 @@ import argparse
 import time
 from pathlib import Path
 
-from data.conversion import is_conversion, jsonl_to_store, store_to_jsonl
-from data.jsonl import Sizes
-from data.store_files import open_store
-from data.tar_shards import read_names
+from data.codes.conversion import is_conversion, jsonl_to_store, store_to_jsonl
+from data.codes.jsonl import Sizes
+from data.codes.store_files import open_store
+from data.images.tar_shards import read_names
 from utils.errors import InputError, input_errors_exit
 from utils.processes import num_cpus
 

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.code_statistics import CodeStatistics, code_statistics
-from data.token_store import TokenStore
+from data.codes.code_statistics import CodeStatistics, code_statistics
+from data.codes.token_store import TokenStore
 from data.training import check_tokenizer, open_codes
 from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config

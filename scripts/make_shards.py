@@ -17,8 +17,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.image_folder import ImageFolder
-from data.shard_writer import HELDOUT_PREFIX, is_written, plan_shards, write_shards
+from data.images.image_folder import ImageFolder
+from data.images.shard_writer import HELDOUT_PREFIX, is_written, plan_shards, write_shards
 from utils.errors import InputError, input_errors_exit
 from utils.processes import num_cpus
 

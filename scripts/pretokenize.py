@@ -29,12 +29,12 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.conversion import describe_source, store_to_jsonl
-from data.images import ImageDataset, open_images
-from data.store_files import StoreMeta
-from data.token_store import TokenStore
-from data.token_writer import MAX_CODEBOOK_SIZE, TokenStoreWriter
-from data.transforms import pretokenize_transform
+from data.codes.conversion import describe_source, store_to_jsonl
+from data.codes.store_files import StoreMeta
+from data.codes.token_store import TokenStore
+from data.codes.token_writer import MAX_CODEBOOK_SIZE, TokenStoreWriter
+from data.images.reading import ImageDataset, open_images
+from data.images.transforms import pretokenize_transform
 from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config
 from utils.distributed import Distributed, distributed

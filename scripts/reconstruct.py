@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from data.batch_sampler import permutation
-from data.images import ImageDataset, open_images
-from data.transforms import training_transform
+from data.images.reading import ImageDataset, open_images
+from data.images.transforms import training_transform
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config

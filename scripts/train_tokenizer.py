@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.batch_sampler import GlobalBatchSampler, permutation
-from data.images import ImageDataset, open_images
-from data.transforms import training_transform
+from data.images.reading import ImageDataset, open_images
+from data.images.transforms import training_transform
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
 from modeling.maskgit_vq import MaskGitVQ

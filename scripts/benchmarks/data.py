@@ -19,9 +19,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.batch_sampler import GlobalBatchSampler
-from data.conversion import jsonl_to_store
-from data.jsonl import Sizes, format_lines
-from data.token_store import TokenStore
+from data.codes.conversion import jsonl_to_store
+from data.codes.jsonl import Sizes, format_lines
+from data.codes.token_store import TokenStore
 from utils.errors import InputError
 
 CODEBOOK_SIZE, NUM_CLASSES = 1024, 1000

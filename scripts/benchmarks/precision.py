@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.token_store import open_tokens
+from data.codes.token_store import open_tokens
 from modeling.decoding import BUCKET, DecoderWeights, DecodingState, StepHalves, decode_one_token, prefill
 from modeling.rear import ReAR, load_generator
 from scripts.benchmarks.measure import device

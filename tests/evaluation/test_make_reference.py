@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.transforms import adm_center_crop
+from data.images.transforms import adm_center_crop
 from evaluation import make_reference
 from evaluation.npz import POOL_DIM, SPATIAL_DIM, open_npz
 from tests.evaluation.made_up import StubExtractor

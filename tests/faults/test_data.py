@@ -15,9 +15,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data.jsonl import Sizes
-from data.tar_shards import COUNTS_FILE, TarShards
-from data.token_store import TokenStore, open_tokens
+from data.codes.jsonl import Sizes
+from data.codes.token_store import TokenStore, open_tokens
+from data.images.tar_shards import COUNTS_FILE, TarShards
 from tests.faults.runs import Run
 from utils.errors import InputError
 from utils.tracking import read_metrics

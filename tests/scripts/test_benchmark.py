@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from data.conversion import jsonl_to_store
-from data.jsonl import Sizes, format_lines
+from data.codes.conversion import jsonl_to_store
+from data.codes.jsonl import Sizes, format_lines
 from modeling.rear import ReAR
 from scripts import benchmark
 from scripts.benchmarks import data, measure, precision, sampling

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data.token_store import TokenStore
+from data.codes.token_store import TokenStore
 from scripts import convert_tokens
 from utils.errors import InputError
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.code_statistics import CodeStatistics
-from data.token_writer import StoreMeta, TokenStoreWriter
+from data.codes.code_statistics import CodeStatistics
+from data.codes.token_writer import StoreMeta, TokenStoreWriter
 from modeling.maskgit_vq import load_tokenizer
 from scripts import inspect_codes
 from utils.config import load_config

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import open_images
-from data.tar_shards import TarShards
+from data.images.reading import open_images
+from data.images.tar_shards import TarShards
 from scripts import make_shards
 from utils.errors import InputError
 from utils.manifest import file_sha256

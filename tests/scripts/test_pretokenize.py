@@ -13,9 +13,9 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image
 
-from data.images import open_images
-from data.token_store import TokenStore, open_tokens
-from data.transforms import ten_crop
+from data.codes.token_store import TokenStore, open_tokens
+from data.images.reading import open_images
+from data.images.transforms import ten_crop
 from modeling.maskgit_vq import load_tokenizer
 from scripts import pretokenize
 from utils.config import load_config

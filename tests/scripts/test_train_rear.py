@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.token_writer import StoreMeta, TokenStoreWriter
+from data.codes.token_writer import StoreMeta, TokenStoreWriter
 from modeling.losses import alignment_loss, next_token_loss, perturb_codes
 from modeling.maskgit_vq import load_tokenizer
 from modeling.rear import ReAROutput

@@ -11,7 +11,7 @@ from types import TracebackType
 
 import numpy as np
 
-from data.store_files import CLASS_IDS_FILE, TOKENS_FILE, StoreMeta, write_meta
+from data.codes.store_files import CLASS_IDS_FILE, TOKENS_FILE, StoreMeta, write_meta
 from utils.errors import InputError
 
 MAX_CODEBOOK_SIZE = 2**16

@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from data.batch_sampler import Draw
-from data.images import ImageDataset, open_images
-from data.transforms import training_transform
+from data.images.reading import ImageDataset, open_images
+from data.images.transforms import training_transform
 from utils.errors import InputError
 from utils.schema import PreprocessingConfig
 

@@ -13,9 +13,9 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from data.batch_sampler import Draw, as_draw
-from data.conversion import is_conversion, jsonl_to_store
-from data.jsonl import Sizes
-from data.store_files import CLASS_IDS_FILE, META_FILE, TOKENS_FILE, open_store
+from data.codes.conversion import is_conversion, jsonl_to_store
+from data.codes.jsonl import Sizes
+from data.codes.store_files import CLASS_IDS_FILE, META_FILE, TOKENS_FILE, open_store
 from utils.errors import InputError
 from utils.processes import num_cpus
 

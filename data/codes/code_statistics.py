@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from data.token_store import ROWS_PER_READ, TokenStore
+from data.codes.token_store import ROWS_PER_READ, TokenStore
 
 
 @dataclass

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import conversion
-from data.conversion import is_conversion, jsonl_to_store, store_to_jsonl
-from data.jsonl import BadLines, Sizes, format_lines, formatted_size, read_range
-from data.token_store import TokenStore
+from data.codes import conversion
+from data.codes.conversion import is_conversion, jsonl_to_store, store_to_jsonl
+from data.codes.jsonl import BadLines, Sizes, format_lines, formatted_size, read_range
+from data.codes.token_store import TokenStore
 from utils.errors import InputError, TrainingError
 from utils.parts import Parts
 from utils.processes import in_processes

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.image_folder import ImageFolder
-from data.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE
+from data.images.image_folder import ImageFolder
+from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE
 from utils.errors import InputError
 from utils.faults import fault_point
 from utils.files import complete_file

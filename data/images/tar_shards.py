@@ -16,7 +16,7 @@ import numpy as np
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from data.image_source import IMAGE_EXTENSIONS, ImageSource
+from data.images.image_source import IMAGE_EXTENSIONS, ImageSource
 from utils.errors import InputError
 from utils.manifest import hash_of
 

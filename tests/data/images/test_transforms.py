@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.transforms import adm_center_crop, center_flip, pretokenize_transform, ten_crop, training_transform
+from data.images.transforms import adm_center_crop, center_flip, pretokenize_transform, ten_crop, training_transform
 from utils.errors import InputError
 from utils.schema import PreprocessingConfig
 

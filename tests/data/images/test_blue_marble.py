@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.blue_marble import REGIONS, TILE, build_shards, read_picture
-from data.image_source import ImageSource
-from data.images import open_images
+from data.images.blue_marble import REGIONS, TILE, build_shards, read_picture
+from data.images.image_source import ImageSource
+from data.images.reading import open_images
 
 ROOT = Path(__file__).parents[2]
 

@@ -19,7 +19,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from data.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE
+from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE
 
 PIXELS_PER_DEGREE = 15
 TILE, STRIDE = 64, 16  # pixels

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.image_source import IMAGE_EXTENSIONS, ImageSource
+from data.images.image_source import IMAGE_EXTENSIONS, ImageSource
 from utils.errors import InputError
 
 

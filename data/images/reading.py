@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from data.batch_sampler import Draw, as_draw
-from data.image_folder import ImageFolder
-from data.image_source import ImageSource
-from data.tar_shards import TarShards
-from data.transforms import Transform
+from data.images.image_folder import ImageFolder
+from data.images.image_source import ImageSource
+from data.images.tar_shards import TarShards
+from data.images.transforms import Transform
 from utils.errors import InputError
 from utils.randomness import Stream, philox
 

@@ -10,11 +10,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.batch_sampler import Draw, GlobalBatchSampler
-from data.conversion import store_to_jsonl
-from data.jsonl import LINES_PER_BATCH, Sizes, format_lines, parse_line, parse_published_lines
-from data.store_files import StoreMeta
-from data.token_store import TokenStore, open_tokens
-from data.token_writer import TokenStoreWriter
+from data.codes.conversion import store_to_jsonl
+from data.codes.jsonl import LINES_PER_BATCH, Sizes, format_lines, parse_line, parse_published_lines
+from data.codes.store_files import StoreMeta
+from data.codes.token_store import TokenStore, open_tokens
+from data.codes.token_writer import TokenStoreWriter
 from utils.errors import InputError
 
 SIZES = Sizes(codebook_size=1024, image_seq_len=6, num_classes=10)

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.jsonl import BadLines, Sizes, format_lines, formatted_size, read_range
-from data.store_files import StoreMeta, open_store, write_meta
-from data.token_writer import TokenStoreWriter
+from data.codes.jsonl import BadLines, Sizes, format_lines, formatted_size, read_range
+from data.codes.store_files import StoreMeta, open_store, write_meta
+from data.codes.token_writer import TokenStoreWriter
 from utils.errors import InputError
 from utils.faults import fault_point
 from utils.parts import Parts
