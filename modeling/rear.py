@@ -1,7 +1,7 @@
 """reAR: a raster-order GPT over tokenizer codes, with training-only projectors for embedding regularization.
 
 Paper: https://arxiv.org/abs/2510.04450. The architecture is RAR's (https://arxiv.org/abs/2411.00776) in raster order.
-The state-dict keys are those of the published weights and never change. `modeling/decoding.py` restates the forward
+The state-dict keys are those of the published weights and never change. `modeling/sampling/decoding.py` restates the forward
 pass for one position with a cache.
 
 Legend: B images, N codes per image, T = N + 2 positions [cls, class, x1 .. xN], D hidden size, H heads, d = D / H,

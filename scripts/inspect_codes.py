@@ -28,7 +28,7 @@ from PIL import Image
 from data.codes.code_statistics import CodeStatistics, code_statistics
 from data.codes.token_store import TokenStore
 from data.training import check_tokenizer, open_codes
-from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
 from utils.images import make_captioned_grid, to_uint8

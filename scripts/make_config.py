@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from data.images.image_source import ImageSource
 from data.images.reading import open_images
 from data.images.shard_writer import HELDOUT_PREFIX
-from modeling.maskgit_vq import tokenizer_sizes
+from modeling.tokenizers.maskgit_vq import tokenizer_sizes
 from utils.config import check_tokenizer_fits, load_config
 from utils.errors import InputError, input_errors_exit
 from utils.hub import local_file

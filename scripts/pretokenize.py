@@ -35,7 +35,7 @@ from data.codes.token_store import TokenStore
 from data.codes.token_writer import MAX_CODEBOOK_SIZE, TokenStoreWriter
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import pretokenize_transform
-from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config
 from utils.distributed import Distributed, distributed
 from utils.errors import InputError, TrainingError, input_errors_exit

@@ -32,7 +32,7 @@ from data.batch_sampler import permutation
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
 from evaluation.reconstruction import ReconstructionMetrics
-from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
 from utils.images import make_grid, to_uint8

@@ -28,10 +28,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from modeling.generate import CodeSampler, image_inputs
-from modeling.image_decoder import ImageDecoder
-from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
 from modeling.rear import ReAR, load_generator
+from modeling.sampling.generate import CodeSampler, image_inputs
+from modeling.sampling.image_decoder import ImageDecoder
+from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config, save_config
 from utils.distributed import distributed
 from utils.errors import InputError, input_errors_exit

@@ -33,9 +33,9 @@ from tqdm import tqdm
 from data.batch_sampler import GlobalBatchSampler
 from data.training import TrainingBatches, describe_length, open_training_data, passes_done
 from modeling.losses import LossTerms, drop_class_labels, perturb_codes, rear_loss
-from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
 from modeling.rear import ReAR, init_from
-from modeling.sample_grid import save_sample_grid
+from modeling.sampling.sample_grid import save_sample_grid
+from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.checkpoint import load_optimizer, save_weights
 from utils.config import Config, accumulation_steps
 from utils.errors import TrainingError, input_errors_exit

@@ -32,9 +32,9 @@ from data.batch_sampler import GlobalBatchSampler, permutation
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
 from evaluation.reconstruction import ReconstructionMetrics
-from modeling.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
-from modeling.maskgit_vq import MaskGitVQ
-from modeling.perceptual import PerceptualFeatures, perceptual_distance
+from modeling.tokenizers.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
+from modeling.tokenizers.maskgit_vq import MaskGitVQ
+from modeling.tokenizers.perceptual import PerceptualFeatures, perceptual_distance
 from utils.checkpoint import save_weights
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit

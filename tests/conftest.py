@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from modeling.maskgit_vq import MaskGitVQ
 from modeling.rear import ReAR
+from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from utils.checkpoint import save_weights
 from utils.config import load_config, save_config
 from utils.schema import GeneratorConfig, ModelConfig, VQModelConfig

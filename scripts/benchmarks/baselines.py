@@ -1,4 +1,4 @@
-"""Other ways to decode the same model, restated for comparison; their codes are those of `modeling.generate`.
+"""Other ways to decode the same model, restated for comparison; their codes are those of `modeling.sampling.generate`.
 
 - no cache, the published algorithm: every step runs the whole prefix of both guidance streams through the network, with
   adaLN per row and position, position tables repeated per row and gathered by the order of the codes, a dense float
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from modeling.generate import guidance_schedule, guide, sample_codes
 from modeling.rear import Block, ReAR, modulate
+from modeling.sampling.generate import guidance_schedule, guide, sample_codes
 from utils.schema import GeneratorConfig
 
 Cache = dict[Block, tuple[Tensor, Tensor]]

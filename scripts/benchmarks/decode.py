@@ -1,4 +1,4 @@
-"""Decoding codes to bytes: `modeling.image_decoder` against the tokenizer as it is, in float32 and whole batches."""
+"""Decoding codes to bytes: `modeling.sampling.image_decoder` against the tokenizer as it is, in float32 and whole batches."""
 
 import argparse
 import statistics
@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from modeling.image_decoder import ImageDecoder
-from modeling.maskgit_vq import MaskGitVQ
+from modeling.sampling.image_decoder import ImageDecoder
+from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb
 from utils.errors import InputError
 from utils.images import to_uint8

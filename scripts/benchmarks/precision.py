@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.codes.token_store import open_tokens
-from modeling.decoding import BUCKET, DecoderWeights, DecodingState, StepHalves, decode_one_token, prefill
 from modeling.rear import ReAR, load_generator
+from modeling.sampling.decoding import BUCKET, DecoderWeights, DecodingState, StepHalves, decode_one_token, prefill
 from scripts.benchmarks.measure import device
 from utils.config import Config, load_config
 from utils.errors import InputError

@@ -1,4 +1,4 @@
-"""Sampling codes: `modeling.generate` against no cache and concatenating caches (`baselines.py`).
+"""Sampling codes: `modeling.sampling.generate` against no cache and concatenating caches (`baselines.py`).
 
 Random weights: the time does not depend on them. The gate before it is in float32, the measurement in the precision of
 `sampling.mixed_precision=auto`; the baselines run in float32 (TF32 on a GPU), as they are published.
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeling.generate import CodeSampler, image_inputs
-from modeling.maskgit_vq import MaskGitVQ
 from modeling.rear import ReAR
+from modeling.sampling.generate import CodeSampler, image_inputs
+from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
 from scripts.sample_imagenet_rear import PartWriter, pack, sample_blocks

@@ -9,10 +9,10 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from modeling.decoding import BUCKET, DecoderWeights, DecodingState, StepHalves, decode_one_token, prefill
-from modeling.generate import guidance_schedule, guide
 from modeling.losses import rear_loss
 from modeling.rear import ReAR
+from modeling.sampling.decoding import BUCKET, DecoderWeights, DecodingState, StepHalves, decode_one_token, prefill
+from modeling.sampling.generate import guidance_schedule, guide
 from utils.schema import ModelConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling.maskgit_vq import MaskGitVQ, tokenizer_sizes
+from modeling.tokenizers.maskgit_vq import MaskGitVQ, tokenizer_sizes
 from scripts import (
     inspect_codes,
     make_config,

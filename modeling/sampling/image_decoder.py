@@ -11,7 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from modeling.maskgit_vq import MaskGitVQ, fold_upsampling
+from modeling.tokenizers.maskgit_vq import MaskGitVQ, fold_upsampling
 from utils.images import to_byte_tensor
 
 MEMORY_SHARE = 0.2  # of the GPU's memory, for the decoder's activations

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeling.decoding import (
+from modeling.rear import ReAR
+from modeling.sampling.decoding import (
     BUCKET,
     DecoderWeights,
     DecodingState,
@@ -20,10 +21,9 @@ from modeling.decoding import (
     decode_one_token,
     prefill,
 )
-from modeling.image_decoder import ImageDecoder
-from modeling.maskgit_vq import MaskGitVQ
-from modeling.rear import ReAR
-from modeling.step_graph import StepGraphs
+from modeling.sampling.image_decoder import ImageDecoder
+from modeling.sampling.step_graph import StepGraphs
+from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from utils.randomness import image_uniforms
 from utils.schema import Config, GeneratorConfig
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from modeling.image_decoder import ImageDecoder
-from modeling.maskgit_vq import MaskGitVQ, fold_upsampling
+from modeling.sampling.image_decoder import ImageDecoder
+from modeling.tokenizers.maskgit_vq import MaskGitVQ, fold_upsampling
 from utils.images import to_uint8
 from utils.schema import VQModelConfig
 

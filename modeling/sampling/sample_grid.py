@@ -4,9 +4,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from modeling.generate import generate_images
-from modeling.maskgit_vq import MaskGitVQ
 from modeling.rear import ReAR
+from modeling.sampling.generate import generate_images
+from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from utils.images import make_grid
 from utils.schema import Config
 

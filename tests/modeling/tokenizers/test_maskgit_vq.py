@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from modeling.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.errors import InputError
 from utils.schema import Config, ExperimentConfig, ModelConfig, VQModelConfig
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from modeling import generate as generate_module
-from modeling.decoding import BUCKET
-from modeling.generate import (
+from modeling.rear import ReAR
+from modeling.sampling.decoding import BUCKET
+from modeling.sampling.generate import (
     CodeSampler,
     bucket_end,
     filter_logits,
@@ -17,7 +18,6 @@ from modeling.generate import (
     guide,
     sample_codes,
 )
-from modeling.rear import ReAR
 from utils.randomness import image_uniforms
 from utils.schema import GeneratorConfig, ModelConfig, VQModelConfig
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from modeling.perceptual import COMPARED_BLOCKS, PerceptualFeatures, perceptual_distance
+from modeling.tokenizers.perceptual import COMPARED_BLOCKS, PerceptualFeatures, perceptual_distance
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from modeling.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
+from modeling.tokenizers.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
 
 
 def maps_of(seed: int, shift: float) -> list[torch.Tensor]:
