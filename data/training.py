@@ -12,8 +12,8 @@ from data.codes.token_store import TokenStore, open_tokens
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
 from utils.errors import InputError
+from utils.run.signals import ignore_stop_signals
 from utils.schema import Config
-from utils.signals import ignore_stop_signals
 
 
 def open_training_data(config: Config, tokenizer_sha256: str, verify: bool) -> Dataset:

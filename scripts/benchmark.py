@@ -17,7 +17,7 @@ import json
 import sys
 
 from utils.errors import input_errors_exit
-from utils.run_folder import describe_environment
+from utils.run.folder import describe_environment
 
 COMMANDS = ("sampling", "decode", "npz", "data", "precision")  # modules of scripts/benchmarks
 

@@ -32,7 +32,7 @@ from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
 from utils.images import make_captioned_grid, to_uint8
-from utils.plots import save_histograms
+from utils.run.curves import save_histograms
 from utils.weights import weights_sha256
 
 MOST_FREQUENT = 5  # codes that are printed

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from utils.images import GRID_GAP, make_grid
-from utils.tracking import read_metrics
+from utils.run.tracking import read_metrics
 
 ROWS = 6
 CAPTION_HEIGHT = 14  # pixels above the grid

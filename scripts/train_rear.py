@@ -36,26 +36,26 @@ from modeling.losses import LossTerms, drop_class_labels, perturb_codes, rear_lo
 from modeling.rear import ReAR, init_from
 from modeling.sampling.sample_grid import save_sample_grid
 from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
-from utils.checkpoint import load_optimizer, save_weights
 from utils.config import Config, accumulation_steps
 from utils.errors import TrainingError, input_errors_exit
-from utils.faults import fault_point
-from utils.launch import Launch
-from utils.manifest import Provenance
 from utils.optim import build_optimizer, set_learning_rate
-from utils.plots import save_training_curves
 from utils.randomness import dropout_seed, sample_uniforms
-from utils.resume import Start, find_start, load_start, set_aside, starting_state
-from utils.run_folder import code_facts, make_logger, prepare_run_folder
-from utils.same_run import check_same_run, flatten
-from utils.saver import CheckpointSaver
+from utils.run.checkpoint import load_optimizer, save_weights
+from utils.run.compatibility import check_same_run, flatten
+from utils.run.curves import save_training_curves
+from utils.run.faults import fault_point
+from utils.run.folder import code_facts, make_logger, prepare_run_folder
+from utils.run.guard import StepGuard, max_over_ranks, sum_over_ranks
+from utils.run.launch import Launch
+from utils.run.manifest import Provenance
+from utils.run.resume import Start, find_start, load_start, set_aside, starting_state
+from utils.run.saver import CheckpointSaver
+from utils.run.sharding import shard_model, whole
+from utils.run.signals import StopSignals
+from utils.run.snapshot import take_snapshot
+from utils.run.status import EXIT_PREEMPTED, reported_status
+from utils.run.tracking import Tracker
 from utils.schedules import perturbation_ratio
-from utils.sharding import shard_model, whole
-from utils.signals import StopSignals
-from utils.snapshot import take_snapshot
-from utils.status import EXIT_PREEMPTED, reported_status
-from utils.step_flags import StepGuard, max_over_ranks, sum_over_ranks
-from utils.tracking import Tracker
 from utils.weights import weights_sha256
 
 

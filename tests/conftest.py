@@ -9,8 +9,8 @@ import torch
 
 from modeling.rear import ReAR
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
-from utils.checkpoint import save_weights
 from utils.config import load_config, save_config
+from utils.run.checkpoint import save_weights
 from utils.schema import GeneratorConfig, ModelConfig, VQModelConfig
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from utils.distributed import Distributed
 from utils.errors import InputError
-from utils.faults import fault_point
 from utils.files import complete_file
+from utils.run.faults import fault_point
 
 POLL_SECONDS = 0.5
 FINGERPRINT = "fingerprint.json"

@@ -17,9 +17,9 @@ from data.codes.jsonl import BadLines, Sizes, format_lines, formatted_size, read
 from data.codes.store_files import StoreMeta, open_store, write_meta
 from data.codes.token_writer import TokenStoreWriter
 from utils.errors import InputError
-from utils.faults import fault_point
 from utils.parts import Parts
 from utils.processes import in_processes
+from utils.run.faults import fault_point
 
 RANGE_BYTES = 2**25  # of a jsonl per part; a process needs a few times that memory
 ROWS_PER_BLOCK = 16_384  # of a store per part

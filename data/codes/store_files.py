@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import InputError
-from utils.manifest import hash_of
+from utils.run.manifest import hash_of
 
 TOKENS_FILE, CLASS_IDS_FILE, META_FILE = "tokens.npy", "class_ids.npy", "meta.json"
 

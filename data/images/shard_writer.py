@@ -13,11 +13,11 @@ import numpy as np
 from data.images.image_folder import ImageFolder
 from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE
 from utils.errors import InputError
-from utils.faults import fault_point
 from utils.files import complete_file
-from utils.manifest import file_sha256
 from utils.parts import Parts
 from utils.processes import in_processes
+from utils.run.faults import fault_point
+from utils.run.manifest import file_sha256
 
 ORDER_SEED = 0
 FILE_MODE = 0o444

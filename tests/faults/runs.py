@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.faults import worker
-from utils.checkpoint import checkpoint_folders
-from utils.status import Status, read_status
-from utils.tracking import read_metrics
+from utils.run.checkpoint import checkpoint_folders
+from utils.run.status import Status, read_status
+from utils.run.tracking import read_metrics
 
 CURVES = ["train/loss", "train/ar_loss", "train/proj_loss", "train/correct_tokens", "grad_norm", "lr"]
 NO_DROPOUT = ["model.generator.dropout=0", "model.generator.attn_drop=0"]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults import worker
 from tests.faults.runs import WAIT_S, Run, assert_equal_runs, children_of, launch_environment
-from utils.status import EXIT_PREEMPTED, read_status
+from utils.run.status import EXIT_PREEMPTED, read_status
 
 
 @pytest.mark.multiprocess

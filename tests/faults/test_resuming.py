@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tests.faults.runs import Run, assert_equal_runs
 from utils.config import ConfigError, accumulation_steps, check_global_batch, load_config
 from utils.errors import InputError
-from utils.manifest import MANIFEST_FILE, read_manifest
-from utils.resume import find_start
+from utils.run.manifest import MANIFEST_FILE, read_manifest
+from utils.run.resume import find_start
 
 FILES = ["model.safetensors", "optimizer.bin", MANIFEST_FILE]
 
@@ -151,7 +151,7 @@ def test_row_15_a_malicious_pickle_is_refused(run: Run, tmp_path: Path, kind: st
 
 
 def test_row_15_nor_in_an_optimizer_file(oracle: Run, tmp_path: Path) -> None:
-    from utils.checkpoint import load_optimizer
+    from utils.run.checkpoint import load_optimizer
 
     proof = tmp_path / "proof"
     torch.save({"state": Exploit(proof)}, tmp_path / "optimizer.bin")

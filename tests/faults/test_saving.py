@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.faults.runs import Run, assert_equal_runs
-from utils import checkpoint
-from utils.checkpoint import list_checkpoints, prune_checkpoints, write_checkpoint
-from utils.manifest import Provenance, TrainingState
-from utils.snapshot import Snapshot
+from utils.run import checkpoint
+from utils.run.checkpoint import list_checkpoints, prune_checkpoints, write_checkpoint
+from utils.run.manifest import Provenance, TrainingState
+from utils.run.snapshot import Snapshot
 
 # Where the run dies, and what it finds at the next start.
 KILLS = {

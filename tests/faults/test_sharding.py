@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.faults.runs import NO_DROPOUT, Run, assert_equal_runs
-from utils.status import EXIT_PREEMPTED
+from utils.run.status import EXIT_PREEMPTED
 
 pytestmark = pytest.mark.multiprocess
 

@@ -10,7 +10,7 @@ import pytest
 from scripts import train_rear
 from tests.faults.runs import CURVES, Run
 from utils.config import load_config
-from utils.tracking import Tracker, read_metrics
+from utils.run.tracking import Tracker, read_metrics
 
 
 class FakeRun:

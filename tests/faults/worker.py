@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from scripts import train_rear
-from utils import checkpoint
 from utils.config import load_config
 from utils.errors import input_errors_exit
-from utils.status import EXIT_PREEMPTED
+from utils.run import checkpoint
+from utils.run.status import EXIT_PREEMPTED
 
 
 def observe() -> None:

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from modeling.rear import ReAR, init_from, load_generator
-from utils.checkpoint import save_weights
 from utils.errors import InputError
+from utils.run.checkpoint import save_weights
 from utils.schema import GeneratorConfig, ModelConfig
 
 

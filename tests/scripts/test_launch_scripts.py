@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from modeling.rear import ReAR
-from utils.checkpoint import save_weights
 from utils.config import load_config
+from utils.run.checkpoint import save_weights
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

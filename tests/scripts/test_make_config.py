@@ -16,9 +16,9 @@ from scripts import (
     train_rear,
     train_tokenizer,
 )
-from utils.checkpoint import save_weights
 from utils.config import load_config
 from utils.errors import InputError
+from utils.run.checkpoint import save_weights
 from utils.schema import VQModelConfig
 from utils.weights import load_state_dict
 

@@ -14,9 +14,9 @@ from PIL import Image
 
 from modeling.rear import ReAR
 from scripts import sample_imagenet_rear
-from utils.checkpoint import save_weights
 from utils.config import load_config
 from utils.errors import InputError
+from utils.run.checkpoint import save_weights
 from utils.sample_parts import SampleParts
 from utils.weights import load_state_dict
 

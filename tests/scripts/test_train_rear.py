@@ -19,7 +19,7 @@ from modeling.tokenizers.maskgit_vq import load_tokenizer
 from scripts import train_rear
 from utils.config import Config, load_config
 from utils.errors import InputError
-from utils.tracking import read_metrics
+from utils.run.tracking import read_metrics
 
 ROOT = Path(__file__).parents[2]
 LOSSES = ["train/loss", "train/ar_loss", "train/proj_loss", "train/correct_tokens", "grad_norm", "lr"]

@@ -12,7 +12,7 @@ from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from scripts import train_tokenizer
 from utils.config import load_config
 from utils.errors import InputError
-from utils.tracking import read_metrics
+from utils.run.tracking import read_metrics
 from utils.weights import load_state_dict
 
 

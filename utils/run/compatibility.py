@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import InputError
-from utils.manifest import Provenance, read_manifest
-from utils.resume import Start
+from utils.run.manifest import Provenance, read_manifest
+from utils.run.resume import Start
 from utils.schema import Config
 
 # Keys of the model section that may change in the middle of a run: sampling, memory and the recipe. All others make

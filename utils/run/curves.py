@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from utils.tracking import read_metrics
+from utils.run.tracking import read_metrics
 
 PANELS = ["train/ar_loss", "train/proj_loss", "train/correct_tokens", "lr", "perturbation_ratio", "grad_norm"]
 

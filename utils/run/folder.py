@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from utils.config import Config, save_config
-from utils.manifest import VERSIONED_PACKAGES
+from utils.run.manifest import VERSIONED_PACKAGES
 
 PACKAGES = [*VERSIONED_PACKAGES, "omegaconf", "webdataset"]
 SOURCE_FOLDERS = ("scripts", "modeling", "data", "evaluation", "utils")

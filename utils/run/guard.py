@@ -7,8 +7,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from utils.errors import TrainingError
-from utils.saver import CheckpointSaver
-from utils.signals import StopSignals
+from utils.run.saver import CheckpointSaver
+from utils.run.signals import StopSignals
 
 
 class StepGuard:

@@ -7,10 +7,10 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from utils.checkpoint import prune_checkpoints, write_checkpoint
-from utils.manifest import Provenance, TrainingState
+from utils.run.checkpoint import prune_checkpoints, write_checkpoint
+from utils.run.manifest import Provenance, TrainingState
+from utils.run.snapshot import Snapshot
 from utils.schema import ExperimentConfig
-from utils.snapshot import Snapshot
 
 
 class CheckpointSaver:

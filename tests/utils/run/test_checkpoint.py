@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from utils.checkpoint import list_checkpoints, load_model, load_optimizer, prune_checkpoints, write_checkpoint
 from utils.errors import InputError
-from utils.manifest import Provenance, TrainingState, read_manifest
-from utils.resume import find_start
-from utils.snapshot import take_snapshot
+from utils.run.checkpoint import list_checkpoints, load_model, load_optimizer, prune_checkpoints, write_checkpoint
+from utils.run.manifest import Provenance, TrainingState, read_manifest
+from utils.run.resume import find_start
+from utils.run.snapshot import take_snapshot
 
 
 def trained(steps: int) -> tuple[nn.Linear, torch.optim.AdamW]:
