@@ -14,7 +14,7 @@ from evaluation.collect import collect
 from evaluation.inception import Inception
 from evaluation.npz import StoredImages
 from utils.distributed import Distributed
-from utils.npz import write_npz
+from utils.files.npz import write_npz
 
 CHUNK_IMAGES = 100  # written at a time
 

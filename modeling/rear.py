@@ -1,8 +1,8 @@
 """reAR: a raster-order GPT over tokenizer codes, with training-only projectors for embedding regularization.
 
 Paper: https://arxiv.org/abs/2510.04450. The architecture is RAR's (https://arxiv.org/abs/2411.00776) in raster order.
-The state-dict keys are those of the published weights and never change. `modeling/sampling/decoding.py` restates the forward
-pass for one position with a cache.
+The state-dict keys are those of the published weights and never change. `modeling/sampling/decoding.py` restates the
+forward pass for one position with a cache.
 
 Legend: B images, N codes per image, T = N + 2 positions [cls, class, x1 .. xN], D hidden size, H heads, d = D / H,
 V codebook size, C classes, Z width of a codebook vector.
@@ -23,9 +23,9 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.hub import local_file
+from utils.files.hub import local_file
+from utils.files.weights import load_state_dict, load_strict
 from utils.schema import ModelConfig
-from utils.weights import load_state_dict, load_strict
 
 # Rows beyond the sequence that the published tables carry.
 POSITION_SLACK = 1024

@@ -31,9 +31,9 @@ from data.training import check_tokenizer, open_codes
 from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
+from utils.files.weights import weights_sha256
 from utils.images import make_captioned_grid, to_uint8
 from utils.run.curves import save_histograms
-from utils.weights import weights_sha256
 
 MOST_FREQUENT = 5  # codes that are printed
 DECODED_AT_ONCE = 16  # images

@@ -25,9 +25,9 @@ from data.images.shard_writer import HELDOUT_PREFIX
 from modeling.tokenizers.maskgit_vq import tokenizer_sizes
 from utils.config import check_tokenizer_fits, load_config
 from utils.errors import InputError, input_errors_exit
-from utils.hub import local_file
+from utils.files.hub import local_file
+from utils.files.weights import load_state_dict
 from utils.schema import Config, VQModelConfig
-from utils.weights import load_state_dict
 
 ROOT = Path(__file__).parents[1]
 SMALL_BASE, SMALL_TOKENIZER = ROOT / "configs/rear_blue_marble.yaml", ROOT / "configs/tokenizer_blue_marble.yaml"

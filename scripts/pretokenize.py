@@ -39,11 +39,11 @@ from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config
 from utils.distributed import Distributed, distributed
 from utils.errors import InputError, TrainingError, input_errors_exit
-from utils.parts import Parts
+from utils.files.parts import Parts
+from utils.files.weights import weights_sha256
 from utils.processes import num_cpus
 from utils.run.faults import fault_point
 from utils.run.signals import StopSignals
-from utils.weights import weights_sha256
 
 IMAGES_PER_PART = 256  # or the next multiple of what is encoded at once
 

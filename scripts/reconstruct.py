@@ -35,8 +35,8 @@ from evaluation.reconstruction import ReconstructionMetrics
 from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
+from utils.files.npz import write_npz
 from utils.images import make_grid, to_uint8
-from utils.npz import write_npz
 
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
 

@@ -35,11 +35,11 @@ from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config, save_config
 from utils.distributed import distributed
 from utils.errors import InputError, input_errors_exit
-from utils.files import complete_file
+from utils.files.atomic import complete_file
+from utils.files.npz import write_npz
+from utils.files.sample_parts import SampleParts
+from utils.files.weights import weights_sha256
 from utils.images import make_grid
-from utils.npz import write_npz
-from utils.sample_parts import SampleParts
-from utils.weights import weights_sha256
 
 GRID_COLUMNS, GRID_IMAGES = 10, 50
 PNG_THREADS = 4

@@ -38,6 +38,7 @@ from modeling.sampling.sample_grid import save_sample_grid
 from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config, accumulation_steps
 from utils.errors import TrainingError, input_errors_exit
+from utils.files.weights import weights_sha256
 from utils.optim import build_optimizer, set_learning_rate
 from utils.randomness import dropout_seed, sample_uniforms
 from utils.run.checkpoint import load_optimizer, save_weights
@@ -56,7 +57,6 @@ from utils.run.snapshot import take_snapshot
 from utils.run.status import EXIT_PREEMPTED, reported_status
 from utils.run.tracking import Tracker
 from utils.schedules import perturbation_ratio
-from utils.weights import weights_sha256
 
 
 def main(config: Config) -> str:

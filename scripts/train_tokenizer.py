@@ -37,13 +37,13 @@ from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from modeling.tokenizers.perceptual import PerceptualFeatures, perceptual_distance
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
-from utils.hub import local_file
+from utils.files.hub import local_file
+from utils.files.weights import load_state_dict, load_strict
 from utils.images import make_grid, to_uint8
 from utils.optim import build_optimizer, set_learning_rate
 from utils.run.checkpoint import save_weights
 from utils.run.folder import make_logger, prepare_run_folder
 from utils.run.tracking import Tracker
-from utils.weights import load_state_dict, load_strict
 
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and one of reconstructions count as one
 

@@ -17,7 +17,7 @@ from data.codes.jsonl import BadLines, Sizes, format_lines, formatted_size, read
 from data.codes.store_files import StoreMeta, open_store, write_meta
 from data.codes.token_writer import TokenStoreWriter
 from utils.errors import InputError
-from utils.parts import Parts
+from utils.files.parts import Parts
 from utils.processes import in_processes
 from utils.run.faults import fault_point
 

@@ -17,9 +17,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from utils.errors import InputError
-from utils.hub import local_file
+from utils.files.hub import local_file
+from utils.files.weights import load_state_dict, load_strict
 from utils.schema import Config, VQModelConfig
-from utils.weights import load_state_dict, load_strict
 
 MAX_GROUPS, MIN_GROUP_WIDTH = 32, 4  # of the group norms
 

@@ -1,4 +1,4 @@
-"""Decoding codes to bytes: `modeling.sampling.image_decoder` against the tokenizer as it is, in float32 and whole batches."""
+"""Decoding codes to bytes: `modeling.sampling.image_decoder` against the plain tokenizer, float32 and whole batches."""
 
 import argparse
 import statistics

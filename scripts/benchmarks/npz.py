@@ -13,7 +13,7 @@ from scripts.benchmarks.measure import describe, extra_rss_mb, interleaved, seco
 from scripts.sample_imagenet_rear import pack
 from utils.config import load_config
 from utils.errors import InputError
-from utils.sample_parts import SampleParts
+from utils.files.sample_parts import SampleParts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

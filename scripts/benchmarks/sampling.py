@@ -24,7 +24,7 @@ from scripts.benchmarks.measure import ceilings, describe, device, interleaved, 
 from scripts.sample_imagenet_rear import PartWriter, pack, sample_blocks
 from utils.config import load_config
 from utils.errors import InputError
-from utils.sample_parts import SampleParts
+from utils.files.sample_parts import SampleParts
 from utils.schema import Config, GeneratorConfig, ModelConfig
 
 GATE_IMAGES = 4

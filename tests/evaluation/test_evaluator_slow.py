@@ -18,7 +18,7 @@ from evaluation.evaluator import adm_metrics
 from evaluation.npz import POOL_DIM, SPATIAL_DIM, open_npz
 from tests.evaluation.made_up import StubExtractor, blocky_images
 from utils.distributed import Distributed
-from utils.npz import write_npz
+from utils.files.npz import write_npz
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,8 +13,8 @@ from modeling.tokenizers.maskgit_vq import load_tokenizer
 from scripts import inspect_codes
 from utils.config import load_config
 from utils.errors import InputError
+from utils.files.weights import weights_sha256
 from utils.images import CAPTION_HEIGHT, GRID_GAP, make_captioned_grid
-from utils.weights import weights_sha256
 
 
 @pytest.fixture

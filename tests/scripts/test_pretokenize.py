@@ -20,7 +20,7 @@ from modeling.tokenizers.maskgit_vq import load_tokenizer
 from scripts import pretokenize
 from utils.config import load_config
 from utils.errors import InputError
-from utils.weights import weights_sha256
+from utils.files.weights import weights_sha256
 
 ROOT = Path(__file__).parents[2]
 

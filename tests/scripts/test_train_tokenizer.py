@@ -12,8 +12,8 @@ from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from scripts import train_tokenizer
 from utils.config import load_config
 from utils.errors import InputError
+from utils.files.weights import load_state_dict
 from utils.run.tracking import read_metrics
-from utils.weights import load_state_dict
 
 
 @pytest.fixture

@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from utils.errors import InputError
+from utils.files.weights import load_state_dict, load_strict
 from utils.run.faults import fault_point
 from utils.run.manifest import MANIFEST_FILE, Provenance, TrainingState, check_sizes, write_manifest
 from utils.run.snapshot import Snapshot, restore_optimizer
-from utils.weights import load_state_dict, load_strict
 
 MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.bin"
 UNFINISHED = re.compile(r"checkpoint-\d+\.(tmp|deleted)")

@@ -12,6 +12,7 @@ import torch
 from utils.config import Config, save_config
 from utils.run.manifest import VERSIONED_PACKAGES
 
+ROOT = Path(__file__).parents[2]
 PACKAGES = [*VERSIONED_PACKAGES, "omegaconf", "webdataset"]
 SOURCE_FOLDERS = ("scripts", "modeling", "data", "evaluation", "utils")
 
@@ -27,8 +28,7 @@ def prepare_run_folder(config: Config) -> Path:
 
 def describe_environment() -> str:
     """Commit, Python, packages and device, a line each."""
-    root = Path(__file__).parents[1]
-    git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     lines = [f"commit {git.stdout.strip() or 'unknown'}", f"python {platform.python_version()}"]
     lines += [f"{package} {version(package)}" for package in PACKAGES]
@@ -43,9 +43,9 @@ def code_facts() -> dict[str, str]:
 
 def source_hash() -> str:
     """sha256 of the project's Python files; unlike a commit it sees changes that are not committed."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
-    for path in sorted(path for folder in SOURCE_FOLDERS for path in (root / folder).rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in SOURCE_FOLDERS for path in (ROOT / folder).rglob("*.py")):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

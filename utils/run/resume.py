@@ -6,9 +6,9 @@ from pathlib import Path
 from torch import nn
 
 from utils.errors import InputError
+from utils.files.weights import load_state_dict, load_strict
 from utils.run.checkpoint import MODEL_FILE, checkpoint_folders, load_model, step_of
 from utils.run.manifest import MANIFEST_FILE, TrainingState, read_manifest, verify
-from utils.weights import load_state_dict, load_strict
 
 MODEL_FILES = (MODEL_FILE, "unwrapped_model/model.safetensors", "unwrapped_model/pytorch_model.bin")
 

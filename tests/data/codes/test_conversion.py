@@ -14,7 +14,7 @@ from data.codes.conversion import is_conversion, jsonl_to_store, store_to_jsonl
 from data.codes.jsonl import BadLines, Sizes, format_lines, formatted_size, read_range
 from data.codes.token_store import TokenStore
 from utils.errors import InputError, TrainingError
-from utils.parts import Parts
+from utils.files.parts import Parts
 from utils.processes import in_processes
 
 SIZES = Sizes(codebook_size=1024, image_seq_len=6, num_classes=1000)

@@ -14,7 +14,7 @@ from data.images.blue_marble import REGIONS, TILE, build_shards, read_picture
 from data.images.image_source import ImageSource
 from data.images.reading import open_images
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.errors import InputError
 from utils.schema import Config, ExperimentConfig, ModelConfig, VQModelConfig
 
-FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 SMALL = VQModelConfig(
     codebook_size=32,
     token_size=8,

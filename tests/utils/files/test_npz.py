@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils.npz import write_npz
+from utils.files.npz import write_npz
 
 
 def chunked(array: np.ndarray, rows: int) -> Iterator[np.ndarray]:

@@ -5,8 +5,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from utils import hub
 from utils.errors import InputError
+from utils.files import hub
 
 COMMIT = "0" * 40
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from utils.distributed import Distributed
 from utils.errors import InputError
-from utils.files import complete_file
+from utils.files.atomic import complete_file
 from utils.run.faults import fault_point
 
 POLL_SECONDS = 0.5

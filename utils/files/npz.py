@@ -8,7 +8,7 @@ from typing import IO
 import numpy as np
 from numpy.typing import DTypeLike
 
-from utils.files import complete_file
+from utils.files.atomic import complete_file
 
 NpzEntry = tuple[tuple[int, ...], DTypeLike, Iterable[np.ndarray]]  # shape, dtype, chunks along the first axis
 

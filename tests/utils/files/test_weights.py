@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from utils.errors import InputError
-from utils.weights import load_state_dict, load_strict, weights_sha256
+from utils.files.weights import load_state_dict, load_strict, weights_sha256
 
 
 class Exploit:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.parts import Parts
+from utils.files.parts import Parts
 
 
 class SampleParts(Parts):

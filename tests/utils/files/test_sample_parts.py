@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from utils.errors import InputError
-from utils.parts import FINGERPRINT
-from utils.sample_parts import SampleParts
+from utils.files.parts import FINGERPRINT
+from utils.files.sample_parts import SampleParts
 
 FINGERPRINT_A = {"sampling.seed": 42, "sampling.compile": "auto"}
 
