@@ -179,7 +179,7 @@ def test_a_typo_ends_a_script_at_once(script: str, tmp_path: Path) -> None:
 
 def test_every_key_is_read_somewhere() -> None:
     folders = ("modeling", "data", "evaluation", "scripts", "utils")
-    files = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     code = "\n".join(path.read_text() for path in files if path.name != "schema.py")
     config = to_yaml(load_config([OUT]))
     leaves = {line.split(":")[0].strip() for line in config.splitlines() if not line.strip().startswith("-")}

@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
-from modeling import generate as generate_module
 from modeling.rear import ReAR
+from modeling.sampling import generate as generate_module
 from modeling.sampling.decoding import BUCKET
 from modeling.sampling.generate import (
     CodeSampler,
