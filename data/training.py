@@ -12,6 +12,7 @@ from data.codes.token_store import TokenStore, open_tokens
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
 from utils.errors import InputError
+from utils.ranks import World
 from utils.run.signals import ignore_stop_signals
 from utils.schema import Config
 
@@ -21,7 +22,7 @@ def open_training_data(config: Config, tokenizer_sha256: str, verify: bool) -> D
 
     Args:
         tokenizer_sha256: of the weights of the tokenizer that the model is trained for.
-        verify: read all codes and compare them with the hashes of their store.
+        verify: read all codes and compare them with the hashes of their store, if `dataset.params.verify_hashes`.
 
     Raises:
         InputError: something is missing, damaged or does not fit the model or the tokenizer.
@@ -30,7 +31,7 @@ def open_training_data(config: Config, tokenizer_sha256: str, verify: bool) -> D
     if params.pretokenization is not None:
         store = open_codes(config)
         check_tokenizer(store, tokenizer_sha256)
-        if verify:
+        if verify and params.verify_hashes:
             store.verify()
         return store
     if params.train_shards_path_or_url is None:
@@ -86,6 +87,11 @@ def passes_done(config: Config, samples_seen: int, num_samples: int) -> dict[str
 class TrainingBatches:
     """Iterates over the batches of a rank, on its device: `class_labels`, `index` and `codes` or `image`.
 
+    Args:
+        micro_steps: batches per step.
+        steps: numbers of the steps to come.
+        samples_seen: of all ranks, before these steps.
+
     Attributes:
         num_skipped: visits of images that could not be decoded, by this rank since its start.
 
@@ -94,17 +100,28 @@ class TrainingBatches:
     """
 
     def __init__(
-        self, dataset: Dataset, batch_sampler: GlobalBatchSampler, config: Config, device: torch.device
+        self, dataset: Dataset, config: Config, world: World, micro_steps: int, steps: range, samples_seen: int
     ) -> None:
+        batch_sampler = GlobalBatchSampler(
+            num_samples=len(dataset),
+            per_gpu_batch_size=config.training.per_gpu_batch_size,
+            gradient_accumulation_steps=micro_steps,
+            rank=world.rank,
+            world_size=world.size,
+            seed=config.training.seed,
+            first_step=steps.start,
+            last_step=steps.stop,
+            samples_seen=samples_seen,
+        )
         loader = DataLoader(
             dataset,
             batch_sampler=batch_sampler,
             num_workers=config.dataset.params.num_workers_per_gpu,
             collate_fn=dataset.collate,
-            pin_memory=device.type == "cuda",
+            pin_memory=world.device.type == "cuda",
             worker_init_fn=ignore_stop_signals,
         )
-        self.dataset, self.device, self.num_skipped = dataset, device, 0
+        self.dataset, self.device, self.num_skipped = dataset, world.device, 0
         self.max_bad_fraction = config.dataset.params.max_bad_fraction
         self._batches, self._bad_images = iter(loader), set()
 
@@ -113,6 +130,10 @@ class TrainingBatches:
         if "is_bad" in batch:
             self._count(batch["index"][batch.pop("is_bad")].tolist())
         return {key: values.to(self.device, non_blocking=True) for key, values in batch.items()}
+
+    def skipped(self, world: World) -> dict[str, int]:
+        """For the log: `num_skipped` of all ranks."""
+        return {"skipped_images": int(world.sum(torch.tensor(self.num_skipped)))}
 
     def _count(self, bad_images: list[int]) -> None:
         for index in bad_images:

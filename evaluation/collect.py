@@ -9,8 +9,7 @@ from tqdm import tqdm
 
 from evaluation.features import Extractor
 from evaluation.moments import Moments, ScoreSums
-from evaluation.ranks import sum_over_ranks
-from utils.distributed import Distributed
+from utils.ranks import World
 
 
 class Images(Protocol):
@@ -37,20 +36,20 @@ class Collected:
         self.score = ScoreSums(n_images, extractor.n_classes, device) if extractor.n_classes else None
         self.features = torch.zeros(n_images, extractor.pool_dim, dtype=keep_as) if keep_as else None
 
-    def reduce(self, world: Distributed) -> None:
+    def reduce(self, world: World) -> None:
         """Join what the processes have seen."""
         for sums in (self.pool, self.spatial, self.score):
             if sums is not None:
                 sums.reduce(world)
         if self.features is not None:  # every process has zeros where the others have rows
-            self.features = sum_over_ranks(self.features, world)
+            self.features = world.sum(self.features)
 
 
 @torch.inference_mode()
 def collect(
     images: Images,
     extractor: Extractor,
-    world: Distributed,
+    world: World,
     device: torch.device,
     batch_size: int,
     title: str,
@@ -67,8 +66,8 @@ def collect(
     """
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     result = Collected(len(images), extractor, keep_as, device)
-    first, last = (len(images) * rank // world.world_size for rank in (world.rank, world.rank + 1))
-    with tqdm(total=last - first, unit="image", desc=title, disable=not world.is_main_process) as bar:
+    first, last = (len(images) * rank // world.size for rank in (world.rank, world.rank + 1))
+    with tqdm(total=last - first, unit="image", desc=title, disable=not world.is_main) as bar:
         for start in range(first, last, batch_size):
             batch = images.read(start, min(start + batch_size, last))  # (B, H, W, 3)
             n = len(batch)

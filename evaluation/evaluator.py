@@ -29,10 +29,9 @@ from evaluation.inception import Inception
 from evaluation.metrics import frechet_distance
 from evaluation.npz import NpzInput, open_npz
 from evaluation.precision_recall import FEATURE_DTYPES, precision_recall
-from evaluation.ranks import main_process_first
 from evaluation.report import describe, print_description, print_metrics, write_report
-from utils.distributed import Distributed, distributed
 from utils.errors import InputError, input_errors_exit
+from utils.ranks import World, join_world
 
 BACKENDS = ("inception", "efficientnet_lite0")
 
@@ -40,7 +39,7 @@ BACKENDS = ("inception", "efficientnet_lite0")
 def evaluate(
     reference: Path,
     samples: Path,
-    world: Distributed,
+    world: World,
     backend: str = "inception",
     inception: Path | None = None,
     distance: str = "tf-fp16",
@@ -63,13 +62,10 @@ def evaluate(
         InputError: a file or the weights are not as expected; no feature has been computed then.
     """
     device = device or world.device
-    extractor = main_process_first(world, lambda: load_extractor(backend, inception, device))
-    opened = [
-        main_process_first(world, lambda path=path: open_npz(path, verify=world.is_main_process))
-        for path in (reference, samples)
-    ]
+    extractor = world.main_first(lambda: load_extractor(backend, inception, device))
+    opened = [world.main_first(lambda path=path: open_npz(path, verify=world.is_main)) for path in (reference, samples)]
     report = describe(*opened, extractor, backend)
-    if world.is_main_process:
+    if world.is_main:
         print_description(report)
     keep_as = FEATURE_DTYPES[distance] if backend == "inception" else None
     sides = [
@@ -95,9 +91,7 @@ def load_extractor(backend: str, inception: Path | None, device: torch.device) -
     return EfficientNetLite0(device)
 
 
-def adm_metrics(
-    opened: list[NpzInput], sides: list[Collected], world: Distributed, device: torch.device
-) -> dict[str, float]:
+def adm_metrics(opened: list[NpzInput], sides: list[Collected], world: World, device: torch.device) -> dict[str, float]:
     """The five numbers; `opened` and `sides` are those of the reference and of the samples."""
     precision, recall = precision_recall(*(side.features.to(device) for side in sides), world)
     reference, samples = (gaussians(npz, side) for npz, side in zip(opened, sides, strict=True))
@@ -140,9 +134,9 @@ def main() -> None:
     parser.add_argument("--distance", choices=tuple(FEATURE_DTYPES), default="tf-fp16", help="of precision and recall")
     add_feature_options(parser)
     args = vars(parser.parse_args())
-    with distributed() as world:
+    with join_world() as world:
         report = evaluate(world=world, **args)
-        if world.is_main_process:
+        if world.is_main:
             print_metrics(report)
             write_report(report, args["samples"])
 

@@ -20,10 +20,9 @@ from data.images.reading import open_images
 from data.images.transforms import adm_center_crop
 from evaluation.evaluator import add_feature_options, load_extractor, positive
 from evaluation.npz import MIN_IMAGES, open_npz
-from evaluation.ranks import main_process_first
 from evaluation.reference import CroppedImages, ImageSource, NpzSource, make_reference
-from utils.distributed import distributed
 from utils.errors import InputError, input_errors_exit
+from utils.ranks import join_world
 
 
 def open_source(source: str, output: Path, verify: bool) -> ImageSource:
@@ -50,15 +49,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.max_images < MIN_IMAGES:
         parser.error(f"--max-images {args.max_images}: expected at least {MIN_IMAGES}, as evaluator.py does")
-    with distributed() as world:
+    with join_world() as world:
         device = args.device or world.device
-        extractor = main_process_first(world, lambda: load_extractor("inception", args.inception, device))
-        source = main_process_first(world, lambda: open_source(args.source, args.output, world.is_main_process))
+        extractor = world.main_first(lambda: load_extractor("inception", args.inception, device))
+        source = world.main_first(lambda: open_source(args.source, args.output, world.is_main))
         images = CroppedImages(source, lambda image: adm_center_crop(image, args.resolution))
-        if world.is_main_process:
+        if world.is_main:
             print(f"weights: {extractor.weights_name}, sha256 {extractor.weights_sha256}")
         make_reference(images, extractor, args.output, world, device, args.batch_size, args.max_images)
-        if world.is_main_process:
+        if world.is_main:
             print(f"statistics of {len(images)} images, {min(len(images), args.max_images)} of them in {args.output}")
 
 

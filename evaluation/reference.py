@@ -13,8 +13,8 @@ from tqdm import tqdm
 from evaluation.collect import collect
 from evaluation.inception import Inception
 from evaluation.npz import StoredImages
-from utils.distributed import Distributed
 from utils.files.npz import write_npz
+from utils.ranks import World
 
 CHUNK_IMAGES = 100  # written at a time
 
@@ -63,7 +63,7 @@ def make_reference(
     images: CroppedImages,
     extractor: Inception,
     output: Path,
-    world: Distributed,
+    world: World,
     device: torch.device,
     batch_size: int,
     max_images: int,
@@ -74,7 +74,7 @@ def make_reference(
     (https://github.com/openai/guided-diffusion/tree/main/evaluations).
     """
     collected = collect(images, extractor, world, device, batch_size, "features")
-    if not world.is_main_process:
+    if not world.is_main:
         return
     mu, sigma = collected.pool.mean_and_covariance()
     mu_s, sigma_s = collected.spatial.mean_and_covariance()

@@ -23,6 +23,11 @@ class LossTerms:
     proj_loss: Tensor  # encode + decode alignment, before the weight; 0 without regularization
     correct_tokens: Tensor  # share of codes whose logit is the largest
 
+    @property
+    def metrics(self) -> dict[str, Tensor]:
+        names = ("loss", "ar_loss", "proj_loss", "correct_tokens")
+        return {f"train/{name}": getattr(self, name).detach() for name in names}
+
 
 def perturb_codes(
     codes: Tensor, uniforms: Tensor, max_ratio: float, codebook_size: int, mask_code: int | None = None

@@ -37,11 +37,11 @@ from data.images.reading import ImageDataset, open_images
 from data.images.transforms import pretokenize_transform
 from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config
-from utils.distributed import Distributed, distributed
 from utils.errors import InputError, TrainingError, input_errors_exit
 from utils.files.parts import Parts
 from utils.files.weights import weights_sha256
 from utils.processes import num_cpus
+from utils.ranks import World, join_world
 from utils.run.faults import fault_point
 from utils.run.signals import StopSignals
 
@@ -61,7 +61,7 @@ def main(config: Config) -> None:
     # A batch never reaches into another part: kernels may round differently for another batch size.
     block_size = -(-IMAGES_PER_PART // batch_size) * batch_size
     parts = Parts(store_path.with_name(store_path.name + ".parts"), len(images), block_size, ".npy")
-    with distributed() as world:  # left before the work begins: nothing later waits for a collective
+    with join_world() as world:  # left before the work begins: nothing later waits for a collective
         meta = describe(config, tokenizer, images, crops, world.device)
         if store_path.is_dir():
             check_finished(TokenStore(store_path), meta)
@@ -71,16 +71,14 @@ def main(config: Config) -> None:
             missing = parts.begin(fingerprint, world)
     started, at_start = time.perf_counter(), sum(map(len, missing))
     if missing:
-        mine = missing[world.rank :: world.world_size]
+        mine = missing[world.rank :: world.size]
         encode(mine, parts, images, tokenizer.to(world.device), batch_size, params.num_workers_per_gpu, world)
-    if not world.is_main_process:
+    if not world.is_main:
         return
     if not store_path.is_dir():
         parts.wait()
         seconds = time.perf_counter() - started
-        print(
-            f"{at_start} images encoded, {at_start / seconds:.1f} images/s on {world.world_size} x {world.device.type}"
-        )
+        print(f"{at_start} images encoded, {at_start / seconds:.1f} images/s on {world.size} x {world.device.type}")
         join(parts, store_path, meta, source.class_ids)
     store = TokenStore(store_path)
     if output.suffix == ".jsonl" and not (output.exists() and store.meta.source == describe_source(output)):
@@ -158,7 +156,7 @@ def encode(
     tokenizer: MaskGitVQ,
     batch_size: int,
     num_workers: int,
-    world: Distributed,
+    world: World,
 ) -> None:
     """Write the parts of some blocks; the main process shows the progress of all processes."""
     batches = DataLoader(
@@ -170,7 +168,7 @@ def encode(
     )
     batches, launcher = iter(batches), StopSignals()
     initial = len(images) - sum(map(len, parts.missing()))
-    progress = tqdm(total=len(images), initial=initial, unit="image", smoothing=0, disable=not world.is_main_process)
+    progress = tqdm(total=len(images), initial=initial, unit="image", smoothing=0, disable=not world.is_main)
     for block in blocks:
         codes = []  # per batch: (b * K, N)
         for _ in range(0, len(block), batch_size):
@@ -180,7 +178,7 @@ def encode(
             raise TrainingError("torchrun is gone; the same command continues")
         with parts.writing(block) as partial, partial.open("wb") as file:
             np.save(file, np.concatenate(codes))
-        if world.is_main_process:
+        if world.is_main:
             progress.update(len(images) - sum(map(len, parts.missing())) - progress.n)
     progress.close()
 

@@ -33,13 +33,13 @@ from modeling.sampling.generate import CodeSampler, image_inputs
 from modeling.sampling.image_decoder import ImageDecoder
 from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from utils.config import Config, save_config
-from utils.distributed import distributed
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import complete_file
 from utils.files.npz import write_npz
 from utils.files.sample_parts import SampleParts
 from utils.files.weights import weights_sha256
 from utils.images import make_grid
+from utils.ranks import join_world
 
 GRID_COLUMNS, GRID_IMAGES = 10, 50
 PNG_THREADS = 4
@@ -55,15 +55,15 @@ def main(config: Config) -> None:
     parts = SampleParts(
         output.with_name(output.name + ".parts"), config.sampling.num_fid_samples, config.sampling.per_gpu_batch_size
     )
-    with distributed() as world:  # left before the work begins: nothing later waits for a collective
+    with join_world() as world:  # left before the work begins: nothing later waits for a collective
         missing = parts.begin(fingerprint_of(config, model, tokenizer, world.device), world)
     model.to(world.device).eval()
     tokenizer.to(world.device)
-    progress = tqdm(missing[world.rank :: world.world_size], unit="batch", disable=not world.is_main_process)
+    progress = tqdm(missing[world.rank :: world.size], unit="batch", disable=not world.is_main)
     with PartWriter(parts, output, config.sampling.save_png) as writer:
-        for block, images in sample_blocks(progress, model, tokenizer, config, notices=world.is_main_process):
+        for block, images in sample_blocks(progress, model, tokenizer, config, notices=world.is_main):
             writer.write(block, images)
-    if world.is_main_process:
+    if world.is_main:
         parts.wait()
         pack(parts, output, config)
 

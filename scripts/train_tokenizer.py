@@ -1,14 +1,16 @@
-"""Train a MaskGIT-VQ tokenizer on images, one process: reconstruction, vector-quantization, perceptual and, for
+"""Train a MaskGIT-VQ tokenizer on images: reconstruction, vector-quantization, perceptual and, for
 `vq_training.adversarial_weight` > 0, adversarial losses.
 
     PYTHONPATH=. OMP_WAIT_POLICY=PASSIVE python scripts/train_tokenizer.py config=configs/tokenizer_blue_marble.yaml
 
-Reads `dataset.params.train_shards_path_or_url` and, for the held-out figures, `eval_shards_path_or_url`. There is
-no resuming: a new start replaces an earlier run in the same folder. `vq_training.init_from` goes on from weights.
+Reads `dataset.params.train_shards_path_or_url` and, for the held-out figures, `eval_shards_path_or_url`. The same
+command again continues the run, as in train_rear.py; `vq_training.init_from` begins a new one from weights. With
+`torchrun --nproc_per_node=8` in place of `python`, eight processes share a step.
 
-Writes to `experiment.output_dir`: config.yaml, environment.txt, log.txt, metrics.jsonl and, every
-`experiment.save_every` steps and at the end, tokenizer.safetensors (float16), metrics.json (held-out figures) and
-reconstructions.png (held-out originals above reconstructions).
+Writes to `experiment.output_dir`: config.yaml, environment.txt, log.txt, metrics.jsonl, status.json,
+checkpoint-<step>/, training_curves.png and, every `experiment.save_every` steps and at the end, tokenizer.safetensors
+(float16), metrics.json (held-out figures) and reconstructions.png (held-out originals above reconstructions). The exit
+status is 75 after a stop signal.
 """
 
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
@@ -24,123 +26,119 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from data.batch_sampler import GlobalBatchSampler, permutation
+from data.batch_sampler import permutation
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
+from data.training import TrainingBatches
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.tokenizers.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from modeling.tokenizers.perceptual import PerceptualFeatures, perceptual_distance
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
+from utils.files.atomic import complete_file
 from utils.files.hub import local_file
-from utils.files.weights import load_state_dict, load_strict
+from utils.files.weights import load_state_dict, load_strict, save_weights
 from utils.images import make_grid, to_uint8
 from utils.optim import build_optimizer, set_learning_rate
-from utils.run.checkpoint import save_weights
-from utils.run.folder import make_logger, prepare_run_folder
-from utils.run.tracking import Tracker
+from utils.randomness import dropout_seed
+from utils.ranks import World
+from utils.run.training_run import EXIT_STATUS, TrainingRun
 
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and one of reconstructions count as one
 
 
-def main(config: Config) -> None:
+def main(config: Config) -> str:
+    """Train until the last step or a stop signal; returns what `status.json` says then."""
     training, vq_training = config.training, config.vq_training
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.enable_tf32
-    train_set, heldout_set = open_datasets(config)
-    output_dir = prepare_run_folder(config)
-    logger = make_logger(output_dir, is_main_process=True)
+    with TrainingRun(config) as run:
+        world, device = run.world, run.world.device
+        if run.micro_steps != 1:
+            raise InputError(f"training.gradient_accumulation_steps: found {run.micro_steps} micro-batches, expected 1")
 
-    torch.manual_seed(training.seed)
-    tokenizer = MaskGitVQ(config.model.vq_model)
-    if vq_training.init_from is not None:
-        load_strict(tokenizer, load_state_dict(local_file(vq_training.init_from)), vq_training.init_from)
-    tokenizer.to(device)
-    features = PerceptualFeatures().to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(tokenizer, config)
-    discriminator = FeatureDiscriminator(features.feature_channels).to(device)
-    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), betas=(0.5, 0.99))
-    tracker = Tracker(config, output_dir, first_step=0)
-    logger.info(
-        f"{sum(p.numel() for p in tokenizer.parameters()) / 1e6:.2f} M parameters, {len(train_set)} images, "
-        f"{len(heldout_set)} held out, {training.max_train_steps} steps of {training.per_gpu_batch_size}"
-    )
+        # Data, networks, optimizers
+        train_set = run.open_data(lambda: open_images_of(config, "train_shards_path_or_url", augment=True))
+        heldout_set = world.main_first(lambda: open_images_of(config, "eval_shards_path_or_url", augment=False))
+        torch.manual_seed(training.seed)
+        tokenizer = MaskGitVQ(config.model.vq_model)
+        if vq_training.init_from is not None:
+            load_strict(tokenizer, load_state_dict(local_file(vq_training.init_from)), vq_training.init_from)
+        tokenizer.to(device)
+        features = PerceptualFeatures().to(device, memory_format=torch.channels_last)
+        optimizer = build_optimizer(tokenizer, config)
+        discriminator = FeatureDiscriminator(features.feature_channels).to(device)
+        discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), betas=(0.5, 0.99))
+        usage = CodeUsage(tokenizer.codebook_size).to(device)
+        modules = {"model": tokenizer, "discriminator": discriminator, "code_usage": usage}
+        optimizers = {"optimizer": (tokenizer, optimizer)}
+        optimizers["discriminator_optimizer"] = (discriminator, discriminator_optimizer)
+        run.begin(modules, optimizers)
+        batches = TrainingBatches(train_set, config, world, run.micro_steps, run.remaining, run.samples_seen)
 
-    uses = torch.zeros(tokenizer.codebook_size, dtype=torch.int64, device=device)  # uses since the last revival
-    batches = make_loader(train_set, config)
-    for step, batch in enumerate(tqdm(batches, total=training.max_train_steps)):
-        lr = set_learning_rate(optimizer, step, config)
-        images = batch["image"].to(device)
-        if step == 0 and vq_training.init_from is None:
-            replace_codes(tokenizer, torch.arange(tokenizer.codebook_size, device=device), images)
-        terms, codes = training_step(tokenizer, features, discriminator, images, config)
-        terms["train/loss"].backward()
-        torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), training.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if "train/discriminator" in terms:
-            discriminator_optimizer.zero_grad(set_to_none=True)  # the generator's loss left gradients here too
-            terms["train/discriminator"].backward()
-            discriminator_optimizer.step()
+        # The training loop
+        for step in run.steps():
+            lr = set_learning_rate(optimizer, step, config)
+            torch.manual_seed(dropout_seed(training.seed, step, 0, rank=0))  # of the features that codes are set to
+            images = next(batches)["image"]
+            if step == 0 and vq_training.init_from is None:
+                usage.replace(tokenizer, torch.arange(tokenizer.codebook_size, device=device), images, world)
+            terms, codes = training_step(tokenizer, features, discriminator, images, config)
+            terms["train/loss"].backward()
+            average_gradients(tokenizer, world)
+            grad_norm = torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), training.max_grad_norm)
+            updates = run.may_update(torch.stack([terms["train/loss"].detach(), grad_norm]))
+            if updates:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if "train/discriminator" in terms:
+                discriminator_optimizer.zero_grad(set_to_none=True)  # the generator's loss left gradients here too
+                terms["train/discriminator"].backward()
+                average_gradients(discriminator, world)
+                if updates:
+                    discriminator_optimizer.step()
+            usage.count(codes, world)
+            run.count_step()
 
-        done = step + 1
-        uses += torch.bincount(codes.flatten(), minlength=tokenizer.codebook_size)
-        if done % vq_training.revive_every == 0 and done < training.max_train_steps:
-            unused = (uses == 0).nonzero()[:, 0]
-            replace_codes(tokenizer, unused, images)
-            tracker.log({"revived_codes": len(unused)}, done)
-            uses.zero_()
-        if done == 1 or done % config.experiment.log_every == 0:
-            tracker.log({name: value.item() for name, value in terms.items()} | {"lr": lr}, done)
-        if done % config.experiment.save_every == 0 or done == training.max_train_steps:
-            export(tokenizer, output_dir / "tokenizer.safetensors")
-            metrics, grid = evaluate(tokenizer, heldout_set, config)
-            (output_dir / "metrics.json").write_text(json.dumps({"step": done, **metrics}, indent=1) + "\n")
-            grid.save(output_dir / "reconstructions.png")
-            tracker.log({f"heldout/{name}": value for name, value in metrics.items()}, done)
-            tracker.log_image("reconstructions", grid, done)
-            logger.info(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-    tracker.finish()
+            metrics: dict[str, float] = {}
+            if run.is_due(vq_training.revive_every) and not run.is_last:
+                metrics["revived_codes"] = usage.revive(tokenizer, images, world)
+            if run.log_due:
+                metrics |= run.mean_over_ranks([{name: value.detach() for name, value in terms.items()}])
+                metrics |= {"lr": lr, "samples/sec/gpu": run.samples_per_second()} | batches.skipped(world)
+            if run.is_due(config.experiment.save_every) or run.is_last:
+                metrics |= world.from_main(lambda: report(tokenizer, heldout_set, config, run))
+            if metrics:
+                run.log(metrics)
+            if run.save_due:
+                run.save()
+        run.finish()
+    return run.status
 
 
-def open_datasets(config: Config) -> tuple[ImageDataset, ImageDataset]:
-    """Training images as the config says, held-out images with a centre crop and no flip."""
-    params, preprocessing, seed = config.dataset.params, config.dataset.preprocessing, config.training.seed
+def open_images_of(config: Config, key: str, augment: bool) -> ImageDataset:
+    """The images of a key of `dataset.params`: cropped and flipped as the config says, or a centre crop of each.
+
+    Raises:
+        InputError: the key is missing, or what it names.
+    """
+    params, preprocessing = config.dataset.params, config.dataset.preprocessing
     if preprocessing.crop_size != config.model.vq_model.resolution:
         raise InputError(
             f"dataset.preprocessing.crop_size={preprocessing.crop_size}: expected "
             f"model.vq_model.resolution={config.model.vq_model.resolution}"
         )
-    for name in ("train_shards_path_or_url", "eval_shards_path_or_url"):
-        if getattr(params, name) is None:
-            raise InputError(f"dataset.params.{name}: missing; give tar shards or a folder per class")
-    centre = replace(preprocessing, random_crop=False, random_flip=False)
-    return (
-        ImageDataset(open_images(params.train_shards_path_or_url), training_transform(preprocessing), seed),
-        ImageDataset(open_images(params.eval_shards_path_or_url), training_transform(centre), seed),
+    if getattr(params, key) is None:
+        raise InputError(f"dataset.params.{key}: missing; give tar shards or a folder per class")
+    if not augment:
+        preprocessing = replace(preprocessing, random_crop=False, random_flip=False)
+    skip_bad = params.on_bad_sample == "skip"
+    return ImageDataset(
+        open_images(getattr(params, key)), training_transform(preprocessing), config.training.seed, skip_bad
     )
-
-
-def make_loader(dataset: ImageDataset, config: Config) -> DataLoader:
-    """Shuffled batches for all training steps."""
-    training = config.training
-    batch_sampler = GlobalBatchSampler(
-        num_samples=len(dataset),
-        per_gpu_batch_size=training.per_gpu_batch_size,
-        gradient_accumulation_steps=1,
-        rank=0,
-        world_size=1,
-        seed=training.seed,
-        first_step=0,
-        last_step=training.max_train_steps,
-    )
-    workers = config.dataset.params.num_workers_per_gpu
-    return DataLoader(dataset, batch_sampler=batch_sampler, num_workers=workers, collate_fn=dataset.collate)
 
 
 def training_step(
@@ -179,12 +177,55 @@ def training_step(
     return terms, quantized.codes
 
 
-@torch.no_grad()
-def replace_codes(tokenizer: MaskGitVQ, codes: Tensor, images: Tensor) -> None:
-    """Set the vectors of some codes (K,) to features drawn from images (B, 3, H, W)."""
-    features = tokenizer.encoder(images).movedim(1, -1).flatten(0, 2)  # (B h w, Z)
-    drawn = torch.randint(len(features), (len(codes),), device=features.device)
-    tokenizer.quantize.embedding.weight[codes] = features[drawn]
+class CodeUsage(nn.Module):
+    """How often each code was used since the last revival: part of what a run is resumed into."""
+
+    def __init__(self, codebook_size: int) -> None:
+        super().__init__()
+        self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.int64))
+
+    def count(self, codes: Tensor, world: World) -> None:
+        """Add codes (B, N) of each process."""
+        self.counts += world.sum(torch.bincount(codes.flatten(), minlength=len(self.counts)))
+
+    def revive(self, tokenizer: MaskGitVQ, images: Tensor, world: World) -> int:
+        """Replace the codes that were not used; how many these are."""
+        unused = (self.counts == 0).nonzero()[:, 0]
+        self.replace(tokenizer, unused, images, world)
+        self.counts.zero_()
+        return len(unused)
+
+    @staticmethod
+    @torch.no_grad()
+    def replace(tokenizer: MaskGitVQ, codes: Tensor, images: Tensor, world: World) -> None:
+        """Set the vectors of some codes (K,) to features drawn from images (B, 3, H, W) of rank 0, on all ranks."""
+        features = tokenizer.encoder(images).movedim(1, -1).flatten(0, 2)  # (B h w, Z)
+        drawn = features[torch.randint(len(features), (len(codes),), device=features.device)]
+        tokenizer.quantize.embedding.weight[codes] = world.sum(drawn if world.is_main else torch.zeros_like(drawn))
+
+
+def average_gradients(module: nn.Module, world: World) -> None:
+    """Over all processes, in place. Not DDP: the discriminator runs several times before its backward pass."""
+    if world.size == 1:
+        return
+    gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    mean = world.sum(torch.cat([gradient.flatten() for gradient in gradients])) / world.size
+    for gradient, values in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(values.view_as(gradient))
+
+
+def report(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config, run: TrainingRun) -> dict[str, float]:
+    """Write the weights, and figures and a grid of the held-out images; the figures for the log."""
+    step, folder = run.steps_done, run.output_dir
+    export(tokenizer, folder / "tokenizer.safetensors")
+    figures, grid = evaluate(tokenizer, heldout_set, config)
+    with complete_file(folder / "metrics.json") as partial:
+        partial.write_text(json.dumps({"step": step, **figures}, indent=1) + "\n")
+    with complete_file(folder / "reconstructions.png") as partial:
+        grid.save(partial, format="png")
+    run.log_image("reconstructions", grid)
+    run.logger.info(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    return {f"heldout/{name}": value for name, value in figures.items()}
 
 
 def export(tokenizer: MaskGitVQ, path: Path) -> None:
@@ -211,4 +252,4 @@ def evaluate(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config) ->
 
 if __name__ == "__main__":
     with input_errors_exit():
-        main(CONFIG)
+        raise SystemExit(EXIT_STATUS[main(CONFIG)])

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.evaluation.made_up import FIXTURES, inception_state
-from utils.distributed import Distributed
+from utils.ranks import World
 
 
 @pytest.fixture(scope="session")
-def alone() -> Distributed:
-    return Distributed(0, 1, torch.device("cpu"))
+def alone() -> World:
+    return World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ import torch
 from evaluation import evaluator, moments
 from evaluation.npz import STATISTICS, open_npz
 from tests.evaluation.made_up import StubExtractor, blocky_images
-from utils.distributed import Distributed, distributed
+from utils.ranks import World, join_world
 
 ROOT = Path(__file__).parents[2]
 ADM_METRICS = ["inception_score", "fid", "sfid", "precision", "recall"]
@@ -34,7 +34,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def stub_metrics(
-    files: dict[str, Path], world: Distributed, samples: str = "samples", batch_size: int = 16
+    files: dict[str, Path], world: World, samples: str = "samples", batch_size: int = 16
 ) -> dict[str, float]:
     """The five numbers with the cheap back end and splits of 50 images."""
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +44,7 @@ def stub_metrics(
     return report["metrics"]
 
 
-def test_batch_size_does_not_matter(files: dict[str, Path], alone: Distributed) -> None:
+def test_batch_size_does_not_matter(files: dict[str, Path], alone: World) -> None:
     metrics = stub_metrics(files, alone)
     assert list(metrics) == ADM_METRICS
     assert 0 < metrics["precision"] < 1
@@ -52,7 +52,7 @@ def test_batch_size_does_not_matter(files: dict[str, Path], alone: Distributed) 
         assert stub_metrics(files, alone, batch_size=batch_size) == pytest.approx(metrics, rel=1e-6)
 
 
-def test_order_of_the_samples_matters_for_the_inception_score_only(files: dict[str, Path], alone: Distributed) -> None:
+def test_order_of_the_samples_matters_for_the_inception_score_only(files: dict[str, Path], alone: World) -> None:
     metrics, shuffled = stub_metrics(files, alone), stub_metrics(files, alone, "shuffled")
     score, shuffled_score = metrics.pop("inception_score"), shuffled.pop("inception_score")
     assert abs(score - shuffled_score) > 1e-3
@@ -63,7 +63,7 @@ def worker(rank: int, processes: int, port: int, files: dict[str, Path], output:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    with distributed() as world:
+    with join_world() as world:
         metrics = stub_metrics(files, world)
     (output / f"{rank}.json").write_text(json.dumps(metrics))
 
@@ -71,7 +71,7 @@ def worker(rank: int, processes: int, port: int, files: dict[str, Path], output:
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [2, 3])
 def test_number_of_processes_does_not_matter(
-    files: dict[str, Path], alone: Distributed, tmp_path: Path, processes: int
+    files: dict[str, Path], alone: World, tmp_path: Path, processes: int
 ) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -82,7 +82,7 @@ def test_number_of_processes_does_not_matter(
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(metrics, rel=1e-9)
 
 
-def test_stored_statistics_replace_computed_ones(tmp_path: Path, alone: Distributed) -> None:
+def test_stored_statistics_replace_computed_ones(tmp_path: Path, alone: World) -> None:
     statistics = {key: np.random.default_rng(0).random(shape) for key, shape in STATISTICS.items()}
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), **statistics)
     gaussians = evaluator.gaussians(open_npz(tmp_path / "x.npz", verify=False), side=None)

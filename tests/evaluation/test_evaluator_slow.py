@@ -17,8 +17,8 @@ from evaluation.collect import collect
 from evaluation.evaluator import adm_metrics
 from evaluation.npz import POOL_DIM, SPATIAL_DIM, open_npz
 from tests.evaluation.made_up import StubExtractor, blocky_images
-from utils.distributed import Distributed
 from utils.files.npz import write_npz
+from utils.ranks import World
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,7 +89,7 @@ def peak_memory_gb() -> float:
 
 def full_size(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    world, cpu = Distributed(0, 1, torch.device("cpu")), torch.device("cpu")
+    world, cpu = World(0, 1, torch.device("cpu")), torch.device("cpu")
     extractor = StubExtractor(POOL_DIM, SPATIAL_DIM, 1008)
     opened = [open_npz(folder / f"{name}.npz", verify=True) for name in ("reference", "samples")]
     start = time.monotonic()

@@ -71,10 +71,10 @@ def test_row_19_nothing_poisoned_is_saved(tmp_path: Path) -> None:
         write(tmp_path, 5, value=float("nan"))
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-4"]
     snapshot = tiny_snapshot()
-    snapshot.optimizer["state"]["w"]["exp_avg"][7] = float("inf")
+    snapshot.optimizers["optimizer"]["state"]["w"]["exp_avg"][7] = float("inf")
     assert snapshot.first_nonfinite() == "optimizer exp_avg of w"
-    snapshot.ema = {"w": torch.tensor([float("nan")])}
-    assert snapshot.first_nonfinite() == "EMA w"
+    snapshot.modules["ema"] = {"w": torch.tensor([float("nan")])}
+    assert snapshot.first_nonfinite() == "ema w"
 
 
 def test_the_oracle_has_no_skipped_step(oracle: Run) -> None:

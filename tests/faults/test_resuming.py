@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from tests.faults.runs import Run, assert_equal_runs
 from utils.config import ConfigError, accumulation_steps, check_global_batch, load_config
 from utils.errors import InputError
+from utils.run.checkpoint import load_optimizers
 from utils.run.manifest import MANIFEST_FILE, read_manifest
 from utils.run.resume import find_start
+from utils.run.snapshot import Resumable
 
 FILES = ["model.safetensors", "optimizer.bin", MANIFEST_FILE]
 
@@ -151,13 +153,12 @@ def test_row_15_a_malicious_pickle_is_refused(run: Run, tmp_path: Path, kind: st
 
 
 def test_row_15_nor_in_an_optimizer_file(oracle: Run, tmp_path: Path) -> None:
-    from utils.run.checkpoint import load_optimizer
-
     proof = tmp_path / "proof"
     torch.save({"state": Exploit(proof)}, tmp_path / "optimizer.bin")
     model = torch.nn.Linear(1, 1)
+    resumable = Resumable({"model": model}, {"optimizer": (model, torch.optim.AdamW(model.parameters()))})
     with pytest.raises(InputError, match=r"optimizer.bin: refused"):
-        load_optimizer(tmp_path, model, torch.optim.AdamW(model.parameters()), sharded=False)
+        load_optimizers(tmp_path, resumable)
     assert not proof.exists()
 
 
@@ -267,3 +268,27 @@ def test_resuming_a_completed_run_changes_nothing(oracle: Run, tmp_path: Path) -
     run.completed()
     assert_equal_runs(run, oracle)
     assert (run.folder / "checkpoint-12" / MANIFEST_FILE).stat().st_ino == inode
+
+
+def test_fewer_steps_than_the_checkpoint_has_is_an_error(oracle: Run, tmp_path: Path) -> None:
+    run = copy_of(oracle, tmp_path / "run")
+    before = (run.folder / "config.yaml").read_bytes()
+    assert run("training.max_train_steps=4") == [1]
+    message = f"training.max_train_steps=4: expected at least 12, the step of {run.folder / 'checkpoint-12'}"
+    assert message in run.output()
+    assert (run.folder / "config.yaml").read_bytes() == before
+
+
+def test_a_changed_optimizer_setting_is_what_runs(oracle: Run, tmp_path: Path) -> None:
+    run = copy_of(oracle, tmp_path / "run")
+    run.completed("training.max_train_steps=13", "optimizer.params.beta2=0.5")
+    assert "optimizer.params.beta2=0.5, was 0.96" in run.log()
+    saved = torch.load(run.folder / "checkpoint-13/optimizer.bin", weights_only=True)
+    assert all(group["betas"][1] == 0.5 for group in saved["param_groups"])
+
+
+def test_an_ema_may_begin_in_the_middle_of_a_run(oracle: Run, tmp_path: Path) -> None:
+    run = copy_of(oracle, tmp_path / "run")
+    run.completed("training.max_train_steps=13", "training.use_ema=true")
+    assert "checkpoint-12 has no EMA: it begins with the weights of this step" in run.log()
+    assert (run.folder / "checkpoint-13/ema.safetensors").is_file()

@@ -72,7 +72,7 @@ def test_row_7_failures_in_a_row_end_the_run(run: Run) -> None:
 
 def tiny_snapshot(value: float = 0.0) -> Snapshot:
     optimizer = {"state": {"w": {"exp_avg": torch.zeros(100_000)}}, "param_groups": []}
-    return Snapshot({"w": torch.full((3,), value)}, None, optimizer)
+    return Snapshot({"model": {"w": torch.full((3,), value)}}, {"optimizer": optimizer})
 
 
 def write(folder: Path, step: int, value: float = 0.0) -> None:

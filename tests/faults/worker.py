@@ -20,14 +20,14 @@ import torch
 from scripts import train_rear
 from utils.config import load_config
 from utils.errors import input_errors_exit
-from utils.run import checkpoint
+from utils.run import checkpoint, training_run
 from utils.run.status import EXIT_PREEMPTED
 
 
 def observe() -> None:
     """Wrap the hooks that the trainer has anyway: the fault point of a step and `training_step`."""
     rank, at = int(os.environ.get("RANK", 0)), {"step": -1}
-    original_fault_point, original_step = train_rear.fault_point, train_rear.training_step
+    original_fault_point, original_step = training_run.fault_point, train_rear.training_step
     poison, _, poisoned_rank = os.environ.get("TEST_POISON", "").partition("@")
 
     def fault_point(name: str, step: int) -> None:
@@ -47,7 +47,7 @@ def observe() -> None:
                 terms.loss = terms.loss * float("nan")
         return terms
 
-    train_rear.fault_point, train_rear.training_step = fault_point, training_step
+    training_run.fault_point, train_rear.training_step = fault_point, training_step
     if "TEST_SHARDS" in os.environ:
         original_optimizer = train_rear.build_optimizer
 

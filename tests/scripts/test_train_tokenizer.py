@@ -1,19 +1,27 @@
 """Training and evaluating a tiny tokenizer on a few made-up images."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
 from scripts import train_tokenizer
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.weights import load_state_dict
+from utils.ranks import World
 from utils.run.tracking import read_metrics
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -86,6 +94,53 @@ def test_same_seed_same_weights(tiny_arguments: list[str], images: Path, tmp_pat
     assert weights[0] == weights[1]
 
 
+def launch(command: list[str], processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    return subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "scripts/train_tokenizer.py"), *command],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("fault", ["step.7", "save.discriminator.8"])
+def test_a_killed_run_continues_bit_for_bit(
+    tiny_arguments: list[str], images: Path, tmp_path: Path, fault: str
+) -> None:
+    """Between steps and in the middle of a save; codes are revived and the discriminator is updated before and after."""
+    more = ["vq_training.adversarial_weight=0.5", "training.max_train_steps=12", "experiment.save_every=4"]
+    train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / "whole", *more)))
+    command = arguments(tiny_arguments, images, tmp_path / "killed", *more)
+    assert launch(command, REAR_FAULT=fault).returncode == -signal.SIGKILL
+    assert read_metrics(tmp_path / "killed/metrics.jsonl")[-1]["step"] >= 6
+    again = launch(command)
+    assert again.returncode == 0, again.stderr
+    assert "steps 4 to 12" in (tmp_path / "killed/log.txt").read_text()
+    for file in ("tokenizer.safetensors", "checkpoint-12/model.safetensors", "checkpoint-12/discriminator.safetensors"):
+        ours, theirs = (load_file(tmp_path / run / file) for run in ("killed", "whole"))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), file
+    timing = {"samples/sec/gpu"}
+    rows = [read_metrics(tmp_path / run / "metrics.jsonl") for run in ("killed", "whole")]
+    ours, theirs = ([{k: v for k, v in row.items() if k not in timing} for row in of_run] for of_run in rows)
+    assert ours == theirs
+
+
+@pytest.mark.multiprocess
+def test_two_processes_train_as_one_does(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+    more = ["vq_training.adversarial_weight=0.5", "training.max_train_steps=6", "vq_training.revive_every=100"]
+    init = tmp_path / "init"  # without it, the codes would be set to features of the first half of the batch alone
+    train_tokenizer.main(load_config(arguments(tiny_arguments, images, init, "training.max_train_steps=1")))
+    more.append(f"vq_training.init_from={init / 'tokenizer.safetensors'}")
+    train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / "one", *more)))
+    command = arguments(tiny_arguments, images, tmp_path / "two", *more, "training.per_gpu_batch_size=4")
+    result = launch(command, processes=2)
+    assert result.returncode == 0, result.stderr
+    one, two = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two"))
+    for name in ("train/l1", "train/commitment", "train/discriminator"):
+        assert [row[name] for row in two] == pytest.approx([row[name] for row in one], abs=1e-3), name
+
+
 def test_adversarial_training(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     """The discriminator learns, its judgement enters the tokenizer's loss, and its weights are not exported."""
     weight = ["vq_training.adversarial_weight=0.5", "training.max_train_steps=20"]
@@ -107,7 +162,7 @@ def test_replaced_codes_are_features(tiny_arguments: list[str], images: Path) ->
     before = tokenizer.quantize.embedding.weight.detach().clone()
     batch = torch.rand(4, 3, 16, 16)
     codes = torch.tensor([3, 20])
-    train_tokenizer.replace_codes(tokenizer, codes, batch)
+    train_tokenizer.CodeUsage.replace(tokenizer, codes, batch, World(0, 1, torch.device("cpu")))
     after = tokenizer.quantize.embedding.weight.detach()
     changed = (after != before).any(dim=1).nonzero()[:, 0]
     assert torch.equal(changed, codes)

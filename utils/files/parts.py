@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.distributed import Distributed
 from utils.errors import InputError
 from utils.files.atomic import complete_file
+from utils.ranks import World
 from utils.run.faults import fault_point
 
 POLL_SECONDS = 0.5
@@ -38,11 +38,12 @@ class Parts:
         """Create the folder for parts of this fingerprint (flat, by config key), unless that has been done.
 
         Raises:
-            InputError: parts that nothing describes.
+            InputError: parts of another fingerprint, or that nothing describes.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / FINGERPRINT
         if path.exists():
+            self.check(fingerprint)
             return
         if next(self.folder.glob(f"*{self.suffix}"), None):
             raise InputError(f"{self.folder}: holds parts but no {FINGERPRINT}; delete the folder to start anew")
@@ -64,16 +65,13 @@ class Parts:
                     "finish that run first or delete the folder"
                 )
 
-    def begin(self, fingerprint: dict[str, Any], world: Distributed) -> list[range]:
-        """Claim and check for all processes of a launch, which call this together; the parts missing at that moment.
+    def begin(self, fingerprint: dict[str, Any], world: World) -> list[range]:
+        """`claim` for all processes of a launch, which call this together; the parts missing at that moment.
 
         Raises:
             InputError: parts of another fingerprint, or that nothing describes.
         """
-        if world.is_main_process:
-            self.claim(fingerprint)
-        world.barrier()
-        self.check(fingerprint)
+        world.main_first(lambda: self.claim(fingerprint))
         missing = self.missing()
         world.barrier()  # all have looked before anyone adds parts
         return missing
@@ -82,7 +80,6 @@ class Parts:
         """As `claim`, but parts of another fingerprint, which are of no use any more, are deleted."""
         try:
             self.claim(fingerprint)
-            self.check(fingerprint)
         except InputError:
             self.remove()
             self.claim(fingerprint)

@@ -1,15 +1,17 @@
 """Weight files: reading without running code from them, loading that accepts no difference, a hash."""
 
 import hashlib
+import os
 import pickle
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils.errors import InputError
+from utils.files.atomic import complete_file
 
 NAMED_IN_ERRORS = 3  # keys that an error message spells out
 
@@ -40,7 +42,16 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_strict(module: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
+def save_weights(state_dict: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file with the permissions that the umask gives (safetensors itself writes 0600)."""
+    with complete_file(path) as partial:
+        save_file({key: value.detach().contiguous().cpu() for key, value in state_dict.items()}, partial)
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)
+
+
+def load_strict(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
     """Copy `state` into `module`, in the module's precision; every key and shape must be equal.
 
     Args:
@@ -49,6 +60,12 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: Path | str)
     Raises:
         InputError: missing, unexpected or misshapen entries, counted and the first ones named.
     """
+    check_fits(module, state, source)
+    module.load_state_dict(state, strict=True)
+
+
+def check_fits(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
+    """The check of `load_strict` alone."""
     own = module.state_dict()
     missing = [key for key in own if key not in state]
     unexpected = [key for key in state if key not in own]
@@ -61,7 +78,6 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: Path | str)
     if any(problems.values()):
         found = "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in problems.items() if names)
         raise InputError(f"{source}: does not fit {type(module).__name__} as configured: {found}")
-    module.load_state_dict(state, strict=True)
 
 
 def weights_sha256(module: nn.Module) -> str:

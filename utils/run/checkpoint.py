@@ -1,8 +1,12 @@
 """Checkpoints that exist only when they are complete, and that are read only when they are whole.
 
-`checkpoint-<step>/` holds model.safetensors, optimizer.bin, ema.safetensors (with EMA) and, written last,
-manifest.json. It is written as `checkpoint-<step>.tmp/` and renamed, so that a killed run leaves nothing half-written
-under a final name. No random-number state is saved: all noise is keyed by the step.
+`checkpoint-<step>/` of a reAR run holds model.safetensors, ema.safetensors (with EMA), optimizer.bin and, written last,
+manifest.json; one of a tokenizer's training holds its discriminator's too. It is written as `checkpoint-<step>.tmp/`
+and renamed, so that a killed run leaves nothing half-written under a final name. No random-number state is saved: all
+noise is keyed by the step.
+
+Not accelerate's or torch's own checkpoints: these have no hash of what they hold and no rename at the end, and theirs
+depend on the number of processes.
 """
 
 import os
@@ -12,16 +16,14 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from utils.errors import InputError
-from utils.files.weights import load_state_dict, load_strict
+from utils.files.weights import load_state_dict, save_weights
 from utils.run.faults import fault_point
 from utils.run.manifest import MANIFEST_FILE, Provenance, TrainingState, check_sizes, write_manifest
-from utils.run.snapshot import Snapshot, restore_optimizer
+from utils.run.snapshot import Resumable, Snapshot, restore_module, restore_optimizer
 
-MODEL_FILE, EMA_FILE, OPTIMIZER_FILE = "model.safetensors", "ema.safetensors", "optimizer.bin"
+MODEL, EMA = "model", "ema"  # names of modules
 UNFINISHED = re.compile(r"checkpoint-\d+\.(tmp|deleted)")
 
 
@@ -42,12 +44,12 @@ def write_checkpoint(output_dir: Path, state: TrainingState, provenance: Provena
         _remove_unfinished(output_dir)
         partial.mkdir(parents=True)
         fault_point("save.begin", step)
-        save_weights(snapshot.model, partial / MODEL_FILE)
-        fault_point("save.model", step)
-        if snapshot.ema is not None:
-            save_weights(snapshot.ema, partial / EMA_FILE)
-        torch.save(snapshot.optimizer, partial / OPTIMIZER_FILE)
-        fault_point("save.optimizer", step)
+        for name, weights in snapshot.modules.items():
+            save_weights(weights, partial / f"{name}.safetensors")
+            fault_point(f"save.{name}", step)
+        for name, optimizer in snapshot.optimizers.items():
+            torch.save(optimizer, partial / f"{name}.bin")
+            fault_point(f"save.{name}", step)
         for path in partial.iterdir():
             _fsync(path)
         fault_point("save.manifest", step)
@@ -96,38 +98,38 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
-def load_model(path: Path, model: nn.Module, ema: nn.Module | None) -> None:
-    """Load the weights that `write_checkpoint` wrote, in place.
+def load_modules(path: Path, resumable: Resumable) -> list[str]:
+    """Load the weights that `write_checkpoint` wrote, in place. An EMA that the checkpoint lacks begins with the model.
+
+    Returns:
+        Lines for the log.
 
     Raises:
-        InputError: keys or shapes that differ from the model's, or a missing file.
+        InputError: keys or shapes that differ from the modules', or a missing file.
     """
-    load_strict(model, load_state_dict(path / MODEL_FILE), path / MODEL_FILE)
-    if ema is not None:
-        load_strict(ema, load_state_dict(path / EMA_FILE), path / EMA_FILE)
+    notices = []
+    for name, module in resumable.modules.items():
+        file = path / f"{name}.safetensors"
+        if name == EMA and not file.is_file():
+            notices.append(f"{path.name} has no EMA: it begins with the weights of this step")
+            file = path / f"{MODEL}.safetensors"
+        restore_module(module, load_state_dict(file), file, resumable.sharded)
+    return notices
 
 
-def load_optimizer(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, sharded: bool) -> None:
-    """Load the optimizer state that `write_checkpoint` wrote, in place; no code in it is run.
+def load_optimizers(path: Path, resumable: Resumable) -> None:
+    """Load the optimizer states that `write_checkpoint` wrote, in place; no code in them is run.
 
     Raises:
         InputError: the state of another set of parameters, or a pickle of more than tensors.
     """
-    try:
-        saved = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise InputError(f"{path / OPTIMIZER_FILE}: refused, damaged or a pickle of more than tensors") from error
-    restore_optimizer(model, optimizer, saved, path / OPTIMIZER_FILE, sharded)
-
-
-def save_weights(state_dict: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with the permissions that the umask gives (safetensors itself writes 0600)."""
-    partial = path.with_name(path.name + ".tmp")
-    save_file({key: value.detach().contiguous().cpu() for key, value in state_dict.items()}, partial)
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o666 & ~umask)
-    partial.replace(path)
+    for name, (module, optimizer) in resumable.optimizers.items():
+        file = path / f"{name}.bin"
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+        except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise InputError(f"{file}: refused, damaged or a pickle of more than tensors") from error
+        restore_optimizer(module, optimizer, saved, file, resumable.sharded)
 
 
 def _remove_unfinished(output_dir: Path) -> None:

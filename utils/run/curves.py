@@ -1,5 +1,6 @@
 """Pictures of a training run and of its data."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -8,17 +9,20 @@ from matplotlib.figure import Figure
 
 from utils.run.tracking import read_metrics
 
-PANELS = ["train/ar_loss", "train/proj_loss", "train/correct_tokens", "lr", "perturbation_ratio", "grad_norm"]
+COLUMNS = 4
 
 
 def save_training_curves(metrics_path: Path, picture_path: Path) -> None:
-    """Draw the curves of metrics.jsonl against the step, a panel each."""
+    """Draw all metrics of metrics.jsonl against the step, a panel each."""
     rows = read_metrics(metrics_path)
-    figure = Figure(figsize=(12, 6), layout="constrained")
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
+    if not names:
+        return
+    lines = math.ceil(len(names) / COLUMNS)
+    figure = Figure(figsize=(4 * COLUMNS, 3 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, name in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        axes.plot(*zip(*points, strict=True) if points else ([], []))
+    for axes, name in zip(figure.subplots(lines, COLUMNS, squeeze=False).flat, names, strict=False):
+        axes.plot(*zip(*((row["step"], row[name]) for row in rows if name in row), strict=True))
         axes.set_title(name)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

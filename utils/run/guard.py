@@ -3,10 +3,10 @@
 import logging
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from utils.errors import TrainingError
+from utils.ranks import World
 from utils.run.saver import CheckpointSaver
 from utils.run.signals import StopSignals
 
@@ -24,9 +24,15 @@ class StepGuard:
     """
 
     def __init__(
-        self, nonfinite_steps: int, limit: int, signals: StopSignals, saver: CheckpointSaver, logger: logging.Logger
+        self,
+        world: World,
+        nonfinite_steps: int,
+        limit: int,
+        signals: StopSignals,
+        saver: CheckpointSaver,
+        logger: logging.Logger,
     ) -> None:
-        self.nonfinite_steps, self.limit, self.in_a_row = nonfinite_steps, limit, 0
+        self.world, self.nonfinite_steps, self.limit, self.in_a_row = world, nonfinite_steps, limit, 0
         self.signals, self.saver, self.logger = signals, saver, logger
         self.stop = False
 
@@ -43,11 +49,11 @@ class StepGuard:
         flags[0] = self.signals.requested()
         flags[1] = ~torch.isfinite(loss_and_norm).all()
         flags[2] = self.saver.gave_up
-        self.stop, nonfinite, save_failed = (flag > 0 for flag in max_over_ranks(flags).tolist())
+        self.stop, nonfinite, save_failed = (flag > 0 for flag in self.world.max(flags).tolist())
         if save_failed:
             raise TrainingError(
                 f"step {step}: checkpoints failed {self.saver.limit} times in a row (experiment.max_save_failures); "
-                f"{self.saver.describe_last_good()}"
+                f"{self._last_good()}"
             )
         if not nonfinite:
             self.in_a_row = 0
@@ -58,21 +64,9 @@ class StepGuard:
         if self.in_a_row >= self.limit:
             raise TrainingError(
                 f"step {step}: loss or gradient not finite for {self.in_a_row} steps in a row "
-                f"(training.max_nonfinite_steps={self.limit}); {self.saver.describe_last_good()}"
+                f"(training.max_nonfinite_steps={self.limit}); {self._last_good()}"
             )
         return False
 
-
-def max_over_ranks(values: Tensor) -> Tensor:
-    """The largest value over all processes, element by element, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values
-
-
-def sum_over_ranks(count: int, device: torch.device) -> int:
-    """The sum over all processes."""
-    total = torch.tensor(count, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return int(total)
+    def _last_good(self) -> str:
+        return self.saver.describe_last_good() if self.world.is_main else "rank 0 names the last good checkpoint"

@@ -3,14 +3,13 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import nn
-
 from utils.errors import InputError
-from utils.files.weights import load_state_dict, load_strict
-from utils.run.checkpoint import MODEL_FILE, checkpoint_folders, load_model, step_of
+from utils.files.weights import load_state_dict
+from utils.run.checkpoint import EMA, MODEL, checkpoint_folders, load_modules, load_optimizers, step_of
 from utils.run.manifest import MANIFEST_FILE, TrainingState, read_manifest, verify
+from utils.run.snapshot import Resumable, restore_module
 
-MODEL_FILES = (MODEL_FILE, "unwrapped_model/model.safetensors", "unwrapped_model/pytorch_model.bin")
+MODEL_FILES = ("model.safetensors", "unwrapped_model/model.safetensors", "unwrapped_model/pytorch_model.bin")
 
 
 @dataclass
@@ -120,17 +119,24 @@ def starting_state(start: Start, resume: str, global_batch_size: int) -> Trainin
     return state
 
 
-def load_start(start: Start, model: nn.Module, ema: nn.Module | None) -> None:
-    """Load the weights of `start`, in place and strictly; the EMA of weights without one begins with them.
+def load_start(start: Start, resumable: Resumable) -> list[str]:
+    """Load what the run starts from, in place and strictly. With weights alone all but the model and its EMA start
+    anew.
+
+    Returns:
+        Lines for the log.
 
     Raises:
-        InputError: keys or shapes that differ from the model's.
+        InputError: keys or shapes that differ from the modules', or the optimizer state of other parameters.
     """
     if start.checkpoint is None:
-        return
+        return []
     path = Path(start.checkpoint)
     if not start.weights_only:
-        load_model(path, model, ema)
-        return
-    for module in filter(None, (model, ema)):
-        load_strict(module, load_state_dict(path), path)
+        notices = load_modules(path, resumable)
+        load_optimizers(path, resumable)
+        return notices
+    for name in (MODEL, EMA):
+        if name in resumable.modules:
+            restore_module(resumable.modules[name], load_state_dict(path), path, resumable.sharded)
+    return []

@@ -1,7 +1,6 @@
 """Writing checkpoints while training goes on."""
 
 import logging
-import os
 import shutil
 import threading
 from dataclasses import replace
@@ -48,8 +47,6 @@ class CheckpointSaver:
 
     def describe_last_good(self) -> str:
         self.wait()
-        if int(os.environ.get("RANK", 0)) > 0:
-            return "rank 0 names the last good checkpoint"
         return f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint"
 
     def _write(self, state: TrainingState, snapshot: Snapshot) -> None:

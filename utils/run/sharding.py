@@ -1,30 +1,42 @@
-"""FSDP2: parameters, gradients and optimizer state cut into a slice per process.
+"""One model on several processes: replicated (DDP) or cut into slices (FSDP2).
 
-With torch's own `fully_shard`, not with accelerate's plugin: that one is silently ignored on CPU, where it could not be
-tested. The numbers are those of a replicated model.
+FSDP with torch's own `fully_shard`, not with accelerate's plugin: that one is silently ignored on CPU, where it could
+not be tested. The numbers are those of a replicated model.
 """
 
 from collections.abc import Iterable
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from utils.ranks import World
 
 
-def shard_model(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """Shard in place, each block as a unit of its own; to be followed by building the optimizer.
+def parallelize(model: nn.Module, blocks: Iterable[nn.Module], world: World, fsdp: bool) -> nn.Module:
+    """What to call for the forward pass; to be made before the optimizer is.
 
-    Needs the whole model on every device for a moment, and a process group.
+    Args:
+        blocks: units of FSDP: one after another, each has its whole parameters on every device for a moment.
+        fsdp: shard parameters, gradients and optimizer state over all processes, in place; else average the gradients.
     """
-    device_type = next(model.parameters()).device.type
-    mesh = init_device_mesh(device_type, (dist.get_world_size(),))
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    if fsdp:
+        mesh = init_device_mesh(world.device.type, (dist.get_world_size(),))
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
 
 
-def whole(value: Tensor) -> Tensor:
-    """A norm over sharded gradients as a plain tensor; all ranks must call."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients, in place, so that their norm is at most `max_norm`; the norm before. Sharded, all ranks must
+    call."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

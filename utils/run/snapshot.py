@@ -4,7 +4,7 @@ Names instead of positions make a checkpoint independent of how the parameters w
 wrote, FSDP reads, and the other way round.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,26 +13,47 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )
 
 from utils.errors import InputError
+from utils.files.weights import check_fits
 
 StateDict = dict[str, Tensor]
+Optimizers = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, on rank 0
+
+
+@dataclass
+class Resumable:
+    """What a run is resumed into. The names become names of files in a checkpoint.
+
+    Args:
+        modules: by name, whose parameters and buffers are the state.
+        optimizers: by name, each with the module whose parameters it updates.
+        sharded: the modules are under FSDP; then all ranks must take part in saving.
+    """
+
+    modules: dict[str, nn.Module]
+    optimizers: Optimizers = field(default_factory=dict)
+    sharded: bool = False
 
 
 @dataclass
 class Snapshot:
-    model: StateDict
-    ema: StateDict | None
-    optimizer: dict[str, Any]  # state: by parameter name; param_groups: with the names of their parameters
+    """Copies on the CPU, by the names of `Resumable`."""
+
+    modules: dict[str, StateDict]
+    optimizers: dict[str, dict[str, Any]]  # state: by parameter name; param_groups: with the names of their parameters
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by a name for messages."""
-        named = {f"model {key}": value for key, value in self.model.items()}
-        named |= {f"EMA {key}": value for key, value in (self.ema or {}).items()}
-        for name, state in self.optimizer["state"].items():
-            named |= {f"optimizer {key} of {name}": v for key, v in state.items() if isinstance(v, Tensor)}
+        named = {f"{name} {key}": value for name, state in self.modules.items() for key, value in state.items()}
+        for optimizer, saved in self.optimizers.items():
+            for parameter, state in saved["state"].items():
+                tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+                named |= {f"{optimizer} {key} of {parameter}": value for key, value in tensors.items()}
         return named
 
     def num_bytes(self) -> int:
@@ -44,51 +65,61 @@ class Snapshot:
         return next((name for name, tensor in named if not torch.isfinite(tensor).all()), None)
 
 
-def take_snapshot(
-    model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None, sharded: bool
-) -> Snapshot | None:
-    """Copy everything to host memory, so that training can go on while it is written.
+def take_snapshot(resumable: Resumable) -> Snapshot:
+    """Copy everything to host memory, so that training can go on while it is written. Sharded, all ranks must call, and
+    rank 0 alone gets the tensors."""
+    modules = {name: weights_of(module, resumable.sharded) for name, module in resumable.modules.items()}
+    optimizers = resumable.optimizers.items()
+    if resumable.sharded:
+        return Snapshot(modules, {name: get_optimizer_state_dict(*both, options=WHOLE) for name, both in optimizers})
+    return Snapshot(modules, {name: _to_host(_by_name(*both)) for name, both in optimizers})
 
-    Args:
-        sharded: the model is under FSDP; then all ranks must call, and only rank 0 gets the snapshot.
+
+def weights_of(module: nn.Module, sharded: bool) -> StateDict:
+    """A copy of the weights in host memory; sharded, all ranks must call, and rank 0 alone gets the tensors."""
+    return get_model_state_dict(module, options=WHOLE) if sharded else _to_host(module.state_dict())
+
+
+def restore_module(module: nn.Module, saved: StateDict, source: object, sharded: bool) -> None:
+    """Load the weights of a snapshot, in place; every key and shape must be equal.
+
+    Raises:
+        InputError: keys or shapes that differ from the module's.
     """
-    if not sharded:
-        ema_state = None if ema is None else _to_host(ema.state_dict())
-        return Snapshot(_to_host(model.state_dict()), ema_state, _to_host(_by_name(model, optimizer)))
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    model_state = get_model_state_dict(model, options=options)
-    optimizer_state = get_optimizer_state_dict(model, optimizer, options=options)
-    return Snapshot(model_state, None, optimizer_state) if torch.distributed.get_rank() == 0 else None
+    check_fits(module, saved, source)
+    if sharded:
+        set_model_state_dict(module, saved, options=StateDictOptions(full_state_dict=True))
+    else:
+        module.load_state_dict(saved, strict=True)
 
 
 def restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any], source: object, sharded: bool
+    module: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any], source: object, sharded: bool
 ) -> None:
-    """Load the optimizer state of a snapshot, in place.
+    """Load the optimizer state of a snapshot, in place. Learning rate, betas and the like stay as they are: they are
+    the config's.
 
     Raises:
-        InputError: the names are not those of the model's parameters.
+        InputError: the names are not those of the module's parameters.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, _ in module.named_parameters()]
     found = [name for group in saved["param_groups"] for name in group["params"]]
     if sorted(found) != sorted(names):
         differing = sorted(set(found) ^ set(names))
         raise InputError(f"{source}: found another set of parameters; {len(differing)} differ, such as {differing[:1]}")
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     if sharded:
-        set_optimizer_state_dict(model, optimizer, saved, options=StateDictOptions(full_state_dict=True))
+        set_optimizer_state_dict(module, optimizer, saved, options=StateDictOptions(full_state_dict=True))
+        for group, values in zip(optimizer.param_groups, settings, strict=True):
+            group.update(values)
         return
-    names_of = _names_by_position(model, optimizer)
-    position = {name: i for i, name in enumerate(name for group in names_of for name in group)}
-    groups, own = optimizer.state_dict()["param_groups"], []
-    for group, group_names in zip(groups, names_of, strict=True):
-        saved_group = next(g for g in saved["param_groups"] if group_names[0] in g["params"])
-        own.append({**saved_group, "params": group["params"]})
+    position = {name: i for i, name in enumerate(name for group in _names(module, optimizer) for name in group)}
     state = {position[name]: values for name, values in saved["state"].items()}
-    optimizer.load_state_dict({"state": state, "param_groups": own})
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    state, names_of = optimizer.state_dict(), _names_by_position(model, optimizer)
+def _by_name(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state, names_of = optimizer.state_dict(), _names(module, optimizer)
     names = [name for group in names_of for name in group]
     return {
         "state": {names[position]: values for position, values in state["state"].items()},
@@ -98,8 +129,9 @@ def _by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
     }
 
 
-def _names_by_position(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+def _names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Names of the parameters of each group, in the order of their positions."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 

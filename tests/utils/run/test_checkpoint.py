@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from utils.errors import InputError
-from utils.run.checkpoint import list_checkpoints, load_model, load_optimizer, prune_checkpoints, write_checkpoint
+from utils.run.checkpoint import list_checkpoints, load_modules, load_optimizers, prune_checkpoints, write_checkpoint
 from utils.run.manifest import Provenance, TrainingState, read_manifest
 from utils.run.resume import find_start
-from utils.run.snapshot import take_snapshot
+from utils.run.snapshot import Resumable, take_snapshot
 
 
 def trained(steps: int) -> tuple[nn.Linear, torch.optim.AdamW]:
@@ -22,8 +22,12 @@ def trained(steps: int) -> tuple[nn.Linear, torch.optim.AdamW]:
     return model, optimizer
 
 
+def resumable(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> Resumable:
+    return Resumable({"model": model} | ({"ema": ema} if ema else {}), {"optimizer": (model, optimizer)})
+
+
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> None:
-    snapshot = take_snapshot(model, optimizer, ema, sharded=False)
+    snapshot = take_snapshot(resumable(model, optimizer, ema))
     write_checkpoint(folder, TrainingState(step, 16, 16 * step), Provenance(), snapshot)
 
 
@@ -33,8 +37,8 @@ def test_model_optimizer_ema_and_state_come_back(tmp_path: Path) -> None:
     save(tmp_path, 3, model, optimizer, ema)
     other_model, other_optimizer = trained(0)
     other_ema = nn.Linear(3, 2)
-    load_model(tmp_path / "checkpoint-3", other_model, other_ema)
-    load_optimizer(tmp_path / "checkpoint-3", other_model, other_optimizer, sharded=False)
+    assert load_modules(tmp_path / "checkpoint-3", resumable(other_model, other_optimizer, other_ema)) == []
+    load_optimizers(tmp_path / "checkpoint-3", resumable(other_model, other_optimizer, other_ema))
     assert read_manifest(tmp_path / "checkpoint-3").state == TrainingState(3, 16, 48)
     assert torch.equal(model.weight, other_model.weight)
     assert torch.equal(ema.weight, other_ema.weight)
@@ -75,4 +79,23 @@ def test_a_checkpoint_of_another_model_names_the_difference(tmp_path: Path) -> N
     model, optimizer = trained(1)
     save(tmp_path, 1, model, optimizer, None)
     with pytest.raises(InputError, match=r"weight \(2, 3\) instead of \(4, 3\)"):
-        load_model(tmp_path / "checkpoint-1", nn.Linear(3, 4), None)
+        load_modules(tmp_path / "checkpoint-1", Resumable({"model": nn.Linear(3, 4)}))
+
+
+def test_an_ema_that_a_checkpoint_lacks_begins_with_the_model(tmp_path: Path) -> None:
+    model, optimizer = trained(2)
+    save(tmp_path, 2, model, optimizer, None)
+    ema = nn.Linear(3, 2)
+    notices = load_modules(tmp_path / "checkpoint-2", resumable(nn.Linear(3, 2), optimizer, ema))
+    assert notices == ["checkpoint-2 has no EMA: it begins with the weights of this step"]
+    assert torch.equal(ema.weight, model.weight)
+
+
+def test_the_optimizer_keeps_the_settings_of_the_config(tmp_path: Path) -> None:
+    model, optimizer = trained(2)
+    save(tmp_path, 2, model, optimizer, None)
+    other = torch.optim.AdamW(model.parameters(), lr=0.3, betas=(0.5, 0.6), weight_decay=0.7)
+    load_optimizers(tmp_path / "checkpoint-2", resumable(model, other, None))
+    group = other.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.3, (0.5, 0.6), 0.7)
+    assert other.state[model.weight]["step"] == 2

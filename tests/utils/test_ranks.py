@@ -1,0 +1,105 @@
+"""What the processes of a launch do together, on two of them."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.faults.runs import free_port
+from utils.errors import InputError
+from utils.ranks import World, join_world, launch_environment
+
+
+def child(rank: int, port: int, work: Callable[[World], object], results: multiprocessing.Queue) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with join_world(launch_timeout=60, group_timeout=5) as world:
+        try:
+            result = work(world)
+        except (InputError, SystemExit) as error:
+            result = f"{type(error).__name__}: {error}"
+        results.put((rank, result))
+        world.barrier()
+
+
+def on_two_ranks(work: Callable[[World], object]) -> list[object]:
+    """What `work` gives on rank 0 and 1."""
+    context = multiprocessing.get_context("fork")
+    results, port = context.Queue(), free_port()
+    processes = [context.Process(target=child, args=(rank, port, work, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    of_ranks = dict(results.get(timeout=90) for _ in processes)
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    return [of_ranks[0], of_ranks[1]]
+
+
+def fail_on(rank: int, world: World) -> str:
+    if world.rank == rank:
+        raise InputError(f"bad file on {rank}")
+    return "fine"
+
+
+@pytest.mark.multiprocess
+def test_reductions_leave_their_argument_as_it_is() -> None:
+    def work(world: World) -> list[list[float]]:
+        values = torch.tensor([1.0 + world.rank, -float(world.rank)])
+        return [world.sum(values).tolist(), world.max(values).tolist(), values.tolist()]
+
+    assert on_two_ranks(work) == [[[3, -1], [2, 0], [1, 0]], [[3, -1], [2, 0], [2, -1]]]
+
+
+@pytest.mark.multiprocess
+def test_an_error_is_told_where_it_happened_and_ends_all() -> None:
+    assert on_two_ranks(lambda world: world.from_main(lambda: fail_on(0, world))) == [
+        "InputError: bad file on 0",
+        "SystemExit: 1",
+    ]
+    for rank in range(2):
+        expected = ["SystemExit: 1", "SystemExit: 1"]
+        expected[rank] = f"InputError: bad file on {rank}"
+        assert on_two_ranks(lambda world, rank=rank: world.main_first(lambda: fail_on(rank, world))) == expected
+
+
+@pytest.mark.multiprocess
+def test_the_main_process_goes_first_and_may_take_longer_than_the_limit_of_a_reduction() -> None:
+    def work(world: World) -> float:
+        def make() -> float:
+            time.sleep(6 if world.is_main else 0)
+            return time.monotonic()
+
+        return world.main_first(make)
+
+    first, second = on_two_ranks(work)
+    assert first <= second
+
+
+@pytest.mark.multiprocess
+def test_differences_are_named_by_rank_0() -> None:
+    ours, theirs = on_two_ranks(lambda world: world.agree("config", {"same": 1, "seed": world.rank}))
+    assert ours == "InputError: launch: rank 1 differs from rank 0 in its config: seed=1 instead of 0"
+    assert theirs == "SystemExit: 1"
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment, but no RANK: use torchrun or accelerate launch"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment: expected a number"),
+        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK='x' in the environment"),
+    ],
+)
+def test_a_half_set_environment_is_one_line(
+    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        launch_environment()

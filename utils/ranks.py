@@ -1,0 +1,217 @@
+"""The processes of a launch: which one this is, and what they do together.
+
+`join_world` is for every script, started by torchrun, by accelerate or alone. All processes first meet at a store (a
+small key-value server of rank 0 or of torchrun): a process group can only time out as a whole, while there the rank
+that is missing is known by its number.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from utils.errors import InputError, TrainingError
+
+T = TypeVar("T")
+LAUNCH_TIMEOUT_S = 120  # until all processes have met
+GROUP_TIMEOUT_S = 600  # until a rank that does not answer in a collective is taken for dead
+NO_LIMIT = timedelta(days=30)
+NAMED_IN_ERRORS = 3  # differences that an error message spells out
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class World:
+    """All processes of a launch, seen by one of them. Every method but the properties is called by all of them.
+
+    Reductions end after `group_timeout`, for nothing but a dead or hanging rank makes them wait. Waiting for what rank
+    0 does with files has no limit; a rank that dies meanwhile ends the others at once.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    patient_group: Any = None  # a gloo group without a time limit; None for a single process
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all processes, on each of them; dtype, shape and device of `values`, which stays as it is."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Tensor) -> Tensor:
+        """The largest value over all processes, element by element; `values` stays as it is."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
+        if self.size == 1:
+            return values
+        result = values.to(self.device, copy=True)
+        dist.all_reduce(result, operation)
+        return result.to(values.device)
+
+    def barrier(self) -> None:
+        """Wait for all, without a limit."""
+        if self.size > 1:
+            dist.barrier(group=self.patient_group)
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """What `make` gives on rank 0, pickled to the others.
+
+        Raises:
+            Exception: from `make`, on rank 0; the others leave without repeating its message.
+        """
+        made = self._attempt(make) if self.is_main else (None, None)
+        if self.size > 1:
+            sent = [(made[0], made[1] is not None)]
+            dist.broadcast_object_list(sent, src=0, group=self.patient_group)
+            if not self.is_main:
+                made = (sent[0][0], SystemExit(1) if sent[0][1] else None)
+        return self._result(made)
+
+    def main_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives here, run on rank 0 and then on the others: what rank 0 converts, they find converted.
+
+        Raises:
+            Exception: from `make`, where it failed; the other ranks leave without a message.
+        """
+        made: list[T] = []
+        self.from_main(lambda: made.append(make()))
+        if self.size == 1:
+            return made[0]
+        result = (made[0], None) if made else self._attempt(make)
+        failed = [False] * self.size
+        dist.all_gather_object(failed, result[1] is not None, group=self.patient_group)
+        if any(failed) and result[1] is None:
+            raise SystemExit(1)
+        return self._result(result)
+
+    def agree(self, topic: str, facts: dict[str, Any]) -> None:
+        """Check that `facts` are equal on all ranks.
+
+        Raises:
+            InputError: the first differences, with the rank; on rank 0, the others leave without a message.
+        """
+        if self.size == 1:
+            return
+        of_ranks: list[dict[str, Any]] = [{}] * self.size
+        dist.all_gather_object(of_ranks, facts, group=self.patient_group)
+        for rank, theirs in enumerate(of_ranks):
+            ours = of_ranks[0]
+            differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
+            if differing:
+                lines = [f"{key}={theirs.get(key)} instead of {ours.get(key)}" for key in differing[:NAMED_IN_ERRORS]]
+                more = f" and {len(differing) - len(lines)} more" if len(differing) > len(lines) else ""
+                message = f"launch: rank {rank} differs from rank 0 in its {topic}: {'; '.join(lines)}{more}"
+                raise InputError(message) if self.is_main else SystemExit(1)
+
+    @staticmethod
+    def _attempt(make: Callable[[], T]) -> tuple[T | None, BaseException | None]:
+        try:
+            return make(), None
+        except BaseException as error:  # the other ranks must learn of it, whatever it is
+            return None, error
+
+    @staticmethod
+    def _result(made: tuple[Any, BaseException | None]) -> Any:
+        if made[1] is not None:
+            raise made[1]
+        return made[0]
+
+
+@contextmanager
+def join_world(launch_timeout: int = LAUNCH_TIMEOUT_S, group_timeout: int = GROUP_TIMEOUT_S) -> Iterator[World]:
+    """Meet the other processes and form a group with them: nccl on GPUs, gloo on CPU. The group is left at the end.
+
+    Args:
+        launch_timeout: seconds in which all processes must have met.
+        group_timeout: seconds after which a rank that does not answer in a reduction is taken for dead.
+
+    Raises:
+        InputError: environment variables of a launch that are missing or no numbers.
+        TrainingError: rank 0 does not answer, or a rank does not arrive.
+    """
+    rank, size, local_rank = launch_environment()
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size == 1:
+        yield World(0, 1, device)
+        return
+    store = _meet(rank, size, launch_timeout)
+    backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=group_timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    yield World(rank, size, device, dist.new_group(backend="gloo", timeout=NO_LIMIT))
+    dist.destroy_process_group()  # not after an error: it may wait for the rank that is gone
+
+
+def launch_environment() -> tuple[int, int, int]:
+    """Rank, number of processes and rank within this machine; 0, 1, 0 without a launcher.
+
+    Raises:
+        InputError: environment variables of a launch that are missing or no numbers.
+    """
+    size = _variable("WORLD_SIZE", 1)
+    if size == 1:
+        return 0, 1, _variable("LOCAL_RANK", 0)
+    missing = [name for name in LAUNCH_VARIABLES if name not in os.environ]
+    if missing:
+        raise InputError(
+            f"WORLD_SIZE={size} in the environment, but no {missing[0]}: start with torchrun or accelerate"
+        )
+    return _variable("RANK", 0), size, _variable("LOCAL_RANK", 0)
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise InputError(f"{name}={text!r} in the environment: expected a number")
+    return int(text)
+
+
+def _meet(rank: int, size: int, timeout_s: int) -> dist.Store:
+    """A store at which all ranks have arrived. Keep it: rank 0 may host it."""
+    host, port = os.environ["MASTER_ADDR"], _variable("MASTER_PORT", 0)
+    torchrun_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    deadline = time.monotonic() + timeout_s
+    try:
+        store = dist.TCPStore(
+            host,
+            port,
+            is_master=rank == 0 and not torchrun_hosts,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )
+    except dist.DistError as error:
+        expected = "a free MASTER_PORT" if rank == 0 and not torchrun_hosts else "rank 0 there"
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"launch: rank {rank} found {host}:{port} of no use within training.launch_timeout={timeout_s} s, "
+            f"expected {expected}: {reason}"
+        ) from error
+    store = dist.PrefixStore(f"launch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store.set(f"arrived/{rank}", "")
+    missing = [other for other in range(size) if not _arrived(store, other, deadline)]
+    if missing:
+        raise TrainingError(
+            f"launch: of {size} processes, rank {', '.join(map(str, missing))} did not arrive within "
+            f"training.launch_timeout={timeout_s} s"
+        )
+    return store
+
+
+def _arrived(store: dist.Store, rank: int, deadline: float) -> bool:
+    try:
+        store.wait([f"arrived/{rank}"], timedelta(seconds=max(0.01, deadline - time.monotonic())))
+    except dist.DistStoreError:
+        return False
+    return True

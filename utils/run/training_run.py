@@ -1,0 +1,319 @@
+"""What keeps a training run alive, behind one object: the script that holds it computes and updates, nothing else."""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from utils.config import Config, accumulation_steps
+from utils.errors import InputError, TrainingError
+from utils.files.weights import save_weights
+from utils.ranks import join_world
+from utils.run.checkpoint import MODEL
+from utils.run.compatibility import check_same_run, flatten
+from utils.run.curves import save_training_curves
+from utils.run.faults import fault_point
+from utils.run.folder import code_facts, make_logger, prepare_run_folder
+from utils.run.guard import StepGuard
+from utils.run.manifest import Provenance
+from utils.run.resume import find_start, load_start, set_aside, starting_state
+from utils.run.saver import CheckpointSaver
+from utils.run.signals import StopSignals
+from utils.run.snapshot import Optimizers, Resumable, Snapshot, take_snapshot, weights_of
+from utils.run.status import EXIT_PREEMPTED, Status, explain, first_line, write_status
+from utils.run.tracking import Tracker
+
+EXIT_STATUS = {"completed": 0, "preempted": EXIT_PREEMPTED}
+
+
+class TrainingData(Protocol):
+    """What a run asks of its data."""
+
+    fingerprint: str  # equal for equal samples in equal order
+
+    def __len__(self) -> int: ...
+
+
+D = TypeVar("D", bound=TrainingData)
+
+
+class TrainingRun:
+    """The life of a run, in the order in which a script goes through it:
+
+    1. `with TrainingRun(config) as run`: all ranks are there and agree on config, code and versions, and the rules of
+       `experiment.resume` have chosen what to start from: a verified checkpoint, weights alone, or nothing.
+    2. `open_data`: rank 0 opens it first; all have the same, and it is that of the checkpoint.
+    3. `begin`: modules and optimizers are loaded; only then does the run folder change. From here on a stop signal asks
+       for a save, and status.json says `running`.
+    4. `steps`: those that are left, until the last one or until a stop signal has reached any rank. In each of them
+    5. `may_update`: losses and gradients are finite on all ranks, else none of them makes the update;
+    6. `count_step`: the step is done: it can be logged (`log_due`, `log`) and saved in the background (`save_due`,
+       `save`).
+    7. `finish`: the last checkpoint is on disk, or the run has failed.
+    8. At the end of the block status.json says `completed`, `preempted` or `failed`, with step and reason.
+
+    Attributes:
+        world: the processes of this launch.
+        is_new: nothing to start from.
+        micro_steps: micro-batches per step on each rank.
+        global_batch_size: images per step.
+        remaining: numbers of the steps that are left.
+        samples_seen: images of the steps that are done.
+        output_dir, logger: the run folder and its log, silent on other ranks than 0.
+        notices: lines for the log, written when the run begins.
+
+    Raises:
+        InputError, TrainingError: whatever keeps the run from starting or from going on, in one line.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.output_dir = config, Path(config.experiment.output_dir)
+        self.logger = logging.getLogger("rear")
+        self._status: Status | None = None  # until it has begun
+        self._tracker: Tracker | None = None  # rank 0 alone
+
+    def __enter__(self) -> "TrainingRun":
+        training, experiment = self.config.training, self.config.experiment
+        with ExitStack() as exits:
+            self.world = exits.enter_context(join_world(training.launch_timeout, training.process_group_timeout))
+            facts = code_facts()
+            self.world.agree("config and code", flatten(asdict(self.config)) | facts)
+            self._code = facts["code"]
+            self._start = self.world.from_main(lambda: find_start(self.output_dir, experiment.resume))
+            self.micro_steps = accumulation_steps(training, self.world.size)
+            self.global_batch_size = training.per_gpu_batch_size * self.micro_steps * self.world.size
+            self._exits = exits.pop_all()
+        return self
+
+    @property
+    def is_new(self) -> bool:
+        return self._start.checkpoint is None
+
+    @property
+    def remaining(self) -> range:
+        training = self.config.training
+        last = training.max_train_steps if training.stop_steps is None else training.stop_steps
+        return range(self._state.global_step, last)
+
+    @property
+    def steps_done(self) -> int:
+        return self._state.global_step
+
+    @property
+    def samples_seen(self) -> int:
+        return self._state.samples_seen
+
+    def open_data(self, open_it: Callable[[], D]) -> D:
+        """What `open_it` gives: on rank 0, which may convert and verify files, and then on the others."""
+        data = self.world.main_first(open_it)
+        self.world.agree("data", {"hash": data.fingerprint, "samples": len(data)})
+        self._num_samples = len(data)
+        self._provenance = Provenance(asdict(self.config), data.fingerprint, self._code)
+        check = (self._start, self.config, self._provenance, self.global_batch_size)
+        self.notices = self._start.notices + self.world.from_main(lambda: check_same_run(*check))
+        return data
+
+    def begin(self, modules: dict[str, nn.Module], optimizers: Optimizers, sharded: bool = False) -> None:
+        """Load everything in place, on the devices where it is; then prepare the run folder.
+
+        Args:
+            modules: by name (of their files in a checkpoint), whose parameters and buffers are the state of the run;
+                `model`, and perhaps `ema`, are what weights alone are loaded into.
+            optimizers: by name, each with the module whose parameters it updates.
+            sharded: the modules are under FSDP.
+        """
+        experiment, training = self.config.experiment, self.config.training
+        self._resumable = Resumable(modules, optimizers, sharded)
+        self.notices += load_start(self._start, self._resumable)
+        self._state = starting_state(self._start, experiment.resume, self.global_batch_size)
+        self._check_length()
+        if self.world.is_main:
+            prepare_run_folder(self.config)
+            set_aside(self._start)
+            self._tracker = Tracker(self.config, self.output_dir, self._state.global_step)
+        self.world.barrier()
+        make_logger(self.output_dir, self.world.is_main)
+        for notice in self.notices:
+            self.logger.info(notice)
+        parameters = sum(p.numel() for p in modules[MODEL].parameters())
+        self.logger.info(
+            f"{parameters / 1e6:.1f} M parameters, {self._num_samples} samples, {self.global_batch_size} per step on "
+            f"{self.world.size} processes, steps {self.remaining.start} to {self.remaining.stop}"
+        )
+        self._saver = CheckpointSaver(experiment, self._provenance, self._start.checkpoint, self.logger)
+        signals = self._exits.enter_context(StopSignals())
+        limits = (self._state.nonfinite_steps, training.max_nonfinite_steps)
+        self._guard = StepGuard(self.world, *limits, signals, self._saver, self.logger)
+        self._status = Status("running", self._state.global_step)
+        if self.world.is_main:
+            write_status(self.output_dir, self._status)
+
+    def _check_length(self) -> None:
+        if self._state.global_step > self.remaining.stop:
+            key = "max_train_steps" if self.config.training.stop_steps is None else "stop_steps"
+            raise InputError(
+                f"training.{key}={self.remaining.stop}: expected at least {self._state.global_step}, the step of "
+                f"{self._start.checkpoint}"
+            )
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, with a progress bar."""
+        remaining = self.remaining
+        options = {"initial": remaining.start, "total": remaining.stop, "disable": not self.world.is_main}
+        self._timer, self._timed_from = time.perf_counter(), remaining.start
+        with tqdm(remaining, **options) as self._progress:
+            for step in self._progress:
+                fault_point("step", step)
+                yield step
+                if self._guard.stop:
+                    return
+
+    def accumulating(self, model: nn.Module, micro_step: int) -> AbstractContextManager:
+        """Around forward and backward of a micro-batch: gradients are exchanged in the last one of a step only."""
+        is_last = micro_step == self.micro_steps - 1
+        return nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync()
+
+    def may_update(self, losses_and_norm: Tensor) -> bool:
+        """Whether these values (K,) are finite on all ranks. Counts what is skipped and hears of stop signals.
+
+        Raises:
+            TrainingError: too many steps in a row that are not finite, or too many failed saves.
+        """
+        return self._guard.allows_update(self._state.global_step, losses_and_norm)
+
+    def count_step(self) -> None:
+        self._state.global_step += 1
+        self._state.samples_seen += self.global_batch_size
+        self._state.nonfinite_steps = self._guard.nonfinite_steps
+        self._status.step = self._state.global_step
+
+    def is_due(self, every: int) -> bool:
+        """The number of steps that are done is a multiple of `every`."""
+        return self.steps_done % every == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self._state.global_step == self.remaining.stop
+
+    @property
+    def log_due(self) -> bool:
+        return self._state.global_step == 1 or self.is_due(self.config.experiment.log_every)
+
+    @property
+    def save_due(self) -> bool:
+        return self.is_due(self.config.experiment.save_every) and not self.is_last and not self._guard.stop
+
+    @property
+    def grid_due(self) -> bool:
+        return (self.is_due(self.config.experiment.generate_every) or self.is_last) and not self._guard.stop
+
+    def mean_over_ranks(self, micro_batches: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Mean of scalars by name over the micro-batches and ranks of one step: one all-reduce, one host sync."""
+        values = torch.stack([torch.stack(list(metrics.values())) for metrics in micro_batches])
+        means = (self.world.sum(values.mean(dim=0)) / self.world.size).tolist()
+        return dict(zip(micro_batches[0], means, strict=True))
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Write the metrics of the step that is done, with the number of skipped updates; rank 0 alone does."""
+        if self._tracker is None:
+            return
+        metrics = metrics | {"nonfinite_steps": self._guard.nonfinite_steps}
+        self._tracker.log(metrics, self._state.global_step)
+        losses = {name.removeprefix("train/"): value for name, value in metrics.items() if name.endswith("loss")}
+        self._progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
+
+    def samples_per_second(self) -> float:
+        """Of each process, since the last call or the first step."""
+        now, done = time.perf_counter(), self._state.global_step
+        samples = (done - self._timed_from) * self.global_batch_size / self.world.size
+        rate, self._timer, self._timed_from = samples / (now - self._timer), now, done
+        return rate
+
+    def draw(self, name: str, make: Callable[[], Image.Image]) -> None:
+        """Make a picture on rank 0, which may take its time, and send it to the dashboard."""
+        self.world.from_main(lambda: self.log_image(name, make()))
+
+    def log_image(self, name: str, image: Image.Image) -> None:
+        """Send a picture to the dashboard, on rank 0; the caller keeps the file."""
+        if self._tracker is not None:
+            self._tracker.log_image(name, image, self._state.global_step)
+
+    def save(self) -> None:
+        """Copy the state to host memory and write it as a checkpoint while training goes on."""
+        snapshot = self._take_snapshot()
+        if snapshot is not None:
+            self._saver.start(self._state, snapshot)
+
+    def finish(self) -> bool:
+        """Save where the run stands and wait for it; draw the curves.
+
+        Returns:
+            The last step is done; False after a stop signal.
+
+        Raises:
+            TrainingError: the save failed.
+        """
+        done = self._state.global_step
+        if self._start.checkpoint != str(self.output_dir / f"checkpoint-{done}"):
+            self.save()
+            self._saver.wait()
+        failed = self.world.from_main(lambda: self._saver.failures_in_a_row > 0)
+        if failed:
+            raise TrainingError(f"step {done}: the save failed at the end; {self._saver.describe_last_good()}")
+        self._status.status = "completed" if self.is_last else "preempted"
+        self._status.reason = "" if self.is_last else self._guard.signals.received or "a signal to another rank"
+        if self.world.is_main:
+            save_training_curves(self.output_dir / "metrics.jsonl", self.output_dir / "training_curves.png")
+        return self.is_last
+
+    def export(self, name: str) -> None:
+        """Write the weights of a module to `<output_dir>/model.safetensors`, the file that others sample from."""
+        weights = weights_of(self._resumable.modules[name], self._resumable.sharded)
+        if self.world.is_main:
+            save_weights(weights, self.output_dir / "model.safetensors")
+
+    @property
+    def status(self) -> str:
+        """running, completed, preempted or failed."""
+        return self._status.status
+
+    def _take_snapshot(self) -> Snapshot | None:
+        """On rank 0 alone, which writes it; sharded state needs all ranks."""
+        snapshot = take_snapshot(self._resumable) if self.world.is_main or self._resumable.sharded else None
+        return snapshot if self.world.is_main else None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._exits.__exit__(kind, error, traceback)
+            if self._status is not None:  # it had begun
+                self._fail(error)
+            return
+        self.world.barrier()  # without a limit: rank 0 may still be writing
+        if self.world.is_main:
+            write_status(self.output_dir, self._status)
+            self._tracker.finish()
+        self.logger.info(
+            f"{self.status} at step {self._status.step} ({self._status.reason or 'all steps'}): {self.output_dir}"
+        )
+        self._exits.close()
+
+    def _fail(self, error: BaseException) -> None:
+        """Write status.json, and raise what the error means if that is another one."""
+        meaning = explain(error, self._status.step, self.world, self.config.training.process_group_timeout)
+        reason = first_line(meaning) if meaning is not error else f"rank {self.world.rank}: {first_line(error)}"
+        self._status.status, self._status.reason = "failed", reason
+        write_status(self.output_dir, self._status, self.world.rank)
+        if meaning is not error:
+            raise meaning from error
