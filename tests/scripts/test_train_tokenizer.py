@@ -108,7 +108,7 @@ def launch(command: list[str], processes: int = 1, **environment: str) -> subpro
 def test_a_killed_run_continues_bit_for_bit(
     tiny_arguments: list[str], images: Path, tmp_path: Path, fault: str
 ) -> None:
-    """Between steps and in the middle of a save; codes are revived and the discriminator is updated before and after."""
+    """Between steps and in the middle of a save, with codes revived and the discriminator updated before and after."""
     more = ["vq_training.adversarial_weight=0.5", "training.max_train_steps=12", "experiment.save_every=4"]
     train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / "whole", *more)))
     command = arguments(tiny_arguments, images, tmp_path / "killed", *more)
