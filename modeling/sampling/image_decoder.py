@@ -11,7 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from modeling.tokenizers.maskgit_vq import MaskGitVQ, fold_upsampling
+from modeling.tokenizers.maskgit_layers import fold_upsampling
+from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from utils.images import to_byte_tensor
 
 MEMORY_SHARE = 0.2  # of the GPU's memory, for the decoder's activations
