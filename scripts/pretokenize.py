@@ -35,12 +35,12 @@ from data.codes.token_store import TokenStore
 from data.codes.token_writer import MAX_CODEBOOK_SIZE, TokenStoreWriter
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import pretokenize_transform
-from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.tokenizers.registry import load_tokenizer
+from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.distributed import Distributed, distributed
 from utils.errors import InputError, TrainingError, input_errors_exit
 from utils.files.parts import Parts
-from utils.files.weights import weights_sha256
 from utils.processes import num_cpus
 from utils.run.faults import fault_point
 from utils.run.signals import StopSignals
@@ -115,7 +115,7 @@ def checked_output(config: Config) -> Path:
     return output
 
 
-def describe(config: Config, tokenizer: MaskGitVQ, images: ImageDataset, crops: int, device: torch.device) -> StoreMeta:
+def describe(config: Config, tokenizer: Tokenizer, images: ImageDataset, crops: int, device: torch.device) -> StoreMeta:
     """All that the codes depend on."""
     preprocessing = config.dataset.preprocessing
     settings: dict[str, Any] = {
@@ -130,7 +130,7 @@ def describe(config: Config, tokenizer: MaskGitVQ, images: ImageDataset, crops: 
         codebook_size=tokenizer.codebook_size,
         crops_per_image=crops,
         class_names=images.source.class_names,
-        tokenizer_sha256=weights_sha256(tokenizer),
+        tokenizer_sha256=tokenizer.sha256(),
         source_sha256=images.fingerprint,
         settings=settings,
     )
@@ -155,7 +155,7 @@ def encode(
     blocks: list[range],
     parts: Parts,
     images: ImageDataset,
-    tokenizer: MaskGitVQ,
+    tokenizer: Tokenizer,
     batch_size: int,
     num_workers: int,
     world: Distributed,

@@ -32,7 +32,8 @@ from data.batch_sampler import permutation
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
 from evaluation.reconstruction import ReconstructionMetrics
-from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.tokenizers.registry import load_tokenizer
+from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
 from utils.files.npz import write_npz
@@ -93,7 +94,7 @@ def order_by_turns(class_ids: np.ndarray, seed: int) -> np.ndarray:
 
 @torch.inference_mode()
 def reconstruct(
-    tokenizer: MaskGitVQ, loader: DataLoader, metrics: ReconstructionMetrics, uint8_rule: str
+    tokenizer: Tokenizer, loader: DataLoader, metrics: ReconstructionMetrics, uint8_rule: str
 ) -> Iterator[np.ndarray]:
     """Yield batches of reconstructions (B, H, W, 3) uint8; figures go to `metrics`."""
     device = next(tokenizer.parameters()).device

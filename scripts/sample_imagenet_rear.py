@@ -31,7 +31,8 @@ from tqdm import tqdm
 from modeling.rear import ReAR, load_generator
 from modeling.sampling.generate import CodeSampler, image_inputs
 from modeling.sampling.image_decoder import ImageDecoder
-from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.tokenizers.registry import load_tokenizer
+from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, save_config
 from utils.distributed import distributed
 from utils.errors import InputError, input_errors_exit
@@ -68,7 +69,7 @@ def main(config: Config) -> None:
         pack(parts, output, config)
 
 
-def fingerprint_of(config: Config, model: ReAR, tokenizer: MaskGitVQ, device: torch.device) -> dict[str, Any]:
+def fingerprint_of(config: Config, model: ReAR, tokenizer: Tokenizer, device: torch.device) -> dict[str, Any]:
     """All that the images depend on, by config key."""
     sections = {"model": config.model, "sampling": config.sampling}
     return {
@@ -76,7 +77,7 @@ def fingerprint_of(config: Config, model: ReAR, tokenizer: MaskGitVQ, device: to
         "training.enable_tf32": config.training.enable_tf32,
         "device": device.type,
         "sha256 of experiment.generator_checkpoint": weights_sha256(model),
-        "sha256 of experiment.tokenizer_checkpoint": weights_sha256(tokenizer),
+        "sha256 of experiment.tokenizer_checkpoint": tokenizer.sha256(),
     }
 
 
@@ -89,7 +90,7 @@ def flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def sample_blocks(
-    blocks: Iterator[range], model: ReAR, tokenizer: MaskGitVQ, config: Config, notices: bool
+    blocks: Iterator[range], model: ReAR, tokenizer: Tokenizer, config: Config, notices: bool
 ) -> Iterator[tuple[range, np.ndarray]]:
     """Blocks of indices with their images (B, H, W, 3) uint8; a GPU decodes one beside sampling the next.
 

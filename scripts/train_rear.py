@@ -35,10 +35,10 @@ from data.training import TrainingBatches, describe_length, open_training_data, 
 from modeling.losses import LossTerms, drop_class_labels, perturb_codes, rear_loss
 from modeling.rear import ReAR, init_from
 from modeling.sampling.sample_grid import save_sample_grid
-from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.tokenizers.registry import load_tokenizer
+from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, accumulation_steps
 from utils.errors import TrainingError, input_errors_exit
-from utils.files.weights import weights_sha256
 from utils.optim import build_optimizer, set_learning_rate
 from utils.randomness import dropout_seed, sample_uniforms
 from utils.run.checkpoint import load_optimizer, save_weights
@@ -71,7 +71,7 @@ def main(config: Config) -> str:
     launch.agree("config and code", flatten(asdict(config)) | facts)
     start = Start(**launch.from_main("checkpoint", lambda: asdict(find_start(output_dir, resume))))
     verify = is_main and config.dataset.params.verify_hashes
-    tokenizer_sha256 = weights_sha256(tokenizer)
+    tokenizer_sha256 = tokenizer.sha256()
     dataset = launch.main_first("data", lambda: open_training_data(config, tokenizer_sha256, verify))
     provenance = Provenance(asdict(config), dataset.fingerprint, facts["code"])
     launch.agree("data", {"hash": provenance.data_hash, "samples": len(dataset)})
@@ -212,7 +212,7 @@ def main(config: Config) -> str:
 
 def training_step(
     model: torch.nn.Module,
-    tokenizer: MaskGitVQ,
+    tokenizer: Tokenizer,
     batch: dict[str, Tensor],
     uniforms: Tensor,
     max_ratio: float,

@@ -23,7 +23,7 @@ from modeling.sampling.decoding import (
 )
 from modeling.sampling.image_decoder import ImageDecoder
 from modeling.sampling.step_graph import StepGraphs
-from modeling.tokenizers.maskgit_vq import MaskGitVQ
+from modeling.tokenizers.tokenizer import Tokenizer
 from utils.randomness import image_uniforms
 from utils.schema import Config, GeneratorConfig
 
@@ -190,7 +190,7 @@ def generate(model: ReAR, class_labels: Tensor, uniforms: Tensor, config: Genera
     return CodeSampler(model, config)(class_labels, uniforms)
 
 
-def generate_images(model: ReAR, tokenizer: MaskGitVQ, indices: list[int], config: Config) -> np.ndarray:
+def generate_images(model: ReAR, tokenizer: Tokenizer, indices: list[int], config: Config) -> np.ndarray:
     """The images with these indices, in float32; image i has class i mod C and its own random numbers.
 
     Returns:

@@ -6,14 +6,14 @@ from PIL import Image
 
 from modeling.rear import ReAR
 from modeling.sampling.generate import generate_images
-from modeling.tokenizers.maskgit_vq import MaskGitVQ
+from modeling.tokenizers.tokenizer import Tokenizer
 from utils.images import make_grid
 from utils.schema import Config
 
 GRID_CLASSES, GRID_ROWS = 10, 4
 
 
-def save_sample_grid(model: ReAR, tokenizer: MaskGitVQ, config: Config, step: int) -> Image.Image:
+def save_sample_grid(model: ReAR, tokenizer: Tokenizer, config: Config, step: int) -> Image.Image:
     """A column of samples for each of the first classes; always the same classes and random numbers."""
     columns = min(GRID_CLASSES, model.num_classes)
     indices = [row * model.num_classes + label for row in range(GRID_ROWS) for label in range(columns)]

@@ -29,17 +29,17 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(codebook_size, token_size)
 
     def nearest(self, features: Tensor) -> Tensor:
-        """Codes (B, N) int64 of features (B, Z, h, w), by squared distance in float32."""
-        flat = rearrange(features, "b z h w -> (b h w) z").float()
+        """Codes (B, N) int64 of features (B, N, Z), by squared distance in float32."""
+        flat = features.flatten(0, 1).float()  # (B N, Z)
         codebook = self.embedding.weight.float()
         with torch.autocast(flat.device.type, enabled=False):
             # The features' own squared norm is the same for all codes and left out.
             distances = torch.addmm(codebook.square().sum(dim=1), flat, codebook.T, alpha=-2)  # (B N, V)
-        return rearrange(distances.argmin(dim=1), "(b n) -> b n", b=features.shape[0])
+        return distances.argmin(dim=1).view(features.shape[:2])
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantize features (B, Z, h, w) with the straight-through gradient of VQ-VAE."""
-        codes = self.nearest(features)
+        codes = self.nearest(rearrange(features, "b z h w -> b (h w) z"))
         vectors = rearrange(self.embedding(codes), "b (h w) z -> b z h w", h=features.shape[2])
         features = features.float()
         return QuantizerOutput(

@@ -18,7 +18,7 @@ from torch import nn
 
 from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler, image_inputs
-from modeling.tokenizers.maskgit_vq import MaskGitVQ
+from modeling.tokenizers.registry import build_tokenizer
 from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
 from scripts.sample_imagenet_rear import PartWriter, pack, sample_blocks
@@ -193,7 +193,7 @@ def end_to_end(model: ReAR, config: GeneratorConfig, batch: int, arguments: argp
         sampling = replace(defaults.sampling, num_fid_samples=images, per_gpu_batch_size=batch)
         vq_model = replace(defaults.model.vq_model, resolution=16 * round(config.image_seq_len**0.5))
         full: Config = replace(defaults, sampling=sampling, model=replace(defaults.model, generator=config))
-        tokenizer = MaskGitVQ(vq_model).to(device()).eval().requires_grad_(False)
+        tokenizer = build_tokenizer(vq_model).to(device()).eval().requires_grad_(False)
         parts = SampleParts(output.with_name("samples.parts"), images, batch)
         parts.claim({})
         first_second: list[float] = []

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from data.codes.token_writer import StoreMeta, TokenStoreWriter
 from modeling.losses import alignment_loss, next_token_loss, perturb_codes
 from modeling.rear import ReAROutput
-from modeling.tokenizers.maskgit_vq import load_tokenizer
+from modeling.tokenizers.registry import load_tokenizer
 from scripts import train_rear
 from utils.config import Config, load_config
 from utils.errors import InputError

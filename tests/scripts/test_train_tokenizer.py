@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.tokenizers.maskgit_vq import MaskGitVQ
+from modeling.tokenizers.registry import load_tokenizer
 from scripts import train_tokenizer
 from utils.config import load_config
 from utils.errors import InputError
