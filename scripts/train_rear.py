@@ -27,16 +27,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from timm.utils import ModelEmaV3
-from torch import Tensor
 from tqdm import tqdm
 
 from data.batch_sampler import GlobalBatchSampler
 from data.training import TrainingBatches, describe_length, open_training_data, passes_done
-from modeling.losses import LossTerms, drop_class_labels, perturb_codes, rear_loss
+from modeling.losses import LossTerms
+from modeling.noise import perturbation_ratio
 from modeling.rear import ReAR, init_from
 from modeling.sampling.sample_grid import save_sample_grid
 from modeling.tokenizers.registry import load_tokenizer
-from modeling.tokenizers.tokenizer import Tokenizer
+from modeling.training_step import num_uniforms, training_step
 from utils.config import Config, accumulation_steps
 from utils.errors import TrainingError, input_errors_exit
 from utils.optim import build_optimizer, set_learning_rate
@@ -56,7 +56,6 @@ from utils.run.signals import StopSignals
 from utils.run.snapshot import take_snapshot
 from utils.run.status import EXIT_PREEMPTED, reported_status
 from utils.run.tracking import Tracker
-from utils.schedules import perturbation_ratio
 
 
 def main(config: Config) -> str:
@@ -136,7 +135,7 @@ def main(config: Config) -> str:
 
     # The training loop
     wrapped_model.train()
-    uniforms_per_sample = 2 * model.image_seq_len + 2
+    uniforms_per_sample = num_uniforms(model.image_seq_len)
     progress = tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=not is_main)
     timer, timed_from = time.perf_counter(), first_step
     reported = reported_status(output_dir, first_step, training.process_group_timeout)
@@ -210,40 +209,11 @@ def main(config: Config) -> str:
     return status.status
 
 
-def training_step(
-    model: torch.nn.Module,
-    tokenizer: Tokenizer,
-    batch: dict[str, Tensor],
-    uniforms: Tensor,
-    max_ratio: float,
-    config: Config,
-) -> LossTerms:
-    """Noise the context, run the model, compute the loss: one micro-batch of B images.
-
-    Args:
-        batch: `class_labels` (B,) and `codes` (B, N) or `image` (B, 3, H, W), on the model's device.
-        uniforms: (B, 2 N + 2) random numbers of these samples at this step.
-        max_ratio: f(t), largest share of replaced codes.
-    """
-    generator = config.model.generator
-    codes = batch["codes"] if "codes" in batch else tokenizer.encode(batch["image"])  # (B, N)
-    uniforms = uniforms.to(codes.device)
-    codebook_size = config.model.vq_model.codebook_size
-    mask_code = codebook_size if generator.perturb_mode == "mask" else None
-    context, perturbation_mask = perturb_codes(codes, uniforms[:, 1:], max_ratio, codebook_size, mask_code)
-    class_labels = drop_class_labels(
-        batch["class_labels"], uniforms[:, 0], generator.class_label_dropout, generator.condition_num_classes
-    )
-    output = model(context, class_labels)
-    return rear_loss(output, codes, tokenizer.embed(codes), perturbation_mask, generator)
-
-
 def mean_over_ranks(step_terms: list[LossTerms], accelerator: Accelerator) -> dict[str, float]:
-    """Mean of the loss terms over the micro-batches and ranks of one step: one all-reduce, one host sync."""
-    names = ["loss", "ar_loss", "proj_loss", "correct_tokens"]
-    values = torch.stack([torch.stack([getattr(terms, name).detach() for name in names]) for terms in step_terms])
+    """Mean of the metrics over the micro-batches and ranks of one step: one all-reduce, one host sync."""
+    values = torch.stack([torch.stack(list(terms.metrics.values())) for terms in step_terms])
     means = accelerator.reduce(values.mean(dim=0), reduction="mean").tolist()
-    return dict(zip((f"train/{name}" for name in names), means, strict=True))
+    return dict(zip(step_terms[0].metrics, means, strict=True))
 
 
 if __name__ == "__main__":

@@ -48,9 +48,9 @@ def test_noisy_forward_and_losses(model: ReAR, config: ModelConfig, expected: di
     close(output.encode_z, expected["encode_z_noisy"][:, 2:])
     close(output.decode_z, expected["decode_z_noisy"][:, 1:-1])
     terms = rear_loss(output, expected["ids"], expected["features"], expected["perturb_mask"], config.generator)
-    close(terms.ar_loss, expected["ar_loss_noisy"].squeeze())
-    close(terms.proj_loss, expected["proj_loss_noisy"].squeeze())
-    close(terms.correct_tokens, expected["correct_noisy"].squeeze())
+    close(terms.metrics["train/ar_loss"], expected["ar_loss_noisy"].squeeze())
+    close(terms.metrics["train/proj_loss"], expected["proj_loss_noisy"].squeeze())
+    close(terms.metrics["train/correct_tokens"], expected["correct_noisy"].squeeze())
 
 
 def test_clean_forward_and_losses(model: ReAR, config: ModelConfig, expected: dict) -> None:
@@ -58,8 +58,8 @@ def test_clean_forward_and_losses(model: ReAR, config: ModelConfig, expected: di
     close(output.logits, expected["logits_clean"][:, :-1])
     nothing = torch.zeros_like(expected["perturb_mask"])
     terms = rear_loss(output, expected["ids"], expected["features"], nothing, config.generator)
-    close(terms.ar_loss, expected["ar_loss_clean"].squeeze())
-    close(terms.proj_loss, expected["proj_loss_clean"].squeeze())
+    close(terms.metrics["train/ar_loss"], expected["ar_loss_clean"].squeeze())
+    close(terms.metrics["train/proj_loss"], expected["proj_loss_clean"].squeeze())
 
 
 def test_gradient_norms(model: ReAR, config: ModelConfig, expected: dict) -> None:
