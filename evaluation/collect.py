@@ -11,6 +11,7 @@ from evaluation.features import Extractor
 from evaluation.moments import Moments, ScoreSums
 from evaluation.ranks import sum_over_ranks
 from utils.distributed import Distributed
+from utils.precision import matmul_precision
 
 
 class Images(Protocol):
@@ -47,6 +48,7 @@ class Collected:
 
 
 @torch.inference_mode()
+@matmul_precision(tf32=False)
 def collect(
     images: Images,
     extractor: Extractor,
@@ -56,7 +58,7 @@ def collect(
     title: str,
     keep_as: torch.dtype | None = None,
 ) -> Collected:
-    """Extract the features of all images, each process of its consecutive share, in IEEE float32.
+    """Extract the features of all images, each process of its consecutive share, in float32 without TF32.
 
     Args:
         title: of the progress bar.
@@ -65,7 +67,6 @@ def collect(
     Returns:
         the sums over all images, the same on every process.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     result = Collected(len(images), extractor, keep_as, device)
     first, last = (len(images) * rank // world.world_size for rank in (world.rank, world.rank + 1))
     with tqdm(total=last - first, unit="image", desc=title, disable=not world.is_main_process) as bar:

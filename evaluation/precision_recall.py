@@ -15,6 +15,7 @@ from tqdm import tqdm
 from evaluation.ranks import main_process_first, sum_over_ranks
 from utils.distributed import Distributed
 from utils.errors import InputError
+from utils.precision import matmul_precision
 
 NEIGHBOURS = 3
 # Rows and columns of one block of distances. Blocks do not depend on the processes, so neither do roundings.
@@ -80,6 +81,7 @@ def manifold_radii(features: Tensor, world: Distributed, title: str = "radii") -
     return sum_over_ranks(radii, world)
 
 
+@matmul_precision(tf32=False)
 def precision_recall(reference: Tensor, samples: Tensor, world: Distributed) -> tuple[float, float]:
     """Share of the samples inside a ball of the reference, and of the reference inside a ball of the samples.
 

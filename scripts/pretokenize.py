@@ -41,6 +41,7 @@ from utils.config import Config
 from utils.distributed import Distributed, distributed
 from utils.errors import InputError, TrainingError, input_errors_exit
 from utils.files.parts import Parts
+from utils.precision import matmul_precision
 from utils.processes import num_cpus
 from utils.run.faults import fault_point
 from utils.run.signals import StopSignals
@@ -51,7 +52,6 @@ IMAGES_PER_PART = 256  # or the next multiple of what is encoded at once
 def main(config: Config) -> None:
     output = checked_output(config)
     store_path = output.with_suffix(".tokens")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.enable_tf32
     tokenizer = load_tokenizer(config)
     params, preprocessing = config.dataset.params, config.dataset.preprocessing
     source = open_images(params.train_shards_path_or_url, config.model.generator.condition_num_classes)
@@ -72,7 +72,8 @@ def main(config: Config) -> None:
     started, at_start = time.perf_counter(), sum(map(len, missing))
     if missing:
         mine = missing[world.rank :: world.world_size]
-        encode(mine, parts, images, tokenizer.to(world.device), batch_size, params.num_workers_per_gpu, world)
+        with matmul_precision(config.training.enable_tf32):
+            encode(mine, parts, images, tokenizer.to(world.device), batch_size, params.num_workers_per_gpu, world)
     if not world.is_main_process:
         return
     if not store_path.is_dir():

@@ -38,13 +38,13 @@ from utils.config import Config
 from utils.errors import InputError, input_errors_exit
 from utils.files.npz import write_npz
 from utils.images import make_grid, to_uint8
+from utils.precision import matmul_precision
 
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
 
 
 def main(config: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.enable_tf32
     tokenizer = load_tokenizer(config).to(device)
     dataset, labels = open_heldout_images(config)
     loader = DataLoader(
@@ -64,7 +64,8 @@ def main(config: Config) -> None:
     for name, chunks in streams.items():
         progress = tqdm(chunks, desc=f"{name}.npz", total=len(loader), unit="batch")
         entries = {"arr_0": (shape, np.uint8, progress), "arr_1": (labels.shape, np.int64, [labels])}
-        write_npz(output_dir / f"{name}.npz", entries)
+        with matmul_precision(config.training.enable_tf32):  # of what `reconstruct` computes as it is read
+            write_npz(output_dir / f"{name}.npz", entries)
     save_grid(output_dir)
     preprocessing, summary = config.dataset.preprocessing, metrics.summary()
     crop = f"ADM centre crop of {preprocessing.crop_size} px, shorter edge {preprocessing.resize_shorter_edge} px"

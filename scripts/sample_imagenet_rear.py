@@ -29,8 +29,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from modeling.rear import ReAR, load_generator
-from modeling.sampling.generate import CodeSampler, image_inputs
+from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_decoder import ImageDecoder
+from modeling.sampling.image_inputs import class_labels_of, image_inputs
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, save_config
@@ -41,6 +42,7 @@ from utils.files.npz import write_npz
 from utils.files.sample_parts import SampleParts
 from utils.files.weights import weights_sha256
 from utils.images import make_grid
+from utils.precision import matmul_precision
 
 GRID_COLUMNS, GRID_IMAGES = 10, 50
 PNG_THREADS = 4
@@ -52,7 +54,6 @@ def main(config: Config) -> None:
     output = Path(config.experiment.output_dir)
     tokenizer = load_tokenizer(config)
     model = load_generator(config.experiment.generator_checkpoint, config.model)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.enable_tf32
     parts = SampleParts(
         output.with_name(output.name + ".parts"), config.sampling.num_fid_samples, config.sampling.per_gpu_batch_size
     )
@@ -61,7 +62,8 @@ def main(config: Config) -> None:
     model.to(world.device).eval()
     tokenizer.to(world.device)
     progress = tqdm(missing[world.rank :: world.world_size], unit="batch", disable=not world.is_main_process)
-    with PartWriter(parts, output, config.sampling.save_png) as writer:
+    precision = matmul_precision(config.training.enable_tf32)
+    with precision, PartWriter(parts, output, config.sampling.save_png) as writer:
         for block, images in sample_blocks(progress, model, tokenizer, config, notices=world.is_main_process):
             writer.write(block, images)
     if world.is_main_process:
@@ -161,7 +163,7 @@ def pack(parts: SampleParts, output: Path, config: Config) -> None:
         make_grid(first_images, GRID_COLUMNS).save(partial, format="png")
     with complete_file(output.with_name(output.name + ".yaml")) as partial:
         save_config(config, partial)
-    labels = np.arange(n) % config.model.generator.condition_num_classes
+    labels = class_labels_of(range(n), config.model.generator.condition_num_classes)
     npz = output.with_name(output.name + ".npz")
     images = tqdm(parts.load(), desc=npz.name, total=len(parts.blocks), unit="part")
     write_npz(

@@ -40,6 +40,7 @@ from modeling.training_step import num_uniforms, training_step
 from utils.config import Config, accumulation_steps
 from utils.errors import TrainingError, input_errors_exit
 from utils.optim import build_optimizer, set_learning_rate
+from utils.precision import matmul_precision
 from utils.randomness import dropout_seed, sample_uniforms
 from utils.run.checkpoint import load_optimizer, save_weights
 from utils.run.compatibility import check_same_run, flatten
@@ -90,7 +91,6 @@ def main(config: Config) -> str:
     logger = make_logger(output_dir, is_main)
     for notice in [*start.notices, *notices]:
         logger.info(notice)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.enable_tf32
 
     # Model, optimizer, EMA, from the checkpoint if there is one
     torch.manual_seed(training.seed)
@@ -139,7 +139,7 @@ def main(config: Config) -> str:
     progress = tqdm(range(first_step, last_step), initial=first_step, total=last_step, disable=not is_main)
     timer, timed_from = time.perf_counter(), first_step
     reported = reported_status(output_dir, first_step, training.process_group_timeout)
-    with StopSignals() as signals, reported as status:
+    with StopSignals() as signals, reported as status, matmul_precision(training.enable_tf32):
         guard = StepGuard(state.nonfinite_steps, training.max_nonfinite_steps, signals, saver, logger)
         for step in progress:
             fault_point("step", step)

@@ -41,6 +41,7 @@ from utils.files.hub import local_file
 from utils.files.weights import load_state_dict, load_strict
 from utils.images import make_grid, to_uint8
 from utils.optim import build_optimizer, set_learning_rate
+from utils.precision import matmul_precision
 from utils.run.checkpoint import save_weights
 from utils.run.folder import make_logger, prepare_run_folder
 from utils.run.tracking import Tracker
@@ -49,9 +50,13 @@ GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and one of reconstructions
 
 
 def main(config: Config) -> None:
+    with matmul_precision(config.training.enable_tf32):
+        train(config)
+
+
+def train(config: Config) -> None:
     training, vq_training = config.training, config.vq_training
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.enable_tf32
     train_set, heldout_set = open_datasets(config)
     output_dir = prepare_run_folder(config)
     logger = make_logger(output_dir, is_main_process=True)

@@ -64,6 +64,7 @@ def test_tokenizers_are_known_by_what_all_of_them_offer(path: Path) -> None:
 def test_files_and_functions_stay_small(path: Path) -> None:
     source = path.read_text()
     assert len(source.splitlines()) <= 300
+    longest = 70 if path.is_relative_to(ROOT / "scripts") else 50
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef) and node.name != "main":
-            assert node.end_lineno - node.lineno < 50, f"{path}:{node.lineno} {node.name}"
+            assert node.end_lineno - node.lineno < longest, f"{path}:{node.lineno} {node.name}"

@@ -5,7 +5,7 @@ V codebook size.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -22,9 +22,9 @@ from modeling.sampling.decoding import (
     prefill,
 )
 from modeling.sampling.image_decoder import ImageDecoder
+from modeling.sampling.image_inputs import image_inputs
 from modeling.sampling.step_graph import StepGraphs
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.randomness import image_uniforms
 from utils.schema import Config, GeneratorConfig
 
 
@@ -191,7 +191,7 @@ def generate(model: ReAR, class_labels: Tensor, uniforms: Tensor, config: Genera
 
 
 def generate_images(model: ReAR, tokenizer: Tokenizer, indices: list[int], config: Config) -> np.ndarray:
-    """The images with these indices, in float32; image i has class i mod C and its own random numbers.
+    """The images with these indices, in float32; see `image_inputs` for what they depend on.
 
     Returns:
         (len(indices), H, W, 3) uint8.
@@ -200,8 +200,3 @@ def generate_images(model: ReAR, tokenizer: Tokenizer, indices: list[int], confi
     codes = generate(model, class_labels, uniforms, config.model.generator)
     decoder = ImageDecoder(tokenizer, config.sampling.uint8_rule)
     return decoder.finish(decoder.start(codes))
-
-
-def image_inputs(indices: Sequence[int], model: ReAR, seed: int) -> tuple[Tensor, Tensor]:
-    """Class labels (B,) int64 and uniforms (B, N) of the images with these indices, on the CPU."""
-    return torch.tensor(indices) % model.num_classes, image_uniforms(seed, list(indices), model.image_seq_len)

@@ -13,6 +13,7 @@ from modeling.tokenizers.tokenizer import Tokenizer
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb
 from utils.errors import InputError
 from utils.images import to_uint8
+from utils.precision import matmul_precision
 from utils.schema import VQModelConfig
 
 MAX_GREY_LEVELS = 0.15  # mean absolute difference that the gate accepts
@@ -25,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each way")
 
 
+@matmul_precision(tf32=True)
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(0)
     config = VQModelConfig(resolution=arguments.resolution, hidden_channels=arguments.channels)
     tokenizer = build_tokenizer(config).to(device()).eval().requires_grad_(False)
