@@ -1,4 +1,4 @@
-"""One pass of a file's images through a back end."""
+"""One pass of a file's images through a feature extractor."""
 
 from typing import Protocol
 
@@ -24,7 +24,7 @@ class Images(Protocol):
 
 
 class Collected:
-    """What the metrics need of N images; `spatial` and `score` are None where the back end has no such features.
+    """What the metrics need of N images; `spatial` and `score` are None where the extractor has no such features.
 
     Attributes:
         pool: moments of the pool features; spatial: of the spatial features.
@@ -39,7 +39,7 @@ class Collected:
         self.features = torch.zeros(n_images, extractor.pool_dim, dtype=keep_as) if keep_as else None
 
     def reduce(self, world: Distributed) -> None:
-        """Join what the processes have seen."""
+        """Replace what this process has collected by what all have."""
         for sums in (self.pool, self.spatial, self.score):
             if sums is not None:
                 sums.reduce(world)

@@ -1,4 +1,4 @@
-"""What the processes of one evaluation do together."""
+"""Collective operations of the processes of one evaluation."""
 
 from collections.abc import Callable
 from typing import TypeVar

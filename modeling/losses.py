@@ -38,7 +38,7 @@ def alignment_loss(projection: Tensor, codebook_vectors: Tensor, excluded: Tenso
     Args:
         projection: (B, N, Z) projected hidden states.
         codebook_vectors: (B, N, Z) embeddings of the clean codes.
-        excluded: (B, N) bool; such positions count 0 but stay in the divisor B * N, as in the released code.
+        excluded: (B, N) bool; such positions add 0, and the divisor stays B * N, as in the released code.
     """
     cosine = F.cosine_similarity(projection.float(), codebook_vectors.float(), dim=-1)  # (B, N)
     if excluded is not None:

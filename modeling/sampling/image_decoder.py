@@ -1,4 +1,4 @@
-"""From sampled codes to bytes: the tokenizer's decoder, as fast as the device allows.
+"""From sampled codes to images of bytes with the tokenizer's fast decoder, on a GPU beside the sampling.
 
 Legend: B images, N codes per image, H x W pixels.
 """
@@ -32,10 +32,10 @@ class PendingImages:
 
 
 class ImageDecoder:
-    """Decodes batches of codes, on CUDA on a stream of its own beside what samples the next codes.
+    """Decodes batches of codes; on CUDA in a stream of its own, while the next codes are sampled.
 
-    On a CPU image by image in float32: the rounding of a convolution depends on the batch size, and truncation to bytes
-    shows it. For the same reason the chunks on a GPU depend on its total memory, not on what happens to be free.
+    The rounding of a convolution depends on the batch size, and truncation to bytes makes that visible. So on a CPU
+    images are decoded one by one, and on a GPU in chunks whose size depends on its total memory, not on what is free.
 
     Args:
         uint8_rule: `sampling.uint8_rule`.

@@ -1,4 +1,4 @@
-"""A picture of what a model has learned so far."""
+"""The grid of samples that training saves from time to time."""
 
 from pathlib import Path
 
