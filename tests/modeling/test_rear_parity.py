@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from modeling.losses import rear_loss
 from modeling.rear import ReAR
-from modeling.sampling.decoding import BUCKET, DecoderWeights, DecodingState, StepHalves, decode_one_token, prefill
+from modeling.sampling.decoding import BUCKET, DecoderWeights, DecodingState, StepFunctions, decode_one_token, prefill
 from modeling.sampling.generate import guidance_schedule, guide
 from utils.schema import ModelConfig
 
@@ -86,7 +86,9 @@ def test_cached_and_guided_logits(model: ReAR, expected: dict) -> None:
         for k in range(steps):
             if (k + 1) % BUCKET == 0 or k == 0:
                 state.fill_modulations(0 if k == 0 else k + 1)
-            hidden = prefill(state, StepHalves()) if k == 0 else decode_one_token(state, k + 2, False, StepHalves())
+            hidden = (
+                prefill(state, StepFunctions()) if k == 0 else decode_one_token(state, k + 2, False, StepFunctions())
+            )
             state.position.add_(1)
             cond, uncond = model.lm_head(hidden).chunk(2)
             close(cond, expected["cond_logits"][:, k])
