@@ -1,4 +1,4 @@
-"""One pass of a file's images through a back end."""
+"""One pass of a file's images through a feature extractor."""
 
 from typing import Protocol
 
@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from evaluation.features import Extractor
 from evaluation.moments import Moments, ScoreSums
+from utils.precision import matmul_precision
 from utils.ranks import World
 
 
@@ -22,7 +23,7 @@ class Images(Protocol):
 
 
 class Collected:
-    """What the metrics need of N images; `spatial` and `score` are None where the back end has no such features.
+    """What the metrics need of N images; `spatial` and `score` are None where the extractor has no such features.
 
     Attributes:
         pool: moments of the pool features; spatial: of the spatial features.
@@ -37,7 +38,7 @@ class Collected:
         self.features = torch.zeros(n_images, extractor.pool_dim, dtype=keep_as) if keep_as else None
 
     def reduce(self, world: World) -> None:
-        """Join what the processes have seen."""
+        """Replace what this process has collected by what all have."""
         for sums in (self.pool, self.spatial, self.score):
             if sums is not None:
                 sums.reduce(world)
@@ -46,6 +47,7 @@ class Collected:
 
 
 @torch.inference_mode()
+@matmul_precision(tf32=False)
 def collect(
     images: Images,
     extractor: Extractor,
@@ -55,7 +57,7 @@ def collect(
     title: str,
     keep_as: torch.dtype | None = None,
 ) -> Collected:
-    """Extract the features of all images, each process of its consecutive share, in IEEE float32.
+    """Extract the features of all images, each process of its consecutive share, in float32 without TF32.
 
     Args:
         title: of the progress bar.
@@ -64,7 +66,6 @@ def collect(
     Returns:
         the sums over all images, the same on every process.
     """
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     result = Collected(len(images), extractor, keep_as, device)
     first, last = (len(images) * rank // world.size for rank in (world.rank, world.rank + 1))
     with tqdm(total=last - first, unit="image", desc=title, disable=not world.is_main) as bar:

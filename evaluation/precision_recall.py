@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.errors import InputError
+from utils.precision import matmul_precision
 from utils.ranks import World
 
 NEIGHBOURS = 3
@@ -77,6 +78,7 @@ def manifold_radii(features: Tensor, world: World, title: str = "radii") -> Tens
     return world.sum(radii)
 
 
+@matmul_precision(tf32=False)
 def precision_recall(reference: Tensor, samples: Tensor, world: World) -> tuple[float, float]:
     """Share of the samples inside a ball of the reference, and of the reference inside a ball of the samples.
 

@@ -1,4 +1,4 @@
-"""What an evaluation tells: the printed lines, the warnings and the JSON file."""
+"""What an evaluation reports: the printed lines, the warnings and the JSON file."""
 
 import json
 import platform

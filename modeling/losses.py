@@ -16,39 +16,10 @@ from utils.schema import GeneratorConfig
 
 @dataclass
 class LossTerms:
-    """Scalars of a micro-batch; `loss` is what is minimized."""
+    """Scalars of a micro-batch."""
 
-    loss: Tensor
-    ar_loss: Tensor  # cross-entropy, nats per code
-    proj_loss: Tensor  # encode + decode alignment, before the weight; 0 without regularization
-    correct_tokens: Tensor  # share of codes whose logit is the largest
-
-    @property
-    def metrics(self) -> dict[str, Tensor]:
-        names = ("loss", "ar_loss", "proj_loss", "correct_tokens")
-        return {f"train/{name}": getattr(self, name).detach() for name in names}
-
-
-def perturb_codes(
-    codes: Tensor, uniforms: Tensor, max_ratio: float, codebook_size: int, mask_code: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Noisy context: each sequence draws its ratio from U(0, max_ratio), each code is replaced with that probability.
-
-    The new code comes from the whole codebook, so it may be the old one; with `mask_code` it is that one.
-
-    Args:
-        codes: (B, N) int.
-        uniforms: (B, 2 N + 1) in [0, 1): the ratio, N choices, N new codes.
-        max_ratio: f(t) in [0, 1].
-
-    Returns:
-        perturbed_codes: (B, N) int.
-        perturbation_mask: (B, N) bool, true where a code was drawn anew.
-    """
-    ratio, choice, draw = uniforms.split([1, codes.shape[1], codes.shape[1]], dim=1)
-    perturbation_mask = choice < ratio * max_ratio
-    replacement = (draw * codebook_size).to(codes.dtype) if mask_code is None else mask_code
-    return torch.where(perturbation_mask, replacement, codes), perturbation_mask
+    loss: Tensor  # what is minimized
+    metrics: dict[str, Tensor]  # what is logged, by name in the log, without gradients
 
 
 def drop_class_labels(class_labels: Tensor, uniforms: Tensor, probability: float, null_class: int) -> Tensor:
@@ -67,7 +38,7 @@ def alignment_loss(projection: Tensor, codebook_vectors: Tensor, excluded: Tenso
     Args:
         projection: (B, N, Z) projected hidden states.
         codebook_vectors: (B, N, Z) embeddings of the clean codes.
-        excluded: (B, N) bool; such positions count 0 but stay in the divisor B * N, as in the released code.
+        excluded: (B, N) bool; such positions add 0, and the divisor stays B * N, as in the released code.
     """
     cosine = F.cosine_similarity(projection.float(), codebook_vectors.float(), dim=-1)  # (B, N)
     if excluded is not None:
@@ -85,6 +56,8 @@ def rear_loss(
         codes: (B, N) clean codes, the targets.
         codebook_vectors: (B, N, Z) embeddings of `codes`.
         perturbation_mask: (B, N) bool of the noisy context.
+
+    A new term is added to `loss` and to `metrics` here; whatever `metrics` holds is logged.
     """
     ar_loss = next_token_loss(output.logits, codes)
     proj_loss = torch.zeros_like(ar_loss)
@@ -93,5 +66,11 @@ def rear_loss(
         proj_loss = proj_loss + alignment_loss(output.encode_z, codebook_vectors, excluded)
     if output.decode_z is not None:
         proj_loss = proj_loss + alignment_loss(output.decode_z, codebook_vectors)
-    correct_tokens = (output.logits.argmax(dim=-1) == codes).float().mean()
-    return LossTerms(ar_loss + config.transition_alignment_weight * proj_loss, ar_loss, proj_loss, correct_tokens)
+    loss = ar_loss + config.transition_alignment_weight * proj_loss
+    metrics = {
+        "train/loss": loss,
+        "train/ar_loss": ar_loss,  # cross-entropy, nats per code
+        "train/proj_loss": proj_loss,  # encode + decode alignment, before the weight; 0 without regularization
+        "train/correct_tokens": (output.logits.argmax(dim=-1) == codes).float().mean(),  # share of right guesses
+    }
+    return LossTerms(loss, {name: value.detach() for name, value in metrics.items()})

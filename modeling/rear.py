@@ -27,7 +27,7 @@ from utils.files.hub import local_file
 from utils.files.weights import load_state_dict, load_strict
 from utils.schema import ModelConfig
 
-# Rows beyond the sequence that the published tables carry.
+# Rows that the published tables have beyond the length of the sequence; unused.
 POSITION_SLACK = 1024
 TIMESTEP_SLACK = 100
 
@@ -245,7 +245,7 @@ def load_generator(source: str, config: ModelConfig) -> ReAR:
 
 
 def init_from(source: str, model: ReAR) -> None:
-    """Begin fine-tuning: trained weights in all places but the rows of the classes, which stay as initialised.
+    """Begin fine-tuning: load trained weights, except the embeddings of the classes, which stay as initialised.
 
     Codes, mask and null class keep their rows, so the number of classes may differ; nothing else may.
 

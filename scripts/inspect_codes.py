@@ -28,10 +28,10 @@ from PIL import Image
 from data.codes.code_statistics import CodeStatistics, code_statistics
 from data.codes.token_store import TokenStore
 from data.training import check_tokenizer, open_codes
-from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.tokenizers.registry import load_tokenizer
+from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
-from utils.files.weights import weights_sha256
 from utils.images import make_captioned_grid, to_uint8
 from utils.run.curves import save_histograms
 
@@ -45,7 +45,7 @@ def main(config: Config) -> None:
         raise InputError("dataset.params.pretokenization: missing; give the codes to look at")
     tokenizer = load_tokenizer(config)
     store = open_codes(config)
-    check_tokenizer(store, weights_sha256(tokenizer))
+    check_tokenizer(store, tokenizer.sha256())
     rows = choose_rows(store, config)
     output_dir = Path(config.experiment.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def choose_rows(store: TokenStore, config: Config) -> list[int]:
 
 
 @torch.inference_mode()
-def decoded_grid(store: TokenStore, rows: list[int], tokenizer: MaskGitVQ, config: Config) -> Image.Image:
+def decoded_grid(store: TokenStore, rows: list[int], tokenizer: Tokenizer, config: Config) -> Image.Image:
     """Images of some rows, each above its row number and class name."""
     tokenizer.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     device, images = next(tokenizer.parameters()).device, []

@@ -12,7 +12,8 @@ tokenizer.yaml (for train_tokenizer.py). Change them as you like; this script re
 """
 
 import argparse
-from dataclasses import asdict
+import math
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from omegaconf import OmegaConf
 from data.images.image_source import ImageSource
 from data.images.reading import open_images
 from data.images.shard_writer import HELDOUT_PREFIX
-from modeling.tokenizers.maskgit_vq import tokenizer_sizes
+from modeling.tokenizers.registry import code_shape, tokenizer_sizes
 from utils.config import check_tokenizer_fits, load_config
 from utils.errors import InputError, input_errors_exit
 from utils.files.hub import local_file
@@ -113,12 +114,12 @@ def tokenizer_settings(sizes: VQModelConfig, resolution: int) -> dict[str, Any]:
 def codes_per_image(sizes: VQModelConfig, resolution: int) -> int:
     """
     Raises:
-        InputError: a resolution that the tokenizer's levels do not divide.
+        InputError: a resolution that the tokenizer cannot have.
     """
-    factor = 2 ** (len(sizes.channel_mult) - 1)
-    if resolution < factor or resolution % factor:
-        raise InputError(f"--resolution {resolution}: expected a multiple of {factor}, as the tokenizer has it")
-    return (resolution // factor) ** 2
+    try:
+        return math.prod(code_shape(replace(sizes, resolution=resolution)))
+    except InputError as error:
+        raise InputError(f"--resolution {resolution}: {error}") from error
 
 
 def balanced_count(images: ImageSource, num_classes: int) -> int:

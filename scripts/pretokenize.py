@@ -35,11 +35,12 @@ from data.codes.token_store import TokenStore
 from data.codes.token_writer import MAX_CODEBOOK_SIZE, TokenStoreWriter
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import pretokenize_transform
-from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.tokenizers.registry import load_tokenizer
+from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, TrainingError, input_errors_exit
 from utils.files.parts import Parts
-from utils.files.weights import weights_sha256
+from utils.precision import matmul_precision
 from utils.processes import num_cpus
 from utils.ranks import World, join_world
 from utils.run.faults import fault_point
@@ -51,7 +52,6 @@ IMAGES_PER_PART = 256  # or the next multiple of what is encoded at once
 def main(config: Config) -> None:
     output = checked_output(config)
     store_path = output.with_suffix(".tokens")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.enable_tf32
     tokenizer = load_tokenizer(config)
     params, preprocessing = config.dataset.params, config.dataset.preprocessing
     source = open_images(params.train_shards_path_or_url, config.model.generator.condition_num_classes)
@@ -72,7 +72,8 @@ def main(config: Config) -> None:
     started, at_start = time.perf_counter(), sum(map(len, missing))
     if missing:
         mine = missing[world.rank :: world.size]
-        encode(mine, parts, images, tokenizer.to(world.device), batch_size, params.num_workers_per_gpu, world)
+        with matmul_precision(config.training.enable_tf32):
+            encode(mine, parts, images, tokenizer.to(world.device), batch_size, params.num_workers_per_gpu, world)
     if not world.is_main:
         return
     if not store_path.is_dir():
@@ -113,7 +114,7 @@ def checked_output(config: Config) -> Path:
     return output
 
 
-def describe(config: Config, tokenizer: MaskGitVQ, images: ImageDataset, crops: int, device: torch.device) -> StoreMeta:
+def describe(config: Config, tokenizer: Tokenizer, images: ImageDataset, crops: int, device: torch.device) -> StoreMeta:
     """All that the codes depend on."""
     preprocessing = config.dataset.preprocessing
     settings: dict[str, Any] = {
@@ -128,7 +129,7 @@ def describe(config: Config, tokenizer: MaskGitVQ, images: ImageDataset, crops: 
         codebook_size=tokenizer.codebook_size,
         crops_per_image=crops,
         class_names=images.source.class_names,
-        tokenizer_sha256=weights_sha256(tokenizer),
+        tokenizer_sha256=tokenizer.sha256(),
         source_sha256=images.fingerprint,
         settings=settings,
     )
@@ -153,7 +154,7 @@ def encode(
     blocks: list[range],
     parts: Parts,
     images: ImageDataset,
-    tokenizer: MaskGitVQ,
+    tokenizer: Tokenizer,
     batch_size: int,
     num_workers: int,
     world: World,

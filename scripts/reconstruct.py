@@ -32,18 +32,19 @@ from data.batch_sampler import permutation
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
 from evaluation.reconstruction import ReconstructionMetrics
-from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.tokenizers.registry import load_tokenizer
+from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
 from utils.files.npz import write_npz
 from utils.images import make_grid, to_uint8
+from utils.precision import matmul_precision
 
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
 
 
 def main(config: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.enable_tf32
     tokenizer = load_tokenizer(config).to(device)
     dataset, labels = open_heldout_images(config)
     loader = DataLoader(
@@ -63,7 +64,8 @@ def main(config: Config) -> None:
     for name, chunks in streams.items():
         progress = tqdm(chunks, desc=f"{name}.npz", total=len(loader), unit="batch")
         entries = {"arr_0": (shape, np.uint8, progress), "arr_1": (labels.shape, np.int64, [labels])}
-        write_npz(output_dir / f"{name}.npz", entries)
+        with matmul_precision(config.training.enable_tf32):  # of what `reconstruct` computes as it is read
+            write_npz(output_dir / f"{name}.npz", entries)
     save_grid(output_dir)
     preprocessing, summary = config.dataset.preprocessing, metrics.summary()
     crop = f"ADM centre crop of {preprocessing.crop_size} px, shorter edge {preprocessing.resize_shorter_edge} px"
@@ -93,7 +95,7 @@ def order_by_turns(class_ids: np.ndarray, seed: int) -> np.ndarray:
 
 @torch.inference_mode()
 def reconstruct(
-    tokenizer: MaskGitVQ, loader: DataLoader, metrics: ReconstructionMetrics, uint8_rule: str
+    tokenizer: Tokenizer, loader: DataLoader, metrics: ReconstructionMetrics, uint8_rule: str
 ) -> Iterator[np.ndarray]:
     """Yield batches of reconstructions (B, H, W, 3) uint8; figures go to `metrics`."""
     device = next(tokenizer.parameters()).device

@@ -29,9 +29,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from modeling.rear import ReAR, load_generator
-from modeling.sampling.generate import CodeSampler, image_inputs
+from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_decoder import ImageDecoder
-from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.sampling.image_inputs import class_labels_of, image_inputs
+from modeling.tokenizers.registry import load_tokenizer
+from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, save_config
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import complete_file
@@ -39,6 +41,7 @@ from utils.files.npz import write_npz
 from utils.files.sample_parts import SampleParts
 from utils.files.weights import weights_sha256
 from utils.images import make_grid
+from utils.precision import matmul_precision
 from utils.ranks import join_world
 
 GRID_COLUMNS, GRID_IMAGES = 10, 50
@@ -51,7 +54,6 @@ def main(config: Config) -> None:
     output = Path(config.experiment.output_dir)
     tokenizer = load_tokenizer(config)
     model = load_generator(config.experiment.generator_checkpoint, config.model)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.training.enable_tf32
     parts = SampleParts(
         output.with_name(output.name + ".parts"), config.sampling.num_fid_samples, config.sampling.per_gpu_batch_size
     )
@@ -60,7 +62,8 @@ def main(config: Config) -> None:
     model.to(world.device).eval()
     tokenizer.to(world.device)
     progress = tqdm(missing[world.rank :: world.size], unit="batch", disable=not world.is_main)
-    with PartWriter(parts, output, config.sampling.save_png) as writer:
+    precision = matmul_precision(config.training.enable_tf32)
+    with precision, PartWriter(parts, output, config.sampling.save_png) as writer:
         for block, images in sample_blocks(progress, model, tokenizer, config, notices=world.is_main):
             writer.write(block, images)
     if world.is_main:
@@ -68,7 +71,7 @@ def main(config: Config) -> None:
         pack(parts, output, config)
 
 
-def fingerprint_of(config: Config, model: ReAR, tokenizer: MaskGitVQ, device: torch.device) -> dict[str, Any]:
+def fingerprint_of(config: Config, model: ReAR, tokenizer: Tokenizer, device: torch.device) -> dict[str, Any]:
     """All that the images depend on, by config key."""
     sections = {"model": config.model, "sampling": config.sampling}
     return {
@@ -76,7 +79,7 @@ def fingerprint_of(config: Config, model: ReAR, tokenizer: MaskGitVQ, device: to
         "training.enable_tf32": config.training.enable_tf32,
         "device": device.type,
         "sha256 of experiment.generator_checkpoint": weights_sha256(model),
-        "sha256 of experiment.tokenizer_checkpoint": weights_sha256(tokenizer),
+        "sha256 of experiment.tokenizer_checkpoint": tokenizer.sha256(),
     }
 
 
@@ -89,7 +92,7 @@ def flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def sample_blocks(
-    blocks: Iterator[range], model: ReAR, tokenizer: MaskGitVQ, config: Config, notices: bool
+    blocks: Iterator[range], model: ReAR, tokenizer: Tokenizer, config: Config, notices: bool
 ) -> Iterator[tuple[range, np.ndarray]]:
     """Blocks of indices with their images (B, H, W, 3) uint8; a GPU decodes one beside sampling the next.
 
@@ -160,7 +163,7 @@ def pack(parts: SampleParts, output: Path, config: Config) -> None:
         make_grid(first_images, GRID_COLUMNS).save(partial, format="png")
     with complete_file(output.with_name(output.name + ".yaml")) as partial:
         save_config(config, partial)
-    labels = np.arange(n) % config.model.generator.condition_num_classes
+    labels = class_labels_of(range(n), config.model.generator.condition_num_classes)
     npz = output.with_name(output.name + ".npz")
     images = tqdm(parts.load(), desc=npz.name, total=len(parts.blocks), unit="part")
     write_npz(

@@ -21,33 +21,31 @@ from functools import partial
 
 import torch
 from timm.utils import ModelEmaV3
-from torch import Tensor
 
 from data.training import TrainingBatches, describe_length, open_training_data, passes_done
-from modeling.losses import LossTerms, drop_class_labels, perturb_codes, rear_loss
+from modeling.noise import perturbation_ratio
 from modeling.rear import ReAR, init_from
 from modeling.sampling.sample_grid import save_sample_grid
-from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.tokenizers.registry import load_tokenizer
+from modeling.training_step import num_uniforms, training_step
 from utils.config import Config
 from utils.errors import input_errors_exit
-from utils.files.weights import weights_sha256
 from utils.optim import build_optimizer, set_learning_rate
+from utils.precision import matmul_precision
 from utils.randomness import dropout_seed, sample_uniforms
 from utils.run.sharding import clip_gradients, parallelize
 from utils.run.training_run import EXIT_STATUS, TrainingRun
-from utils.schedules import perturbation_ratio
 
 
 def main(config: Config) -> str:
     """Train until the last step or a stop signal; returns what `status.json` says then."""
     training, experiment = config.training, config.experiment
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.enable_tf32
     tokenizer = load_tokenizer(config)
-    with TrainingRun(config) as run:
+    with TrainingRun(config) as run, matmul_precision(training.enable_tf32):
         world, device = run.world, run.world.device
 
         # Data, model, optimizer
-        dataset = run.open_data(lambda: open_training_data(config, weights_sha256(tokenizer), world.is_main))
+        dataset = run.open_data(lambda: open_training_data(config, tokenizer.sha256(), world.is_main))
         torch.manual_seed(training.seed)
         tokenizer.to(device)
         model = ReAR(config.model).to(device)
@@ -64,6 +62,7 @@ def main(config: Config) -> str:
 
         # The training loop
         parallel.train()
+        width = num_uniforms(model.image_seq_len)
         for step in run.steps():
             lr = set_learning_rate(optimizer, step, config)
             max_ratio = perturbation_ratio(step, config.model.generator)
@@ -71,9 +70,7 @@ def main(config: Config) -> str:
             for micro_step in range(run.micro_steps):
                 batch = next(batches)
                 first = (world.rank * run.micro_steps + micro_step) * training.per_gpu_batch_size  # in the global batch
-                uniforms = sample_uniforms(
-                    training.seed, step, first, training.per_gpu_batch_size, 2 * model.image_seq_len + 2
-                )
+                uniforms = sample_uniforms(training.seed, step, first, training.per_gpu_batch_size, width)
                 torch.manual_seed(dropout_seed(training.seed, step, micro_step, world.rank))
                 with run.accumulating(parallel, micro_step):
                     terms = training_step(parallel, tokenizer, batch, uniforms, max_ratio, config)
@@ -102,35 +99,6 @@ def main(config: Config) -> str:
         if run.finish():
             run.export("ema" if ema else "model")
     return run.status
-
-
-def training_step(
-    model: torch.nn.Module,
-    tokenizer: MaskGitVQ,
-    batch: dict[str, Tensor],
-    uniforms: Tensor,
-    max_ratio: float,
-    config: Config,
-) -> LossTerms:
-    """Noise the context, run the model, compute the loss: one micro-batch of B images.
-
-    Args:
-        batch: `class_labels` (B,) and `codes` (B, N) or `image` (B, 3, H, W), on the model's device.
-        uniforms: (B, 2 N + 2) random numbers of these samples at this step.
-        max_ratio: f(t), largest share of replaced codes.
-    """
-    generator = config.model.generator
-    codes = batch["codes"] if "codes" in batch else tokenizer.encode(batch["image"])  # (B, N)
-    uniforms = uniforms.to(codes.device)
-    codebook_size = config.model.vq_model.codebook_size
-    mask_code = codebook_size if generator.perturb_mode == "mask" else None
-    context, perturbation_mask = perturb_codes(codes, uniforms[:, 1:], max_ratio, codebook_size, mask_code)
-    class_labels = drop_class_labels(
-        batch["class_labels"], uniforms[:, 0], generator.class_label_dropout, generator.condition_num_classes
-    )
-    with torch.autocast(codes.device.type, torch.bfloat16, enabled=config.training.mixed_precision == "bf16"):
-        output = model(context, class_labels)
-    return rear_loss(output, codes, tokenizer.embed(codes), perturbation_mask, generator)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from utils.files.hub import local_file
 from utils.files.weights import load_state_dict, load_strict, save_weights
 from utils.images import make_grid, to_uint8
 from utils.optim import build_optimizer, set_learning_rate
+from utils.precision import matmul_precision
 from utils.randomness import dropout_seed
 from utils.ranks import World
 from utils.run.training_run import EXIT_STATUS, TrainingRun
@@ -54,8 +55,7 @@ GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and one of reconstructions
 def main(config: Config) -> str:
     """Train until the last step or a stop signal; returns what `status.json` says then."""
     training, vq_training = config.training, config.vq_training
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = training.enable_tf32
-    with TrainingRun(config) as run:
+    with TrainingRun(config) as run, matmul_precision(training.enable_tf32):
         world, device = run.world, run.world.device
         if run.micro_steps != 1:
             raise InputError(f"training.gradient_accumulation_steps: found {run.micro_steps} micro-batches, expected 1")

@@ -1,11 +1,15 @@
-"""One position of cached decoding, as a pure function of buffers that stay in place: it can run as a CUDA graph.
+"""One step of decoding with a KV cache: feed the codes at one position, get what predicts the next ones.
 
-`ReAR.forward` restated for a single position, in few operations on plain tensors (one position costs more in launches
-than in arithmetic), so that all layers also share one compiled form. The residual stream, norms, logits and all after
-them are float32; matrix products and cache have the dtype of `DecoderWeights`.
+It is `ReAR.forward` for a single position, written with few operations on plain tensors: at one position, launching
+kernels takes longer than what they compute. A step reads and writes buffers that keep their addresses, so that it can
+be captured as a CUDA graph. The residual stream, norms and logits are float32; matrix products and cache have the dtype
+of `DecoderWeights`.
 
-Legend: B images, N codes per image, S = 2 B or B streams (conditional, then unconditional when guided), D hidden size,
-H heads, d = D / H, L cache length, V codebook size, U classes at most (the null class is one), K positions per bucket.
+With guidance each image is two sequences of the batch: one with its class label, one with the null class.
+
+Legend: B images, N codes per image, S sequences (B; with guidance 2 B, the conditional ones first), D hidden size,
+H heads, d = D / H, L cache length, M width of the MLP, V codebook size, U distinct class labels at most (the null class
+is one), K = BUCKET positions.
 
     position       0     1      2    ...   N
     input          cls   class  x1   ...   xN-1          (the last code is never fed back)
@@ -22,7 +26,9 @@ from torch import Tensor
 
 from modeling.rear import Block, ReAR
 
-BUCKET = 32  # positions whose modulations are computed together and which, in a graph, share a length of attention
+# Consecutive positions that are prepared together: their adaLN modulations are computed at once, and one CUDA graph
+# serves them all, with attention over the positions up to the bucket's end and a mask for those not yet decoded.
+BUCKET = 32
 NORM_EPS = 1e-6
 
 
@@ -42,7 +48,7 @@ class LayerWeights(NamedTuple):
 
 
 class LayerBuffers(NamedTuple):
-    """What steps keep of one block: its cache, and its modulations of the current bucket."""
+    """What steps keep of one block: its KV cache, and its adaLN modulations for the positions of the current bucket."""
 
     keys: Tensor  # (S, H, L, d)
     values: Tensor  # (S, H, L, d)
@@ -81,20 +87,20 @@ class DecodingState:
 
     Args:
         images: B of every batch.
-        guided: with an unconditional stream for each image.
+        guided: with an unconditional sequence for each image.
     """
 
     def __init__(self, weights: DecoderWeights, images: int, guided: bool) -> None:
         model, (hidden_size, device) = weights.model, (weights.positions.shape[1], weights.positions.device)
         self.weights, self.guided = weights, guided
-        streams, steps = 2 * images if guided else images, model.image_seq_len
+        sequences, steps = 2 * images if guided else images, model.image_seq_len
         length = math.ceil((steps + 1) / BUCKET) * BUCKET
         self.max_classes = min(images, model.num_classes) + guided  # U
-        cache = (streams, weights.num_heads, length, hidden_size // weights.num_heads)
+        cache = (sequences, weights.num_heads, length, hidden_size // weights.num_heads)
         table = (BUCKET * self.max_classes, 3, hidden_size)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            # Not empty: what lies beyond the position is masked, but 0 * NaN would still be NaN.
+            # Not torch.empty: later positions have weight 0 in the attention, but 0 * NaN would still be NaN.
             return torch.zeros(shape, dtype=dtype, device=device)
 
         def keys() -> Tensor:  # on a CPU they lie transposed, as the product of `attend` reads them
@@ -107,22 +113,22 @@ class DecodingState:
             for _ in weights.layers
         ]
         self.head = zeros(table[0], 2, hidden_size)  # (K U, 2, D): 1 + scale, shift
-        self.class_rows = zeros(streams, dtype=torch.int64)
-        self.stream_labels = zeros(streams, dtype=torch.int64)
+        self.class_rows = zeros(sequences, dtype=torch.int64)
+        self.sequence_labels = zeros(sequences, dtype=torch.int64)
         self.distinct_labels = zeros(0, dtype=torch.int64)
         self.uniforms = zeros(images, steps)
         self.codes = zeros(images, steps, dtype=torch.int64)
         self.position = zeros(1, dtype=torch.int64)  # of the newest input
-        self.places = torch.arange(length, device=device)
+        self.all_positions = torch.arange(length, device=device)
 
     def begin(self, class_labels: Tensor, uniforms: Tensor) -> None:
-        """Take the class labels (B,) and uniforms (B, N) of the next batch. Here, once per batch, the host waits."""
+        """Take the class labels (B,) and uniforms (B, N) of the next batch. Waits for the GPU, in `unique`."""
         labels = class_labels
         if self.guided:
             labels = torch.cat([labels, torch.full_like(labels, self.weights.model.num_classes)])  # (S,)
         distinct, rows = labels.unique(return_inverse=True)
         self.distinct_labels = distinct.to(self.position.device)
-        self.stream_labels.copy_(labels)
+        self.sequence_labels.copy_(labels)
         self.class_rows.copy_(rows)
         self.uniforms.copy_(uniforms)
         self.position.zero_()
@@ -175,53 +181,53 @@ def after_attention(
     return torch.addcmul(x, gate, F.linear(hidden, weights.fc2_weight, weights.fc2_bias).float())
 
 
-class StepHalves(NamedTuple):
-    """The two halves of a block's step, plain or compiled."""
+class StepFunctions(NamedTuple):
+    """A block's step before and after the attention, plain or compiled."""
 
     before_attention: Callable[..., tuple[Tensor, ...]] = before_attention
     after_attention: Callable[..., Tensor] = after_attention
 
 
-def compiled_halves() -> StepHalves:
-    """Compiled once each for all layers and lengths: neither appears in them."""
-    return StepHalves(torch.compile(before_attention), torch.compile(after_attention))
+def compiled_functions() -> StepFunctions:
+    """Each is compiled once and serves all layers and lengths of attention: its arguments have one shape."""
+    return StepFunctions(torch.compile(before_attention), torch.compile(after_attention))
 
 
-def prefill(state: DecodingState, halves: StepHalves) -> Tensor:
+def prefill(state: DecodingState, functions: StepFunctions) -> Tensor:
     """Feed cls and class and return the head's input (S, D) for the first code."""
-    prefix = state.weights.model.embed_prefix(state.stream_labels) + state.weights.positions[:2]  # (S, 2, D)
-    x_cls, x_class = prefix.transpose(0, 1).contiguous()  # laid out as in later steps: no other compiled form
-    forward_position(state, x_cls, 1, False, halves)
+    prefix = state.weights.model.embed_prefix(state.sequence_labels) + state.weights.positions[:2]  # (S, 2, D)
+    x_cls, x_class = prefix.transpose(0, 1).contiguous()  # strides as in later steps, so that nothing is compiled anew
+    forward_position(state, x_cls, 1, False, functions)
     state.position.add_(1)
-    return forward_position(state, x_class, 2, False, halves)
+    return forward_position(state, x_class, 2, False, functions)
 
 
-def decode_one_token(state: DecodingState, end: int, masked: bool, halves: StepHalves) -> Tensor:
+def decode_one_token(state: DecodingState, end: int, masked: bool, functions: StepFunctions) -> Tensor:
     """Feed the newest codes, which stand at `state.position`, and return the head's input (S, D) for the next ones.
 
     Args:
         end: length of the attention, at least position + 1.
-        masked: leave out what lies between position and `end`; False where nothing does.
+        masked: mask the positions after the current one; not needed where `end` is position + 1.
     """
     codes = state.codes.index_select(1, state.position - 2)[:, 0]  # (B,)
     x = state.weights.model.embeddings(codes) + state.weights.positions.index_select(0, state.position)  # (B, D)
-    return forward_position(state, torch.cat([x, x]) if state.guided else x, end, masked, halves)
+    return forward_position(state, torch.cat([x, x]) if state.guided else x, end, masked, functions)
 
 
-def forward_position(state: DecodingState, x: Tensor, end: int, masked: bool, halves: StepHalves) -> Tensor:
-    """The head's input (S, D) of input x (S, D) at `state.position`, attending to the first `end` places."""
+def forward_position(state: DecodingState, x: Tensor, end: int, masked: bool, functions: StepFunctions) -> Tensor:
+    """The head's input (S, D) of input x (S, D) at `state.position`, attending to the first `end` positions."""
     position = state.position
     rows = state.class_rows + position % BUCKET * state.max_classes  # (S,)
     mask = None
     if masked:  # (1, 1, 1, end)
         mask = torch.zeros(1, 1, 1, end, dtype=state.weights.dtype, device=x.device)
-        mask = mask.masked_fill(state.places[:end] > position, -math.inf)
+        mask = mask.masked_fill(state.all_positions[:end] > position, -math.inf)
     for weights, buffers in zip(state.weights.layers, state.layers, strict=True):
-        q, k, v, gate = halves.before_attention(x, rows, weights, buffers)
-        buffers.keys.index_copy_(2, position, k)  # not in a compiled half: the compiler may copy the cache for it
+        q, k, v, gate = functions.before_attention(x, rows, weights, buffers)
+        buffers.keys.index_copy_(2, position, k)  # outside the compiled functions, which might copy the cache
         buffers.values.index_copy_(2, position, v)
         attended = attend(q, buffers.keys[:, :, :end], buffers.values[:, :, :end], mask)
-        x = halves.after_attention(x, attended, gate, rows, weights, buffers)
+        x = functions.after_attention(x, attended, gate, rows, weights, buffers)
     scale, shift = state.head.index_select(0, rows).unbind(1)
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), scale)
 

@@ -1,11 +1,11 @@
-"""Sampling codes: power-cosine guidance, choice by uniforms, and the loop over the codes of a batch of images.
+"""Sampling codes: power-cosine guidance, top-k and top-p, and the loop over the codes of a batch of images.
 
-Legend: B images, N codes per image, S = 2 B or B streams (conditional, then unconditional when guided),
-V codebook size.
+Legend: B images, N codes per image, S sequences (B; with guidance 2 B, the conditional ones first), D hidden size,
+V codebook size, H x W pixels.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -16,15 +16,15 @@ from modeling.sampling.decoding import (
     BUCKET,
     DecoderWeights,
     DecodingState,
-    StepHalves,
-    compiled_halves,
+    StepFunctions,
+    compiled_functions,
     decode_one_token,
     prefill,
 )
 from modeling.sampling.image_decoder import ImageDecoder
+from modeling.sampling.image_inputs import image_inputs
 from modeling.sampling.step_graph import StepGraphs
-from modeling.tokenizers.maskgit_vq import MaskGitVQ
-from utils.randomness import image_uniforms
+from modeling.tokenizers.tokenizer import Tokenizer
 from utils.schema import Config, GeneratorConfig
 
 
@@ -38,7 +38,7 @@ def guidance_schedule(guidance_scale: float, guidance_scale_pow: float, steps: i
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance on logits, or what they depend on linearly, of any equal shape."""
+    """Classifier-free guidance on two equally shaped tensors of logits, or of what logits depend on linearly."""
     return uncond + scale * (cond - uncond)
 
 
@@ -71,9 +71,10 @@ def sample_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def choose_codes(hidden: Tensor, state: DecodingState, scales: Tensor, config: GeneratorConfig) -> None:
-    """Choose the next codes from the head's input (S, D): they enter `state.codes`, the position moves on to them.
+    """Sample the next codes from the head's input (S, D) into `state.codes` and advance `state.position` to them.
 
-    Guidance is linear and so is the head: guided before it, the head runs on half of the rows.
+    Guidance is applied to the head's input instead of the logits. Both are linear, so the result is the same, and the
+    head runs on B rows instead of 2 B.
     """
     k = state.position - 1  # (1,) which code
     if state.guided:
@@ -112,7 +113,7 @@ class CodeSampler:
         scales = guidance_schedule(config.guidance_scale, config.guidance_scale_pow, self.steps)
         self.scales = torch.tensor(scales, device=self.device)  # (N,)
         self.state: DecodingState | None = None
-        self.halves, self.graphs = StepHalves(), None
+        self.functions, self.graphs = StepFunctions(), None
 
     @torch.inference_mode()
     def __call__(self, class_labels: Tensor, uniforms: Tensor, on_step: Callable[[], object] = lambda: None) -> Tensor:
@@ -122,7 +123,7 @@ class CodeSampler:
             class_labels: (B,) int64, on any device as the uniforms.
             uniforms: (B, N) random numbers, one row per image (`utils.randomness.image_uniforms`): an image depends
                 on its own row only, not on the batch it is in.
-            on_step: called after each code, for a progress bar.
+            on_step: called after each position, for a progress bar.
 
         Returns:
             (B, N) int64 codes; a GPU may still be at work on them.
@@ -132,7 +133,7 @@ class CodeSampler:
         state = self.state
         state.begin(class_labels, uniforms)
         state.fill_modulations(0)
-        choose_codes(prefill(state, self.halves), state, self.scales, self.config)
+        choose_codes(prefill(state, self.functions), state, self.scales, self.config)
         on_step()
         for position in range(2, self.steps + 1):
             if position % BUCKET == 0:
@@ -145,7 +146,7 @@ class CodeSampler:
         return state.codes.clone()
 
     def _step(self, end: int, masked: bool) -> None:
-        hidden = decode_one_token(self.state, end, masked, self.halves)
+        hidden = decode_one_token(self.state, end, masked, self.functions)
         choose_codes(hidden, self.state, self.scales, self.config)
 
     def _prepare(self, images: int) -> None:
@@ -155,14 +156,14 @@ class CodeSampler:
         if not compiles(self.compile_mode, self.device):
             return
         try:
-            self.halves = compiled_halves()
+            self.functions = compiled_functions()
             self._warm_up()
         except Exception as error:  # compilers, kernels and captures raise errors of many kinds
             if self.compile_mode == "on":
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self.notice(f"sampling.compile=auto: the step runs without a graph, since compiling it failed: {reason}")
-            self.compile_mode, self.halves, self.graphs = "off", StepHalves(), None
+            self.compile_mode, self.functions, self.graphs = "off", StepFunctions(), None
 
     def _warm_up(self) -> None:
         ends = sorted({bucket_end(position) for position in range(2, self.steps + 1)})
@@ -181,17 +182,17 @@ def compiles(compile_mode: str, device: torch.device) -> bool:
 
 
 def bucket_end(position: int) -> int:
-    """Length of the attention of a graph's step: that of the position's whole bucket."""
+    """Positions that a CUDA graph's step attends to: up to the end of the bucket that holds `position`."""
     return (position // BUCKET + 1) * BUCKET
 
 
 def generate(model: ReAR, class_labels: Tensor, uniforms: Tensor, config: GeneratorConfig) -> Tensor:
-    """Codes (B, N) of one batch in float32, launched one by one; arguments as in `CodeSampler`."""
+    """Codes (B, N) of one batch in float32, not compiled; arguments as in `CodeSampler`."""
     return CodeSampler(model, config)(class_labels, uniforms)
 
 
-def generate_images(model: ReAR, tokenizer: MaskGitVQ, indices: list[int], config: Config) -> np.ndarray:
-    """The images with these indices, in float32; image i has class i mod C and its own random numbers.
+def generate_images(model: ReAR, tokenizer: Tokenizer, indices: list[int], config: Config) -> np.ndarray:
+    """The images with these indices, in float32; see `image_inputs` for what they depend on.
 
     Returns:
         (len(indices), H, W, 3) uint8.
@@ -200,8 +201,3 @@ def generate_images(model: ReAR, tokenizer: MaskGitVQ, indices: list[int], confi
     codes = generate(model, class_labels, uniforms, config.model.generator)
     decoder = ImageDecoder(tokenizer, config.sampling.uint8_rule)
     return decoder.finish(decoder.start(codes))
-
-
-def image_inputs(indices: Sequence[int], model: ReAR, seed: int) -> tuple[Tensor, Tensor]:
-    """Class labels (B,) int64 and uniforms (B, N) of the images with these indices, on the CPU."""
-    return torch.tensor(indices) % model.num_classes, image_uniforms(seed, list(indices), model.image_seq_len)

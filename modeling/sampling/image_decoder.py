@@ -1,21 +1,18 @@
-"""From sampled codes to bytes: the tokenizer's decoder, as fast as the device allows.
+"""From sampled codes to images of bytes with the tokenizer's fast decoder, on a GPU beside the sampling.
 
 Legend: B images, N codes per image, H x W pixels.
 """
 
-import copy
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from modeling.tokenizers.maskgit_vq import MaskGitVQ, fold_upsampling
+from modeling.tokenizers.tokenizer import Tokenizer
 from utils.images import to_byte_tensor
 
 MEMORY_SHARE = 0.2  # of the GPU's memory, for the decoder's activations
-LIVE_ACTIVATIONS = 6  # tensors of the size of the widest full-resolution one that exist at a time, at most
 
 
 @dataclass
@@ -35,10 +32,10 @@ class PendingImages:
 
 
 class ImageDecoder:
-    """Decodes batches of codes, on CUDA on a stream of its own beside what samples the next codes.
+    """Decodes batches of codes; on CUDA in a stream of its own, while the next codes are sampled.
 
-    On a CPU image by image in float32: the rounding of a convolution depends on the batch size, and truncation to bytes
-    shows it. For the same reason the chunks on a GPU depend on its total memory, not on what happens to be free.
+    The rounding of a convolution depends on the batch size, and truncation to bytes makes that visible. So on a CPU
+    images are decoded one by one, and on a GPU in chunks whose size depends on its total memory, not on what is free.
 
     Args:
         uint8_rule: `sampling.uint8_rule`.
@@ -46,19 +43,18 @@ class ImageDecoder:
             in float32.
     """
 
-    def __init__(self, tokenizer: MaskGitVQ, uint8_rule: str, dtype: torch.dtype = torch.float32) -> None:
-        self.tokenizer, self.uint8_rule, self.dtype = tokenizer, uint8_rule, dtype
-        device = tokenizer.quantize.embedding.weight.device
-        self.exact = fold_upsampling(tokenizer.decoder)
+    def __init__(self, tokenizer: Tokenizer, uint8_rule: str, dtype: torch.dtype = torch.float32) -> None:
+        self.uint8_rule = uint8_rule
+        device = next(tokenizer.parameters()).device
+        self.exact = tokenizer.fast_decoder()
         self.decoder = self.exact
         self.stream, self.chunk_size = None, 1
         if dtype != torch.float32:
-            self.decoder = copy.deepcopy(self.exact).to(dtype)
+            self.decoder = tokenizer.fast_decoder().to(dtype)
         if device.type == "cuda":
             self.decoder = self.decoder.to(memory_format=torch.channels_last)
             self.stream = torch.cuda.Stream()
-            width = self.exact.norm_out.num_channels
-            image_bytes = LIVE_ACTIVATIONS * width * tokenizer.resolution**2 * dtype.itemsize
+            image_bytes = tokenizer.decoder_activations * dtype.itemsize
             memory = torch.cuda.get_device_properties(device).total_memory
             self.chunk_size = max(1, int(MEMORY_SHARE * memory / image_bytes))
 
@@ -86,11 +82,9 @@ class ImageDecoder:
 
     def _decode(self, codes: Tensor, decoder: torch.nn.Module) -> tuple[Tensor, Tensor]:
         """Bytes (B, H, W, 3) on the codes' device, and whether all values were finite."""
-        dtype = next(decoder.parameters()).dtype
         parts, finite = [], []
         for chunk in codes.split(self.chunk_size):
-            vectors = rearrange(self.tokenizer.embed(chunk), "b (h w) z -> b z h w", h=self.tokenizer.grid_size)
-            images = decoder(vectors.to(dtype))  # (b, 3, H, W)
+            images = decoder(chunk)  # (b, 3, H, W)
             finite.append(images.isfinite().all())
             parts.append(to_byte_tensor(images, self.uint8_rule))
         return torch.cat(parts), torch.stack(finite).all()

@@ -1,4 +1,4 @@
-"""A picture of what a model has learned so far."""
+"""The grid of samples that training saves from time to time."""
 
 from pathlib import Path
 
@@ -6,17 +6,19 @@ from PIL import Image
 
 from modeling.rear import ReAR
 from modeling.sampling.generate import generate_images
-from modeling.tokenizers.maskgit_vq import MaskGitVQ
+from modeling.sampling.image_inputs import indices_of_class
+from modeling.tokenizers.tokenizer import Tokenizer
 from utils.images import make_grid
 from utils.schema import Config
 
 GRID_CLASSES, GRID_ROWS = 10, 4
 
 
-def save_sample_grid(model: ReAR, tokenizer: MaskGitVQ, config: Config, step: int) -> Image.Image:
+def save_sample_grid(model: ReAR, tokenizer: Tokenizer, config: Config, step: int) -> Image.Image:
     """A column of samples for each of the first classes; always the same classes and random numbers."""
     columns = min(GRID_CLASSES, model.num_classes)
-    indices = [row * model.num_classes + label for row in range(GRID_ROWS) for label in range(columns)]
+    by_class = [indices_of_class(class_label, GRID_ROWS, model.num_classes) for class_label in range(columns)]
+    indices = [by_class[column][row] for row in range(GRID_ROWS) for column in range(columns)]
     was_training = model.training
     grid = make_grid(generate_images(model.eval(), tokenizer, indices, config), columns)
     model.train(was_training)

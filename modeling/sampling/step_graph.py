@@ -1,4 +1,4 @@
-"""The decode step as CUDA graphs: one launch per step instead of some hundred."""
+"""The decoding step as CUDA graphs: one launch per step instead of several hundred."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,13 @@ import torch
 
 
 class StepGraphs:
-    """One graph for each length of attention; all share their memory, since one runs at a time.
+    """One graph for each length of attention; they share memory, since only one runs at a time.
 
     Args:
-        step: the step with attention over this many places; it reads and writes buffers that stay in place and never
-            waits for the GPU.
-        reset: makes the buffers valid for any step, whatever ran before.
-        ends: the lengths.
+        step: the step with attention over the given number of positions; it reads and writes buffers that keep their
+            addresses, and never waits for the GPU.
+        reset: sets the buffers to values with which a step can run.
+        ends: the lengths of attention, ascending.
 
     Raises:
         RuntimeError: an operation of the step cannot be captured.
@@ -21,9 +21,7 @@ class StepGraphs:
     def __init__(self, step: Callable[[int], None], reset: Callable[[], None], ends: list[int]) -> None:
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
-        with torch.cuda.stream(
-            side
-        ):  # libraries and compiled kernels load at their first run, which must not be captured
+        with torch.cuda.stream(side):  # the first run loads libraries and kernels, which must not be captured
             for end in ends:
                 reset()
                 step(end)

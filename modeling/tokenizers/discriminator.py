@@ -12,7 +12,7 @@ HEAD_WIDTH = 64
 
 
 class FeatureDiscriminator(nn.Module):
-    """One head per feature map; its output judges each place of the map."""
+    """One head per feature map; its output judges each position of the map."""
 
     def __init__(self, feature_channels: list[int]) -> None:
         super().__init__()

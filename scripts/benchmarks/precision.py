@@ -13,7 +13,7 @@ from torch import Tensor
 
 from data.codes.token_store import open_tokens
 from modeling.rear import ReAR, load_generator
-from modeling.sampling.decoding import BUCKET, DecoderWeights, DecodingState, StepHalves, decode_one_token, prefill
+from modeling.sampling.decoding import BUCKET, DecoderWeights, DecodingState, StepFunctions, decode_one_token, prefill
 from scripts.benchmarks.measure import device
 from utils.config import Config, load_config
 from utils.errors import InputError
@@ -77,10 +77,10 @@ def teacher_forced(model: ReAR, class_labels: Tensor, codes: Tensor, dtype: torc
     state.begin(class_labels, torch.zeros(codes.shape))
     state.codes.copy_(codes)
     state.fill_modulations(0)
-    hidden = [prefill(state, StepHalves())]
+    hidden = [prefill(state, StepFunctions())]
     for position in range(2, codes.shape[1] + 1):
         if position % BUCKET == 0:
             state.fill_modulations(position)
         state.position.add_(1)
-        hidden.append(decode_one_token(state, position + 1, False, StepHalves()))
+        hidden.append(decode_one_token(state, position + 1, False, StepFunctions()))
     return model.lm_head(torch.stack(hidden, dim=1))

@@ -17,14 +17,16 @@ import torch
 from torch import nn
 
 from modeling.rear import ReAR
-from modeling.sampling.generate import CodeSampler, image_inputs
-from modeling.tokenizers.maskgit_vq import MaskGitVQ
+from modeling.sampling.generate import CodeSampler
+from modeling.sampling.image_inputs import image_inputs
+from modeling.tokenizers.registry import build_tokenizer
 from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
 from scripts.sample_imagenet_rear import PartWriter, pack, sample_blocks
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.sample_parts import SampleParts
+from utils.precision import matmul_precision
 from utils.schema import Config, GeneratorConfig, ModelConfig
 
 GATE_IMAGES = 4
@@ -47,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--end-to-end", type=int, default=0, metavar="IMAGES", help="also sample so many into an npz")
 
 
+@matmul_precision(tf32=True)
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure all settings; the figures are those of the last one, all are under `settings`."""
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     limits = ceilings()
     print(f"ceilings: {limits['flops'] / 1e12:.3g} TFLOP/s (matrix product), {limits['bytes'] / 1e9:.3g} GB/s (copy)")
     settings = []
@@ -91,19 +93,18 @@ def random_model(arguments: argparse.Namespace, tokens: int) -> tuple[ReAR, Gene
     return model, config
 
 
+@matmul_precision(tf32=False)
 def check_equal(model: ReAR, config: GeneratorConfig, compile_mode: str) -> None:
     """
     Raises:
         InputError: other codes than a baseline's.
     """
-    torch.backends.cuda.matmul.allow_tf32 = False
     labels, uniforms = (values.to(device()) for values in image_inputs(range(GATE_IMAGES), model, seed=0))
     codes = CodeSampler(model, config, compile_mode=compile_mode)(labels, uniforms)
     for name, baseline in BASELINES.items():
         differing = (baseline(model, labels, uniforms, config) != codes).sum().item()
         if differing:
             raise InputError(f"gate: {differing} of {codes.numel()} codes differ from {name}, expected 0")
-    torch.backends.cuda.matmul.allow_tf32 = True
 
 
 def default_sampler(model: ReAR, config: GeneratorConfig, compile_mode: str) -> CodeSampler:
@@ -193,7 +194,7 @@ def end_to_end(model: ReAR, config: GeneratorConfig, batch: int, arguments: argp
         sampling = replace(defaults.sampling, num_fid_samples=images, per_gpu_batch_size=batch)
         vq_model = replace(defaults.model.vq_model, resolution=16 * round(config.image_seq_len**0.5))
         full: Config = replace(defaults, sampling=sampling, model=replace(defaults.model, generator=config))
-        tokenizer = MaskGitVQ(vq_model).to(device()).eval().requires_grad_(False)
+        tokenizer = build_tokenizer(vq_model).to(device()).eval().requires_grad_(False)
         parts = SampleParts(output.with_name("samples.parts"), images, batch)
         parts.claim({})
         first_second: list[float] = []

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from modeling.losses import rear_loss
 from modeling.rear import ReAR
-from modeling.sampling.decoding import BUCKET, DecoderWeights, DecodingState, StepHalves, decode_one_token, prefill
+from modeling.sampling.decoding import BUCKET, DecoderWeights, DecodingState, StepFunctions, decode_one_token, prefill
 from modeling.sampling.generate import guidance_schedule, guide
 from utils.schema import ModelConfig
 
@@ -48,9 +48,9 @@ def test_noisy_forward_and_losses(model: ReAR, config: ModelConfig, expected: di
     close(output.encode_z, expected["encode_z_noisy"][:, 2:])
     close(output.decode_z, expected["decode_z_noisy"][:, 1:-1])
     terms = rear_loss(output, expected["ids"], expected["features"], expected["perturb_mask"], config.generator)
-    close(terms.ar_loss, expected["ar_loss_noisy"].squeeze())
-    close(terms.proj_loss, expected["proj_loss_noisy"].squeeze())
-    close(terms.correct_tokens, expected["correct_noisy"].squeeze())
+    close(terms.metrics["train/ar_loss"], expected["ar_loss_noisy"].squeeze())
+    close(terms.metrics["train/proj_loss"], expected["proj_loss_noisy"].squeeze())
+    close(terms.metrics["train/correct_tokens"], expected["correct_noisy"].squeeze())
 
 
 def test_clean_forward_and_losses(model: ReAR, config: ModelConfig, expected: dict) -> None:
@@ -58,8 +58,8 @@ def test_clean_forward_and_losses(model: ReAR, config: ModelConfig, expected: di
     close(output.logits, expected["logits_clean"][:, :-1])
     nothing = torch.zeros_like(expected["perturb_mask"])
     terms = rear_loss(output, expected["ids"], expected["features"], nothing, config.generator)
-    close(terms.ar_loss, expected["ar_loss_clean"].squeeze())
-    close(terms.proj_loss, expected["proj_loss_clean"].squeeze())
+    close(terms.metrics["train/ar_loss"], expected["ar_loss_clean"].squeeze())
+    close(terms.metrics["train/proj_loss"], expected["proj_loss_clean"].squeeze())
 
 
 def test_gradient_norms(model: ReAR, config: ModelConfig, expected: dict) -> None:
@@ -86,7 +86,9 @@ def test_cached_and_guided_logits(model: ReAR, expected: dict) -> None:
         for k in range(steps):
             if (k + 1) % BUCKET == 0 or k == 0:
                 state.fill_modulations(0 if k == 0 else k + 1)
-            hidden = prefill(state, StepHalves()) if k == 0 else decode_one_token(state, k + 2, False, StepHalves())
+            hidden = (
+                prefill(state, StepFunctions()) if k == 0 else decode_one_token(state, k + 2, False, StepFunctions())
+            )
             state.position.add_(1)
             cond, uncond = model.lm_head(hidden).chunk(2)
             close(cond, expected["cond_logits"][:, k])

@@ -9,7 +9,7 @@ from PIL import Image
 
 from data.codes.code_statistics import CodeStatistics
 from data.codes.token_writer import StoreMeta, TokenStoreWriter
-from modeling.tokenizers.maskgit_vq import load_tokenizer
+from modeling.tokenizers.registry import load_tokenizer
 from scripts import inspect_codes
 from utils.config import load_config
 from utils.errors import InputError

@@ -16,7 +16,7 @@ from PIL import Image
 from data.codes.token_store import TokenStore, open_tokens
 from data.images.reading import open_images
 from data.images.transforms import ten_crop
-from modeling.tokenizers.maskgit_vq import load_tokenizer
+from modeling.tokenizers.registry import load_tokenizer
 from scripts import pretokenize
 from utils.config import load_config
 from utils.errors import InputError

@@ -13,9 +13,6 @@ import torch
 from safetensors.torch import load_file
 
 from data.codes.token_writer import StoreMeta, TokenStoreWriter
-from modeling.losses import alignment_loss, next_token_loss, perturb_codes
-from modeling.rear import ReAROutput
-from modeling.tokenizers.maskgit_vq import load_tokenizer
 from scripts import train_rear
 from utils.config import Config, load_config
 from utils.errors import InputError
@@ -72,29 +69,6 @@ def test_training_learns_and_writes_its_run_folder(tiny_arguments: list[str], tm
     assert names >= {"checkpoint-30", "model.safetensors"}
     assert len(list((tmp_path / "run/train_generated_images").iterdir())) == 2
     assert load_config([f"config={tmp_path / 'run/config.yaml'}"]).training.max_train_steps == 30
-
-
-def test_a_training_step_noises_the_context_and_keeps_targets_and_embeddings_clean(tiny_arguments: list[str]) -> None:
-    config = config_of(tiny_arguments, Path("unused"), "model.generator.class_label_dropout=0.5")
-    tokenizer = load_tokenizer(config)
-    generator = torch.Generator().manual_seed(0)
-    codes, labels = torch.randint(24, (6, 16), generator=generator), torch.arange(6) % 5
-    logits, z = torch.randn(6, 16, 24, generator=generator), torch.randn(6, 16, 8, generator=generator)
-    uniforms = torch.rand(6, 34, generator=generator)
-    fed = []
-
-    def model(context: torch.Tensor, class_labels: torch.Tensor) -> ReAROutput:
-        fed.extend([context, class_labels])
-        return ReAROutput(logits, z, -z)
-
-    terms = train_rear.training_step(model, tokenizer, {"codes": codes, "class_labels": labels}, uniforms, 0.9, config)
-    context, mask = perturb_codes(codes, uniforms[:, 1:], 0.9, 24)
-    assert torch.equal(fed[0], context)
-    assert 0.1 < (context != codes).float().mean() < 0.9
-    assert torch.equal(fed[1], torch.where(uniforms[:, 0] < 0.5, 5, labels))
-    assert torch.equal(terms.ar_loss, next_token_loss(logits, codes))
-    vectors = tokenizer.embed(codes)
-    assert torch.equal(terms.proj_loss, alignment_loss(z, vectors, mask) + alignment_loss(-z, vectors))
 
 
 def test_plain_ar_has_the_cross_entropy_as_its_loss(tiny_arguments: list[str], tmp_path: Path) -> None:

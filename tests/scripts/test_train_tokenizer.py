@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer
+from modeling.tokenizers.maskgit_vq import MaskGitVQ
+from modeling.tokenizers.registry import load_tokenizer
 from scripts import train_tokenizer
 from utils.config import load_config
 from utils.errors import InputError

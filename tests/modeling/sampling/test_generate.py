@@ -113,7 +113,7 @@ def test_auto_falls_back_with_one_line(
         raise RuntimeError("no compiler here\nand a second line")
 
     monkeypatch.setattr(generate_module, "compiles", lambda compile_mode, device: compile_mode != "off")
-    monkeypatch.setattr(generate_module, "compiled_halves", refuse)
+    monkeypatch.setattr(generate_module, "compiled_functions", refuse)
     labels, uniforms, notices = torch.tensor([0, 1]), image_uniforms(0, [0, 1], 16), []
     sample = CodeSampler(tiny_model, tiny_config.generator, compile_mode="auto", notice=notices.append)
     for _ in range(2):
@@ -137,7 +137,7 @@ def test_what_is_compiled_where() -> None:
     shutil.which("g++") is None or importlib.util.find_spec("torch._inductor") is None, reason="needs a C++ compiler"
 )
 def test_compiled_on_cpu(tiny_config: ModelConfig) -> None:
-    """Both halves are compiled once, not once per layer."""
+    """Both functions are compiled once, not once per layer."""
     model, config = random_model(32, 3, 4, 40)
     labels, uniforms = torch.tensor([0, 1, 1]), image_uniforms(0, [0, 1, 2], 40)
     torch._dynamo.reset()

@@ -1,0 +1,26 @@
+"""What sampling starts from: image i of all images that a seed gives has a class and random numbers of its own."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeling.rear import ReAR
+from utils.randomness import image_uniforms
+
+
+def class_labels_of(indices: Sequence[int], num_classes: int) -> np.ndarray:
+    """Class labels (B,) int64 of images: i mod C, so that classes take turns and no part of the images lacks one."""
+    return np.asarray(indices, np.int64) % num_classes
+
+
+def indices_of_class(class_label: int, count: int, num_classes: int) -> list[int]:
+    """The first `count` images of a class."""
+    return [class_label + i * num_classes for i in range(count)]
+
+
+def image_inputs(indices: Sequence[int], model: ReAR, seed: int) -> tuple[Tensor, Tensor]:
+    """Class labels (B,) int64 and uniforms (B, N) of the images with these indices, on the CPU."""
+    class_labels = torch.from_numpy(class_labels_of(indices, model.num_classes))
+    return class_labels, image_uniforms(seed, list(indices), model.image_seq_len)

@@ -1,0 +1,155 @@
+"""Encoder and decoder of the MaskGIT-VQ tokenizer: convolutions and group norms, no attention.
+
+The modules' names are the keys of the published weights and never change (modeling/tokenizers/maskgit_vq.py).
+
+Legend: B images, H x W pixels, L levels (each but the last halves the size), h = H / 2^(L-1), w likewise,
+Z width of a codebook vector.
+"""
+
+import copy
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.schema import VQModelConfig
+
+MAX_GROUPS, MIN_GROUP_WIDTH = 32, 4  # of the group norms
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups as published (narrowest level: 128 channels); fewer in narrow levels, where a group would otherwise
+    hold under four channels and the norm would erase what each of them carries."""
+    return nn.GroupNorm(math.gcd(MAX_GROUPS, channels // MIN_GROUP_WIDTH), channels, eps=1e-6)
+
+
+def conv3x3(in_channels: int, out_channels: int, bias: bool) -> nn.Conv2d:
+    # TF's "SAME" is one pixel on each side at stride 1.
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+
+
+class ResBlock(nn.Module):
+    """Pre-norm residual block, (B, in, H, W) -> (B, out, H, W).
+
+    Quirk of the published weights: where the width changes, the 1x1 shortcut reads the output of the second
+    convolution, not the block's input, so that such a block is not residual at all.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = conv3x3(in_channels, out_channels, bias=False)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = conv3x3(out_channels, out_channels, bias=False)
+        self.nin_shortcut = nn.Identity()
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(out_channels, out_channels, kernel_size=1, bias=False)
+        self.changes_width = in_channels != out_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(F.silu(self.norm2(y)))
+        return y + self.nin_shortcut(y if self.changes_width else x)
+
+
+def res_blocks(in_channels: int, out_channels: int, count: int) -> nn.ModuleList:
+    return nn.ModuleList([ResBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(count)])
+
+
+class DownLevel(nn.Module):
+    """Residual blocks, then 2x2 average pooling except in the last level."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, downsample: bool) -> None:
+        super().__init__()
+        self.block = res_blocks(in_channels, out_channels, num_res_blocks)
+        self.downsample = downsample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        return F.avg_pool2d(x, kernel_size=2) if self.downsample else x
+
+
+class UpLevel(nn.Module):
+    """Residual blocks, then nearest x2 and a convolution except in the first level (which runs last)."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, upsample: bool) -> None:
+        super().__init__()
+        self.block = res_blocks(in_channels, out_channels, num_res_blocks)
+        self.upsample_conv = conv3x3(out_channels, out_channels, bias=True) if upsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x)
+        if self.upsample_conv is None:
+            return x
+        if isinstance(self.upsample_conv, nn.ConvTranspose2d):  # put there by `fold_upsampling`
+            return self.upsample_conv(x)
+        return self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) in [0, 1] -> features (B, Z, h, w)."""
+
+    def __init__(self, config: VQModelConfig) -> None:
+        super().__init__()
+        widths = [config.hidden_channels * multiple for multiple in config.channel_mult]
+        inputs, last = [config.hidden_channels] + widths[:-1], len(widths) - 1
+        self.conv_in = conv3x3(3, config.hidden_channels, bias=False)
+        self.down = nn.ModuleList(
+            [DownLevel(inputs[i], widths[i], config.num_res_blocks, downsample=i < last) for i in range(len(widths))]
+        )
+        self.mid = res_blocks(widths[-1], widths[-1], config.num_res_blocks)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.token_size, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for level in [*self.down, *self.mid]:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """Codebook vectors (B, Z, h, w) -> images (B, 3, H, W), not clamped."""
+
+    def __init__(self, config: VQModelConfig) -> None:
+        super().__init__()
+        widths = [config.hidden_channels * multiple for multiple in config.channel_mult]
+        inputs = widths[1:] + widths[-1:]
+        self.conv_in = conv3x3(config.token_size, widths[-1], bias=True)
+        self.mid = res_blocks(widths[-1], widths[-1], config.num_res_blocks)
+        self.up = nn.ModuleList(  # up[i] belongs to down[i]: the list runs backwards
+            [UpLevel(inputs[i], widths[i], config.num_res_blocks, upsample=i > 0) for i in range(len(widths))]
+        )
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = conv3x3(widths[0], 3, bias=True)
+
+    def forward(self, z: Tensor) -> Tensor:
+        z = self.conv_in(z)
+        for level in [*self.mid, *reversed(self.up)]:
+            z = level(z)
+        return self.conv_out(F.silu(self.norm_out(z)))
+
+
+def fold_upsampling(decoder: Decoder) -> Decoder:
+    """A copy for decoding only, in which nearest x2 and the 3x3 convolution after it are one operation.
+
+    A 3x3 convolution of doubled pixels is a transposed 4x4 convolution of stride 2 (in other words, four 2x2
+    convolutions whose results interleave): the same function with 4/9 of the products. The copy has other state-dict
+    keys' shapes and is not meant to be saved.
+    """
+    decoder = copy.deepcopy(decoder)
+    for level in decoder.up:
+        if level.upsample_conv is None:
+            continue
+        weight = level.upsample_conv.weight  # (out, in, 3, 3)
+        folded = weight.new_zeros(*weight.shape[:2], 4, 4)
+        for row in (0, 1):
+            for column in (0, 1):  # the four copies of a pixel
+                folded[:, :, row : row + 3, column : column + 3] += weight.detach()
+        transposed = nn.ConvTranspose2d(*weight.shape[1::-1], kernel_size=4, stride=2, padding=1)
+        transposed.weight = nn.Parameter(folded.flip(2, 3).transpose(0, 1).contiguous(), requires_grad=False)
+        transposed.bias = nn.Parameter(level.upsample_conv.bias.detach().clone(), requires_grad=False)
+        level.upsample_conv = transposed
+    return decoder

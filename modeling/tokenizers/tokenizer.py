@@ -1,0 +1,132 @@
+"""What every tokenizer offers, whatever its network: images to codes, codes to codebook vectors, codes to images.
+
+Scripts and sampling know this class only; `modeling/tokenizers/registry.py` chooses the one that a config names.
+
+Legend: B images, H = W pixels, N codes per image, V codebook size, Z width of a codebook vector.
+"""
+
+import copy
+import math
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from utils.files.weights import weights_sha256
+from utils.schema import VQModelConfig
+
+
+class Tokenizer(nn.Module, ABC):
+    """Images in [0, 1] <-> codes; a network that works in another range converts inside.
+
+    A new tokenizer implements the abstract methods below and enters the table of registry.py; it overrides
+    `fast_decoder` where it has a faster form.
+
+    Attributes:
+        codebook_size: V; codebook_dim: Z.
+        code_shape: (rows, columns) of a grid whose codes stand in raster order, or (N,) of codes without a grid.
+        resolution: H = W in pixels.
+    """
+
+    codebook_size: int
+    codebook_dim: int
+    code_shape: tuple[int, ...]
+    resolution: int
+
+    def __init__(self, config: VQModelConfig) -> None:
+        """
+        Raises:
+            InputError: sizes that do not fit together.
+        """
+        super().__init__()
+        self.codebook_size, self.codebook_dim = config.codebook_size, config.token_size
+        self.resolution, self.code_shape = config.resolution, self.code_shape_of(config)
+
+    @classmethod
+    @abstractmethod
+    def code_shape_of(cls, config: VQModelConfig) -> tuple[int, ...]:
+        """`code_shape` of a tokenizer of these sizes, without building it.
+
+        Raises:
+            InputError: sizes that do not fit together.
+        """
+
+    @classmethod
+    @abstractmethod
+    def sizes_of(cls, state: dict[str, Tensor]) -> VQModelConfig:
+        """Sizes of the tokenizer with this state dict; what is not in it (such as the resolution) stays default.
+
+        Raises:
+            InputError: keys of another model.
+        """
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """Features (B, N, Z) of images as `encode` takes them, before they become codes."""
+
+    @abstractmethod
+    def look_up(self, features: Tensor) -> Tensor:
+        """Codes (B, N) int64 of features (B, N, Z)."""
+
+    @abstractmethod
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codebook vectors (B, N, Z) of codes (B, N), in the form that `look_up` compares with features."""
+
+    @abstractmethod
+    def _decode(self, codes: Tensor) -> Tensor:
+        """`decode_unclamped` of codes of the right shape."""
+
+    @property
+    @abstractmethod
+    def decoder_activations(self) -> int:
+        """Numbers that decoding one image keeps in memory at a time, at most; a GPU's batch follows from it."""
+
+    @property
+    def image_seq_len(self) -> int:
+        """N."""
+        return math.prod(self.code_shape)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes (B, N) int64, from 0 to V - 1, of images (B, 3, H, W) in [0, 1], H = W = resolution.
+
+        Raises:
+            ValueError: another image shape.
+        """
+        if images.shape[1:] != (3, self.resolution, self.resolution):
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}: expected (B, 3, {self.resolution}, {self.resolution})"
+            )
+        return self.look_up(self.features(images))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images (B, 3, H, W), clamped to [0, 1], of codes (B, N).
+
+        Raises:
+            ValueError: another number of codes per image.
+        """
+        return self.decode_unclamped(codes).clamp(0.0, 1.0)
+
+    def decode_unclamped(self, codes: Tensor) -> Tensor:
+        """The decoder's raw output (B, 3, H, W) for codes (B, N); raises as `decode`."""
+        if codes.shape[1:] != (self.image_seq_len,):
+            raise ValueError(f"codes of shape {tuple(codes.shape)}: expected (B, {self.image_seq_len})")
+        return self._decode(codes)
+
+    def fast_decoder(self) -> nn.Module:
+        """`decode_unclamped` as a module that shares no parameters with this one: it may be cast to another precision,
+        in which its output then is, or laid out in memory in another way. Here it is the same network."""
+        return PlainDecoder(self)
+
+    def sha256(self) -> str:
+        """Hash of names, shapes and values of the weights, whatever file they came from."""
+        return weights_sha256(self)
+
+
+class PlainDecoder(nn.Module):
+    """A copy of a tokenizer, codes (B, N) -> images (B, 3, H, W), not clamped."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = copy.deepcopy(tokenizer)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.tokenizer.decode_unclamped(codes)

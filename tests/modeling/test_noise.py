@@ -1,0 +1,67 @@
+import typing
+
+import pytest
+import torch
+
+from modeling.noise import NOISES, add_noise, mask_codes, perturbation_ratio, perturbation_ratio_at, switch_codes
+from utils.config import load_config
+from utils.schema import GeneratorConfig, ModelConfig, VQModelConfig
+
+
+def test_perturb_replaces_the_announced_share_with_codes_of_the_whole_codebook() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.full((2000, 64), 7)
+    perturbed, mask = switch_codes(codes, torch.rand(2000, 129, generator=generator), 0.8, 16)
+    share = mask.float().mean(dim=1)
+    assert abs(share.mean() - 0.4) < 0.02  # eps ~ U(0, 0.8)
+    assert share.min() < 0.05
+    assert 0.7 < share.max() < 0.95
+    assert torch.equal(perturbed[~mask], codes[~mask])
+    counts = perturbed[mask].bincount(minlength=16)
+    assert len(counts) == 16  # the old code 7 among them
+    assert counts.min() > 0.9 * counts.float().mean()
+
+
+def test_perturb_does_nothing_at_ratio_zero_and_can_mask() -> None:
+    codes, uniforms = torch.arange(64)[None], torch.rand(1, 129)
+    perturbed, mask = switch_codes(codes, uniforms, 0.0, 64)
+    assert torch.equal(perturbed, codes)
+    assert not mask.any()
+    uniforms[:, 0] = 0.999
+    perturbed, mask = mask_codes(codes, uniforms, 1.0, 64)
+    assert mask.sum() > 50
+    assert (perturbed[mask] == 64).all()
+
+
+def test_the_mode_chooses_the_noise() -> None:
+    codes, uniforms = torch.arange(64)[None] % 24, torch.rand(1, 129)
+    uniforms[:, 0] = 0.999
+    noised = {}
+    for mode in ("switch", "mask", "none"):
+        config = ModelConfig(VQModelConfig(codebook_size=24), GeneratorConfig(perturb_mode=mode))
+        noised[mode], mask = add_noise(codes, uniforms, 0.5, config)
+        assert mask.any() == (mode != "none")
+    assert noised["switch"].max() < 24
+    assert noised["mask"].max() == 24
+    assert torch.equal(noised["none"], codes)
+
+
+def test_the_config_names_the_noises_of_the_table() -> None:
+    for mode in NOISES:
+        config = load_config(["experiment.output_dir=unused", f"model.generator.perturb_mode={mode}"])
+        assert config.model.generator.perturb_mode == mode
+    choices = typing.get_args(GeneratorConfig.__annotations__["perturb_mode"])
+    assert not choices or set(choices) == set(NOISES)
+
+
+def test_perturbation_ratio_of_the_paper() -> None:
+    for step in (0, 1_000, 62_500, 187_500, 250_000):
+        assert perturbation_ratio_at(step, 0, 187_500) == pytest.approx(max(0, 1 - 4 / 3 * step / 250_000))
+    assert perturbation_ratio_at(5, 10, 20) == 1
+    assert perturbation_ratio_at(15, 10, 20) == 0.5
+    assert perturbation_ratio_at(0, -1, -1) == 0  # the family's way to switch it off
+
+
+def test_the_plain_model_has_no_noise_at_any_step() -> None:
+    assert perturbation_ratio(0, GeneratorConfig(perturb_mode="none")) == 0
+    assert perturbation_ratio(0, GeneratorConfig(perturb_mode="mask")) == 1

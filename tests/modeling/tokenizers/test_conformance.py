@@ -1,0 +1,232 @@
+"""What every tokenizer must keep to, whatever its network; a new one adds its line to SIZES."""
+
+import copy
+import dataclasses
+import typing
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modeling.sampling.image_decoder import ImageDecoder
+from modeling.tokenizers.registry import TOKENIZERS, build_tokenizer, code_shape, tokenizer_sizes
+from modeling.tokenizers.tokenizer import Tokenizer
+from utils.config import load_config
+from utils.images import to_uint8
+from utils.schema import VQModelConfig
+
+SIZES = {
+    "maskgit_vq": VQModelConfig(
+        codebook_size=32, token_size=8, resolution=32, hidden_channels=12, channel_mult=[1, 2, 3], num_res_blocks=1
+    ),
+}
+
+
+class ToyTokenizer(Tokenizer):
+    """The codebook holds colours; a code is the colour nearest to the mean of its 4 x 4 pixels."""
+
+    def __init__(self, config: VQModelConfig) -> None:
+        super().__init__(config)
+        self.colours = nn.Parameter(torch.rand(config.codebook_size, 3))
+
+    @classmethod
+    def code_shape_of(cls, config: VQModelConfig) -> tuple[int, ...]:
+        return config.resolution // 4, config.resolution // 4
+
+    @classmethod
+    def sizes_of(cls, state: dict[str, Tensor]) -> VQModelConfig:
+        return VQModelConfig(codebook_size=len(state["colours"]), token_size=3)
+
+    @property
+    def decoder_activations(self) -> int:
+        return 3 * self.resolution**2
+
+    def features(self, images: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(images, 4).flatten(2).mT
+
+    def look_up(self, features: Tensor) -> Tensor:
+        return torch.cdist(features, self.colours).argmin(dim=-1)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        return self.colours[codes]
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        grid = self.colours[codes].mT.unflatten(2, (self.resolution // 4, self.resolution // 4))
+        return grid.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+
+
+class WithoutGrid(ToyTokenizer):
+    @classmethod
+    def code_shape_of(cls, config: VQModelConfig) -> tuple[int, ...]:
+        return ((config.resolution // 4) ** 2,)
+
+
+class EmbedsTheNextCode(ToyTokenizer):
+    def embed(self, codes: Tensor) -> Tensor:
+        return super().embed((codes + 1) % self.codebook_size)
+
+
+class CountsFromOne(ToyTokenizer):
+    def look_up(self, features: Tensor) -> Tensor:
+        return super().look_up(features) + 1
+
+
+class Transposed(ToyTokenizer):
+    def _decode(self, codes: Tensor) -> Tensor:
+        return super()._decode(codes).mT
+
+
+class SharesItsWeights(ToyTokenizer):
+    def fast_decoder(self) -> nn.Module:
+        return self
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return self.decode_unclamped(codes)
+
+
+TOY_SIZES = VQModelConfig(codebook_size=16, token_size=3, resolution=12)
+
+
+def check_all(tokenizer: Tokenizer) -> None:
+    check_codes_and_vectors(tokenizer)
+    check_images(tokenizer)
+    if len(tokenizer.code_shape) == 2:
+        check_raster_order(tokenizer)
+    check_fast_decoder(tokenizer)
+    check_hash(tokenizer)
+
+
+def check_codes_and_vectors(tokenizer: Tokenizer) -> None:
+    images = torch.rand(3, 3, tokenizer.resolution, tokenizer.resolution)
+    codes = tokenizer.encode(images)
+    assert codes.dtype == torch.int64
+    assert codes.shape == (3, tokenizer.image_seq_len)
+    assert codes.min() >= 0
+    assert codes.max() < tokenizer.codebook_size
+    features = tokenizer.features(images)
+    assert features.shape == tokenizer.embed(codes).shape == (3, tokenizer.image_seq_len, tokenizer.codebook_dim)
+    assert torch.equal(tokenizer.look_up(features), codes)
+    everything = torch.arange(tokenizer.codebook_size)[None]
+    vectors = tokenizer.embed(everything)  # (1, V, Z)
+    assert vectors.dtype == torch.float32
+    assert torch.equal(tokenizer.look_up(vectors), everything)
+    assert torch.equal(tokenizer.embed(codes), vectors[0, codes])  # wherever the code stands
+    for edge in (tokenizer.resolution - 1, tokenizer.resolution + 1):
+        with pytest.raises(ValueError, match="expected"):
+            tokenizer.encode(torch.rand(1, 3, tokenizer.resolution, edge))
+
+
+def check_images(tokenizer: Tokenizer) -> None:
+    codes = random_codes(tokenizer, 3)
+    images = tokenizer.decode(codes)
+    assert images.shape == (3, 3, tokenizer.resolution, tokenizer.resolution)
+    assert images.dtype == torch.float32
+    assert torch.equal(images, tokenizer.decode_unclamped(codes).clamp(0, 1))
+    torch.testing.assert_close(tokenizer.decode(codes.flip(0)), images.flip(0))  # each image from its own codes
+    with pytest.raises(ValueError, match="expected"):
+        tokenizer.decode(codes[:, 1:])
+
+
+def check_raster_order(tokenizer: Tokenizer) -> None:
+    """Another code changes the image most in the region of that code, other pixels the features of theirs.
+
+    Or in a region beside it: the weights are random, and a convolution at the border sees padding.
+    """
+    rows, columns = tokenizer.code_shape
+    edge = tokenizer.resolution // rows
+    codes, images = random_codes(tokenizer, 16), torch.rand(16, 3, tokenizer.resolution, tokenizer.resolution)
+    for row, column in ((0, columns - 1), (rows - 1, 0), (rows // 2, columns // 2)):
+        changed = codes.clone()
+        changed[:, row * columns + column] += 1 + torch.arange(16) % (tokenizer.codebook_size - 1)
+        changed %= tokenizer.codebook_size
+        difference = tokenizer.decode_unclamped(changed) - tokenizer.decode_unclamped(codes)
+        by_region = nn.functional.avg_pool2d(difference.abs(), edge).mean(dim=(0, 1))  # (rows, columns)
+        assert near(by_region, row, column)
+
+        repainted = images.clone()
+        repainted[:, :, row * edge : (row + 1) * edge, column * edge : (column + 1) * edge] = torch.rand(3, 1, 1)
+        difference = tokenizer.features(repainted) - tokenizer.features(images)
+        assert near(difference.abs().mean(dim=(0, 2)).unflatten(0, (rows, columns)), row, column)
+
+
+def near(by_region: Tensor, row: int, column: int) -> bool:
+    """Whether the largest entry of (rows, columns) is at most one row and one column away."""
+    found = divmod(int(by_region.argmax()), by_region.shape[1])
+    return max(abs(found[0] - row), abs(found[1] - column)) <= 1
+
+
+def check_fast_decoder(tokenizer: Tokenizer) -> None:
+    codes = random_codes(tokenizer, 3)
+    fast = tokenizer.fast_decoder()
+    torch.testing.assert_close(fast(codes), tokenizer.decode_unclamped(codes), atol=1e-4, rtol=1e-4)
+    sha256 = tokenizer.sha256()
+    assert fast.to(torch.float16)(codes).dtype == torch.float16
+    assert tokenizer.sha256() == sha256
+    decoder, wanted = ImageDecoder(tokenizer, "round"), to_uint8(tokenizer.decode(codes), "round")
+    assert abs(decoder.finish(decoder.start(codes)).astype(int) - wanted).max() <= 1
+    assert tokenizer.decoder_activations >= 3 * tokenizer.resolution**2
+
+
+def check_hash(tokenizer: Tokenizer) -> None:
+    sha256, other = tokenizer.sha256(), copy.deepcopy(tokenizer)
+    assert len(sha256) == 64
+    tokenizer.decode(random_codes(tokenizer, 1))
+    assert tokenizer.sha256() == other.sha256() == sha256
+    next(other.parameters()).flatten()[0] += 1
+    assert other.sha256() != sha256
+
+
+def random_codes(tokenizer: Tokenizer, count: int) -> Tensor:
+    return torch.randint(tokenizer.codebook_size, (count, tokenizer.image_seq_len))
+
+
+def frozen(tokenizer: Tokenizer) -> Tokenizer:
+    return tokenizer.eval().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("model_type", TOKENIZERS)
+def test_every_tokenizer_conforms(model_type: str) -> None:
+    tokenizer = frozen(build_tokenizer(SIZES[model_type]))
+    check_all(tokenizer)
+    assert (tokenizer.codebook_size, tokenizer.codebook_dim) == (32, 8)
+    assert tokenizer.code_shape == code_shape(SIZES[model_type])
+
+
+@pytest.mark.parametrize("model_type", TOKENIZERS)
+def test_sizes_are_read_from_the_weights(model_type: str) -> None:
+    sizes = SIZES[model_type]
+    found = tokenizer_sizes(build_tokenizer(sizes).state_dict())
+    assert dataclasses.replace(found, resolution=sizes.resolution) == sizes
+
+
+@pytest.mark.parametrize("tokenizer_class", [ToyTokenizer, WithoutGrid])
+def test_a_toy_tokenizer_conforms(tokenizer_class: type[Tokenizer]) -> None:
+    check_all(frozen(tokenizer_class(TOY_SIZES)))
+
+
+@pytest.mark.parametrize("tokenizer_class", [EmbedsTheNextCode, CountsFromOne, Transposed, SharesItsWeights])
+def test_a_broken_tokenizer_does_not(tokenizer_class: type[Tokenizer]) -> None:
+    with pytest.raises(AssertionError):
+        check_all(frozen(tokenizer_class(TOY_SIZES)))
+
+
+def test_the_table_enters_everything_that_goes_by_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TOKENIZERS, "toy", ToyTokenizer)
+    config = dataclasses.replace(TOY_SIZES, model_type="toy")
+    toy = build_tokenizer(config)
+    assert isinstance(toy, ToyTokenizer)
+    assert code_shape(config) == toy.code_shape == (3, 3)
+    assert tokenizer_sizes(toy.state_dict()).model_type == "toy"
+
+
+def test_the_config_names_the_tokenizers_of_the_table() -> None:
+    for model_type in TOKENIZERS:
+        config = load_config(["experiment.output_dir=unused", f"model.vq_model.model_type={model_type}"])
+        assert config.model.vq_model.model_type == model_type
+    choices = typing.get_args(VQModelConfig.__annotations__["model_type"])
+    assert not choices or set(choices) == set(TOKENIZERS)
