@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.codes.conversion import describe_source, store_to_jsonl
-from data.codes.store_files import StoreMeta
+from data.codes.store_files import MAX_CODEBOOK_SIZE, StoreMeta
 from data.codes.token_store import TokenStore
-from data.codes.token_writer import MAX_CODEBOOK_SIZE, TokenStoreWriter
+from data.codes.token_writer import TokenStoreWriter
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import pretokenize_transform
 from modeling.tokenizers.maskgit_vq import MaskGitVQ, load_tokenizer

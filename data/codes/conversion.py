@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.codes.jsonl import BadLines, Sizes, format_lines, formatted_size, read_range
-from data.codes.store_files import StoreMeta, open_store, write_meta
+from data.codes.store_files import StoreMeta, check_codebook_size, open_store, write_meta
 from data.codes.token_writer import TokenStoreWriter
 from utils.errors import InputError
 from utils.files.parts import Parts
@@ -56,6 +56,7 @@ def jsonl_to_store(
         InputError: more bad lines than allowed, of which it names the first ten, or lines that do not make whole
             images. Nothing is left.
     """
+    check_codebook_size(store_path, sizes.codebook_size)
     source = describe_source(jsonl)
     parts = Parts(store_path.with_name(store_path.name + ".lines"), source["size"], RANGE_BYTES, ".npz")
     bad_lines = BadLines(max_bad_fraction)

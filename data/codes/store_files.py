@@ -14,6 +14,7 @@ from utils.errors import InputError
 from utils.run.manifest import hash_of
 
 TOKENS_FILE, CLASS_IDS_FILE, META_FILE = "tokens.npy", "class_ids.npy", "meta.json"
+MAX_CODEBOOK_SIZE = 2**16  # of uint16
 
 
 @dataclass
@@ -59,6 +60,15 @@ def open_store(path: Path) -> tuple[StoreMeta, np.memmap, np.memmap]:
         if found != shape:
             raise InputError(f"{path / file}: found shape {found}, expected {shape} as in {META_FILE}")
     return meta, codes, class_ids
+
+
+def check_codebook_size(path: Path, codebook_size: int) -> None:
+    """
+    Raises:
+        InputError: more codes than uint16 holds.
+    """
+    if codebook_size > MAX_CODEBOOK_SIZE:
+        raise InputError(f"{path}: codebook_size={codebook_size}, expected at most {MAX_CODEBOOK_SIZE}")
 
 
 def write_meta(folder: Path, meta: StoreMeta) -> None:

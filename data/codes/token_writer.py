@@ -11,10 +11,8 @@ from types import TracebackType
 
 import numpy as np
 
-from data.codes.store_files import CLASS_IDS_FILE, TOKENS_FILE, StoreMeta, write_meta
+from data.codes.store_files import CLASS_IDS_FILE, TOKENS_FILE, StoreMeta, check_codebook_size, write_meta
 from utils.errors import InputError
-
-MAX_CODEBOOK_SIZE = 2**16
 
 
 class TokenStoreWriter:
@@ -25,8 +23,7 @@ class TokenStoreWriter:
     """
 
     def __init__(self, path: Path, meta: StoreMeta) -> None:
-        if meta.codebook_size > MAX_CODEBOOK_SIZE:
-            raise InputError(f"{path}: codebook_size={meta.codebook_size}, expected at most {MAX_CODEBOOK_SIZE}")
+        check_codebook_size(path, meta.codebook_size)
         self.path, self.meta = path, meta
         self.partial = path.with_name(path.name + ".tmp")
         shutil.rmtree(self.partial, ignore_errors=True)
