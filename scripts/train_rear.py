@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batch_sampler import GlobalBatchSampler
-from data.training import TrainingBatches, describe_length, open_training_data, passes_done
+from data.training_batches import TrainingBatches, describe_length, open_training_data, passes_done
 from modeling.losses import LossTerms, drop_class_labels, perturb_codes, rear_loss
 from modeling.rear import ReAR, init_from
 from modeling.sampling.sample_grid import save_sample_grid
