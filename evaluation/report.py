@@ -9,6 +9,7 @@ from typing import Any
 
 from evaluation.features import Extractor
 from evaluation.npz import NpzInput
+from utils.files.atomic import write_text
 
 PUBLISHED_N = 50_000  # samples behind published numbers
 # The first five are the lines of guided-diffusion's evaluator.
@@ -85,7 +86,5 @@ def print_metrics(report: dict[str, Any]) -> None:
 def write_report(report: dict[str, Any], samples: Path) -> Path:
     """Write `<samples>.<backend>.json` beside the samples file, complete or not at all."""
     path = samples.with_suffix(f".{report['backend']}.json")
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(report, indent=2) + "\n")
     return path

@@ -37,9 +37,10 @@ from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from modeling.tokenizers.perceptual import PerceptualFeatures, perceptual_distance
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
+from utils.files.atomic import write_text
 from utils.files.hub import local_file
 from utils.files.weights import load_state_dict, load_strict
-from utils.images import make_grid, to_uint8
+from utils.images import make_grid, to_uint8, write_png
 from utils.optim import build_optimizer, set_learning_rate
 from utils.run.checkpoint import save_weights
 from utils.run.folder import make_logger, prepare_run_folder
@@ -100,8 +101,8 @@ def main(config: Config) -> None:
         if done % config.experiment.save_every == 0 or done == training.max_train_steps:
             export(tokenizer, output_dir / "tokenizer.safetensors")
             metrics, grid = evaluate(tokenizer, heldout_set, config)
-            (output_dir / "metrics.json").write_text(json.dumps({"step": done, **metrics}, indent=1) + "\n")
-            grid.save(output_dir / "reconstructions.png")
+            write_text(output_dir / "metrics.json", json.dumps({"step": done, **metrics}, indent=1) + "\n")
+            write_png(output_dir / "reconstructions.png", grid)
             tracker.log({f"heldout/{name}": value for name, value in metrics.items()}, done)
             tracker.log_image("reconstructions", grid, done)
             logger.info(f"step {done}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))

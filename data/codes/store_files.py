@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import InputError
+from utils.files.atomic import write_text
 from utils.run.manifest import hash_of
 
 TOKENS_FILE, CLASS_IDS_FILE, META_FILE = "tokens.npy", "class_ids.npy", "meta.json"
@@ -72,6 +73,4 @@ def check_codebook_size(path: Path, codebook_size: int) -> None:
 
 
 def write_meta(folder: Path, meta: StoreMeta) -> None:
-    partial = folder / f"{META_FILE}.tmp"
-    partial.write_text(json.dumps(asdict(meta), indent=1) + "\n")
-    partial.replace(folder / META_FILE)
+    write_text(folder / META_FILE, json.dumps(asdict(meta), indent=1) + "\n")

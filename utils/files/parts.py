@@ -15,7 +15,7 @@ from typing import Any
 
 from utils.distributed import Distributed
 from utils.errors import InputError
-from utils.files.atomic import complete_file
+from utils.files.atomic import complete_file, write_text
 from utils.run.faults import fault_point
 
 POLL_SECONDS = 0.5
@@ -46,8 +46,7 @@ class Parts:
             return
         if next(self.folder.glob(f"*{self.suffix}"), None):
             raise InputError(f"{self.folder}: holds parts but no {FINGERPRINT}; delete the folder to start anew")
-        with complete_file(path) as partial:
-            partial.write_text(json.dumps(fingerprint, indent=1) + "\n")
+        write_text(path, json.dumps(fingerprint, indent=1) + "\n")
 
     def check(self, fingerprint: dict[str, Any]) -> None:
         """Refuse to mix parts of different origin.

@@ -15,7 +15,7 @@ from data.codes.conversion import jsonl_to_store, store_to_jsonl
 from data.codes.jsonl import LineParser, Sizes, format_lines, read_range
 from data.codes.store_files import StoreMeta
 from data.codes.token_store import TokenStore, open_tokens
-from data.codes.token_writer import TokenStoreWriter
+from data.codes.token_writer import new_token_store
 from utils.errors import InputError
 
 SIZES = Sizes(codebook_size=1024, image_seq_len=6, num_classes=10)
@@ -32,7 +32,7 @@ def write_lines(path: Path, codes: np.ndarray, class_ids: np.ndarray) -> list[by
 
 
 def write_store(path: Path, codes: np.ndarray, class_ids: np.ndarray) -> TokenStore:
-    with TokenStoreWriter(path, StoreMeta(image_seq_len=6, codebook_size=1024)) as writer:
+    with new_token_store(path, StoreMeta(image_seq_len=6, codebook_size=1024)) as writer:
         for start in range(0, len(codes), 7):
             writer.append(codes[start : start + 7], class_ids[start : start + 7])
     return TokenStore(path)
@@ -237,17 +237,15 @@ def test_writer_leaves_nothing_after_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.tokens.tmp").mkdir()
     (tmp_path / "a.tokens.tmp/stale").touch()
     codes, class_ids = random_samples(10, seed=1)
-    writer = TokenStoreWriter(path, StoreMeta(6, 1024))
-    assert not (tmp_path / "a.tokens.tmp/stale").exists()
-    with pytest.raises(AssertionError), writer:
+    with pytest.raises(AssertionError), new_token_store(path, StoreMeta(6, 1024)) as writer:
         writer.append(codes, class_ids[:9])
     assert list(tmp_path.iterdir()) == [path]
     np.testing.assert_array_equal(TokenStore(path).codes, random_samples(10)[0])
     np.testing.assert_array_equal(write_store(path, codes, class_ids).codes, codes)
-    with pytest.raises(InputError, match="no sample"), TokenStoreWriter(tmp_path / "b.tokens", StoreMeta(6, 1024)):
+    with pytest.raises(InputError, match="no sample"), new_token_store(tmp_path / "b.tokens", StoreMeta(6, 1024)):
         pass
     with pytest.raises(InputError, match="codebook_size=65537, expected at most 65536"):
-        TokenStoreWriter(tmp_path / "b.tokens", StoreMeta(6, 65537))
+        new_token_store(tmp_path / "b.tokens", StoreMeta(6, 65537)).__enter__()
     (tmp_path / "c.jsonl").write_bytes(line())
     with pytest.raises(InputError, match=r"c\.tokens: codebook_size=65537, expected at most 65536"):
         jsonl_to_store(tmp_path / "c.jsonl", tmp_path / "c.tokens", SIZES._replace(codebook_size=65537), processes=1)
@@ -256,7 +254,7 @@ def test_writer_leaves_nothing_after_an_error(tmp_path: Path) -> None:
 
 def test_largest_codes_survive(tmp_path: Path) -> None:
     codes = np.full((3, 2), 65535)
-    with TokenStoreWriter(tmp_path / "a.tokens", StoreMeta(2, 65536, class_names=["x", "y"])) as writer:
+    with new_token_store(tmp_path / "a.tokens", StoreMeta(2, 65536, class_names=["x", "y"])) as writer:
         writer.append(codes, np.zeros(3, dtype=np.int64))
     store = TokenStore(tmp_path / "a.tokens")
     assert store[2]["codes"].tolist() == [65535, 65535]
