@@ -26,13 +26,14 @@ import torch
 from evaluation.collect import Collected, collect
 from evaluation.features import EfficientNetLite0, Extractor
 from evaluation.inception import Inception
+from evaluation.inputs import open_input
 from evaluation.metrics import frechet_distance
-from evaluation.npz import NpzInput, open_npz
 from evaluation.precision_recall import FEATURE_DTYPES, precision_recall
 from evaluation.ranks import main_process_first
 from evaluation.report import describe, print_description, print_metrics, write_report
 from utils.distributed import Distributed, distributed
 from utils.errors import InputError, input_errors_exit
+from utils.files.npz import Npz
 
 BACKENDS = ("inception", "efficientnet_lite0")
 
@@ -65,7 +66,7 @@ def evaluate(
     device = device or world.device
     extractor = main_process_first(world, lambda: load_extractor(backend, inception, device))
     opened = [
-        main_process_first(world, lambda path=path: open_npz(path, verify=world.is_main_process))
+        main_process_first(world, lambda path=path: open_input(path, verify=world.is_main_process))
         for path in (reference, samples)
     ]
     report = describe(*opened, extractor, backend)
@@ -96,7 +97,7 @@ def load_extractor(backend: str, inception: Path | None, device: torch.device) -
 
 
 def adm_metrics(
-    opened: list[NpzInput], sides: list[Collected], world: Distributed, device: torch.device
+    opened: list[Npz], sides: list[Collected], world: Distributed, device: torch.device
 ) -> dict[str, float]:
     """The five numbers; `opened` and `sides` are those of the reference and of the samples."""
     precision, recall = precision_recall(*(side.features.to(device) for side in sides), world)
@@ -110,7 +111,7 @@ def adm_metrics(
     }
 
 
-def gaussians(npz: NpzInput, side: Collected) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def gaussians(npz: Npz, side: Collected) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Mean and covariance of both kinds of features: the stored ones if the file has them."""
     if npz.statistics is not None:
         mu, sigma, mu_s, sigma_s = npz.statistics.values()

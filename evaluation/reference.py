@@ -12,9 +12,8 @@ from tqdm import tqdm
 
 from evaluation.collect import collect
 from evaluation.inception import Inception
-from evaluation.npz import StoredImages
 from utils.distributed import Distributed
-from utils.files.npz import write_npz
+from utils.files.npz import StoredImages, write_npz
 
 CHUNK_IMAGES = 100  # written at a time
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.features import Extractor
-from evaluation.npz import NpzInput
 from utils.files.atomic import write_text
+from utils.files.npz import Npz
 
 PUBLISHED_N = 50_000  # samples behind published numbers
 # The first five are the lines of guided-diffusion's evaluator.
@@ -23,7 +23,7 @@ TITLES = {
 }
 
 
-def describe(reference: NpzInput, samples: NpzInput, extractor: Extractor, backend: str) -> dict[str, Any]:
+def describe(reference: Npz, samples: Npz, extractor: Extractor, backend: str) -> dict[str, Any]:
     """The part of a report that is known before any feature is computed."""
     return {
         "backend": backend,
@@ -38,7 +38,7 @@ def describe(reference: NpzInput, samples: NpzInput, extractor: Extractor, backe
     }
 
 
-def _describe_file(opened: NpzInput) -> dict[str, Any]:
+def _describe_file(opened: Npz) -> dict[str, Any]:
     return {
         "file": opened.images.path.name,
         "sha256": opened.sha256,
@@ -48,7 +48,7 @@ def _describe_file(opened: NpzInput) -> dict[str, Any]:
     }
 
 
-def _warnings(reference: NpzInput, samples: NpzInput, extractor: Extractor, backend: str) -> list[str]:
+def _warnings(reference: Npz, samples: Npz, extractor: Extractor, backend: str) -> list[str]:
     warnings = [extractor.caveat] if extractor.caveat else []
     n_reference, n_samples = len(reference.images), len(samples.images)
     if backend == "inception" and n_samples < PUBLISHED_N:

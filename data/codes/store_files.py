@@ -12,7 +12,7 @@ import numpy as np
 
 from utils.errors import InputError
 from utils.files.atomic import write_text
-from utils.run.manifest import hash_of
+from utils.files.hashing import hash_of
 
 TOKENS_FILE, CLASS_IDS_FILE, META_FILE = "tokens.npy", "class_ids.npy", "meta.json"
 MAX_CODEBOOK_SIZE = 2**16  # of uint16

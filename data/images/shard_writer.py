@@ -14,10 +14,10 @@ from data.images.image_folder import ImageFolder
 from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE
 from utils.errors import InputError
 from utils.files.atomic import complete_file
+from utils.files.hashing import file_sha256
 from utils.files.parts import Parts
 from utils.processes import in_processes
 from utils.run.faults import fault_point
-from utils.run.manifest import file_sha256
 
 ORDER_SEED = 0
 FILE_MODE = 0o444

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data.images.image_source import IMAGE_EXTENSIONS, ImageSource
 from utils.errors import InputError
-from utils.run.manifest import hash_of
+from utils.files.hashing import hash_of
 
 CLASS_NAMES_FILE = "classes.json"
 COUNTS_FILE = "shards.json"

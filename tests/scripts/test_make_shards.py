@@ -15,7 +15,7 @@ from data.images.reading import open_images
 from data.images.tar_shards import TarShards
 from scripts import make_shards
 from utils.errors import InputError
-from utils.run.manifest import file_sha256
+from utils.files.hashing import file_sha256
 
 ROOT = Path(__file__).parents[2]
 
