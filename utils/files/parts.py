@@ -2,6 +2,9 @@
 
 A part stands for a block of consecutive items. The blocks depend on the number of items and the block size only, so any
 number of processes can share the missing ones. `fingerprint.json` beside the parts tells what they were made from.
+
+Our own, for libraries that do such work (joblib, dask, luigi) bring a scheduler and choose the processes themselves;
+here they are torchrun's, or forked, and the files alone say what is done.
 """
 
 import json
