@@ -4,6 +4,9 @@ The samples of all steps form one endless sequence: pass after pass over the dat
 takes the next G samples, G being the global batch, and cuts them into equal slices for ranks and micro-batches. So the
 order does not depend on the number of processes, no sample is left out at the end of a pass, and the position in the
 data is the step.
+
+Our own, for torch's DistributedSampler pads or drops at the end of a pass and its order depends on the number of
+processes, and the skipping of accelerate and torchdata reads or stores what here is a function of the step.
 """
 
 from collections.abc import Iterator

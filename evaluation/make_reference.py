@@ -19,7 +19,7 @@ if __name__ == "__main__":  # the repository's root in place of this folder: run
 from data.images.reading import open_images
 from data.images.transforms import adm_center_crop
 from evaluation.evaluator import add_feature_options, load_extractor, positive
-from evaluation.npz import MIN_IMAGES, open_npz
+from evaluation.inputs import MIN_IMAGES, open_input
 from evaluation.reference import CroppedImages, ImageSource, NpzSource, make_reference
 from utils.errors import InputError, input_errors_exit
 from utils.ranks import join_world
@@ -33,7 +33,7 @@ def open_source(source: str, output: Path, verify: bool) -> ImageSource:
     """
     if not output.parent.is_dir():
         raise InputError(f"{output}: no folder {output.parent}")
-    opened = NpzSource(open_npz(Path(source), verify).images) if source.endswith(".npz") else open_images(source)
+    opened = NpzSource(open_input(Path(source), verify).images) if source.endswith(".npz") else open_images(source)
     if len(opened) < MIN_IMAGES:
         raise InputError(f"{source}: found {len(opened)} images, expected at least {MIN_IMAGES}")
     return opened

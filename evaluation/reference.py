@@ -12,8 +12,7 @@ from tqdm import tqdm
 
 from evaluation.collect import collect
 from evaluation.inception import Inception
-from evaluation.npz import StoredImages
-from utils.files.npz import write_npz
+from utils.files.npz import StoredImages, write_npz
 from utils.ranks import World
 
 CHUNK_IMAGES = 100  # written at a time

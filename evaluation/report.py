@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.features import Extractor
-from evaluation.npz import NpzInput
+from utils.files.atomic import write_text
+from utils.files.npz import Npz
 
 PUBLISHED_N = 50_000  # samples behind published numbers
 # The first five are the lines of guided-diffusion's evaluator.
@@ -22,7 +23,7 @@ TITLES = {
 }
 
 
-def describe(reference: NpzInput, samples: NpzInput, extractor: Extractor, backend: str) -> dict[str, Any]:
+def describe(reference: Npz, samples: Npz, extractor: Extractor, backend: str) -> dict[str, Any]:
     """The part of a report that is known before any feature is computed."""
     return {
         "backend": backend,
@@ -37,7 +38,7 @@ def describe(reference: NpzInput, samples: NpzInput, extractor: Extractor, backe
     }
 
 
-def _describe_file(opened: NpzInput) -> dict[str, Any]:
+def _describe_file(opened: Npz) -> dict[str, Any]:
     return {
         "file": opened.images.path.name,
         "sha256": opened.sha256,
@@ -47,7 +48,7 @@ def _describe_file(opened: NpzInput) -> dict[str, Any]:
     }
 
 
-def _warnings(reference: NpzInput, samples: NpzInput, extractor: Extractor, backend: str) -> list[str]:
+def _warnings(reference: Npz, samples: Npz, extractor: Extractor, backend: str) -> list[str]:
     warnings = [extractor.caveat] if extractor.caveat else []
     n_reference, n_samples = len(reference.images), len(samples.images)
     if backend == "inception" and n_samples < PUBLISHED_N:
@@ -85,7 +86,5 @@ def print_metrics(report: dict[str, Any]) -> None:
 def write_report(report: dict[str, Any], samples: Path) -> Path:
     """Write `<samples>.<backend>.json` beside the samples file, complete or not at all."""
     path = samples.with_suffix(f".{report['backend']}.json")
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    partial.replace(path)
+    write_text(path, json.dumps(report, indent=2) + "\n")
     return path

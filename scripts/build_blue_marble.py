@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python scripts/build_blue_marble.py outputs/blue_marble
 
-Writes train-000000.tar ..., heldout-000000.tar ..., classes.json (class names) and classes.png (tiles of each class)
-to OUTPUT_DIR, the same bytes every time. Does nothing if OUTPUT_DIR is there: it appears when it is complete.
+Writes train-000000.tar ..., heldout-000000.tar ..., an index of each shard, classes.json (class names), shards.json
+(samples of each shard) and classes.png (tiles of each class) to OUTPUT_DIR, the same bytes every time. Does nothing if
+OUTPUT_DIR is there: it appears when it is complete.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from utils.errors import input_errors_exit
 
 def main(output_dir: Path) -> None:
     if not output_dir.exists():
-        from data.images.blue_marble import build_shards  # takes seconds to import: webdataset imports torch
+        from data.images.blue_marble import build_shards  # takes seconds to import, for torch
 
         build_shards(output_dir)
     train, heldout = (TarShards(str(output_dir / f"{split}-*.tar")) for split in ("train", "heldout"))

@@ -27,12 +27,13 @@ from PIL import Image
 
 from data.codes.code_statistics import CodeStatistics, code_statistics
 from data.codes.token_store import TokenStore
-from data.training import check_tokenizer, open_codes
+from data.training_batches import check_tokenizer, open_codes
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
-from utils.images import make_captioned_grid, to_uint8
+from utils.files.atomic import write_text
+from utils.images import make_captioned_grid, to_uint8, write_png
 from utils.run.curves import save_histograms
 
 MOST_FREQUENT = 5  # codes that are printed
@@ -49,12 +50,12 @@ def main(config: Config) -> None:
     rows = choose_rows(store, config)
     output_dir = Path(config.experiment.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    decoded_grid(store, rows, tokenizer, config).save(output_dir / "codes.png")
+    write_png(output_dir / "codes.png", decoded_grid(store, rows, tokenizer, config))
     statistics = code_statistics(store)
     figures = summary(store, statistics)
     for name, value in figures.items():
         print(f"{name}: {value}")
-    (output_dir / "statistics.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write_text(output_dir / "statistics.json", json.dumps(figures, indent=1) + "\n")
     counts = {"codes, most frequent first": statistics.code_counts, "samples of each class": statistics.class_counts}
     save_histograms({name: -np.sort(-values) for name, values in counts.items()}, output_dir / "statistics.png")
     print(f"look at {output_dir}/codes.png and {output_dir}/statistics.png")

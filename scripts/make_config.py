@@ -26,6 +26,7 @@ from data.images.shard_writer import HELDOUT_PREFIX
 from modeling.tokenizers.registry import code_shape, tokenizer_sizes
 from utils.config import check_tokenizer_fits, load_config
 from utils.errors import InputError, input_errors_exit
+from utils.files.atomic import write_text
 from utils.files.hub import local_file
 from utils.files.weights import load_state_dict
 from utils.schema import Config, VQModelConfig
@@ -136,9 +137,8 @@ def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -
     merged = OmegaConf.load(base)
     for key, value in settings.items():
         OmegaConf.update(merged, key, value)
-    path.write_text(f"# Written by scripts/make_config.py from {base.name}.\n#   {command} config={path}\n")
-    with path.open("a") as file:
-        file.write(OmegaConf.to_yaml(merged))
+    header = f"# Written by scripts/make_config.py from {base.name}.\n#   {command} config={path}\n"
+    write_text(path, header + OmegaConf.to_yaml(merged))
     return load_config([f"config={path}"])
 
 

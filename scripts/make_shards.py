@@ -7,8 +7,13 @@
 The bytes of the images stay as they are. Images are shuffled, always in the same way, and with --heldout a share of
 each class goes to shards of its own. All CPUs work at it, and the same command continues a killed run.
 
-Writes to OUTPUT, which appears when it is complete: <prefix>-000000.tar ..., heldout-000000.tar ..., classes.json
-(names in the order of the class ids) and shards.json (samples, bytes and sha256 of each shard).
+Writes to OUTPUT, which appears when it is complete: <prefix>-000000.tar ..., heldout-000000.tar ..., an index beside
+each (<prefix>-000000.index.npz ...), so that no program has to read all their headers, classes.json (names in the order
+of the class ids) and shards.json (samples, bytes and sha256 of each shard). For shards from elsewhere
+
+    PYTHONPATH=. python scripts/make_shards.py --index "shards/imagenet-train-{000000..000252}.tar"
+
+writes the indices alone, beside the shards.
 """
 
 import argparse
@@ -18,7 +23,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from data.images.image_folder import ImageFolder
-from data.images.shard_writer import HELDOUT_PREFIX, is_written, plan_shards, write_shards
+from data.images.shard_writer import HELDOUT_PREFIX, index_shards, is_written, plan_shards, write_shards
+from data.images.tar_shards import find_shards
 from utils.errors import InputError, input_errors_exit
 from utils.processes import num_cpus
 
@@ -27,6 +33,11 @@ SAMPLES_PER_SHARD = 5064  # 253 shards of ImageNet's training images
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+    if arguments.index is not None:
+        shards = find_shards(arguments.index)
+        list(tqdm(index_shards(shards, arguments.processes), total=len(shards), unit="shard"))
+        print(f"{arguments.index}: an index beside each of {len(shards)} shards")
+        return
     if not arguments.source.is_dir():
         raise InputError(f"{arguments.source}: no such folder")
     source = ImageFolder(arguments.source)
@@ -52,14 +63,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="folder with a sub-folder per class")
-    parser.add_argument("output", type=Path, help="folder to make")
+    parser.add_argument("source", type=Path, nargs="?", help="folder with a sub-folder per class")
+    parser.add_argument("output", type=Path, nargs="?", help="folder to make")
+    parser.add_argument("--index", metavar="SHARDS", help="in place of source and output: shards to index")
     parser.add_argument("--prefix", default="train", help="of the shard names, default %(default)s")
     parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="default %(default)s")
     parser.add_argument("--heldout", type=float, default=0.0, help="share of each class, below 1; default none")
     parser.add_argument("--class-names", type=Path, help="text file with lines `folder name`, to rename the classes")
     parser.add_argument("--processes", type=int, default=num_cpus(), help="default: all CPUs, here %(default)s")
     arguments = parser.parse_args(argv)
+    if (arguments.output is None) == (arguments.index is None) or (arguments.index and arguments.source):
+        parser.error("expected a source and an output, or --index SHARDS")
     if min(arguments.processes, arguments.samples_per_shard) < 1 or not 0 <= arguments.heldout < 1:
         parser.error("expected at least 1 process and 1 sample per shard, and --heldout from 0 to below 1")
     if arguments.prefix == HELDOUT_PREFIX:

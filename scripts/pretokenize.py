@@ -30,9 +30,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.codes.conversion import describe_source, store_to_jsonl
-from data.codes.store_files import StoreMeta
+from data.codes.store_files import MAX_CODEBOOK_SIZE, StoreMeta
 from data.codes.token_store import TokenStore
-from data.codes.token_writer import MAX_CODEBOOK_SIZE, TokenStoreWriter
+from data.codes.token_writer import new_token_store
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import pretokenize_transform
 from modeling.tokenizers.registry import load_tokenizer
@@ -187,7 +187,7 @@ def encode(
 def join(parts: Parts, store_path: Path, meta: StoreMeta, class_ids: np.ndarray) -> None:
     """Write the store from all parts, a part at a time."""
     fault_point("join.begin", 0)
-    with TokenStoreWriter(store_path, meta) as writer:
+    with new_token_store(store_path, meta) as writer:
         for block in tqdm(parts.blocks, desc=store_path.name, unit="part", delay=2):
             labels = class_ids[block.start : block.stop].repeat(meta.crops_per_image)
             writer.append(np.load(parts.path(block)), labels)

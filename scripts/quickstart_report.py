@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from utils.images import GRID_GAP, make_grid
+from utils.files.atomic import write_text
+from utils.images import GRID_GAP, make_grid, write_png
 from utils.run.tracking import read_metrics
 
 ROWS = 6
@@ -23,10 +24,10 @@ CAPTION_HEIGHT = 14  # pixels above the grid
 
 def main(folder: Path) -> None:
     table = "\n".join(f"| {name} | {value} |" for name, value in [("quantity", "value"), ("---", "---"), *rows(folder)])
-    (folder / "report.md").write_text(table + "\n")
+    write_text(folder / "report.md", table + "\n")
     picture = folder / "samples_by_region.png"
     class_names = json.loads((folder / "images/classes.json").read_text())
-    samples_by_class(np.load(folder / "samples.npz"), class_names).save(picture)
+    write_png(picture, samples_by_class(np.load(folder / "samples.npz"), class_names))
     print(f"{table}\n\nLook at {picture}, {folder}/rear/training_curves.png and {folder}/tokenizer/reconstructions.png")
 
 

@@ -36,8 +36,9 @@ from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
+from utils.files.atomic import write_text
 from utils.files.npz import write_npz
-from utils.images import make_grid, to_uint8
+from utils.images import make_grid, to_uint8, write_png
 from utils.precision import matmul_precision
 
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
@@ -69,7 +70,7 @@ def main(config: Config) -> None:
     save_grid(output_dir)
     preprocessing, summary = config.dataset.preprocessing, metrics.summary()
     crop = f"ADM centre crop of {preprocessing.crop_size} px, shorter edge {preprocessing.resize_shorter_edge} px"
-    (output_dir / "reconstruct.json").write_text(json.dumps({"crop": crop, **summary}, indent=1) + "\n")
+    write_text(output_dir / "reconstruct.json", json.dumps({"crop": crop, **summary}, indent=1) + "\n")
     print(f"{output_dir}: {crop}; " + ", ".join(f"{name} {value:.4g}" for name, value in summary.items()))
 
 
@@ -113,7 +114,8 @@ def save_grid(output_dir: Path) -> None:
     files = [np.load(output_dir / f"{name}.npz")["arr_0"][: GRID_ROWS * GRID_COLUMNS] for name in names]
     starts = range(0, len(files[0]), GRID_COLUMNS)
     rows = [images[start : start + GRID_COLUMNS] for start in starts for images in files]
-    make_grid(np.concatenate(rows), min(GRID_COLUMNS, len(rows[0]))).save(output_dir / "reconstructions.png")
+    grid = make_grid(np.concatenate(rows), min(GRID_COLUMNS, len(rows[0])))
+    write_png(output_dir / "reconstructions.png", grid)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from utils.files.atomic import complete_file
 from utils.files.npz import write_npz
 from utils.files.sample_parts import SampleParts
 from utils.files.weights import weights_sha256
-from utils.images import make_grid
+from utils.images import make_grid, write_png
 from utils.precision import matmul_precision
 from utils.ranks import join_world
 
@@ -151,16 +151,14 @@ class PartWriter:
         self.parts.save(block, images)
 
     def _write_png(self, index: int, image: np.ndarray) -> None:
-        with complete_file(self.folder / f"{index:06d}.png") as partial:
-            Image.fromarray(image).save(partial, format="png")
+        write_png(self.folder / f"{index:06d}.png", Image.fromarray(image))
 
 
 def pack(parts: SampleParts, output: Path, config: Config) -> None:
     """Gather the parts into the npz, a part at a time, and remove them. The npz comes last: with it all is there."""
     n = config.sampling.num_fid_samples
     first_images = parts.first_images(GRID_IMAGES)
-    with complete_file(output.with_name(output.name + ".png")) as partial:
-        make_grid(first_images, GRID_COLUMNS).save(partial, format="png")
+    write_png(output.with_name(output.name + ".png"), make_grid(first_images, GRID_COLUMNS))
     with complete_file(output.with_name(output.name + ".yaml")) as partial:
         save_config(config, partial)
     labels = class_labels_of(range(n), config.model.generator.condition_num_classes)

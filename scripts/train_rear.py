@@ -22,7 +22,7 @@ from functools import partial
 import torch
 from timm.utils import ModelEmaV3
 
-from data.training import TrainingBatches, describe_length, open_training_data, passes_done
+from data.training_batches import TrainingBatches, describe_length, open_training_data, passes_done
 from modeling.noise import perturbation_ratio
 from modeling.rear import ReAR, init_from
 from modeling.sampling.sample_grid import save_sample_grid

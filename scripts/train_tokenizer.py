@@ -32,17 +32,17 @@ from torch.utils.data import DataLoader
 from data.batch_sampler import permutation
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
-from data.training import TrainingBatches
+from data.training_batches import TrainingBatches
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.tokenizers.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from modeling.tokenizers.perceptual import PerceptualFeatures, perceptual_distance
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
-from utils.files.atomic import complete_file
+from utils.files.atomic import write_text
 from utils.files.hub import local_file
 from utils.files.weights import load_state_dict, load_strict, save_weights
-from utils.images import make_grid, to_uint8
+from utils.images import make_grid, to_uint8, write_png
 from utils.optim import build_optimizer, set_learning_rate
 from utils.precision import matmul_precision
 from utils.randomness import dropout_seed
@@ -219,10 +219,8 @@ def report(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config, run:
     step, folder = run.steps_done, run.output_dir
     export(tokenizer, folder / "tokenizer.safetensors")
     figures, grid = evaluate(tokenizer, heldout_set, config)
-    with complete_file(folder / "metrics.json") as partial:
-        partial.write_text(json.dumps({"step": step, **figures}, indent=1) + "\n")
-    with complete_file(folder / "reconstructions.png") as partial:
-        grid.save(partial, format="png")
+    write_text(folder / "metrics.json", json.dumps({"step": step, **figures}, indent=1) + "\n")
+    write_png(folder / "reconstructions.png", grid)
     run.log_image("reconstructions", grid)
     run.logger.info(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     return {f"heldout/{name}": value for name, value in figures.items()}

@@ -10,7 +10,7 @@ import torch
 from modeling.rear import ReAR
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from utils.config import load_config, save_config
-from utils.run.checkpoint import save_weights
+from utils.files.weights import save_weights
 from utils.schema import GeneratorConfig, ModelConfig, VQModelConfig
 
 

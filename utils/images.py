@@ -1,11 +1,14 @@
-"""Float images to bytes, and grids of them."""
+"""Float images to bytes, grids of them, and grids to files."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from utils.files.atomic import complete_file
 
 GRID_GAP = 2  # white pixels between the images of a grid
 CAPTION_HEIGHT = 12  # pixels
@@ -57,3 +60,9 @@ def make_captioned_grid(images: np.ndarray, captions: list[str], columns: int) -
         ImageDraw.Draw(picture).text((0, 0), caption, fill="black")
         strip[:] = picture
     return make_grid(np.concatenate([images, below], axis=1), columns)
+
+
+def write_png(path: Path, image: Image.Image) -> None:
+    """The file appears when it is complete."""
+    with complete_file(path) as partial:
+        image.save(partial, format="png")

@@ -14,9 +14,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data.codes.jsonl import BadLines, Sizes, format_lines, formatted_size, read_range
-from data.codes.store_files import StoreMeta, open_store, write_meta
-from data.codes.token_writer import TokenStoreWriter
+from data.codes.store_files import StoreMeta, check_codebook_size, open_store, write_meta
+from data.codes.token_writer import new_token_store
 from utils.errors import InputError
+from utils.files.atomic import publish
 from utils.files.parts import Parts
 from utils.processes import in_processes
 from utils.run.faults import fault_point
@@ -56,6 +57,7 @@ def jsonl_to_store(
         InputError: more bad lines than allowed, of which it names the first ten, or lines that do not make whole
             images. Nothing is left.
     """
+    check_codebook_size(store_path, sizes.codebook_size)
     source = describe_source(jsonl)
     parts = Parts(store_path.with_name(store_path.name + ".lines"), source["size"], RANGE_BYTES, ".npz")
     bad_lines = BadLines(max_bad_fraction)
@@ -71,7 +73,7 @@ def jsonl_to_store(
         raise
     fields = StoreMeta(sizes.image_seq_len, sizes.codebook_size, crops_per_image, class_names, source, bad_lines.count)
     fault_point("join.begin", 0)
-    with TokenStoreWriter(store_path, fields) as writer:
+    with new_token_store(store_path, fields) as writer:
         for block in tqdm(parts.blocks, desc=store_path.name, unit="part", delay=2):
             with np.load(parts.path(block)) as part:
                 writer.append(part["codes"], part["class_ids"])
@@ -158,7 +160,7 @@ def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:
         for block in blocks:
             progress.update(len(block))
     fault_point("join.begin", 0)
-    growing.replace(jsonl)
+    publish(growing, jsonl)
     if jsonl.with_suffix(".tokens") == store_path:
         meta.source = describe_source(jsonl)
         write_meta(store_path, meta)

@@ -1,21 +1,24 @@
 """The published format of tokenized images: a line `{"class_id": 3, "tokens": [1, 2, ...]}` per image."""
 
+import codecs
 import json
+import re
+import struct
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, BinaryIO, NamedTuple
 
+import msgspec
 import numpy as np
 
 from utils.errors import InputError
 
-LINES_PER_BATCH = 64  # more fit the processor's cache no longer
+MAX_LINE_BYTES = 2**24  # ten thousand times the published lines; a file that is one long line does not fill the memory
+READ_BYTES = 2**18  # at once
 MAX_REPORTED = 10
 MAX_LABEL_DIGITS = 9
-HEAD, MIDDLE, TAIL = b'{"class_id": ', b', "tokens": [', b"]}\n"
-
-Batch = tuple[np.ndarray, np.ndarray]  # codes (B, N) uint16, class ids (B,) int32
+HEAD, MIDDLE, TAIL = '{"class_id": ', ', "tokens": [', "]}\n"
+VALUE_PLACE = re.compile(r"at `\$\.(class_id|tokens)(?:\[(\d+)\])?")  # in msgspec's messages
 
 
 class Sizes(NamedTuple):
@@ -73,114 +76,112 @@ class LineRange(NamedTuple):
 
 
 def read_range(path: Path, start: int, stop: int, sizes: Sizes) -> LineRange:
-    """Read and check the lines that begin at the bytes `start` to `stop - 1`."""
-    batches, num_lines, bad = [_parse_any_lines([], 0, sizes)[0]], 0, []
-    with path.open("rb") as file:
-        if start:  # the line that a byte before the range belongs to is not ours
-            file.seek(start - 1)
-            file.readline()
-        position = file.tell()
-        while position < stop and (lines := list(islice(file, LINES_PER_BATCH))):
-            end = position + sum(map(len, lines))
-            while end - len(lines[-1]) >= stop:  # begins behind the range
-                end -= len(lines.pop())
-            batch = parse_published_lines(lines, sizes)
-            if batch is None:
-                batch, reasons = _parse_any_lines(lines, num_lines, sizes)
-                bad += reasons
-            batches.append(batch)
-            num_lines, position = num_lines + len(lines), end
-    codes, class_ids = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-    return LineRange(codes, class_ids, num_lines, len(bad), bad[:MAX_REPORTED])
-
-
-def parse_published_lines(lines: list[bytes], sizes: Sizes) -> Batch | None:
-    """All lines at once, several times as fast as `json`; None unless they are valid and as `format_lines` writes them.
-
-    The codes must be runs of digits, with commas and spaces in turn between them and no other byte; a leading zero
-    would make the text longer than its numbers need, which its length shows.
-    """
-    class_ids, bodies = [], []
-    for line in lines:
-        split = line.find(MIDDLE, len(HEAD), len(HEAD) + MAX_LABEL_DIGITS + len(MIDDLE))
-        if not (line.startswith(HEAD) and split > 0 and line.endswith(TAIL)):
-            return None
-        class_id, body = line[len(HEAD) : split], line[split + len(MIDDLE) : -len(TAIL)]
-        if not class_id.isdigit() or (class_id[:1] == b"0" and class_id != b"0"):
-            return None
-        if body.count(b",") != sizes.image_seq_len - 1:
-            return None
-        class_ids.append(int(class_id))
-        bodies.append(body)
-    text = b", ".join(bodies)
-    num_codes = len(lines) * sizes.image_seq_len
-    separators = text.translate(None, delete=b"0123456789")
-    if separators != b", " * (num_codes - 1):
-        return None
-    if b", ," in text or not (text[:1] + text[-1:]).isdigit():  # an empty run
-        return None
-    try:
-        codes = np.fromstring(text, dtype=np.int64, sep=",")
-    except ValueError:  # two runs with a space alone between them
-        return None
-    if len(codes) != num_codes or len(text) != _num_digits(codes, 5) + len(separators):
-        return None
-    if codes.max() >= sizes.codebook_size or max(class_ids) >= sizes.num_classes:
-        return None
-    return codes.astype(np.uint16).reshape(len(lines), -1), np.array(class_ids, dtype=np.int32)
-
-
-def parse_line(line: bytes, sizes: Sizes) -> tuple[int, list[int]]:
-    """Class id and codes of one line.
+    """Read and check the lines that begin at the bytes `start` to `stop - 1`.
 
     Raises:
-        ValueError: what is wrong with it.
+        InputError: a line that is longer than MAX_LINE_BYTES; bad lines are counted instead.
     """
-    if not line.strip():
-        raise ValueError("empty line")
-    try:
-        record = json.loads(line.decode())
-    except ValueError as error:
-        problem = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "invalid JSON"
-        raise ValueError(problem if line.endswith(b"\n") else "truncated, the file ends inside it") from error
-    for key in ("class_id", "tokens"):
-        if not isinstance(record, dict) or key not in record:
-            raise ValueError(f"no key {key!r}")
-    class_id, tokens = record["class_id"], record["tokens"]
-    if not _is_id(class_id, sizes.num_classes):
-        raise ValueError(f"class_id {class_id!r:.20}, expected 0 to {sizes.num_classes - 1}")
-    if not isinstance(tokens, list) or len(tokens) != sizes.image_seq_len:
-        found = f"{len(tokens)} tokens" if isinstance(tokens, list) else f"tokens {tokens!r:.20}"
-        raise ValueError(f"{found}, expected {sizes.image_seq_len}")
-    if set(map(type, tokens)) != {int} or min(tokens) < 0 or max(tokens) >= sizes.codebook_size:
-        token = next(token for token in tokens if not _is_id(token, sizes.codebook_size))
-        raise ValueError(f"token {token!r:.20}, expected 0 to {sizes.codebook_size - 1}")
-    return class_id, tokens
+    parser, row = LineParser(sizes), struct.Struct(f"{sizes.image_seq_len}H")
+    rows, class_ids, num_lines, num_bad, reasons = bytearray(), [], 0, 0, []
+    with path.open("rb", buffering=READ_BYTES) as file:
+        if start:  # the line that a byte before the range belongs to is not ours
+            file.seek(start - 1)
+            _next_line(file, path)
+        position = file.tell()
+        while position < stop and (line := _next_line(file, path)):
+            try:
+                class_id, tokens = parser.parse(line)
+            except ValueError as error:
+                num_bad += 1
+                if num_bad <= MAX_REPORTED:
+                    reasons.append((num_lines, str(error)))
+            else:
+                class_ids.append(class_id)
+                rows += row.pack(*tokens)  # faster than np.array of the list
+            num_lines, position = num_lines + 1, position + len(line)
+    codes = np.frombuffer(rows, dtype=np.uint16).reshape(-1, sizes.image_seq_len)
+    return LineRange(codes, np.array(class_ids, dtype=np.int32), num_lines, num_bad, reasons)
 
 
-def _is_id(value: object, count: int) -> bool:
-    return type(value) is int and 0 <= value < count  # isinstance would let true and false pass
+def _next_line(file: BinaryIO, path: Path) -> bytes:
+    line = file.readline(MAX_LINE_BYTES)
+    if len(line) == MAX_LINE_BYTES:
+        place = file.tell() - len(line)
+        raise InputError(
+            f"{path}: no line ends within {MAX_LINE_BYTES} bytes from byte {place}, expected one per image"
+        )
+    return line
 
 
-def _parse_any_lines(lines: list[bytes], first: int, sizes: Sizes) -> tuple[Batch, list[tuple[int, str]]]:
-    class_ids, codes, bad_lines = [], [], []
-    for number, line in enumerate(lines, start=first):
+class LineParser:
+    """Takes integers only: no float, even without a fraction, no true or false, no text."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        class_id = Annotated[int, msgspec.Meta(ge=0, lt=sizes.num_classes)]
+        token = Annotated[int, msgspec.Meta(ge=0, lt=sizes.codebook_size)]
+        fields = [("class_id", class_id), ("tokens", tuple[(token,) * sizes.image_seq_len])]
+        self._decode = msgspec.json.Decoder(msgspec.defstruct("Line", fields)).decode
+
+    def parse(self, line: bytes) -> tuple[int, tuple[int, ...]]:
+        """Class id and codes of one line; keys besides these two are ignored.
+
+        Raises:
+            ValueError: what is wrong with it, where, what was found there and what was expected.
+        """
         try:
-            class_id, tokens = parse_line(line, sizes)
-        except ValueError as error:
-            bad_lines.append((number, str(error)))
-        else:
-            class_ids.append(class_id)
-            codes.append(tokens)
-    codes = np.array(codes, dtype=np.uint16).reshape(-1, sizes.image_seq_len)
-    return (codes, np.array(class_ids, dtype=np.int32)), bad_lines
+            record = self._decode(line.decode())  # msgspec alone lets broken UTF-8 in ignored keys pass
+        except UnicodeDecodeError as error:
+            raise ValueError(f"not UTF-8: byte {error.start} is {line[error.start : error.start + 1]!r}") from error
+        except msgspec.DecodeError as error:
+            raise ValueError(_describe(error, line, self.sizes)) from error
+        if repeated := _repeated_key(line):
+            raise ValueError(repeated)
+        return record.class_id, record.tokens
+
+
+def _repeated_key(line: bytes) -> str:
+    """msgspec, as most readers, would take the last of them without a word."""
+    end = line.rfind(b'"') + 1
+    for key in (b'"class_id"', b'"tokens"'):
+        if (count := line.count(key, 0, end)) > 1:
+            return f"{count} times the key {key.decode()}, expected once"
+    return ""
+
+
+def _describe(error: msgspec.DecodeError, line: bytes, sizes: Sizes) -> str:
+    """msgspec names the place in a line, not what it found there."""
+    if not line.strip():
+        return "empty line"
+    if line.startswith(codecs.BOM_UTF8):
+        return "begins with a byte order mark, expected none"
+    if not isinstance(error, msgspec.ValidationError):
+        truncated = "truncated" in str(error) and not line.endswith(b"\n")
+        return "truncated, the file ends inside it" if truncated else f"invalid JSON: {error}"
+    if repeated := _repeated_key(line):
+        return repeated
+    place = VALUE_PLACE.search(str(error))
+    if place is None:
+        return str(error)  # no object, or a key is missing
+    key, position = place.groups()
+    try:
+        value = json.loads(line)[key]
+        value = value if position is None else value[int(position)]
+    except (ValueError, LookupError, TypeError):  # broken further on, thousands of digits, a key twice with escapes
+        return str(error)
+    if key == "class_id":
+        return f"class_id is {value!r:.20}, expected an integer from 0 to {sizes.num_classes - 1}"
+    if position is not None:
+        return f"tokens[{position}] is {value!r:.20}, expected an integer from 0 to {sizes.codebook_size - 1}"
+    found = f"{len(value)} tokens" if isinstance(value, list) else f"tokens is {value!r:.20}"
+    return f"{found}, expected {sizes.image_seq_len}"
 
 
 def format_lines(class_ids: np.ndarray, codes: np.ndarray) -> bytes:
     """Lines of (n,) class ids and (n, N) codes, as `json.dumps` writes them."""
     texts = [str(code) for code in range(int(codes.max()) + 1)]  # looked up faster than formatted
     rows = zip(class_ids.tolist(), codes.tolist(), strict=True)
-    lines = (f'{{"class_id": {label}, "tokens": [{", ".join([texts[i] for i in row])}]}}\n' for label, row in rows)
+    lines = (f"{HEAD}{label}{MIDDLE}{', '.join([texts[i] for i in row])}{TAIL}" for label, row in rows)
     return "".join(lines).encode()
 
 

@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import InputError
-from utils.run.manifest import hash_of
+from utils.files.atomic import write_text
+from utils.files.hashing import hash_of
 
 TOKENS_FILE, CLASS_IDS_FILE, META_FILE = "tokens.npy", "class_ids.npy", "meta.json"
+MAX_CODEBOOK_SIZE = 2**16  # of uint16
 
 
 @dataclass
@@ -61,7 +63,14 @@ def open_store(path: Path) -> tuple[StoreMeta, np.memmap, np.memmap]:
     return meta, codes, class_ids
 
 
+def check_codebook_size(path: Path, codebook_size: int) -> None:
+    """
+    Raises:
+        InputError: more codes than uint16 holds.
+    """
+    if codebook_size > MAX_CODEBOOK_SIZE:
+        raise InputError(f"{path}: codebook_size={codebook_size}, expected at most {MAX_CODEBOOK_SIZE}")
+
+
 def write_meta(folder: Path, meta: StoreMeta) -> None:
-    partial = folder / f"{META_FILE}.tmp"
-    partial.write_text(json.dumps(asdict(meta), indent=1) + "\n")
-    partial.replace(folder / META_FILE)
+    write_text(folder / META_FILE, json.dumps(asdict(meta), indent=1) + "\n")

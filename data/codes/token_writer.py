@@ -2,38 +2,50 @@
 
 import hashlib
 import io
-import os
 import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from math import isqrt
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 
-from data.codes.store_files import CLASS_IDS_FILE, TOKENS_FILE, StoreMeta, write_meta
+from data.codes.store_files import CLASS_IDS_FILE, TOKENS_FILE, StoreMeta, check_codebook_size, write_meta
 from utils.errors import InputError
+from utils.files.atomic import complete_folder
 
-MAX_CODEBOOK_SIZE = 2**16
 
-
-class TokenStoreWriter:
-    """Append batches inside `with`; the store appears at the end of the block, and not at all after an exception.
+@contextmanager
+def new_token_store(path: Path, meta: StoreMeta) -> Iterator["TokenStoreWriter"]:
+    """Give a writer to append to; the store takes the place of an older one at the end, and not after an exception.
 
     Raises:
         InputError: more codes than uint16 holds, or no samples.
     """
+    check_codebook_size(path, meta.codebook_size)
+    with complete_folder(path) as partial:
+        with closing(TokenStoreWriter(partial, meta)) as writer:
+            yield writer
+        if writer.num_samples == 0:
+            raise InputError(f"{path}: found no sample to store, expected at least one")
+        write_meta(partial, writer.finished_meta())
+        if path.exists():
+            shutil.rmtree(path)
 
-    def __init__(self, path: Path, meta: StoreMeta) -> None:
-        if meta.codebook_size > MAX_CODEBOOK_SIZE:
-            raise InputError(f"{path}: codebook_size={meta.codebook_size}, expected at most {MAX_CODEBOOK_SIZE}")
-        self.path, self.meta = path, meta
-        self.partial = path.with_name(path.name + ".tmp")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-        self._tokens = _NpyWriter(self.partial / TOKENS_FILE, np.dtype(np.uint16), (meta.image_seq_len,))
-        self._class_ids = _NpyWriter(self.partial / CLASS_IDS_FILE, np.dtype(np.int32), ())
+
+class TokenStoreWriter:
+    """The files of a store in the making: see `new_token_store`."""
+
+    def __init__(self, folder: Path, meta: StoreMeta) -> None:
+        self.meta = meta
+        self._tokens = _NpyWriter(folder / TOKENS_FILE, np.dtype(np.uint16), (meta.image_seq_len,))
+        self._class_ids = _NpyWriter(folder / CLASS_IDS_FILE, np.dtype(np.int32), ())
         self._largest_class_id = -1
+
+    @property
+    def num_samples(self) -> int:
+        return self._tokens.rows
 
     def append(self, codes: np.ndarray, class_ids: np.ndarray) -> None:
         """Add B samples: integers (B, N) in [0, V) and (B,)."""
@@ -47,32 +59,20 @@ class TokenStoreWriter:
         self._class_ids.append(class_ids)
         self._largest_class_id = max(self._largest_class_id, int(class_ids.max()))
 
-    def __enter__(self) -> "TokenStoreWriter":
-        return self
+    def close(self) -> None:
+        self._tokens.close()
+        self._class_ids.close()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            self._tokens.close()
-            self._class_ids.close()
-            if kind is None:
-                self._publish()
-        finally:
-            shutil.rmtree(self.partial, ignore_errors=True)
-
-    def _publish(self) -> None:
-        if self._tokens.rows == 0:
-            raise InputError(f"{self.path}: found no sample to store, expected at least one")
-        num_classes = len(self.meta.class_names or []) or self._largest_class_id + 1
-        hashes = {TOKENS_FILE: self._tokens.digest.hexdigest(), CLASS_IDS_FILE: self._class_ids.digest.hexdigest()}
+    def finished_meta(self) -> StoreMeta:
+        """With what is known now: numbers of samples and classes, the grid and the hashes."""
         grid_size = isqrt(self.meta.image_seq_len)
-        sizes = {"num_samples": self._tokens.rows, "num_classes": num_classes}
-        sizes["grid_size"] = grid_size if grid_size**2 == self.meta.image_seq_len else None
-        write_meta(self.partial, replace(self.meta, sha256=hashes, **sizes))
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        self.partial.rename(self.path)
+        return replace(
+            self.meta,
+            sha256={TOKENS_FILE: self._tokens.digest.hexdigest(), CLASS_IDS_FILE: self._class_ids.digest.hexdigest()},
+            num_samples=self.num_samples,
+            num_classes=len(self.meta.class_names or []) or self._largest_class_id + 1,
+            grid_size=grid_size if grid_size**2 == self.meta.image_seq_len else None,
+        )
 
 
 class _NpyWriter:
@@ -95,8 +95,6 @@ class _NpyWriter:
         assert len(header) == self._data_start  # numpy pads headers for a growing first dimension
         self._file.seek(0)
         self._file.write(header)
-        self._file.flush()
-        os.fsync(self._file.fileno())
         self._file.close()
 
     def _header(self) -> bytes:

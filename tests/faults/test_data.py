@@ -25,9 +25,15 @@ from utils.run.tracking import read_metrics
 SIZES = Sizes(codebook_size=24, image_seq_len=16, num_classes=5)
 BAD = {
     "wrong length": (b'{"class_id": 1, "tokens": [1, 2]}\n', "2 tokens, expected 16"),
-    "code out of range": (b'{"class_id": 1, "tokens": [%s24]}\n' % (b"0, " * 15), "token 24, expected 0 to 23"),
-    "label out of range": (b'{"class_id": 5, "tokens": [%s1]}\n' % (b"0, " * 15), "class_id 5, expected 0 to 4"),
-    "missing key": (b'{"tokens": [%s1]}\n' % (b"0, " * 15), "no key 'class_id'"),
+    "code out of range": (
+        b'{"class_id": 1, "tokens": [%s24]}\n' % (b"0, " * 15),
+        "tokens[15] is 24, expected an integer from 0 to 23",
+    ),
+    "label out of range": (
+        b'{"class_id": 5, "tokens": [%s1]}\n' % (b"0, " * 15),
+        "class_id is 5, expected an integer from 0 to 4",
+    ),
+    "missing key": (b'{"tokens": [%s1]}\n' % (b"0, " * 15), "Object missing required field `class_id`"),
     "empty line": (b"\n", "empty line"),
     "not UTF-8": (b'{"class_id": 1, "tokens": "\xff\xfe"}\n', "not UTF-8"),
 }
@@ -66,7 +72,10 @@ def test_row_20_skip_drops_with_a_count_up_to_a_fraction(run: Run, tmp_path: Pat
     path.write_bytes(b"".join([*lines[:6], b"\n", *lines[6:], BAD["missing key"][0]]))
     skip = ["dataset.params.on_bad_sample=skip", "dataset.params.max_bad_fraction=0.04"]
     assert run_on(run, path, *skip) == [0]
-    assert f"{path}: left out 2 bad lines: line 7: empty line; line 52: no key 'class_id'" in run.output()
+    assert (
+        f"{path}: left out 2 bad lines: line 7: empty line; line 52: Object missing required field `class_id`"
+        in run.output()
+    )
     store = TokenStore(path.with_suffix(".tokens"))
     assert (len(store), store.meta.num_skipped) == (50, 2)
     assert store.codes[6].tolist() == json.loads(lines[6])["tokens"]

@@ -6,7 +6,7 @@ import torch
 
 from modeling.rear import ReAR, init_from, load_generator
 from utils.errors import InputError
-from utils.run.checkpoint import save_weights
+from utils.files.weights import save_weights
 from utils.schema import GeneratorConfig, ModelConfig
 
 

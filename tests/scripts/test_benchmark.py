@@ -16,7 +16,7 @@ from scripts.benchmarks import data, measure, precision, sampling
 from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
 from utils.config import load_config
 from utils.errors import InputError
-from utils.run.checkpoint import save_weights
+from utils.files.weights import save_weights
 
 
 @pytest.fixture(autouse=True)

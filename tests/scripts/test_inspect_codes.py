@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from data.codes.code_statistics import CodeStatistics
-from data.codes.token_writer import StoreMeta, TokenStoreWriter
+from data.codes.token_writer import StoreMeta, new_token_store
 from modeling.tokenizers.registry import load_tokenizer
 from scripts import inspect_codes
 from utils.config import load_config
@@ -24,7 +24,7 @@ def arguments(tiny_arguments: list[str], tmp_path: Path) -> list[str]:
     codes[:, ::4] = 0
     sha256 = weights_sha256(load_tokenizer(load_config([*tiny_arguments, "experiment.output_dir=x"])))
     meta = StoreMeta(16, 24, crops_per_image=2, class_names=[*"abc"], tokenizer_sha256=sha256)
-    with TokenStoreWriter(tmp_path / "codes.tokens", meta) as writer:
+    with new_token_store(tmp_path / "codes.tokens", meta) as writer:
         writer.append(codes, np.array([0] * 5 + [1] * 25))
     return [
         *tiny_arguments,

@@ -14,7 +14,7 @@ import torch
 
 from modeling.rear import ReAR
 from utils.config import load_config
-from utils.run.checkpoint import save_weights
+from utils.files.weights import save_weights
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

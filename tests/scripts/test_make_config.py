@@ -19,8 +19,7 @@ from scripts import (
 )
 from utils.config import load_config
 from utils.errors import InputError
-from utils.files.weights import load_state_dict
-from utils.run.checkpoint import save_weights
+from utils.files.weights import load_state_dict, save_weights
 from utils.schema import VQModelConfig
 
 SIZES = VQModelConfig(codebook_size=24, token_size=8, hidden_channels=8, channel_mult=[1, 1, 2], num_res_blocks=2)

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 
 from data.images.reading import open_images
-from data.images.tar_shards import TarShards
+from data.images.shard_index import index_path, read_index
+from data.images.tar_shards import TarShards, find_shards
 from scripts import make_shards
 from utils.errors import InputError
-from utils.run.manifest import file_sha256
+from utils.files.hashing import file_sha256
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,8 +46,8 @@ def test_images_labels_and_names(images: Path, tmp_path: Path, capsys: pytest.Ca
     files = make(images, "out", "--heldout", "0.3")
     assert "out: 13 images and 4 held out, of 3 classes, in 4 shards" in capsys.readouterr().out
     assert sorted(files) == [
-        *("classes.json", "heldout-000000.tar", "shards.json"),
-        *(f"train-{i:06d}.tar" for i in range(3)),
+        *("classes.json", "heldout-000000.index.npz", "heldout-000000.tar", "shards.json"),
+        *(f"train-{i:06d}.{suffix}" for i in range(3) for suffix in ("index.npz", "tar")),
     ]
     train, heldout = (open_images(str(tmp_path / f"out/{split}-*.tar")) for split in ("train", "heldout"))
     assert train.class_names == ["n01", "n02.x", "n03"]
@@ -128,6 +129,25 @@ def test_errors(images: Path, tmp_path: Path) -> None:
         make(images, "out", "--heldout", "1")
     with pytest.raises(SystemExit):
         make(images, "out", "--prefix", "heldout")
+    for arguments in ([], [str(images)], [str(images), "out", "--index", "x.tar"], [str(images), "--index", "x.tar"]):
+        with pytest.raises(SystemExit):
+            make_shards.main(arguments)
+
+
+def test_shards_from_elsewhere_get_the_same_indices(images: Path, tmp_path: Path) -> None:
+    make(images, "out")
+    pattern = str(tmp_path / "out/train-*.tar")
+    of_writer = {path: read_index(path) for path in find_shards(pattern)}
+    for path in of_writer:
+        index_path(path).unlink()
+    with_headers = TarShards(pattern)
+    make_shards.main(["--index", pattern])
+    for path, expected in of_writer.items():
+        for column in ("keys", "class_ids", "offsets", "sizes"):
+            np.testing.assert_array_equal(getattr(read_index(path), column), getattr(expected, column))
+    assert TarShards(pattern).fingerprint == with_headers.fingerprint
+    with pytest.raises(InputError, match=r"nothing-\*\.tar: no such shard"):
+        make_shards.main(["--index", str(tmp_path / "nothing-*.tar")])
 
 
 def test_readers_compare_sizes_and_hashes(images: Path, tmp_path: Path) -> None:
@@ -137,6 +157,11 @@ def test_readers_compare_sizes_and_hashes(images: Path, tmp_path: Path) -> None:
     records = json.loads(counts.read_text())
     records["train-000001.tar"]["sha256"] = "0" * 64
     counts.write_text(json.dumps(records))
+    with pytest.raises(
+        InputError, match=r"train-000001\.index\.npz: found the index of a shard of sha256 .* 000000000000"
+    ):
+        TarShards(pattern)
+    (tmp_path / "out/train-000001.index.npz").unlink()
     assert TarShards(pattern).fingerprint != before
     records["train-000001.tar"]["bytes"] += 1
     counts.write_text(json.dumps(records))

@@ -17,8 +17,7 @@ from scripts import sample_imagenet_rear
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.sample_parts import SampleParts
-from utils.files.weights import load_state_dict
-from utils.run.checkpoint import save_weights
+from utils.files.weights import load_state_dict, save_weights
 
 ROOT = Path(__file__).parents[2]
 

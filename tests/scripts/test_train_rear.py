@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.codes.token_writer import StoreMeta, TokenStoreWriter
+from data.codes.token_writer import StoreMeta, new_token_store
 from scripts import train_rear
 from utils.config import Config, load_config
 from utils.errors import InputError
@@ -172,7 +172,7 @@ def test_the_log_tells_epochs_in_images_and_passes(tiny_arguments: list[str], tm
 
 
 def test_codes_of_another_tokenizer_are_refused(tiny_arguments: list[str], tmp_path: Path) -> None:
-    with TokenStoreWriter(tmp_path / "a.tokens", StoreMeta(16, 24, tokenizer_sha256="0" * 64)) as writer:
+    with new_token_store(tmp_path / "a.tokens", StoreMeta(16, 24, tokenizer_sha256="0" * 64)) as writer:
         writer.append(np.zeros((9, 16), int), np.zeros(9, int))
     with pytest.raises(InputError, match=r"a\.tokens: made by a tokenizer of sha256 000"):
         run(tiny_arguments, tmp_path / "run", f"dataset.params.pretokenization={tmp_path / 'a.tokens'}")

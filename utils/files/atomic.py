@@ -1,6 +1,7 @@
-"""Files that exist under their name only when they are complete."""
+"""Files and folders that exist under their name only when they are complete, also after a power cut."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,12 +9,47 @@ from pathlib import Path
 
 @contextmanager
 def complete_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
-    """Give `<path><suffix>` to write to; at the end it is flushed to disk and renamed to `path`, else removed."""
+    """Give `<path><suffix>` to write to; at the end it takes the place of `path`, after an error it is removed."""
     partial = path.with_name(path.name + suffix)
     try:
         yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_folder(path: Path) -> Iterator[Path]:
+    """Give the new folder `<path>.tmp` to fill, in place of one that a killed run left; at the end it becomes `path`,
+    which must not exist then; after an error it is removed."""
+    partial = path.with_name(path.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        publish(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with complete_file(path) as partial:
+        partial.write_text(text)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Flush a file, or a folder and all in it, to disk and rename it to `path`; then the name, too, is on disk."""
+    for inside in partial.rglob("*") if partial.is_dir() else []:
+        sync(inside)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or the list of names in a folder, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,6 +2,9 @@
 
 A part stands for a block of consecutive items. The blocks depend on the number of items and the block size only, so any
 number of processes can share the missing ones. `fingerprint.json` beside the parts tells what they were made from.
+
+Our own, for libraries that do such work (joblib, dask, luigi) bring a scheduler and choose the processes themselves;
+here they are torchrun's, or forked, and the files alone say what is done.
 """
 
 import json
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import InputError
-from utils.files.atomic import complete_file
+from utils.files.atomic import complete_file, write_text
 from utils.ranks import World
 from utils.run.faults import fault_point
 
@@ -47,8 +50,7 @@ class Parts:
             return
         if next(self.folder.glob(f"*{self.suffix}"), None):
             raise InputError(f"{self.folder}: holds parts but no {FINGERPRINT}; delete the folder to start anew")
-        with complete_file(path) as partial:
-            partial.write_text(json.dumps(fingerprint, indent=1) + "\n")
+        write_text(path, json.dumps(fingerprint, indent=1) + "\n")
 
     def check(self, fingerprint: dict[str, Any]) -> None:
         """Refuse to mix parts of different origin.

@@ -9,7 +9,6 @@ Not accelerate's or torch's own checkpoints: these have no hash of what they hol
 depend on the number of processes.
 """
 
-import os
 import pickle
 import re
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from utils.errors import InputError
+from utils.files.atomic import sync
 from utils.files.weights import load_state_dict, save_weights
 from utils.run.faults import fault_point
 from utils.run.manifest import MANIFEST_FILE, Provenance, TrainingState, check_sizes, write_manifest
@@ -51,16 +51,16 @@ def write_checkpoint(output_dir: Path, state: TrainingState, provenance: Provena
             torch.save(optimizer, partial / f"{name}.bin")
             fault_point(f"save.{name}", step)
         for path in partial.iterdir():
-            _fsync(path)
+            sync(path)
         fault_point("save.manifest", step)
         write_manifest(partial, state, provenance)
-        _fsync(partial / MANIFEST_FILE)
-        _fsync(partial)
+        sync(partial / MANIFEST_FILE)
+        sync(partial)
         fault_point("save.rename", step)
         if final.exists():
             final.rename(final.with_name(final.name + ".deleted"))
         partial.rename(final)
-        _fsync(output_dir)
+        sync(output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return final
@@ -145,11 +145,3 @@ def _looks_complete(path: Path) -> bool:
     except InputError:
         return False
     return True
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

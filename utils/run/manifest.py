@@ -1,6 +1,5 @@
 """The manifest of a checkpoint: where the run stood, what it was made from, and the hash of every file beside it."""
 
-import hashlib
 import json
 import platform
 from dataclasses import asdict, dataclass, field
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import InputError
+from utils.files.hashing import file_sha256, hash_of
 
 MANIFEST_FILE = "manifest.json"
 VERSIONED_PACKAGES = ["torch", "accelerate", "timm", "numpy", "safetensors"]
@@ -115,13 +115,3 @@ def verify(folder: Path) -> Manifest:
                 f"{folder / name}: damaged, found sha256 {found[:12]}..., expected {record.sha256[:12]}..."
             )
     return manifest
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_of(values: dict[str, Any]) -> str:
-    """sha256 of anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

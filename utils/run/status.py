@@ -31,7 +31,7 @@ def write_status(output_dir: Path, status: Status, rank: int = 0) -> None:
     path = output_dir / STATUS_FILE
     if status.status == "failed" and path.is_file() and read_status(output_dir).status == "failed":
         return
-    with complete_file(path, f".{rank}.tmp") as partial:
+    with complete_file(path, f".{rank}.tmp") as partial:  # ranks that fail together write at the same time
         partial.write_text(json.dumps(asdict(status)) + "\n")
 
 

@@ -162,7 +162,7 @@ def test_bad_lines_have_their_number_in_the_file(jsonl: Path, processes: int) ->
     for number in bad:
         lines[number - 1] = NO_LINE
     jsonl.write_bytes(b"".join(lines))
-    reasons = [f"line {number}: no key 'class_id'" for number in bad]
+    reasons = [f"line {number}: Object missing required field `class_id`" for number in bad]
     with pytest.raises(InputError) as error:
         convert(jsonl, "codes.tokens", processes)
     assert str(error.value) == f"{jsonl}: {'; '.join(reasons)}"
@@ -176,7 +176,7 @@ def test_ten_bad_lines_end_a_long_file_early(jsonl: Path, monkeypatch: pytest.Mo
     read = []
     monkeypatch.setattr(conversion, "read_range", lambda *a: (read.append(a), read_range(*a))[1])
     jsonl.write_bytes(NO_LINE * 12 + jsonl.read_bytes())
-    with pytest.raises(InputError, match=r"line 1: .*line 10: no key 'class_id'$"):
+    with pytest.raises(InputError, match=r"line 1: .*line 10: Object missing required field `class_id`$"):
         convert(jsonl, "codes.tokens")
     assert len(read) == 1
 

@@ -10,11 +10,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from data.batch_sampler import Draw, GlobalBatchSampler
-from data.codes.conversion import store_to_jsonl
-from data.codes.jsonl import LINES_PER_BATCH, Sizes, format_lines, parse_line, parse_published_lines
+from data.codes import jsonl
+from data.codes.conversion import jsonl_to_store, store_to_jsonl
+from data.codes.jsonl import LineParser, Sizes, format_lines, read_range
 from data.codes.store_files import StoreMeta
 from data.codes.token_store import TokenStore, open_tokens
-from data.codes.token_writer import TokenStoreWriter
+from data.codes.token_writer import new_token_store
 from utils.errors import InputError
 
 SIZES = Sizes(codebook_size=1024, image_seq_len=6, num_classes=10)
@@ -31,7 +32,7 @@ def write_lines(path: Path, codes: np.ndarray, class_ids: np.ndarray) -> list[by
 
 
 def write_store(path: Path, codes: np.ndarray, class_ids: np.ndarray) -> TokenStore:
-    with TokenStoreWriter(path, StoreMeta(image_seq_len=6, codebook_size=1024)) as writer:
+    with new_token_store(path, StoreMeta(image_seq_len=6, codebook_size=1024)) as writer:
         for start in range(0, len(codes), 7):
             writer.append(codes[start : start + 7], class_ids[start : start + 7])
     return TokenStore(path)
@@ -39,7 +40,7 @@ def write_store(path: Path, codes: np.ndarray, class_ids: np.ndarray) -> TokenSt
 
 def test_jsonl_is_converted_once_and_comes_back_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "codes.jsonl"
-    codes, class_ids = random_samples(LINES_PER_BATCH + 5)
+    codes, class_ids = random_samples(70)
     write_lines(path, codes, class_ids)
     published = b'{"class_id": %d, "tokens": [%s]}' % (class_ids[0], b", ".join(b"%d" % code for code in codes[0]))
     assert path.read_bytes().splitlines()[0] == published
@@ -97,23 +98,45 @@ def line(class_id: object = 1, tokens: object = (0, 1, 2, 3, 4, 1023)) -> bytes:
     return json.dumps({"class_id": class_id, "tokens": tokens}).encode() + b"\n"
 
 
+CODE_EXPECTED, LABEL_EXPECTED = "expected an integer from 0 to 1023", "expected an integer from 0 to 9"
 BAD_LINES = {
     "short": (line(tokens=[1, 2]), "2 tokens, expected 6"),
     "long": (line(tokens=[1] * 7), "7 tokens, expected 6"),
-    "no list": (line(tokens="123456"), "tokens '123456', expected 6"),
-    "code too large": (line(tokens=[0, 1, 2, 3, 4, 1024]), "token 1024, expected 0 to 1023"),
-    "code negative": (line(tokens=[0, 1, 2, 3, 4, -5]), "token -5, expected 0 to 1023"),
-    "code a float": (line(tokens=[0, 1, 2, 3, 4, 5.0]), "token 5.0, expected"),
-    "code a bool": (line(tokens=[0, 1, 2, 3, 4, True]), "token True, expected"),
-    "code huge": (line(tokens=[0, 1, 2, 3, 4, 2**64 + 5]), "token 1844"),
-    "label too large": (line(class_id=10), "class_id 10, expected 0 to 9"),
-    "label a string": (line(class_id="3"), "class_id '3', expected"),
-    "no label": (b'{"tokens": [0, 1, 2, 3, 4, 5]}\n', "no key 'class_id'"),
-    "no tokens": (b'{"class_id": 1}\n', "no key 'tokens'"),
-    "no object": (b"[1, 2]\n", "no key 'class_id'"),
+    "no list": (line(tokens="123456"), "tokens is '123456', expected 6"),
+    "code too large": (line(tokens=[0, 1, 2, 3, 4, 1024]), f"tokens[5] is 1024, {CODE_EXPECTED}"),
+    "code negative": (line(tokens=[0, -5, 2, 3, 4, 5]), f"tokens[1] is -5, {CODE_EXPECTED}"),
+    "code a float": (line(tokens=[0, 1, 2, 3, 4, 5.0]), f"tokens[5] is 5.0, {CODE_EXPECTED}"),
+    "code a float in digits": (line().replace(b"1023", b"1e2"), f"tokens[5] is 100.0, {CODE_EXPECTED}"),
+    "code a bool": (line(tokens=[0, 1, 2, 3, 4, True]), f"tokens[5] is True, {CODE_EXPECTED}"),
+    "code a string": (line(tokens=["0", 1, 2, 3, 4, 5]), f"tokens[0] is '0', {CODE_EXPECTED}"),
+    "code null": (line(tokens=[0, 1, 2, 3, 4, None]), f"tokens[5] is None, {CODE_EXPECTED}"),
+    "code a list": (line(tokens=[[0], 1, 2, 3, 4, 5]), f"tokens[0] is [0], {CODE_EXPECTED}"),
+    "code huge": (line(tokens=[0, 1, 2, 3, 4, 2**64 + 5]), f"tokens[5] is 18446744073709551621, {CODE_EXPECTED}"),
+    "code endless": (line().replace(b"1023", b"9" * 5000), "Integer value out of range - at `$.tokens[5]`"),
+    "code NaN": (line(tokens=[0, 1, 2, 3, 4, float("nan")]), "invalid JSON: "),
+    "label too large": (line(class_id=10), f"class_id is 10, {LABEL_EXPECTED}"),
+    "label negative": (line(class_id=-1), f"class_id is -1, {LABEL_EXPECTED}"),
+    "label a string": (line(class_id="3"), f"class_id is '3', {LABEL_EXPECTED}"),
+    "label a float": (line(class_id=3.0), f"class_id is 3.0, {LABEL_EXPECTED}"),
+    "label a bool": (line(class_id=True), f"class_id is True, {LABEL_EXPECTED}"),
+    "no label": (b'{"tokens": [0, 1, 2, 3, 4, 5]}\n', "Object missing required field `class_id`"),
+    "no tokens": (b'{"class_id": 1}\n', "Object missing required field `tokens`"),
+    "other spelling of a key": (line().replace(b"class_id", b"Class_id"), "Object missing required field `class_id`"),
+    "label twice": (b'{"class_id": 1, ' + line()[1:], '2 times the key "class_id", expected once'),
+    "tokens twice": (b'{"tokens": [99999], ' + line()[1:], '2 times the key "tokens", expected once'),
+    "tokens twice, escaped": (
+        b'{"tok\\u0065ns": [9999], ' + line(tokens=[])[1:],
+        "Expected `int` <= 1023 - at `$.tokens[0]`",
+    ),
+    "no object": (b"[1, 2]\n", "Expected `object`, got `array`"),
     "empty": (b"\n", "empty line"),
-    "not JSON": (b'{"class_id": 1, "tokens": [0, 1, 2, 3, 4, 05]}\n', "invalid JSON"),
-    "not UTF-8": (b'{"class_id": 1, "tokens": [0, 1, 2, 3, 4, 5], "name": "\xff"}\n', "not UTF-8"),
+    "blank": (b" \r\n", "empty line"),
+    "not JSON": (b'{"class_id": 1, "tokens": [0, 1, 2, 3, 4, 05]}\n', "invalid JSON: "),
+    "not JSON behind a bad value": (b'{"class_id": 99, "tokens": [05]}\n', "Expected `int` <= 9 - at `$.class_id`"),
+    "two objects": (line()[:-1] + line(), "invalid JSON: JSON is malformed: trailing characters (byte 49)"),
+    "ends early": (line()[:-3] + b"\n", "invalid JSON: "),
+    "byte order mark": (b"\xef\xbb\xbf" + line(), "begins with a byte order mark, expected none"),
+    "not UTF-8": (b'{"class_id": 1, "name": "\xff", "tokens": [0, 1, 2, 3, 4, 5]}\n', "not UTF-8: byte 25 is b'\\xff'"),
 }
 
 
@@ -121,11 +144,11 @@ BAD_LINES = {
 def test_bad_line_is_named_and_nothing_is_left(tmp_path: Path, case: str) -> None:
     bad, reason = BAD_LINES[case]
     path = tmp_path / "codes.jsonl"
-    good = write_lines(path, *random_samples(LINES_PER_BATCH + 100))
-    path.write_bytes(b"".join([*good[: LINES_PER_BATCH + 6], bad, *good[LINES_PER_BATCH + 6 :]]))
+    good = write_lines(path, *random_samples(100))
+    path.write_bytes(b"".join([*good[:6], bad, *good[6:]]))
     with pytest.raises(InputError) as error:
         open_tokens(path, *SIZES)
-    assert str(error.value).startswith(f"{path}: line {LINES_PER_BATCH + 7}: {reason}")
+    assert str(error.value).startswith(f"{path}: line 7: {reason}")
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == [path]
 
@@ -147,40 +170,65 @@ def test_truncated_last_line(tmp_path: Path, cut: int) -> None:
 
 def test_other_spellings_of_a_line_are_read(tmp_path: Path) -> None:
     path = tmp_path / "codes.jsonl"
-    path.write_bytes(b'{"tokens":[0,1,2,3,4,5],"class_id":7}\r\n' + line() + line()[:-1])
+    spaces = line().replace(b" ", b" " * 10_000)
+    more_keys = b'{"class_id": 2, "name": "\xc3\xbc", "x": [1.5, null], "tokens": [0, 1, 2, 3, 4, -0]}\n'
+    path.write_bytes(b'{"tokens":[0,1,2,3,4,5],"class_id":7}\r\n' + spaces + more_keys + line()[:-1])
     store = open_tokens(path, *SIZES)
-    assert store.class_ids.tolist() == [7, 1, 1]
-    assert store.codes[0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert store.class_ids.tolist() == [7, 1, 2, 1]
+    assert store.codes.tolist() == [
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 2, 3, 4, 1023],
+        [0, 1, 2, 3, 4, 0],
+        store.codes[1].tolist(),
+    ]
 
 
-def test_fast_and_slow_parser_agree() -> None:
-    """Random damage: the fast parser takes nothing that the slow one refuses or reads otherwise."""
+@pytest.mark.parametrize("first_bytes", [b"", line() * 3])
+def test_a_file_without_line_ends_is_refused_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_bytes: bytes
+) -> None:
+    """A JSON array on one line: neither its own range nor a later one reads all of it."""
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 1000)
+    path = tmp_path / "codes.jsonl"
+    path.write_bytes(first_bytes + b"[" + line()[:-1] * 1000 + b"]")
+    for start in (0, 20_000):
+        place = start - 1 if start else len(first_bytes)
+        with pytest.raises(
+            InputError, match=rf"codes\.jsonl: no line ends within 1000 bytes from byte {place}, expected"
+        ):
+            read_range(path, start, start + 10_000, SIZES)
+
+
+def test_parser_agrees_with_json() -> None:
+    """Random damage: what is taken is what `json` reads, and integers in range; what is refused breaks a rule."""
     rng = np.random.default_rng(0)
     alphabet = b'0012,,,   \t\r-+.e[]{}"tx\xff'
-    taken = refused = 0
-    for line in format_lines(*random_samples(10_000)[::-1]).splitlines(keepends=True):
-        damaged = bytearray(line)
-        assert parse_published_lines([bytes(damaged)], SIZES) is not None
+    parser, taken, refused = LineParser(SIZES), 0, 0
+    for published in format_lines(*random_samples(5_000)[::-1]).splitlines(keepends=True):
+        damaged = bytearray(published)
         for _ in range(rng.integers(1, 5)):
             place, byte = rng.integers(len(damaged)), alphabet[rng.integers(len(alphabet))]
             kind = rng.integers(3)
             damaged[place : place + int(kind != 0)] = bytes([byte])[: int(kind != 2)]  # insert, replace or delete
-        fast = parse_published_lines([bytes(damaged)], SIZES)
-        if fast is None:
-            refused += 1
-            continue
-        taken += 1
-        class_id, tokens = parse_line(bytes(damaged), SIZES)
-        assert (fast[1][0], fast[0][0].tolist()) == (class_id, tokens)
+        expected = read_with_json(bytes(damaged))
+        try:
+            found = parser.parse(bytes(damaged))
+        except ValueError:
+            found = None
+        assert found == expected, bytes(damaged)
+        taken, refused = taken + (found is not None), refused + (found is None)
     assert taken > 100
     assert refused > 1000
 
 
-@pytest.mark.parametrize(
-    "codes", [b"05,3, 1, 2, 3, 4", b"1 2, 3, 4, 5, 6", b", 1, 2, 3, 4, 55", b"11, 2, 3, 4, 5, ", b"05, , 1, 2, 3, 4"]
-)
-def test_fast_parser_refuses(codes: bytes) -> None:
-    assert parse_published_lines([b'{"class_id": 3, "tokens": [' + codes + b"]}\n"], SIZES) is None
+def read_with_json(text: bytes) -> tuple[int, tuple[int, ...]] | None:
+    try:
+        record = json.loads(text.decode())
+        class_id, tokens = record["class_id"], tuple(record["tokens"])
+    except (ValueError, KeyError, TypeError):
+        return None
+    good = len(tokens) == 6 and {type(value) for value in (class_id, *tokens)} == {int}
+    return (class_id, tokens) if good and 0 <= class_id < 10 and 0 <= min(tokens) <= max(tokens) < 1024 else None
 
 
 def test_writer_leaves_nothing_after_an_error(tmp_path: Path) -> None:
@@ -189,23 +237,24 @@ def test_writer_leaves_nothing_after_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.tokens.tmp").mkdir()
     (tmp_path / "a.tokens.tmp/stale").touch()
     codes, class_ids = random_samples(10, seed=1)
-    writer = TokenStoreWriter(path, StoreMeta(6, 1024))
-    assert not (tmp_path / "a.tokens.tmp/stale").exists()
-    with pytest.raises(AssertionError), writer:
+    with pytest.raises(AssertionError), new_token_store(path, StoreMeta(6, 1024)) as writer:
         writer.append(codes, class_ids[:9])
     assert list(tmp_path.iterdir()) == [path]
     np.testing.assert_array_equal(TokenStore(path).codes, random_samples(10)[0])
     np.testing.assert_array_equal(write_store(path, codes, class_ids).codes, codes)
-    with pytest.raises(InputError, match="no sample"), TokenStoreWriter(tmp_path / "b.tokens", StoreMeta(6, 1024)):
+    with pytest.raises(InputError, match="no sample"), new_token_store(tmp_path / "b.tokens", StoreMeta(6, 1024)):
         pass
     with pytest.raises(InputError, match="codebook_size=65537, expected at most 65536"):
-        TokenStoreWriter(tmp_path / "b.tokens", StoreMeta(6, 65537))
-    assert list(tmp_path.iterdir()) == [path]
+        new_token_store(tmp_path / "b.tokens", StoreMeta(6, 65537)).__enter__()
+    (tmp_path / "c.jsonl").write_bytes(line())
+    with pytest.raises(InputError, match=r"c\.tokens: codebook_size=65537, expected at most 65536"):
+        jsonl_to_store(tmp_path / "c.jsonl", tmp_path / "c.tokens", SIZES._replace(codebook_size=65537), processes=1)
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "c.jsonl"]
 
 
 def test_largest_codes_survive(tmp_path: Path) -> None:
     codes = np.full((3, 2), 65535)
-    with TokenStoreWriter(tmp_path / "a.tokens", StoreMeta(2, 65536, class_names=["x", "y"])) as writer:
+    with new_token_store(tmp_path / "a.tokens", StoreMeta(2, 65536, class_names=["x", "y"])) as writer:
         writer.append(codes, np.zeros(3, dtype=np.int64))
     store = TokenStore(tmp_path / "a.tokens")
     assert store[2]["codes"].tolist() == [65535, 65535]

@@ -76,7 +76,8 @@ def test_the_same_bytes_again(folder: Path, tmp_path: Path) -> None:
     build_shards(tmp_path / "again")
     names = sorted(path.name for path in folder.iterdir())
     shards = ["heldout-000000.tar", *(f"train-{i:06d}.tar" for i in range(3))]
-    assert names == sorted(["classes.json", "classes.png", "shards.json", *shards])
+    indices = [name.replace(".tar", ".index.npz") for name in shards]
+    assert names == sorted(["classes.json", "classes.png", "shards.json", *shards, *indices])
     assert sorted(json.loads((folder / "shards.json").read_text())) == shards
     for name in names:
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation.npz import STATISTICS, open_npz
+from evaluation.inputs import STATISTICS, open_input
 from utils.errors import InputError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (5, 6, 7, 3), dtype=np.uint8)
@@ -21,7 +21,7 @@ def statistics() -> dict[str, np.ndarray]:
 def test_rows_are_read_from_the_file(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
     np.savez(path, arr_0=IMAGES, arr_1=np.arange(5))
-    opened = open_npz(path, verify=True)
+    opened = open_input(path, verify=True)
     assert len(opened.images) == 5
     assert opened.statistics is None
     np.testing.assert_array_equal(opened.images.read(1, 4), IMAGES[1:4])
@@ -31,7 +31,7 @@ def test_rows_are_read_from_the_file(tmp_path: Path) -> None:
 def test_stored_statistics_are_read(tmp_path: Path, statistics: dict[str, np.ndarray]) -> None:
     path = tmp_path / "x.npz"
     np.savez(path, **(statistics | {"mu": np.arange(2048, dtype=np.float32)}), arr_0=IMAGES)
-    opened = open_npz(path, verify=False)
+    opened = open_input(path, verify=False)
     assert opened.sha256 is None
     assert opened.statistics["mu"].dtype == np.float64
     np.testing.assert_array_equal(opened.statistics["mu"], np.arange(2048))
@@ -122,6 +122,6 @@ def test_other_files(tmp_path: Path) -> None:
 
 def assert_refused(path: Path, problem: str) -> None:
     with pytest.raises(InputError, match=problem) as caught:
-        open_npz(path, verify=True)
+        open_input(path, verify=True)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)

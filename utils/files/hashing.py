@@ -1,0 +1,28 @@
+"""sha256 of files and of values."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+CHUNK_BYTES = 1 << 20
+
+
+def file_sha256(path: Path, progress: bool = False) -> str:
+    """Args:
+    progress: show a bar if it takes longer than a second.
+    """
+    digest, total = hashlib.sha256(), path.stat().st_size
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"sha256 {path.name}", delay=1, disable=not progress)
+    with path.open("rb") as file, bar:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+            bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def hash_of(values: dict[str, Any]) -> str:
+    """sha256 of anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
