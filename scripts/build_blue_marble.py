@@ -1,13 +1,17 @@
 """Build the embedded default data set: tiles of NASA's Blue Marble in webdataset shards, with nothing but a package.
 
-    PYTHONPATH=. python scripts/build_blue_marble.py outputs/blue_marble
+    python scripts/build_blue_marble.py outputs/blue_marble
 
 Writes train-000000.tar ..., heldout-000000.tar ..., classes.json (class names) and classes.png (tiles of each class)
 to OUTPUT_DIR, the same bytes every time. Does nothing if OUTPUT_DIR is there: it appears when it is complete.
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 import numpy as np
 

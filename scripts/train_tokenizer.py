@@ -1,7 +1,7 @@
 """Train a MaskGIT-VQ tokenizer on images, one process: reconstruction, vector-quantization, perceptual and, for
 `vq_training.adversarial_weight` > 0, adversarial losses.
 
-    PYTHONPATH=. OMP_WAIT_POLICY=PASSIVE python scripts/train_tokenizer.py config=configs/tokenizer_blue_marble.yaml
+    OMP_WAIT_POLICY=PASSIVE python scripts/train_tokenizer.py config=configs/tokenizer_blue_marble.yaml
 
 Reads `dataset.params.train_shards_path_or_url` and, for the held-out figures, `eval_shards_path_or_url`. There is
 no resuming: a new start replaces an earlier run in the same folder. `vq_training.init_from` goes on from weights.
@@ -11,14 +11,26 @@ Writes to `experiment.output_dir`: config.yaml, environment.txt, log.txt, metric
 reconstructions.png (held-out originals above reconstructions).
 """
 
+import sys
+from pathlib import Path
+
+READS = (
+    *("experiment.project", "experiment.name", "experiment.entity", "experiment.output_dir", "experiment.save_every"),
+    *("experiment.log_every", "model.vq_model", "dataset.params.train_shards_path_or_url"),
+    *("dataset.params.eval_shards_path_or_url", "dataset.params.num_workers_per_gpu", "dataset.preprocessing"),
+    *("-dataset.preprocessing.pretokenize_crops", "optimizer", "lr_scheduler", "training.per_gpu_batch_size"),
+    *("training.mixed_precision", "training.enable_tf32", "training.enable_wandb", "training.seed"),
+    *("training.max_train_steps", "training.max_grad_norm", "vq_training", "sampling.uint8_rule"),
+)
+
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
     from utils.config import load_config_or_exit
 
-    CONFIG = load_config_or_exit()
+    CONFIG = load_config_or_exit(__doc__, READS)
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -111,11 +123,6 @@ def main(config: Config) -> None:
 def open_datasets(config: Config) -> tuple[ImageDataset, ImageDataset]:
     """Training images as the config says, held-out images with a centre crop and no flip."""
     params, preprocessing, seed = config.dataset.params, config.dataset.preprocessing, config.training.seed
-    if preprocessing.crop_size != config.model.vq_model.resolution:
-        raise InputError(
-            f"dataset.preprocessing.crop_size={preprocessing.crop_size}: expected "
-            f"model.vq_model.resolution={config.model.vq_model.resolution}"
-        )
     for name in ("train_shards_path_or_url", "eval_shards_path_or_url"):
         if getattr(params, name) is None:
             raise InputError(f"dataset.params.{name}: missing; give tar shards or a folder per class")
