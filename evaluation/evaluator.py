@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # the repository's root in place of this folder: runs without PYTHONPATH
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 import numpy as np
 import torch

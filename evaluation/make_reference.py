@@ -13,8 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # the repository's root in place of this folder: runs without PYTHONPATH
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 from data.images.reading import open_images
 from data.images.transforms import adm_center_crop

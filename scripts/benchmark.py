@@ -1,10 +1,10 @@
 """Measure a part of this project against the way it is usually done, both in one run.
 
-    PYTHONPATH=. python scripts/benchmark.py sampling --width 64 --layers 2 --tokens 64 256 --batch 4
-    PYTHONPATH=. python scripts/benchmark.py decode --resolution 64 --batch 8
-    PYTHONPATH=. python scripts/benchmark.py npz --images 5000
-    PYTHONPATH=. python scripts/benchmark.py data --lines 100000 1000000
-    PYTHONPATH=. python scripts/benchmark.py precision config=configs/rear_blue_marble.yaml \\
+    python scripts/benchmark.py sampling --width 64 --layers 2 --tokens 64 256 --batch 4
+    python scripts/benchmark.py decode --resolution 64 --batch 8
+    python scripts/benchmark.py npz --images 5000
+    python scripts/benchmark.py data --lines 100000 1000000
+    python scripts/benchmark.py precision config=configs/rear_blue_marble.yaml \\
         experiment.generator_checkpoint=outputs/quickstart/rear
 
 `benchmark.py COMMAND --help` lists the options. Each checks first that both ways agree, alternates between them, and
@@ -15,6 +15,10 @@ import argparse
 import importlib
 import json
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 from utils.errors import input_errors_exit
 from utils.run.folder import describe_environment
@@ -23,7 +27,7 @@ COMMANDS = ("sampling", "decode", "npz", "data", "precision")  # modules of scri
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     modules = {name: importlib.import_module(f"scripts.benchmarks.{name}") for name in COMMANDS}
     for name, module in modules.items():

@@ -1,6 +1,6 @@
 """Build the embedded default data set: tiles of NASA's Blue Marble in webdataset shards, with nothing but a package.
 
-    PYTHONPATH=. python scripts/build_blue_marble.py outputs/blue_marble
+    python scripts/build_blue_marble.py outputs/blue_marble
 
 Writes train-000000.tar ..., heldout-000000.tar ..., an index of each shard, classes.json (class names), shards.json
 (samples of each shard) and classes.png (tiles of each class) to OUTPUT_DIR, the same bytes every time. Does nothing if
@@ -8,7 +8,11 @@ OUTPUT_DIR is there: it appears when it is complete.
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 import numpy as np
 

@@ -1,17 +1,22 @@
 """Convert tokenized images: the published jsonl to a token store, or a store to jsonl.
 
-    PYTHONPATH=. python scripts/convert_tokens.py maskgitvq.jsonl maskgitvq.tokens --crops-per-image 10
-    PYTHONPATH=. python scripts/convert_tokens.py maskgitvq.tokens maskgitvq.jsonl
+    python scripts/convert_tokens.py maskgitvq.jsonl maskgitvq.tokens --crops-per-image 10
+    python scripts/convert_tokens.py maskgitvq.tokens maskgitvq.jsonl
 
 Training converts a jsonl by itself, beside it; this command does so beforehand, and tells more about the codes. Every
-line is checked: a bad one is named with its number and what is wrong. All CPUs work at it, each with little memory. The
-target appears when it is complete; the same command continues a killed conversion. A store needs the space of its codes
-twice while it is made (for ImageNet's ten crops 13 GB).
+line is checked: a bad one is named with its number and what is wrong. All CPUs work at it, each with little memory.
+
+Writes TARGET, which appears when it is complete; the same command continues a killed conversion. A store needs the
+space of its codes twice while it is made (for ImageNet's ten crops 13 GB).
 """
 
 import argparse
+import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 from data.codes.conversion import is_conversion, jsonl_to_store, store_to_jsonl
 from data.codes.jsonl import Sizes

@@ -1,7 +1,7 @@
 """Look at tokenized images: decode some to a grid with their class names, and count all codes.
 
-    PYTHONPATH=. python scripts/inspect_codes.py config=configs/rear_b.yaml experiment.output_dir=outputs/codes
-    PYTHONPATH=. python scripts/inspect_codes.py config=configs/rear_b.yaml experiment.output_dir=outputs/codes \\
+    python scripts/inspect_codes.py config=configs/rear_b.yaml experiment.output_dir=outputs/codes
+    python scripts/inspect_codes.py config=configs/rear_b.yaml experiment.output_dir=outputs/codes \\
         inspection.rows=[0,1,2,12811660]
 
 Reads the codes of `dataset.params.pretokenization`, all but those that `inspection.rows` names at random, and decodes
@@ -11,14 +11,23 @@ Prints the statistics. Writes to `experiment.output_dir`: codes.png (the grid), 
 classes occur) and statistics.json.
 """
 
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
-    from utils.config import check_tokenizer_fits, load_config_or_exit
+import sys
+from pathlib import Path
 
-    CONFIG = load_config_or_exit(check_tokenizer_fits)
+READS = (
+    *("experiment.output_dir", "experiment.tokenizer_checkpoint", "model.vq_model", "model.generator.image_seq_len"),
+    *("model.generator.condition_num_classes", "dataset.params.pretokenization", "dataset.params.on_bad_sample"),
+    *("dataset.params.max_bad_fraction", "training.seed", "sampling.uint8_rule", "inspection"),
+)
+
+if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
+    from utils.config import load_config_or_exit
+
+    CONFIG = load_config_or_exit(__doc__, READS)
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,7 @@
 """Write the configs for one's own images: classes from the shards, grid and codebook from the tokenizer.
 
-    PYTHONPATH=. python scripts/make_config.py outputs/mine/images outputs/mine --resolution 64
-    PYTHONPATH=. python scripts/make_config.py shards outputs/mine --resolution 256 --base configs/rear_b.yaml \\
+    python scripts/make_config.py outputs/mine/images outputs/mine --resolution 64
+    python scripts/make_config.py shards outputs/mine --resolution 256 --base configs/rear_b.yaml \\
         --tokenizer maskgit-vqgan-imagenet-f16-256.bin
 
 IMAGES is a folder that scripts/make_shards.py has made. Without --tokenizer, the one to be trained is small: the sizes
@@ -12,10 +12,13 @@ tokenizer.yaml (for train_tokenizer.py). Change them as you like; this script re
 """
 
 import argparse
-import math
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -24,11 +27,13 @@ from data.images.image_source import ImageSource
 from data.images.reading import open_images
 from data.images.shard_writer import HELDOUT_PREFIX
 from modeling.tokenizers.registry import code_shape, tokenizer_sizes
-from utils.config import check_tokenizer_fits, load_config
+from utils.config import load_config
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.hub import local_file
 from utils.files.weights import load_state_dict
+from utils.keys import KEYS
+from utils.marks import Follows
 from utils.schema import Config, VQModelConfig
 
 ROOT = Path(__file__).parents[1]
@@ -44,8 +49,6 @@ def main(argv: list[str] | None = None) -> None:
     data = {
         "dataset.params.train_shards_path_or_url": train,
         "dataset.params.eval_shards_path_or_url": heldout,
-        "dataset.preprocessing.resize_shorter_edge": resolution,
-        "dataset.preprocessing.crop_size": resolution,
         "dataset.preprocessing.random_flip": not arguments.no_flip,
         "experiment.max_train_examples": len(train_images),
     }
@@ -65,8 +68,6 @@ def main(argv: list[str] | None = None) -> None:
         "experiment.name": output.name,
         "experiment.output_dir": str(output / "rear"),
         "experiment.tokenizer_checkpoint": str(tokenizer),
-        "model.generator.image_seq_len": codes_per_image(sizes, resolution),
-        "model.generator.z_dim": sizes.token_size,
         "model.generator.condition_num_classes": num_classes,
         "dataset.params.pretokenization": str(output / "train.tokens"),
         "sampling.num_fid_samples": balanced_count(heldout_images, num_classes),
@@ -74,10 +75,9 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.no_flip:
         settings["dataset.preprocessing.pretokenize_crops"] = "center"
     config = write_yaml(output / "rear.yaml", arguments.base, settings, "accelerate launch scripts/train_rear.py")
-    check_tokenizer_fits(config)
     print(
         f"{output}: {len(train_images)} training and {len(heldout_images)} held-out images of {num_classes} classes, "
-        f"{settings['model.generator.image_seq_len']} codes of {sizes.codebook_size} per image"
+        f"{config.model.generator.image_seq_len} codes of {sizes.codebook_size} per image"
     )
 
 
@@ -107,20 +107,17 @@ def find_shards(folder: Path) -> tuple[str, str]:
 
 
 def tokenizer_settings(sizes: VQModelConfig, resolution: int) -> dict[str, Any]:
-    """The section model.vq_model."""
-    section = {**asdict(sizes), "resolution": resolution, "num_latent_tokens": codes_per_image(sizes, resolution)}
-    return {f"model.vq_model.{key}": value for key, value in section.items()}
+    """The section model.vq_model.
 
-
-def codes_per_image(sizes: VQModelConfig, resolution: int) -> int:
-    """
     Raises:
         InputError: a resolution that the tokenizer cannot have.
     """
+    sizes = replace(sizes, resolution=resolution)
     try:
-        return math.prod(code_shape(replace(sizes, resolution=resolution)))
+        code_shape(sizes)
     except InputError as error:
         raise InputError(f"--resolution {resolution}: {error}") from error
+    return {f"model.vq_model.{key}": value for key, value in asdict(sizes).items()}
 
 
 def balanced_count(images: ImageSource, num_classes: int) -> int:
@@ -129,7 +126,7 @@ def balanced_count(images: ImageSource, num_classes: int) -> int:
 
 
 def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -> Config:
-    """Write the settings over those of `base`, and read them back, which checks them.
+    """Write the settings over those of `base`, without sizes that follow; read them back, which checks them.
 
     Raises:
         InputError: what does not fit together.
@@ -137,6 +134,9 @@ def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -
     merged = OmegaConf.load(base)
     for key, value in settings.items():
         OmegaConf.update(merged, key, value)
+    for key in (key for key in KEYS.values() if key.mark(Follows)):
+        section, _, name = key.name.rpartition(".")
+        (OmegaConf.select(merged, section) or {}).pop(name, None)
     header = f"# Written by scripts/make_config.py from {base.name}.\n#   {command} config={path}\n"
     write_text(path, header + OmegaConf.to_yaml(merged))
     return load_config([f"config={path}"])

@@ -1,8 +1,8 @@
 """Pack a folder of images, with a sub-folder per class, into webdataset shards.
 
-    PYTHONPATH=. python scripts/make_shards.py imagenet/train shards/train --prefix imagenet-train \\
+    python scripts/make_shards.py imagenet/train shards/train --prefix imagenet-train \\
         --class-names LOC_synset_mapping.txt
-    PYTHONPATH=. python scripts/make_shards.py my_images outputs/mine/images --heldout 0.1
+    python scripts/make_shards.py my_images outputs/mine/images --heldout 0.1
 
 The bytes of the images stay as they are. Images are shuffled, always in the same way, and with --heldout a share of
 each class goes to shards of its own. All CPUs work at it, and the same command continues a killed run.
@@ -17,8 +17,12 @@ writes the indices alone, beside the shards.
 """
 
 import argparse
+import sys
 from contextlib import closing
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 from tqdm import tqdm
 

@@ -1,6 +1,6 @@
 """Turn images into tokenizer codes, once, so that training reads codes instead of images.
 
-    PYTHONPATH=. torchrun --nproc_per_node=8 scripts/pretokenize.py config=configs/rear_b.yaml \\
+    torchrun --nproc_per_node=8 scripts/pretokenize.py config=configs/rear_b.yaml \\
         dataset.params.train_shards_path_or_url="imagenet-train-{000000..000252}.tar" \\
         dataset.params.pretokenization=maskgitvq.jsonl
 
@@ -14,14 +14,25 @@ it. Both appear when they are complete. Samples are in the order of the images, 
 While it runs, finished blocks of images lie in `<name>.tokens.parts/`: the same command continues a killed run.
 """
 
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
-    from utils.config import check_tokenizer_fits, load_config_or_exit
+import sys
+from pathlib import Path
 
-    CONFIG = load_config_or_exit(check_tokenizer_fits)
+READS = (
+    *("experiment.tokenizer_checkpoint", "model.vq_model", "model.generator.condition_num_classes"),
+    *("dataset.params.pretokenization", "dataset.params.train_shards_path_or_url"),
+    *("dataset.params.num_workers_per_gpu", "dataset.preprocessing"),
+    *("-dataset.preprocessing.random_crop", "-dataset.preprocessing.random_flip"),
+    *("training.per_gpu_batch_size", "training.enable_tf32", "training.seed"),
+)
+
+if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
+    from utils.config import load_config_or_exit
+
+    CONFIG = load_config_or_exit(__doc__, READS)
 
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -105,11 +116,6 @@ def checked_output(config: Config) -> Path:
     if config.model.vq_model.codebook_size > MAX_CODEBOOK_SIZE:
         raise InputError(
             f"model.vq_model.codebook_size={config.model.vq_model.codebook_size}: expected at most {MAX_CODEBOOK_SIZE}"
-        )
-    crop_size, resolution = config.dataset.preprocessing.crop_size, config.model.vq_model.resolution
-    if crop_size != resolution:
-        raise InputError(
-            f"dataset.preprocessing.crop_size={crop_size}: expected model.vq_model.resolution={resolution}"
         )
     return output
 

@@ -1,15 +1,19 @@
 """Table and picture of a finished quick start.
 
-    PYTHONPATH=. python scripts/quickstart_report.py outputs/quickstart
+    python scripts/quickstart_report.py outputs/quickstart
 
 Reads what the steps of scripts_bash/quickstart.sh wrote. Prints the table; writes report.md and samples_by_region.png
 (a column of samples for each region, the first ones, not chosen) to the same folder.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -79,4 +83,6 @@ def samples_by_class(npz: np.lib.npyio.NpzFile, class_names: list[str]) -> Image
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="folder of the quick start")
+    main(parser.parse_args().folder)

@@ -1,6 +1,6 @@
 """Reconstruct held-out images with the tokenizer: what it loses is lost to every generator on its codes.
 
-    PYTHONPATH=. python scripts/reconstruct.py config=configs/rear_b.yaml experiment.output_dir=outputs/tokenizer \\
+    python scripts/reconstruct.py config=configs/rear_b.yaml experiment.output_dir=outputs/tokenizer \\
         dataset.params.eval_shards_path_or_url="imagenet-val-{000000..000049}.tar"
 
 Takes centre crops of the first `sampling.num_fid_samples` held-out images, or of all if there are fewer. The classes
@@ -13,15 +13,25 @@ reconstructions). The rFID of the tokenizer is then
     python evaluation/evaluator.py outputs/tokenizer/reference.npz outputs/tokenizer/reconstructions.npz
 """
 
+import sys
+from pathlib import Path
+
+READS = (
+    *("experiment.output_dir", "experiment.tokenizer_checkpoint", "model.vq_model"),
+    *("dataset.params.eval_shards_path_or_url", "dataset.params.num_workers_per_gpu"),
+    *("dataset.preprocessing.resize_shorter_edge", "dataset.preprocessing.crop_size", "training.enable_tf32"),
+    *("sampling.num_fid_samples", "sampling.per_gpu_batch_size", "sampling.seed", "sampling.uint8_rule"),
+)
+
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
     from utils.config import load_config_or_exit
 
-    CONFIG = load_config_or_exit()
+    CONFIG = load_config_or_exit(__doc__, READS)
 
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """Sample images from a trained reAR model into one npz for the ADM evaluator.
 
-    PYTHONPATH=. torchrun --nproc_per_node=8 scripts/sample_imagenet_rear.py config=configs/rear_b.yaml \\
+    torchrun --nproc_per_node=8 scripts/sample_imagenet_rear.py config=configs/rear_b.yaml \\
         experiment.output_dir=outputs/rear_b_samples experiment.generator_checkpoint=outputs/rear_b
 
 Image i has class i mod C and depends on (weights, config, sampling.seed, i) only, so any number of processes gives the
@@ -11,16 +11,24 @@ Writes `<output_dir>.npz` (arr_0: uint8 NHWC images, arr_1: int64 labels), `<out
 batches lie in `<output_dir>.parts/`: the same command continues a killed run from there, with any number of processes.
 """
 
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
-    from utils.config import check_tokenizer_fits, load_config_or_exit
+import sys
+from pathlib import Path
 
-    CONFIG = load_config_or_exit(check_tokenizer_fits)
+READS = (
+    *("experiment.output_dir", "experiment.tokenizer_checkpoint", "experiment.generator_checkpoint"),
+    *("model", "training.enable_tf32", "sampling"),
+)
+
+if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
+    from utils.config import load_config_or_exit
+
+    CONFIG = load_config_or_exit(__doc__, READS)
 
 import dataclasses
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -1,6 +1,6 @@
 """Train reAR, or the plain AR baseline, on tokenizer codes.
 
-    PYTHONPATH=. accelerate launch --multi_gpu --num_processes 8 scripts/train_rear.py \\
+    accelerate launch --multi_gpu --num_processes 8 scripts/train_rear.py \\
         config=configs/rear_b.yaml experiment.output_dir=outputs/rear_b
 
 Reads pre-tokenized codes (`dataset.params.pretokenization`) or images, which it tokenizes on the fly
@@ -12,10 +12,21 @@ checkpoint-<step>/, train_generated_images/<step>.png, training_curves.png and, 
 (the EMA if there is one). The exit status is 75 after a stop signal.
 """
 
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
-    from utils.config import check_global_batch, check_tokenizer_fits, load_config_or_exit
+import sys
+from pathlib import Path
 
-    CONFIG = load_config_or_exit(check_tokenizer_fits, check_global_batch)
+READS = (
+    *("experiment", "-experiment.generator_checkpoint", "model", "optimizer", "lr_scheduler", "training"),
+    *("dataset", "-dataset.params.eval_shards_path_or_url", "-dataset.preprocessing.pretokenize_crops"),
+    *("sampling.seed", "sampling.uint8_rule"),
+)
+
+if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
+    from utils.config import load_config_or_exit
+    from utils.config_checks import check_training
+
+    CONFIG = load_config_or_exit(__doc__, READS, check_training)
 
 from functools import partial
 

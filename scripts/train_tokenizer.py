@@ -1,7 +1,7 @@
 """Train a MaskGIT-VQ tokenizer on images: reconstruction, vector-quantization, perceptual and, for
 `vq_training.adversarial_weight` > 0, adversarial losses.
 
-    PYTHONPATH=. OMP_WAIT_POLICY=PASSIVE python scripts/train_tokenizer.py config=configs/tokenizer_blue_marble.yaml
+    OMP_WAIT_POLICY=PASSIVE python scripts/train_tokenizer.py config=configs/tokenizer_blue_marble.yaml
 
 Reads `dataset.params.train_shards_path_or_url` and, for the held-out figures, `eval_shards_path_or_url`. The same
 command again continues the run, as in train_rear.py; `vq_training.init_from` begins a new one from weights. With
@@ -13,14 +13,26 @@ checkpoint-<step>/, training_curves.png and, every `experiment.save_every` steps
 status is 75 after a stop signal.
 """
 
+import sys
+from pathlib import Path
+
+READS = (
+    *("experiment.project", "experiment.name", "experiment.entity", "experiment.output_dir", "experiment.save_every"),
+    *("experiment.log_every", "model.vq_model", "dataset.params.train_shards_path_or_url"),
+    *("dataset.params.eval_shards_path_or_url", "dataset.params.num_workers_per_gpu", "dataset.preprocessing"),
+    *("-dataset.preprocessing.pretokenize_crops", "optimizer", "lr_scheduler", "training.per_gpu_batch_size"),
+    *("training.mixed_precision", "training.enable_tf32", "training.enable_wandb", "training.seed"),
+    *("training.max_train_steps", "training.max_grad_norm", "vq_training", "sampling.uint8_rule"),
+)
+
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
     from utils.config import load_config_or_exit
 
-    CONFIG = load_config_or_exit()
+    CONFIG = load_config_or_exit(__doc__, READS)
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch

@@ -1,43 +1,54 @@
 """Configuration: schema defaults < YAML file of `config=` < `key=value` arguments.
 
-Print the resolved config of a command line without running it:
-
-    python -m utils.config config=configs/rear_b.yaml training.seed=1
+python -m utils.config --keys                                       every key, its default, range and meaning
+python -m utils.config config=configs/rear_b.yaml training.seed=1   the resolved config, without running anything
 """
 
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from utils.errors import InputError
-from utils.schema import Config, TrainingConfig
+from utils.config_checks import ConfigError, check_agreement, check_fields, check_ranges
+from utils.keys import KEYS, format_keys, keys_under
+from utils.marks import Follows
+from utils.schema import Config
 
+ROOT = Path(__file__).resolve().parents[1]
 # Keys of published YAML files that nothing reads, there or here: accepted with a notice.
 IGNORED_KEYS = {"eval_every", "kv_cache", "finetune_decoder", "pretrained_tokenizer_weight"}
+YAML_BOOLEANS = (("true", "on", "yes"), ("false", "off", "no"))  # words that YAML 1.1 takes for the same boolean
+
+OmegaConf.register_resolver(
+    "codes_per_image", lambda resolution, levels: (2 * resolution // 2 ** len(levels)) ** 2, replace=True
+)
 
 
-class ConfigError(InputError):
-    """What is wrong with a config, in one line: the source, the key, the value found and the value expected."""
-
-
-def load_config(argv: list[str]) -> Config:
+def load_config(argv: Sequence[str], reads: Sequence[str] | None = None) -> Config:
     """Build the config of a command line such as `["config=configs/rear_b.yaml", "training.seed=1"]`.
 
+    Args:
+        reads: keys and sections that are read; sizes that contradict each other matter among these only. None: all.
+
     Raises:
-        ConfigError: a missing file, a key that is unknown, duplicate or missing, a value of the wrong type, or
-            values that contradict each other.
+        ConfigError: a missing file, a key that is unknown, duplicate or missing, a value of the wrong type or out of
+            its range, or values that contradict each other.
     """
     merged = OmegaConf.structured(Config)
+    for key in KEYS.values():
+        if follows := key.mark(Follows):
+            OmegaConf.update(merged, key.name, str(follows))
     paths, overrides = _split_arguments(argv)
     for path in paths:
-        merged = _merge(merged, _read_yaml(path), str(path))
-    merged = _merge(merged, _parse_overrides(overrides), "command line")
+        _update(merged, _read_yaml(path), str(path))
+    for override in overrides:
+        _update(merged, _parse_override(override), "command line")
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
@@ -45,15 +56,29 @@ def load_config(argv: list[str]) -> Config:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from error
-    _normalize(config)
-    _check_values(config)
+    check_ranges(merged, [key for key in KEYS.values() if not key.mark(Follows)])  # causes before consequences
+    check_fields(config)
+    check_agreement(merged, keys_under([*KEYS] if reads is None else reads))
+    check_ranges(merged, [key for key in KEYS.values() if key.mark(Follows)])
+    if config.model.generator.guidance_scale == 0:
+        print("model.generator.guidance_scale=0 is taken as 1: without guidance, as published", file=sys.stderr)
+        config.model.generator.guidance_scale = 1.0
     return config
 
 
-def load_config_or_exit(*checks: Callable[[Config], None]) -> Config:
-    """`load_config` of the command line and further checks; a ConfigError becomes one line and exit status 2."""
+def load_config_or_exit(doc: str, reads: Sequence[str], *checks: Callable[[Config], None]) -> Config:
+    """`load_config` of a script's command line and further checks; an error becomes one line and exit status 2.
+
+    Args:
+        doc: what --help prints first: the script's docstring.
+        reads: keys and sections that the script reads; --help explains them.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(f"{doc}\nKeys that it reads, as key=value; config=FILE.yaml gives many at once:\n")
+        print(format_keys(keys_under(reads)))
+        raise SystemExit(0)
     try:
-        config = load_config(sys.argv[1:])
+        config = load_config(sys.argv[1:], reads)
         for check in checks:
             check(config)
         return config
@@ -71,14 +96,14 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _split_arguments(argv: list[str]) -> tuple[list[Path], list[str]]:
+def _split_arguments(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
     paths, overrides = [], []
     for argument in argv:
         key, separator, value = argument.partition("=")
         if not separator or not key:
             raise ConfigError(f"command line: {argument!r} is not of the form key=value")
         if key == "config":
-            paths.append(Path(value))
+            paths.append(Path(value).expanduser())
         else:
             overrides.append(argument)
     if len(paths) > 1:
@@ -86,10 +111,13 @@ def _split_arguments(argv: list[str]) -> tuple[list[Path], list[str]]:
     return paths, overrides
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """The values of a file by dotted key."""
     if not path.is_file():
-        found = [str(p) for p in sorted({*path.parent.glob("*.yaml"), *Path("configs").glob("*.yaml")})]
-        raise ConfigError(f"config={path}: no such file{_did_you_mean(str(path), found)}")
+        folders = (ROOT / "configs", Path("configs"), path.parent)
+        found = {file.name: str(file) for folder in folders for file in sorted(folder.glob("*.yaml"))}
+        near = difflib.get_close_matches(path.name, found, 1, 0.3)
+        raise ConfigError(f"config={path}: no such file{_suggest([found[name] for name in near])}")
     try:
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
@@ -98,57 +126,67 @@ def _read_yaml(path: Path) -> DictConfig:
         raise ConfigError(f"{path}{f', line {mark.line + 1}' if mark else ''}: {problem}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: expected a mapping of sections, found a {type(loaded).__name__}")
-    return loaded
+    return dict(_flat(OmegaConf.to_container(loaded)))
 
 
-def _parse_overrides(overrides: list[str]) -> DictConfig:
+def _parse_override(override: str) -> dict[str, Any]:
+    """Text is taken literally; anything else is read as YAML."""
+    name, _, text = override.partition("=")
+    if name in KEYS and KEYS[name].is_text and text != "null":
+        return {name: os.path.expanduser(text)}
     try:
-        return OmegaConf.from_dotlist(overrides)
+        return dict(_flat(OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"command line: {_first_line(error)}") from error
+        raise ConfigError(f"command line: {name}: {_first_line(error)}") from error
 
 
-def _merge(base: DictConfig, update: DictConfig, source: str) -> DictConfig:
-    _drop_ignored_keys(update, source)
-    known = _flat_keys(base)
-    for key in _flat_keys(update):
-        if any(name.startswith(f"{key}.") for name in known):
-            raise ConfigError(f"{source}: {key} is a section of keys, found {OmegaConf.select(update, key)!r}")
-        if key not in known:
-            raise ConfigError(f"{source}: unknown key {key!r}{_did_you_mean(key, known)}")
-    try:
-        return OmegaConf.merge(base, update)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{source}: {error.full_key or ''}: {_first_line(error)}") from error
+def _flat(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
-def _drop_ignored_keys(node: DictConfig, source: str) -> None:
-    for key in list(node):
-        if key in IGNORED_KEYS:
-            print(f"{source}: {node._get_full_key(key)} has no effect and is ignored", file=sys.stderr)
-            node.pop(key)
-        elif OmegaConf.is_dict(node._get_node(key)):
-            _drop_ignored_keys(node[key], source)
+def _update(merged: DictConfig, values: dict[str, Any], source: str) -> None:
+    for name, value in values.items():
+        if name.rsplit(".", 1)[-1] in IGNORED_KEYS:
+            print(f"{source}: {name} has no effect and is ignored", file=sys.stderr)
+            continue
+        if any(known.startswith(f"{name}.") for known in KEYS):
+            raise ConfigError(f"{source}: {name} is a section of keys, found {value!r}")
+        if name not in KEYS:
+            raise ConfigError(f"{source}: unknown key {name!r}{_suggest(_nearest_key(name))}")
+        key, word = KEYS[name], _as_word(value, KEYS[name].words)
+        if key.is_text and not isinstance(word, str | None):
+            raise ConfigError(f"{source}: {name}={value}: expected text; put it in quotes")
+        try:
+            OmegaConf.update(merged, name, word)
+        except ValidationError as error:
+            near = difflib.get_close_matches(str(value), key.choices, 1, 0.3)
+            raise ConfigError(f"{source}: {name}={value}: expected {key.kind}{_suggest(near)}") from error
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{source}: {name}: {_first_line(error)}") from error
 
 
-def _flat_keys(node: DictConfig) -> list[str]:
-    keys = []
-    for key in node:
-        child = node._get_node(key)
-        is_section = OmegaConf.is_dict(child) and not child._is_none()
-        keys += [f"{key}.{inner}" for inner in _flat_keys(child)] if is_section else [str(key)]
-    return keys
+def _as_word(value: Any, words: Sequence[str]) -> Any:
+    """Undo YAML 1.1, which reads a bare `no`, `on` or `true` as a boolean where a word is meant."""
+    text = str(value).lower()
+    same = next((group for group in YAML_BOOLEANS if text in group), ())
+    return next((word for word in (text, *same) if word in words), value)
 
 
-def _did_you_mean(word: str, known: list[str]) -> str:
-    """The nearest known name, compared as a whole and by the last part alone (a key in the wrong section)."""
-    leaf = word.rsplit(".", 1)[-1]
-    leaves = {name.rsplit(".", 1)[-1]: name for name in known}
-    near = (
-        difflib.get_close_matches(word, known, 1, 0.8)
-        or [leaves[match] for match in difflib.get_close_matches(leaf, leaves, 1, 0.6)]
-        or difflib.get_close_matches(word, known, 1, 0.3)
+def _nearest_key(name: str) -> list[str]:
+    """The nearest key, compared as a whole and by the last part alone (a key in the wrong section)."""
+    leaves = {known.rsplit(".", 1)[-1]: known for known in KEYS}
+    return (
+        difflib.get_close_matches(name, KEYS, 1, 0.8)
+        or [leaves[match] for match in difflib.get_close_matches(name.rsplit(".", 1)[-1], leaves, 1, 0.6)]
+        or difflib.get_close_matches(name, KEYS, 1, 0.3)
     )
+
+
+def _suggest(near: Sequence[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
@@ -156,141 +194,8 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0]
 
 
-def _normalize(config: Config) -> None:
-    """Undo YAML 1.1, which reads a bare `no`, `on` or `true` as a boolean where a word is meant."""
-    for section in (config.training, config.sampling):
-        if section.mixed_precision == "False":
-            section.mixed_precision = "no"
-    config.sampling.compile = {"True": "on", "False": "off"}.get(config.sampling.compile, config.sampling.compile)
-    if config.experiment.resume.lower() in ("auto", "true", "false"):  # else a path
-        config.experiment.resume = config.experiment.resume.lower()
-
-
-def _check_values(config: Config) -> None:
-    generator, vq_model = config.model.generator, config.model.vq_model
-    choices = {
-        "dataset.params.on_bad_sample": (config.dataset.params.on_bad_sample, ("error", "skip")),
-        "training.mixed_precision": (config.training.mixed_precision, ("bf16", "no")),
-        "model.generator.perturb_mode": (generator.perturb_mode, ("switch", "mask", "none")),
-        "model.vq_model.model_type": (vq_model.model_type, ("maskgit_vq",)),
-        "optimizer.name": (config.optimizer.name, ("adamw",)),
-        "lr_scheduler.scheduler": (config.lr_scheduler.scheduler, ("cosine",)),
-        "dataset.preprocessing.pretokenize_crops": (
-            config.dataset.preprocessing.pretokenize_crops,
-            ("center", "center_flip", "ten_crop"),
-        ),
-        "sampling.uint8_rule": (config.sampling.uint8_rule, ("truncate", "round")),
-        "sampling.compile": (config.sampling.compile, ("auto", "on", "off")),
-        "sampling.mixed_precision": (config.sampling.mixed_precision, ("auto", "bf16", "no")),
-    }
-    for key, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise ConfigError(f"{key}={value}: expected one of {', '.join(allowed)}{_did_you_mean(value, [*allowed])}")
-    for key, value, least in _lower_bounds(config):
-        if value < least:
-            raise ConfigError(f"{key}={value}: expected at least {least}")
-    if generator.hidden_size % generator.num_attention_heads:
-        raise ConfigError(
-            f"model.generator.hidden_size={generator.hidden_size}: expected a multiple of "
-            f"num_attention_heads={generator.num_attention_heads}"
-        )
-    for name in ("encode", "decode"):
-        layer = getattr(generator, f"{name}_align_layer_idx")
-        used = generator.transition_alignment and getattr(generator, f"{name}_align")
-        if used and not 0 <= layer < generator.num_hidden_layers:
-            raise ConfigError(
-                f"model.generator.{name}_align_layer_idx={layer}: expected 0 to {generator.num_hidden_layers - 1} "
-                f"(num_hidden_layers={generator.num_hidden_layers})"
-            )
-    experiment = config.experiment
-    if experiment.init_from is not None and experiment.resume not in ("auto", "true", "false"):
-        raise ConfigError(
-            f"experiment.init_from={experiment.init_from}: expected no path in experiment.resume beside it"
-        )
-    peak, scheduled = config.optimizer.params.learning_rate, config.lr_scheduler.params.learning_rate
-    if peak != scheduled:
-        raise ConfigError(f"lr_scheduler.params.learning_rate={scheduled}: expected the optimizer's, {peak}")
-
-
-def _lower_bounds(config: Config) -> list[tuple[str, float, float]]:
-    bounds = {
-        "experiment": {"save_every": 1, "keep_last": 2, "generate_every": 1, "log_every": 1, "log_grad_norm_every": 1}
-        | {"keep_every": 0, "max_save_failures": 1},
-        "training": {"gradient_accumulation_steps": 1, "per_gpu_batch_size": 1, "max_train_steps": 0}
-        | {"max_nonfinite_steps": 1, "launch_timeout": 1, "process_group_timeout": 1},
-        "dataset.params": {"max_bad_fraction": 0},
-        "inspection": {"num_images": 1},
-        "vq_training": {"revive_every": 1, "adversarial_weight": 0},
-        "sampling": {"num_fid_samples": 1, "per_gpu_batch_size": 1},
-        "model.generator": {"condition_num_classes": 1, "image_seq_len": 1, "num_hidden_layers": 1, "top_k": 0},
-    }
-    rows = []
-    for section, keys in bounds.items():
-        node = config
-        for part in section.split("."):
-            node = getattr(node, part)
-        rows += [(f"{section}.{key}", getattr(node, key), least) for key, least in keys.items()]
-    return rows
-
-
-def accumulation_steps(training: TrainingConfig, world_size: int) -> int:
-    """Micro-batches per optimizer step on each of `world_size` processes.
-
-    Raises:
-        ConfigError: `training.global_batch_size` is not a multiple of what the processes take at once, or contradicts
-            `training.gradient_accumulation_steps`.
-    """
-    total, per_gpu, given = (
-        training.global_batch_size,
-        training.per_gpu_batch_size,
-        training.gradient_accumulation_steps,
-    )
-    if total is None:
-        return given
-    steps, rest = divmod(total, per_gpu * world_size)
-    if rest or not steps:
-        raise ConfigError(
-            f"training.global_batch_size={total}: expected a multiple of {per_gpu * world_size} = "
-            f"per_gpu_batch_size={per_gpu} * {world_size} processes"
-        )
-    if given not in (1, steps):
-        raise ConfigError(
-            f"training.gradient_accumulation_steps={given}: expected {steps} for global_batch_size={total}, "
-            f"per_gpu_batch_size={per_gpu} and {world_size} processes; leave it out"
-        )
-    return steps
-
-
-def check_global_batch(config: Config) -> None:
-    """For scripts that train: the batch must divide among the processes of this launch."""
-    accumulation_steps(config.training, int(os.environ.get("WORLD_SIZE", 1)))
-    if config.training.fsdp and config.training.use_ema:
-        raise ConfigError("training.fsdp=true: expected training.use_ema=false; the EMA is not sharded")
-
-
-def check_tokenizer_fits(config: Config) -> None:
-    """Check that generator and tokenizer agree: for scripts that use both.
-
-    Raises:
-        ConfigError: the two sections name different numbers of codes or embedding widths.
-    """
-    vq_model, generator = config.model.vq_model, config.model.generator
-    grid = vq_model.resolution // 2 ** (len(vq_model.channel_mult) - 1)
-    if vq_model.num_latent_tokens != grid**2:
-        raise ConfigError(
-            f"model.vq_model.num_latent_tokens={vq_model.num_latent_tokens}: expected {grid**2} for "
-            f"resolution={vq_model.resolution} and {len(vq_model.channel_mult)} levels"
-        )
-    if generator.image_seq_len != vq_model.num_latent_tokens:
-        raise ConfigError(
-            f"model.generator.image_seq_len={generator.image_seq_len}: expected the tokenizer's "
-            f"num_latent_tokens={vq_model.num_latent_tokens}"
-        )
-    if generator.transition_alignment and generator.z_dim != vq_model.token_size:
-        raise ConfigError(
-            f"model.generator.z_dim={generator.z_dim}: expected the tokenizer's token_size={vq_model.token_size}"
-        )
-
-
 if __name__ == "__main__":
-    print(to_yaml(load_config_or_exit()), end="")
+    if sys.argv[1:] == ["--keys"]:
+        print(format_keys(list(KEYS.values())))
+    else:
+        print(to_yaml(load_config_or_exit(__doc__, [*KEYS])), end="")

@@ -11,7 +11,7 @@ from tests.faults.runs import launch_environment
 ROOT = Path(__file__).parents[2]
 WRONG = {
     "unknown key": ("training: {sed: 1}", "unknown key 'training.sed'; did you mean 'training.seed'"),
-    "wrong type": ("training: {seed: abc}", "training.seed: Value 'abc'"),
+    "wrong type": ("training: {seed: abc}", "training.seed=abc: expected a whole number"),
     "missing": ("training: {seed: 1}", "experiment.output_dir: missing value"),
     "duplicate": ("training: {seed: 1}\ntraining: {seed: 2}", "line 2: found duplicate key training"),
     "inconsistent": ("training: {fsdp: true, use_ema: true}", "training.fsdp=true: expected training.use_ema=false"),

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.faults.runs import Run, assert_equal_runs
-from utils.config import ConfigError, accumulation_steps, check_global_batch, load_config
+from utils.config import load_config
+from utils.config_checks import ConfigError, accumulation_steps, check_training
 from utils.errors import InputError
 from utils.run.checkpoint import load_optimizers
 from utils.run.manifest import MANIFEST_FILE, read_manifest
@@ -253,7 +254,7 @@ def test_global_batch_size_gives_the_accumulation(monkeypatch: pytest.MonkeyPatc
         accumulation_steps(load_config([*arguments, "training.gradient_accumulation_steps=3"]).training, 8)
     monkeypatch.setenv("WORLD_SIZE", "5")
     with pytest.raises(ConfigError):
-        check_global_batch(load_config(arguments))
+        check_training(load_config(arguments))
 
 
 def test_row_18_the_number_of_workers_has_no_effect(run: Run, oracle: Run) -> None:

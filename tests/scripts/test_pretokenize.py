@@ -178,9 +178,8 @@ def test_only_a_store(tiny_arguments: list[str], images: Path, tmp_path: Path) -
     ],
 )
 def test_wrong_configs(tiny_arguments: list[str], images: Path, tmp_path: Path, override: str, message: str) -> None:
-    config = load_config(arguments(tiny_arguments, images, tmp_path / "codes.tokens", override))
     with pytest.raises(InputError, match=message) as error:
-        pretokenize.main(config)
+        pretokenize.main(load_config(arguments(tiny_arguments, images, tmp_path / "codes.tokens", override)))
     assert "\n" not in str(error.value)
 
 

@@ -5,7 +5,11 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from utils.config import ConfigError, check_tokenizer_fits, load_config, save_config, to_yaml
+from utils.config import load_config, load_config_or_exit, save_config, to_yaml
+from utils.config_checks import ConfigError, check_training
+from utils.keys import KEYS, Key, keys_under
+from utils.marks import MAY_CHANGE, SILENT, Follows, Range
+from utils.schema import Config
 
 ROOT = Path(__file__).parents[2]
 OUT = "experiment.output_dir=out"
@@ -35,7 +39,13 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         ),
         (["trainig.seed=4"], "unknown key 'trainig.seed'; did you mean 'training.seed'"),
         (["training.output_dir=4"], "did you mean 'experiment.output_dir'"),
-        (["training.seed=abc"], "training.seed: Value 'abc' of type 'str' could not be converted to Integer"),
+        (["training.seed=abc"], "training.seed=abc: expected a whole number"),
+        (["training.max_train_steps=1e3"], "training.max_train_steps=1000.0: expected a whole number"),
+        (["training.use_ema=2.5"], "training.use_ema=2.5: expected true or false"),
+        (["inspection.rows=3"], "inspection.rows=3: expected a list of whole numbers or null"),
+        (["inspection.rows=[0,-1]"], "inspection.rows=[0, -1]: expected at least 0"),
+        (["model.vq_model.channel_mult=[]"], "model.vq_model.channel_mult=[]: expected at least one value"),
+        (["model.vq_model.resolution=8"], "resolution=8: expected a multiple of 16 (5 levels in channel_mult)"),
         (
             ["training.mixed_precision=bf32"],
             "=bf32: expected one of bf16, no; did you mean 'bf16'",
@@ -44,7 +54,7 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         (["sampling.mixed_precision=fp16"], "sampling.mixed_precision=fp16: expected one of auto, bf16, no"),
         (["model.generator.num_attention_heads=7"], "hidden_size=768: expected a multiple of num_attention_heads=7"),
         (["model.generator.decode_align_layer_idx=24"], "decode_align_layer_idx=24: expected 0 to 23"),
-        (["lr_scheduler.params.learning_rate=1"], "lr_scheduler.params.learning_rate=1.0: expected the optimizer's"),
+        (["lr_scheduler.params.learning_rate=1"], "=1.0: expected optimizer.params.learning_rate=0.0004"),
         (["training.per_gpu_batch_size=0"], "training.per_gpu_batch_size=0: expected at least 1"),
         (["vq_training.revive_every=0"], "vq_training.revive_every=0: expected at least 1"),
         (["vq_training.adversarial_weight=-1"], "vq_training.adversarial_weight=-1.0: expected at least 0"),
@@ -93,6 +103,8 @@ def test_a_bare_no_means_the_word(tmp_path: Path) -> None:
     assert load_config([f"config={path}", OUT]).training.mixed_precision == "no"
     assert load_config(["training.mixed_precision=no", OUT]).training.mixed_precision == "no"
     assert load_config(["experiment.resume=True", OUT]).experiment.resume == "true"
+    path.write_text("experiment: {resume: off}\n")
+    assert load_config([f"config={path}", OUT]).experiment.resume == "false"
     path.write_text("sampling:\n  compile: off\n  mixed_precision: no\n")
     sampling = load_config([f"config={path}", OUT]).sampling
     assert (sampling.compile, sampling.mixed_precision) == ("off", "no")
@@ -146,18 +158,113 @@ def test_the_family_s_keys_are_the_schema_s(tmp_path: Path) -> None:
     assert load_config([f"config={tmp_path / 'published.yaml'}"]) == load_config([OUT])
 
 
-def test_tokenizer_and_generator_must_fit() -> None:
-    check_tokenizer_fits(load_config([OUT]))
-    for wrong in ("model.vq_model.resolution=128", "model.generator.image_seq_len=64", "model.generator.z_dim=8"):
-        with pytest.raises(ConfigError, match="expected"):
-            check_tokenizer_fits(load_config([OUT, wrong]))
+def test_text_of_the_command_line_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for text in ("exp #2", "2026_11_25", "0123", "12:30", "1e5", "[a]", "{0..3}", "true", "a: b"):
+        assert load_config([f"experiment.output_dir={text}"]).experiment.output_dir == text
+    assert load_config(["experiment.output_dir=~/x"]).experiment.output_dir == "/home/me/x"
+    assert load_config([OUT, "experiment.init_from=null"]).experiment.init_from is None
+    (tmp_path / "a.yaml").write_text("experiment: {name: 2026_11_25}\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: experiment\.name=20261125: expected text; put it in quotes"):
+        load_config([f"config={tmp_path / 'a.yaml'}", OUT])
+
+
+@pytest.mark.parametrize("key", KEYS.values(), ids=lambda key: key.name)
+def test_every_key_has_a_meaning_and_every_number_a_range(key: Key) -> None:
+    assert key.meaning
+    assert key.kind
+    kinds = {key.type, *getattr(key.type, "__args__", ())}
+    if not kinds & {int, float, list[int]}:
+        return
+    allowed = key.mark(Range)
+    numbers = ["nan", "inf", "-inf"] if float in kinds else []
+    numbers += [allowed.at_least - 1 if allowed.at_least > float("-inf") else allowed.above]
+    numbers += [bound for bound in (allowed.at_most + 1, allowed.below) if bound < float("inf")]
+    for number in numbers:
+        value = f"[{number}]" if list[int] in kinds else number
+        with pytest.raises(ConfigError, match=rf"^{key.name}=\[?{number}(\.0)?\]?: expected "):
+            load_config([OUT, f"{key.name}={value}"])
+
+
+def test_sizes_follow_and_must_agree_where_they_are_read() -> None:
+    arguments = [OUT, "model.vq_model.resolution=64", "model.vq_model.channel_mult=[1,2]"]
+    arguments += ["model.vq_model.token_size=8", "optimizer.params.learning_rate=1e-3"]
+    config = load_config(arguments)
+    assert (config.model.vq_model.num_latent_tokens, config.model.generator.image_seq_len) == (1024, 1024)
+    preprocessing = config.dataset.preprocessing
+    assert (config.model.generator.z_dim, preprocessing.crop_size, preprocessing.resize_shorter_edge) == (8, 64, 64)
+    assert config.lr_scheduler.params.learning_rate == 1e-3
+    agreeing = ["model.vq_model.num_latent_tokens=1024", "model.generator.image_seq_len=1024"]
+    assert load_config([*arguments, *agreeing, "dataset.preprocessing.crop_size=64"]) == config
+    assert load_config([*arguments, "dataset.preprocessing.resize_shorter_edge=80"])
+    for wrong, message in (
+        ("model.vq_model.num_latent_tokens=9", "expected (resolution / 2^(levels - 1))^2=1024"),
+        ("model.generator.image_seq_len=9", "expected model.vq_model.num_latent_tokens=1024"),
+        ("model.generator.z_dim=9", "expected model.vq_model.token_size=8"),
+        ("dataset.preprocessing.crop_size=9", "expected model.vq_model.resolution=64"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load_config([*arguments, wrong])
+        assert str(error.value) == f"{wrong}: {message}"
+        assert load_config([*arguments, wrong], reads=["optimizer", "experiment"])
+
+
+def test_defaults_from_python_are_those_of_an_empty_file() -> None:
+    config = Config()
+    config.experiment.output_dir = "out"
+    assert load_config([OUT]) == config
+
+
+def test_what_may_change_in_a_run_is_marked_beside_the_key() -> None:
+    model = [key.name.rsplit(".", 1)[-1] for key in keys_under(["model"]) if MAY_CHANGE in key.marks]
+    assert {"guidance_scale", "dropout", "use_checkpoint"} <= set(model)
+    assert not {"hidden_size", "z_dim", "codebook_size", "transition_alignment"} & set(model)
+    assert SILENT in KEYS["experiment.output_dir"].marks
+    assert SILENT not in KEYS["training.seed"].marks
+
+
+def test_a_guidance_of_0_is_none(capsys: pytest.CaptureFixture) -> None:
+    assert load_config([OUT, "model.generator.guidance_scale=0"]).model.generator.guidance_scale == 1
+    assert capsys.readouterr().err == "model.generator.guidance_scale=0 is taken as 1: without guidance, as published\n"
+
+
+def test_a_run_cannot_stop_after_its_end() -> None:
+    arguments = [OUT, "training.max_train_steps=10"]
+    check_training(load_config([*arguments, "training.stop_steps=10"]))
+    with pytest.raises(ConfigError, match=r"stop_steps=11: expected at most max_train_steps=10"):
+        check_training(load_config([*arguments, "training.stop_steps=11"]))
+
+
+def test_the_project_s_own_configs_are_suggested_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=f"did you mean '{ROOT}/configs/rear_b.yaml'"):
+        load_config(["config=configs/rear_b.yaml", OUT])
+
+
+def test_keys_are_printed(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = subprocess.run([sys.executable, "-m", "utils.config", "--keys"], cwd=ROOT, capture_output=True, text=True)
+    lines = result.stdout.splitlines()
+    assert [line.split("=")[0] for line in lines] == [*KEYS]
+    assert "model.generator.top_k=0  " in result.stdout
+    row = next(line for line in lines if line.startswith("model.generator.z_dim="))
+    assert row.split(maxsplit=1) == [
+        "model.generator.z_dim=256",
+        "at least 1                output width of the projectors; by default model.vq_model.token_size",
+    ]
+    monkeypatch.setattr(sys, "argv", ["script.py", "training.seed=1", "--help"])
+    with pytest.raises(SystemExit) as end:
+        load_config_or_exit("What it does.", ["sampling", "-sampling.seed"])
+    assert end.value.code == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("What it does.\n")
+    assert "sampling.compile=auto" in printed
+    assert "sampling.seed" not in printed
+    assert "training." not in printed
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_shipped_configs_load(path: Path) -> None:
-    config = load_config([f"config={path}", OUT])
-    if not path.name.startswith("tokenizer_"):  # those have no generator
-        check_tokenizer_fits(config)
+    load_config([f"config={path}", OUT])
 
 
 @pytest.mark.parametrize(
@@ -178,9 +285,10 @@ def test_a_typo_ends_a_script_at_once(script: str, tmp_path: Path) -> None:
 
 
 def test_every_key_is_read_somewhere() -> None:
+    """But for those with one choice so far, and those that others follow."""
     folders = ("modeling", "data", "evaluation", "scripts", "utils")
     files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     code = "\n".join(path.read_text() for path in files if path.name != "schema.py")
-    config = to_yaml(load_config([OUT]))
-    leaves = {line.split(":")[0].strip() for line in config.splitlines() if not line.strip().startswith("-")}
-    assert {leaf for leaf in leaves if f".{leaf}" not in code} == set()
+    followed = {key.mark(Follows).source for key in KEYS.values() if key.mark(Follows)}
+    names = [name for name, key in KEYS.items() if len(key.choices) != 1 and name not in followed]
+    assert [name for name in names if f".{name.rsplit('.', 1)[-1]}" not in code] == []

@@ -1,28 +1,18 @@
-"""Whether a run is the one that wrote a checkpoint: what must be equal, and what may differ with a notice."""
+"""Whether a run is the one that wrote a checkpoint: what must be equal, and what may differ with a notice.
+
+Which keys may differ is marked beside them, in the schema.
+"""
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from utils.errors import InputError
+from utils.keys import KEYS
+from utils.marks import MAY_CHANGE, SILENT
 from utils.run.manifest import Provenance, read_manifest
 from utils.run.resume import Start
 from utils.schema import Config
-
-# Keys of the model section that may change in the middle of a run: sampling, memory and the recipe. All others make
-# another model.
-FREE_MODEL_KEYS = {
-    *("randomize_temperature", "guidance_scale", "guidance_scale_pow", "top_k", "top_p", "use_checkpoint"),
-    *("dropout", "attn_drop", "class_label_dropout", "perturb_mode", "randomness_anneal_start"),
-    *("randomness_anneal_end", "transition_alignment_weight", "mask_perturbed_encode"),
-}
-# What may differ between two starts of the same run without a word: where and how it runs, logs and stops.
-SILENT_KEYS = {
-    *("output_dir", "name", "project", "entity", "resume", "save_every", "keep_last", "keep_every", "generate_every"),
-    *("log_every", "log_grad_norm_every", "stop_steps", "num_workers_per_gpu", "tokenizer_checkpoint"),
-    *("generator_checkpoint", "per_gpu_batch_size", "gradient_accumulation_steps", "global_batch_size"),
-    *("process_group_timeout", "launch_timeout", "max_save_failures", "enable_wandb", "fsdp", "allow_batch_change"),
-}
 
 
 def check_same_run(start: Start, config: Config, provenance: Provenance, global_batch_size: int) -> list[str]:
@@ -39,7 +29,7 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
     manifest = read_manifest(Path(start.checkpoint))
     changes = differences(manifest.provenance.config, asdict(config))
     model_changes = [
-        line for key, line in changes.items() if key.startswith("model.") and _leaf(key) not in FREE_MODEL_KEYS
+        line for key, line in changes.items() if key.startswith("model.") and MAY_CHANGE not in KEYS[key].marks
     ]
     if model_changes:
         raise InputError(f"{start.checkpoint}: written by another model: {'; '.join(model_changes)}")
@@ -55,7 +45,7 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
             "per_gpu_batch_size * gradient_accumulation_steps * processes; keep the product, or set "
             "training.allow_batch_change=true"
         )
-    notices = [line for key, line in changes.items() if _leaf(key) not in SILENT_KEYS]
+    notices = [line for key, line in changes.items() if SILENT not in KEYS[key].marks]
     if manifest.provenance.code_hash != provenance.code_hash:
         notices.append("the code has changed")
     return [f"since {Path(start.checkpoint).name}: {notice}" for notice in notices]
@@ -74,7 +64,3 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
-
-
-def _leaf(key: str) -> str:
-    return key.rsplit(".", 1)[-1]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from utils.config import Config, accumulation_steps
+from utils.config import Config
+from utils.config_checks import accumulation_steps
 from utils.errors import InputError, TrainingError
 from utils.files.weights import save_weights
 from utils.ranks import join_world

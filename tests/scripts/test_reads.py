@@ -1,0 +1,97 @@
+"""READS, what a script's --help says that it reads, is what it reads: every script runs with a recording config."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.config import load_config
+from utils.keys import KEYS, keys_under
+
+PROJECT = ("scripts", "modeling", "data", "evaluation", "utils")  # not dataclasses.asdict, which reads everything
+UNREAD = {
+    *("model.vq_model.model_type", "optimizer.name", "lr_scheduler.scheduler"),  # one choice so far
+    "model.vq_model.num_latent_tokens",  # others follow it
+    *("experiment.project", "experiment.name", "experiment.entity"),  # with wandb
+    "training.allow_batch_change",  # with another batch
+}
+TRAINING_ONLY = {
+    *("class_label_dropout", "perturb_mode", "randomness_anneal_start", "randomness_anneal_end", "encode_align"),
+    *("decode_align", "transition_alignment_weight", "mask_perturbed_encode"),
+}  # of a generator; they enter the sampler's fingerprint
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The keys that the project's code reads from a config."""
+    names = {(key.section, key.name.rsplit(".", 1)[-1]): key.name for key in KEYS.values()}
+    found = set()
+
+    def read(section: object, name: str) -> object:
+        module = sys._getframe(1).f_globals["__name__"]
+        if (type(section), name) in names and module.split(".")[0] in PROJECT:
+            found.add(names[type(section), name])
+        return object.__getattribute__(section, name)
+
+    for section in {key.section for key in KEYS.values()}:
+        monkeypatch.setattr(section, "__getattribute__", read)
+    return found
+
+
+@pytest.fixture
+def arguments(tiny_arguments: list[str], tmp_path: Path) -> list[str]:
+    """The tiny project with images of two classes."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
+    return [
+        *tiny_arguments,
+        f"experiment.output_dir={tmp_path / 'out'}",
+        *("training.max_train_steps=2", "experiment.generate_every=1", "sampling.num_fid_samples=8"),
+        *(f"dataset.params.{split}_shards_path_or_url={tmp_path / 'images'}" for split in ("train", "eval")),
+    ]
+
+
+def check(script: str, recorded: set[str], unread: set[str] = UNREAD) -> None:
+    said = {key.name for key in keys_under(import_module(f"scripts.{script}").READS)}
+    assert recorded - said == set(), "read, but not in READS"
+    assert said - recorded - unread == set(), "in READS, but not read"
+
+
+@pytest.mark.parametrize(
+    ("script", "more"),
+    [
+        ("train_tokenizer", "vq_training.adversarial_weight=0.1"),
+        ("pretokenize", "dataset.params.pretokenization={folder}/codes.tokens"),
+        ("inspect_codes", "dataset.params.on_bad_sample=skip"),
+        ("reconstruct", "sampling.seed=1"),
+    ],
+)
+def test_reads(script: str, more: str, arguments: list[str], recorded: set[str], tmp_path: Path) -> None:
+    config = load_config([*arguments, more.format(folder=tmp_path)])
+    recorded.clear()  # of what the checks read
+    import_module(f"scripts.{script}").main(config)
+    if script == "reconstruct":  # it crops in the centre and never flips, whatever these say
+        recorded -= {"dataset.preprocessing.random_crop", "dataset.preprocessing.random_flip"}
+    check(script, recorded)
+
+
+def test_training_and_sampling_read(arguments: list[str], recorded: set[str], tmp_path: Path) -> None:
+    train, sample = import_module("scripts.train_rear"), import_module("scripts.sample_imagenet_rear")
+    images = ["dataset.params.pretokenization=null", f"experiment.output_dir={tmp_path / 'on_images'}"]
+    weights = [f"experiment.generator_checkpoint={tmp_path / 'out'}", f"experiment.output_dir={tmp_path / 'samples'}"]
+    kinds = (["dataset.params.on_bad_sample=skip"], [*images, "training.use_ema=true"], weights)
+    on_codes, on_images, sampling = (load_config([*arguments, *more]) for more in kinds)
+    recorded.clear()  # of what the checks read
+    train.main(on_codes)
+    train.main(on_images)
+    check("train_rear", recorded)
+    recorded.clear()
+    sample.main(sampling)
+    check("sample_imagenet_rear", recorded, UNREAD | {f"model.generator.{name}" for name in TRAINING_ONLY})

@@ -1,0 +1,132 @@
+"""What the values of a config must fulfil beyond their types: ranges, sizes that follow from others, pairs of keys."""
+
+import math
+import os
+from collections.abc import Sequence
+
+from omegaconf import DictConfig, OmegaConf
+
+from utils.errors import InputError
+from utils.keys import Key
+from utils.marks import Follows, Range
+from utils.schema import Config, GeneratorConfig, TrainingConfig, VQModelConfig
+
+
+class ConfigError(InputError):
+    """What is wrong with a config, in one line: the source, the key, the value found and the value expected."""
+
+
+def check_ranges(merged: DictConfig, keys: Sequence[Key]) -> None:
+    """
+    Raises:
+        ConfigError: a number outside its range, infinite or NaN, or an empty list.
+    """
+    for key in keys:
+        value = OmegaConf.select(merged, key.name)
+        numbers = value if OmegaConf.is_list(value) else [value]
+        allowed = key.mark(Range)
+        if not numbers:
+            raise ConfigError(f"{key.name}=[]: expected at least one value")
+        for number in numbers:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{key.name}={value}: expected a finite number")
+            if allowed and number is not None and number not in allowed:
+                raise ConfigError(f"{key.name}={value}: expected {allowed}")
+
+
+def check_agreement(merged: DictConfig, keys: Sequence[Key]) -> None:
+    """
+    Raises:
+        ConfigError: a value that follows from others is given and is another one.
+    """
+    for key in keys:
+        follows = key.mark(Follows)
+        if follows and follows.must_agree:
+            found, derived = OmegaConf.select(merged, key.name), merged.copy()
+            OmegaConf.update(derived, key.name, str(follows))
+            expected = OmegaConf.select(derived, key.name)
+            if found != expected:
+                raise ConfigError(f"{key.name}={found}: expected {follows.source}={expected}")
+
+
+def check_fields(config: Config) -> None:
+    """
+    Raises:
+        ConfigError: keys that do not fit together.
+    """
+    _check_vq_model(config.model.vq_model)
+    _check_generator(config.model.generator)
+    experiment = config.experiment
+    if experiment.init_from is not None and experiment.resume not in ("auto", "true", "false"):
+        raise ConfigError(
+            f"experiment.init_from={experiment.init_from}: expected no path in experiment.resume beside it"
+        )
+
+
+def _check_vq_model(vq_model: VQModelConfig) -> None:
+    factor = 2 ** (len(vq_model.channel_mult) - 1)
+    if vq_model.resolution % factor:
+        raise ConfigError(
+            f"model.vq_model.resolution={vq_model.resolution}: expected a multiple of {factor} "
+            f"({len(vq_model.channel_mult)} levels in channel_mult)"
+        )
+
+
+def _check_generator(generator: GeneratorConfig) -> None:
+    if generator.hidden_size % generator.num_attention_heads:
+        raise ConfigError(
+            f"model.generator.hidden_size={generator.hidden_size}: expected a multiple of "
+            f"num_attention_heads={generator.num_attention_heads}"
+        )
+    for name in ("encode", "decode"):
+        layer = getattr(generator, f"{name}_align_layer_idx")
+        used = generator.transition_alignment and getattr(generator, f"{name}_align")
+        if used and layer >= generator.num_hidden_layers:
+            raise ConfigError(
+                f"model.generator.{name}_align_layer_idx={layer}: expected 0 to {generator.num_hidden_layers - 1} "
+                f"(num_hidden_layers={generator.num_hidden_layers})"
+            )
+
+
+def check_training(config: Config) -> None:
+    """For the script that trains reAR.
+
+    Raises:
+        ConfigError: a batch that does not divide among the processes of this launch, or keys that exclude each other.
+    """
+    training = config.training
+    accumulation_steps(training, int(os.environ.get("WORLD_SIZE", 1)))
+    if training.fsdp and training.use_ema:
+        raise ConfigError("training.fsdp=true: expected training.use_ema=false; the EMA is not sharded")
+    if training.stop_steps is not None and training.stop_steps > training.max_train_steps:
+        raise ConfigError(
+            f"training.stop_steps={training.stop_steps}: expected at most max_train_steps={training.max_train_steps}"
+        )
+
+
+def accumulation_steps(training: TrainingConfig, world_size: int) -> int:
+    """Micro-batches per optimizer step on each of `world_size` processes.
+
+    Raises:
+        ConfigError: `training.global_batch_size` is not a multiple of what the processes take at once, or contradicts
+            `training.gradient_accumulation_steps`.
+    """
+    total, per_gpu, given = (
+        training.global_batch_size,
+        training.per_gpu_batch_size,
+        training.gradient_accumulation_steps,
+    )
+    if total is None:
+        return given
+    steps, rest = divmod(total, per_gpu * world_size)
+    if rest or not steps:
+        raise ConfigError(
+            f"training.global_batch_size={total}: expected a multiple of {per_gpu * world_size} = "
+            f"per_gpu_batch_size={per_gpu} * {world_size} processes"
+        )
+    if given not in (1, steps):
+        raise ConfigError(
+            f"training.gradient_accumulation_steps={given}: expected {steps} for global_batch_size={total}, "
+            f"per_gpu_batch_size={per_gpu} and {world_size} processes; leave it out"
+        )
+    return steps
