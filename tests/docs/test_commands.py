@@ -8,10 +8,12 @@ import argparse
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
@@ -65,8 +67,17 @@ def test_a_command_names_what_exists(command: str, monkeypatch: pytest.MonkeyPat
     script = next(word for word in words if re.fullmatch(r"[\w/]+\.(py|sh|sbatch)|utils\.config", word))
     if script.endswith((".sh", ".sbatch")):
         text = (ROOT / script).read_text()
-        assert all(name in text for name in variables), variables
+        assert all(re.search(rf"\b{name}\b", text) for name in variables), variables
     check_arguments(script, words[words.index(script) + 1 :], monkeypatch)
+
+
+def test_the_hooks_run_the_installed_ruff() -> None:
+    repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repository["repo"] for repository in repositories] == ["local"]  # nothing is fetched
+    for hook in repositories[0]["hooks"]:
+        command = [sys.executable, "-m", *hook["entry"].split(), __file__]
+        assert hook["entry"].startswith("ruff ")
+        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
 def check_arguments(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +90,7 @@ def check_arguments(script: str, arguments: list[str], monkeypatch: pytest.Monke
         parse(script, others, monkeypatch)
     elif script == "scripts_bash/test.sh":
         assert others[::2] in ([], ["-k"], ["-m"])  # pytest's
-    elif script.endswith((".py", ".sh")) or script == "utils.config":
+    else:
         assert set(others) <= {"--keys", "--help"}
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-STEPS, SAMPLES = 4, 12
+STEPS, SAMPLES = 4, 4  # the evaluator wants four images
 WAIT_S = 600  # for a machine that is busy with other things
 
 
