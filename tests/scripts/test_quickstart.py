@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +19,9 @@ STEPS, SAMPLES = 4, 4  # the evaluator wants four images
 WAIT_S = 600  # for a machine that is busy with other things
 
 
-def start(out: Path) -> subprocess.Popen:
-    """The quick start on one thread, in a process group of its own."""
+@contextmanager
+def quickstart(out: Path) -> Iterator[subprocess.Popen]:
+    """The quick start on one thread, in a process group of its own, which is killed on leaving."""
     environment = {
         **os.environ,
         "VIRTUAL_ENV": sys.prefix,  # the environment of these tests, activated or not
@@ -37,31 +40,32 @@ def start(out: Path) -> subprocess.Popen:
         "experiment.log_every=1",
     ]
     command = ["bash", "scripts_bash/quickstart.sh", *overrides]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
-
-
-def kill_when_there(path: Path, quickstart: subprocess.Popen) -> None:
-    give_up = time.monotonic() + WAIT_S
-    while not path.exists() and quickstart.poll() is None and time.monotonic() < give_up:
-        time.sleep(0.01)
-    os.killpg(quickstart.pid, signal.SIGKILL)
-    quickstart.communicate()
-    assert path.exists()
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def test_a_killed_quick_start_goes_on_to_its_table_and_picture(tmp_path: Path) -> None:
     out = tmp_path / "quickstart"
     codes = out / "train.tokens"
-    kill_when_there(codes, start(out))
-    written = codes.stat()
+    give_up = time.monotonic() + WAIT_S
+    with quickstart(out) as process:
+        while not codes.exists() and process.poll() is None and time.monotonic() < give_up:
+            time.sleep(0.01)
+    written = codes.stat().st_mtime_ns
+    assert process.returncode == -signal.SIGKILL
 
-    quickstart = start(out)
-    printed, _ = quickstart.communicate(timeout=WAIT_S)
-    assert quickstart.returncode == 0, printed
+    with quickstart(out) as process:
+        printed, _ = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, printed
 
-    assert codes.stat() == written  # not made again
+    assert codes.stat().st_mtime_ns == written  # not made again
     rows = [json.loads(line) for line in (out / "rear/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, STEPS + 1))
     table = (out / "report.md").read_text()
