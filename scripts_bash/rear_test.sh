@@ -19,5 +19,5 @@ torchrun --standalone --nproc_per_node="$NUM_GPUS" scripts/sample_imagenet_rear.
 
 if [[ -n "$REFERENCE" ]]; then
   torchrun --standalone --nproc_per_node="$NUM_GPUS" evaluation/evaluator.py "$REFERENCE" "$OUTPUT_DIR.npz" --backend "$BACKEND"
-  echo "The original evaluator reads the same file (README, 'Evaluation'): python evaluator.py $REFERENCE $OUTPUT_DIR.npz"
+  echo "The original evaluator reads the same file (docs/evaluation.md): python evaluator.py $REFERENCE $OUTPUT_DIR.npz"
 fi

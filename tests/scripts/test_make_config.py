@@ -62,7 +62,7 @@ def test_classes_and_tokenizer_make_the_config(tmp_path: Path, classes: int) -> 
 
 
 def test_from_a_folder_to_samples(tmp_path: Path) -> None:
-    """The README's section, with two classes and a few steps of everything."""
+    """docs/own-images.md, with two classes and a few steps of everything."""
     shards, own = shards_of(tmp_path, 2, 6, "--heldout", "0.4"), tmp_path / "own"
     make_config.main([str(shards), str(own), "--resolution", "32", "--no-flip"])
     small = ["training.max_train_steps=2", "training.per_gpu_batch_size=4", "lr_scheduler.params.warmup_steps=1"]

@@ -1,0 +1,109 @@
+"""Every command of the documentation could be typed: its files, config keys, options and variables exist.
+
+Run they are in tests/scripts: the quick start by test_quickstart.py, the way from one's own images by
+test_make_config.py, sampling and scoring by test_launch_scripts.py.
+"""
+
+import argparse
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
+
+from tests.docs.pages import PAGES, ROOT, commands, fences, page_name
+from utils.config import load_config
+
+COMMANDS = sorted({command for page in PAGES for command in commands(page)})
+WRITTEN_BY_OTHERS = re.compile(r"outputs/\w+/(rear|tokenizer)\.yaml")  # of the commands, by make_config.py
+BROUGHT = {"LOC_synset_mapping.txt"}
+OF_OTHER_PROGRAMS = ("pip ", "pre-commit ", "ruff ", "source ", "python -m venv", "python -m pytest", "export ")
+OVERRIDE = re.compile(r"(config|[a-z_]+(\.[a-z_0-9]+)+)=.*", flags=re.DOTALL)
+
+
+class ParsedError(BaseException):
+    """Ends a script when its arguments have been parsed."""
+
+
+def split(command: str) -> tuple[dict[str, str], list[str]]:
+    """Variables in front of a command, and its words without a launcher, whose own options are parsed here."""
+    words = [WRITTEN_BY_OTHERS.sub("configs/rear_blue_marble.yaml", word) for word in shlex.split(command)]
+    variables = {}
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        name, _, variables[name] = words.pop(0).partition("=")
+    if words[0] == "torchrun":
+        launch = get_args_parser().parse_args(words[1:])
+        words = ["python", launch.training_script, *launch.training_script_args]
+    elif words[:2] == ["accelerate", "launch"]:
+        launch = launch_command_parser().parse_args(words[2:])
+        words = ["python", launch.training_script, *launch.training_script_args]
+    return variables, words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_fenced_block_is_one_of_commands(page: Path) -> None:
+    assert {language for language, _ in fences(page)} <= {"bash"}
+    assert page.read_text().count("```") == 2 * len(fences(page))
+
+
+def test_the_two_commands_of_the_readme() -> None:
+    assert commands(ROOT / "README.md")[:2] == ["bash scripts_bash/quickstart.sh", "bash scripts_bash/test.sh"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_names_what_exists(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables, words = split(command)
+    for word in (word.removeprefix("config=") for word in words):
+        if re.fullmatch(r"[\w./]+\.(py|sh|yaml|sbatch|txt)", word):
+            assert word in BROUGHT or (ROOT / word).is_file(), word
+    if command.startswith(OF_OTHER_PROGRAMS):
+        return
+    script = next(word for word in words if re.fullmatch(r"[\w/]+\.(py|sh|sbatch)|utils\.config", word))
+    if script.endswith((".sh", ".sbatch")):
+        text = (ROOT / script).read_text()
+        assert all(re.search(rf"\b{name}\b", text) for name in variables), variables
+    check_arguments(script, words[words.index(script) + 1 :], monkeypatch)
+
+
+def test_the_hooks_run_the_installed_ruff() -> None:
+    repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repository["repo"] for repository in repositories] == ["local"]  # nothing is fetched
+    for hook in repositories[0]["hooks"]:
+        command = [sys.executable, "-m", *hook["entry"].split(), __file__]
+        assert hook["entry"].startswith("ruff ")
+        assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def check_arguments(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = [word for word in arguments if OVERRIDE.fullmatch(word)]
+    if overrides:
+        paths = [word.replace("config=", f"config={ROOT}/") for word in overrides]
+        load_config(["experiment.output_dir=unused", *paths])
+    others = [word for word in arguments if word not in overrides]
+    if script.endswith(".py") and not overrides:
+        parse(script, others, monkeypatch)
+    elif script == "scripts_bash/test.sh":
+        assert others[::2] in ([], ["-k"], ["-m"])  # pytest's
+    else:
+        assert set(others) <= {"--keys", "--help"}
+
+
+def parse(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the script parse these arguments, and no more."""
+    original = argparse.ArgumentParser.parse_args
+
+    def parse_and_end(self: argparse.ArgumentParser, *given: object, **more: object) -> None:
+        original(self, *given, **more)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    with pytest.raises(ParsedError):
+        runpy.run_path(str(ROOT / script), run_name="__main__")

@@ -1,0 +1,98 @@
+"""What the pages say about the repository is so: files, keys, links, folders; and nothing is said twice."""
+
+import dataclasses
+import os
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.docs.pages import PAGES, ROOT, page_name, prose
+from utils.schema import Config
+
+MADE_ELSEWHERE = ("outputs/", "train_generated_images/")  # by runs
+PACKAGES = ("modeling", "data", "evaluation", "scripts", "utils")
+
+
+def keys_of(section: type, prefix: str = "") -> set[str]:
+    keys = set()
+    for field in dataclasses.fields(section):
+        nested = dataclasses.is_dataclass(field.type)
+        keys |= keys_of(field.type, f"{prefix}{field.name}.") if nested else {f"{prefix}{field.name}"}
+    return keys
+
+
+def in_backticks(page: Path) -> list[str]:
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+def slug(heading: str) -> str:
+    """The anchor that a heading gets on the pages of a Git host."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.is_file(), target
+        assert not anchor or anchor in map(slug, re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_named_files_and_folders_exist(page: Path) -> None:
+    for name in in_backticks(page):
+        if re.fullmatch(r"\w+(/[\w-]+)*/([\w-]+\.\w+)?", name) and not name.startswith(MADE_ELSEWHERE):
+            assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_named_keys_exist(page: Path) -> None:
+    known = keys_of(Config)
+    sections = {key.split(".")[0] for key in known}
+    for words in in_backticks(page):
+        for name in re.findall(r"(?<![\w./])[a-z_]+(?:\.[a-z_0-9]+)+(?![\w/])", words):
+            is_file = name.endswith((".py", ".json", ".jsonl", ".npz", ".yaml", ".txt", ".png", ".tar", ".safetensors"))
+            assert name.split(".")[0] not in sections or is_file or name in known, name
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_the_readme_lists_every_folder_in_one_line() -> None:
+    text = (ROOT / "README.md").read_text()
+    folders = {"configs", "scripts_bash", "tests", "docs", "data/embedded"}
+    for package in PACKAGES:
+        for folder, _, files in os.walk(ROOT / package):
+            if any(file.endswith(".py") for file in files):
+                folders.add(str(Path(folder).relative_to(ROOT)))
+    listed = Counter(re.findall(r"^\| `([\w/]+)/` \| \S.* \|$", text, re.MULTILINE))
+    assert listed == Counter(folders)
+
+
+def test_the_readme_leads_to_every_page() -> None:
+    text = (ROOT / "README.md").read_text()
+    for page in PAGES[1:]:
+        assert f"]({page_name(page)})" in text, page
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=page_name)
+def test_a_page_begins_with_a_command(page: Path) -> None:
+    lines = page.read_text().splitlines()
+    assert lines[0].startswith("# ")
+    assert "```bash" in lines[:6]
+
+
+def test_no_sentence_stands_in_two_places() -> None:
+    sentences = Counter()
+    for page in PAGES:
+        text = re.sub(r"^\s*(\||- |#+ )|\|", "\n\n", prose(page), flags=re.MULTILINE)
+        for piece in re.split(r"(?<=[.;:])\s|\n\n", text):
+            words = re.findall(r"\w+", piece.lower())
+            sentences[" ".join(words)] += len(words) >= 6
+    assert [sentence for sentence, count in sentences.items() if count > 1] == []
