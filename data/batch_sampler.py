@@ -18,19 +18,19 @@ from torch.utils.data import Sampler
 from utils.randomness import Stream, philox
 
 
-class Draw(NamedTuple):
+class Visit(NamedTuple):
     """One visit of a sample; random crops and flips differ from pass to pass."""
 
     index: int
     pass_number: int
 
 
-def as_draw(item: int | Draw) -> Draw:
-    """A plain index is a draw in pass 0."""
-    return item if isinstance(item, Draw) else Draw(int(item), 0)
+def as_visit(item: int | Visit) -> Visit:
+    """A plain index is a visit in pass 0."""
+    return item if isinstance(item, Visit) else Visit(int(item), 0)
 
 
-class GlobalBatchSampler(Sampler[list[Draw]]):
+class GlobalBatchSampler(Sampler[list[Visit]]):
     """Micro-batches of one rank for the steps `first_step` to `last_step - 1`, in order.
 
     Args:
@@ -63,19 +63,19 @@ class GlobalBatchSampler(Sampler[list[Draw]]):
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.micro_steps
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[Visit]]:
         current_pass, order = -1, np.empty(0, np.uint32)
         for micro_batch in range(len(self)):
             step, micro_step = divmod(micro_batch, self.micro_steps)
             slice_number = (step * self.world_size + self.rank) * self.micro_steps + micro_step
             first = self.samples_seen + slice_number * self.micro_batch_size
-            draws = []
+            visits = []
             for sample_number in range(first, first + self.micro_batch_size):
                 pass_number, position = divmod(sample_number, self.num_samples)
                 if pass_number != current_pass:
                     current_pass, order = pass_number, permutation(self.num_samples, self.seed, pass_number)
-                draws.append(Draw(int(order[position]), pass_number))
-            yield draws
+                visits.append(Visit(int(order[position]), pass_number))
+            yield visits
 
 
 def permutation(num_samples: int, seed: int, pass_number: int) -> np.ndarray:

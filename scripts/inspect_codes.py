@@ -32,6 +32,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 from data.codes.code_statistics import CodeStatistics, code_statistics
@@ -43,7 +45,6 @@ from utils.config import Config
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
 from utils.images import make_captioned_grid, to_uint8, write_png
-from utils.run.curves import save_histograms
 
 MOST_FREQUENT = 5  # codes that are printed
 DECODED_AT_ONCE = 16  # images
@@ -117,6 +118,17 @@ def summary(store: TokenStore, statistics: CodeStatistics) -> dict[str, Any]:
         "samples of the commonest class": f"{per_class[commonest]} ({store.class_name(commonest)})",
         "tokenizer": meta.tokenizer_sha256,
     }
+
+
+def save_histograms(counts: dict[str, np.ndarray], picture_path: Path) -> None:
+    """Visit counts (K,) as steps, a panel for each name."""
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (name, values) in zip(figure.subplots(1, len(counts), squeeze=False).flat, counts.items(), strict=True):
+        axes.stairs(values, fill=True)
+        axes.set_title(name)
+        axes.grid(alpha=0.3)
+    figure.savefig(picture_path, dpi=100)
 
 
 if __name__ == "__main__":

@@ -50,11 +50,11 @@ from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, TrainingError, input_errors_exit
+from utils.faults import fault_point
 from utils.files.parts import Parts
 from utils.precision import matmul_precision
 from utils.processes import num_cpus
 from utils.ranks import World, join_world
-from utils.run.faults import fault_point
 from utils.run.signals import StopSignals
 
 IMAGES_PER_PART = 256  # or the next multiple of what is encoded at once

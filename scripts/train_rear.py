@@ -97,7 +97,7 @@ def main(config: Config) -> str:
 
             if run.log_due:
                 metrics = run.mean_over_ranks([terms.metrics for terms in step_terms])
-                metrics |= {"lr": lr, "perturbation_ratio": max_ratio, "samples/sec/gpu": run.samples_per_second()}
+                metrics |= {"lr": lr, "perturbation_ratio": max_ratio}
                 metrics |= passes_done(config, run.samples_seen, len(dataset)) | batches.skipped(world)
                 if step == 0 or run.is_due(experiment.log_grad_norm_every):
                     metrics["grad_norm"] = float(grad_norm)

@@ -17,10 +17,10 @@ from data.codes.jsonl import BadLines, Sizes, format_lines, formatted_size, read
 from data.codes.store_files import StoreMeta, check_codebook_size, open_store, write_meta
 from data.codes.token_writer import new_token_store
 from utils.errors import InputError
+from utils.faults import fault_point
 from utils.files.atomic import publish
 from utils.files.parts import Parts
 from utils.processes import in_processes
-from utils.run.faults import fault_point
 
 RANGE_BYTES = 2**25  # of a jsonl per part; a process needs a few times that memory
 ROWS_PER_BLOCK = 16_384  # of a store per part

@@ -7,7 +7,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from data.batch_sampler import Draw, as_draw
+from data.batch_sampler import Visit, as_visit
 from data.images.image_folder import ImageFolder
 from data.images.image_source import ImageSource
 from data.images.tar_shards import TarShards
@@ -39,7 +39,7 @@ def open_images(path: str, num_classes: int | None = None) -> ImageSource:
 class ImageDataset(Dataset):
     """Transformed images of a source.
 
-    An item is asked for by index or, by `GlobalBatchSampler`, by `Draw(index, pass_number)`. Its augmentation depends
+    An item is asked for by index or, by `GlobalBatchSampler`, by `Visit(index, pass_number)`. Its augmentation depends
     on (seed, pass number, index) only; a plain index is pass 0.
 
     Args:
@@ -58,7 +58,7 @@ class ImageDataset(Dataset):
     def fingerprint(self) -> str:
         return self.source.fingerprint
 
-    def __getitem__(self, item: int | Draw) -> dict[str, Tensor | int]:
+    def __getitem__(self, item: int | Visit) -> dict[str, Tensor | int]:
         """
         Returns:
             image: what the transform gives, for training float32 (3, H, W) in [0, 1]; class_labels and index: int;
@@ -67,7 +67,7 @@ class ImageDataset(Dataset):
         Raises:
             InputError: the image cannot be read or decoded.
         """
-        index, pass_number = as_draw(item)
+        index, pass_number = as_visit(item)
         image, class_id, is_bad = self._readable(index)
         rng = np.random.Generator(philox(Stream.AUGMENTATION, self.seed, pass_number * len(self) + index))
         return {"image": self.transform(image, rng), "class_labels": class_id, "index": index, "is_bad": is_bad}

@@ -17,11 +17,11 @@ from data.images.image_folder import ImageFolder
 from data.images.shard_index import ShardIndex, write_index
 from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE, read_headers
 from utils.errors import InputError
+from utils.faults import fault_point
 from utils.files.atomic import complete_file, publish, write_text
 from utils.files.hashing import file_sha256
 from utils.files.parts import Parts
 from utils.processes import in_processes
-from utils.run.faults import fault_point
 
 ORDER_SEED = 0
 FILE_MODE = 0o444

@@ -5,12 +5,12 @@ import itertools
 import numpy as np
 import pytest
 
-from data.batch_sampler import Draw, GlobalBatchSampler, permutation
+from data.batch_sampler import GlobalBatchSampler, Visit, permutation
 
 
 def global_batches(
     num_samples: int, per_gpu: int, accumulation: int, world: int, first: int, last: int, seed: int = 3
-) -> list[list[Draw]]:
+) -> list[list[Visit]]:
     """Global batches put together from all ranks: ranks one after another, micro-batches within a rank."""
     ranks = [
         list(GlobalBatchSampler(num_samples, per_gpu, accumulation, rank, world, seed, first, last))

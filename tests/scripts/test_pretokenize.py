@@ -71,7 +71,7 @@ def test_codes_are_those_of_the_crops_in_order(
 
 
 def encoded(arguments: list[str], processes: int, fault: str = "") -> int:
-    """Exit status of the script, of torchrun if there are several processes; `fault` as in `utils.run.faults`."""
+    """Exit status of the script, of torchrun if there are several processes; `fault` as in `utils.faults`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "scripts/pretokenize.py"), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "REAR_FAULT": fault}

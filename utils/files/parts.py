@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import InputError
+from utils.faults import fault_point
 from utils.files.atomic import complete_file, write_text
 from utils.ranks import World
-from utils.run.faults import fault_point
 
 POLL_SECONDS = 0.5
 FINGERPRINT = "fingerprint.json"

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from utils.errors import InputError
+from utils.faults import fault_point
 from utils.files.atomic import sync
 from utils.files.weights import load_state_dict, save_weights
-from utils.run.faults import fault_point
 from utils.run.manifest import MANIFEST_FILE, Provenance, TrainingState, check_sizes, write_manifest
 from utils.run.snapshot import Resumable, Snapshot, restore_module, restore_optimizer
 

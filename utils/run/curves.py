@@ -1,9 +1,8 @@
-"""Pictures of a training run and of its data."""
+"""The picture of a run's metrics."""
 
 import math
 from pathlib import Path
 
-import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -13,7 +12,7 @@ COLUMNS = 4
 
 
 def save_training_curves(metrics_path: Path, picture_path: Path) -> None:
-    """Draw all metrics of metrics.jsonl against the step, a panel each."""
+    """Visit all metrics of metrics.jsonl against the step, a panel each."""
     rows = read_metrics(metrics_path)
     names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
     if not names:
@@ -25,16 +24,5 @@ def save_training_curves(metrics_path: Path, picture_path: Path) -> None:
         axes.plot(*zip(*((row["step"], row[name]) for row in rows if name in row), strict=True))
         axes.set_title(name)
         axes.set_xlabel("step")
-        axes.grid(alpha=0.3)
-    figure.savefig(picture_path, dpi=100)
-
-
-def save_histograms(counts: dict[str, np.ndarray], picture_path: Path) -> None:
-    """Draw counts (K,) as steps, a panel for each name."""
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    for axes, (name, values) in zip(figure.subplots(1, len(counts), squeeze=False).flat, counts.items(), strict=True):
-        axes.stairs(values, fill=True)
-        axes.set_title(name)
         axes.grid(alpha=0.3)
     figure.savefig(picture_path, dpi=100)

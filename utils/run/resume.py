@@ -8,6 +8,7 @@ from utils.files.weights import load_state_dict
 from utils.run.checkpoint import EMA, MODEL, checkpoint_folders, load_modules, load_optimizers, step_of
 from utils.run.manifest import MANIFEST_FILE, TrainingState, read_manifest, verify
 from utils.run.snapshot import Resumable, restore_module
+from utils.schema import Config, TrainingConfig
 
 MODEL_FILES = ("model.safetensors", "unwrapped_model/model.safetensors", "unwrapped_model/pytorch_model.bin")
 
@@ -107,8 +108,13 @@ def set_aside(start: Start) -> None:
         path.rename(target)
 
 
-def starting_state(start: Start, resume: str, global_batch_size: int) -> TrainingState:
-    """The state that the run goes on from."""
+def starting_state(start: Start, config: Config, global_batch_size: int) -> TrainingState:
+    """The state that the run goes on from.
+
+    Raises:
+        InputError: the run is to end before that.
+    """
+    resume = config.experiment.resume
     if start.checkpoint is not None and not start.weights_only:
         state = read_manifest(Path(start.checkpoint)).state
         state.global_batch_size = global_batch_size
@@ -116,7 +122,18 @@ def starting_state(start: Start, resume: str, global_batch_size: int) -> Trainin
         state = TrainingState(global_step=0, global_batch_size=global_batch_size, samples_seen=0)
     if resume not in ("auto", "true", "false"):
         state.started_from = str(Path(resume).resolve())
+    if state.global_step > last_step(config.training):
+        key = "max_train_steps" if config.training.stop_steps is None else "stop_steps"
+        raise InputError(
+            f"training.{key}={last_step(config.training)}: expected at least {state.global_step}, the step of "
+            f"{start.checkpoint}"
+        )
     return state
+
+
+def last_step(training: TrainingConfig) -> int:
+    """The number of steps after which the run ends."""
+    return training.max_train_steps if training.stop_steps is None else training.stop_steps
 
 
 def load_start(start: Start, resumable: Resumable) -> list[str]:

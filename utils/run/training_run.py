@@ -1,6 +1,5 @@
 """What keeps a training run alive, behind one object: the script that holds it computes and updates, nothing else."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -17,20 +16,20 @@ from tqdm import tqdm
 
 from utils.config import Config
 from utils.config_checks import accumulation_steps
-from utils.errors import InputError, TrainingError
+from utils.errors import TrainingError
+from utils.faults import fault_point
 from utils.files.weights import save_weights
 from utils.ranks import join_world
 from utils.run.checkpoint import MODEL
 from utils.run.compatibility import check_same_run, flatten
 from utils.run.curves import save_training_curves
-from utils.run.faults import fault_point
 from utils.run.folder import code_facts, make_logger, prepare_run_folder
 from utils.run.guard import StepGuard
 from utils.run.manifest import Provenance
-from utils.run.resume import find_start, load_start, set_aside, starting_state
+from utils.run.resume import find_start, last_step, load_start, set_aside, starting_state
 from utils.run.saver import CheckpointSaver
 from utils.run.signals import StopSignals
-from utils.run.snapshot import Optimizers, Resumable, Snapshot, take_snapshot, weights_of
+from utils.run.snapshot import Optimizers, Resumable, take_snapshot, weights_of
 from utils.run.status import EXIT_PREEMPTED, Status, explain, first_line, write_status
 from utils.run.tracking import Tracker
 
@@ -79,7 +78,6 @@ class TrainingRun:
 
     def __init__(self, config: Config) -> None:
         self.config, self.output_dir = config, Path(config.experiment.output_dir)
-        self.logger = logging.getLogger("rear")
         self._status: Status | None = None  # until it has begun
         self._tracker: Tracker | None = None  # rank 0 alone
 
@@ -102,9 +100,7 @@ class TrainingRun:
 
     @property
     def remaining(self) -> range:
-        training = self.config.training
-        last = training.max_train_steps if training.stop_steps is None else training.stop_steps
-        return range(self._state.global_step, last)
+        return range(self._state.global_step, last_step(self.config.training))
 
     @property
     def steps_done(self) -> int:
@@ -136,14 +132,13 @@ class TrainingRun:
         experiment, training = self.config.experiment, self.config.training
         self._resumable = Resumable(modules, optimizers, sharded)
         self.notices += load_start(self._start, self._resumable)
-        self._state = starting_state(self._start, experiment.resume, self.global_batch_size)
-        self._check_length()
+        self._state = starting_state(self._start, self.config, self.global_batch_size)
         if self.world.is_main:
             prepare_run_folder(self.config)
             set_aside(self._start)
             self._tracker = Tracker(self.config, self.output_dir, self._state.global_step)
         self.world.barrier()
-        make_logger(self.output_dir, self.world.is_main)
+        self.logger = make_logger(self.output_dir, self.world.is_main)
         for notice in self.notices:
             self.logger.info(notice)
         parameters = sum(p.numel() for p in modules[MODEL].parameters())
@@ -158,14 +153,6 @@ class TrainingRun:
         self._status = Status("running", self._state.global_step)
         if self.world.is_main:
             write_status(self.output_dir, self._status)
-
-    def _check_length(self) -> None:
-        if self._state.global_step > self.remaining.stop:
-            key = "max_train_steps" if self.config.training.stop_steps is None else "stop_steps"
-            raise InputError(
-                f"training.{key}={self.remaining.stop}: expected at least {self._state.global_step}, the step of "
-                f"{self._start.checkpoint}"
-            )
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a progress bar."""
@@ -225,20 +212,16 @@ class TrainingRun:
         return dict(zip(micro_batches[0], means, strict=True))
 
     def log(self, metrics: dict[str, float]) -> None:
-        """Write the metrics of the step that is done, with the number of skipped updates; rank 0 alone does."""
+        """Write the metrics of the step that is done, with speed and number of skipped updates; rank 0 alone does."""
         if self._tracker is None:
             return
-        metrics = metrics | {"nonfinite_steps": self._guard.nonfinite_steps}
+        now, steps = time.perf_counter(), self.steps_done - self._timed_from
+        metrics["samples/sec/gpu"] = steps * self.global_batch_size / self.world.size / (now - self._timer)
+        metrics["nonfinite_steps"] = self._guard.nonfinite_steps
+        self._timer, self._timed_from = now, self.steps_done
         self._tracker.log(metrics, self._state.global_step)
         losses = {name.removeprefix("train/"): value for name, value in metrics.items() if name.endswith("loss")}
         self._progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
-
-    def samples_per_second(self) -> float:
-        """Of each process, since the last call or the first step."""
-        now, done = time.perf_counter(), self._state.global_step
-        samples = (done - self._timed_from) * self.global_batch_size / self.world.size
-        rate, self._timer, self._timed_from = samples / (now - self._timer), now, done
-        return rate
 
     def draw(self, name: str, make: Callable[[], Image.Image]) -> None:
         """Make a picture on rank 0, which may take its time, and send it to the dashboard."""
@@ -251,9 +234,10 @@ class TrainingRun:
 
     def save(self) -> None:
         """Copy the state to host memory and write it as a checkpoint while training goes on."""
-        snapshot = self._take_snapshot()
-        if snapshot is not None:
-            self._saver.start(self._state, snapshot)
+        if self.world.is_main:
+            self._saver.start(self._state, take_snapshot(self._resumable))
+        elif self._resumable.sharded:
+            take_snapshot(self._resumable)  # all ranks send their slices to rank 0
 
     def finish(self) -> bool:
         """Save where the run stands and wait for it; draw the curves.
@@ -287,11 +271,6 @@ class TrainingRun:
     def status(self) -> str:
         """running, completed, preempted or failed."""
         return self._status.status
-
-    def _take_snapshot(self) -> Snapshot | None:
-        """On rank 0 alone, which writes it; sharded state needs all ranks."""
-        snapshot = take_snapshot(self._resumable) if self.world.is_main or self._resumable.sharded else None
-        return snapshot if self.world.is_main else None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -75,7 +75,7 @@ def test_sizes_are_known_before_formatting() -> None:
 
 
 def in_child(function: object, *arguments: object, fault: str = "", kill_after: float = 0.0) -> int:
-    """Exit code of a forked process that does it; killed from outside after some seconds, or by `utils.run.faults`."""
+    """Exit code of a forked process that does it; killed from outside after some seconds, or by `utils.faults`."""
 
     def child() -> None:
         os.environ["REAR_FAULT"] = fault

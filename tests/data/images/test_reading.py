@@ -12,7 +12,7 @@ import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from data.batch_sampler import Draw
+from data.batch_sampler import Visit
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
 from utils.errors import InputError
@@ -105,8 +105,13 @@ def test_augmentation_is_keyed_by_pass_and_index(tmp_path: Path) -> None:
     transform = training_transform(PreprocessingConfig(40, 8, True, True))
     dataset, other_seed = ImageDataset(source, transform, seed=1), ImageDataset(source, transform, seed=2)
     image = lambda data, item: data[item]["image"].numpy().tobytes()  # noqa: E731
-    assert image(dataset, 1) == image(dataset, 1) == image(dataset, Draw(1, 0))
-    crops = [image(dataset, Draw(0, 0)), image(dataset, Draw(1, 0)), image(dataset, Draw(1, 1)), image(other_seed, 1)]
+    assert image(dataset, 1) == image(dataset, 1) == image(dataset, Visit(1, 0))
+    crops = [
+        image(dataset, Visit(0, 0)),
+        image(dataset, Visit(1, 0)),
+        image(dataset, Visit(1, 1)),
+        image(other_seed, 1),
+    ]
     assert len(set(crops)) == 4
 
 
