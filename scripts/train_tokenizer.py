@@ -60,7 +60,7 @@ from utils.randomness import dropout_seed
 from utils.ranks import World
 from utils.run.training_run import EXIT_STATUS, TrainingRun
 
-GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and one of reconstructions count as one
+GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
 
 
 def main(config: Config) -> str:
