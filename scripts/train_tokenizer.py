@@ -17,12 +17,11 @@ import sys
 from pathlib import Path
 
 READS = (
-    *("experiment.project", "experiment.name", "experiment.entity", "experiment.output_dir", "experiment.save_every"),
-    *("experiment.log_every", "model.vq_model", "dataset.params.train_shards_path_or_url"),
-    *("dataset.params.eval_shards_path_or_url", "dataset.params.num_workers_per_gpu", "dataset.preprocessing"),
-    *("-dataset.preprocessing.pretokenize_crops", "optimizer", "lr_scheduler", "training.per_gpu_batch_size"),
-    *("training.mixed_precision", "training.enable_tf32", "training.enable_wandb", "training.seed"),
-    *("training.max_train_steps", "training.max_grad_norm", "vq_training", "sampling.uint8_rule"),
+    *("experiment", "-experiment.max_train_examples", "-experiment.generate_every", "-experiment.log_grad_norm_every"),
+    *("-experiment.init_from", "-experiment.tokenizer_checkpoint", "-experiment.generator_checkpoint"),
+    *("model.vq_model", "dataset", "-dataset.params.pretokenization", "-dataset.params.verify_hashes"),
+    *("-dataset.preprocessing.pretokenize_crops", "optimizer", "lr_scheduler", "training", "-training.use_ema"),
+    *("-training.ema_decay", "-training.fsdp", "vq_training", "sampling.uint8_rule"),
 )
 
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
@@ -61,7 +60,7 @@ from utils.randomness import dropout_seed
 from utils.ranks import World
 from utils.run.training_run import EXIT_STATUS, TrainingRun
 
-GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and one of reconstructions count as one
+GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
 
 
 def main(config: Config) -> str:

@@ -56,7 +56,7 @@ class ExperimentConfig:
 
 @dataclass
 class VQModelConfig:
-    model_type: Literal["maskgit_vq"] = "maskgit_vq"  # the only tokenizer so far
+    model_type: Literal["maskgit_vq"] = "maskgit_vq"  # kind of tokenizer; maskgit_vq: that of MaskGIT
     codebook_size: Count = 1024  # V, number of codes
     token_size: Count = 256  # width of a codebook vector
     num_latent_tokens: Annotated[Count, Follows(GRID, GRID_INTERPOLATION)] = 256  # N, codes per image
@@ -148,7 +148,7 @@ class OptimizerParams:
 
 @dataclass
 class OptimizerConfig:
-    name: Literal["adamw"] = "adamw"  # the only optimizer so far
+    name: Literal["adamw"] = "adamw"  # adamw: decoupled weight decay
     params: OptimizerParams = field(default_factory=OptimizerParams)
 
 
@@ -161,7 +161,7 @@ class LRSchedulerParams:
 
 @dataclass
 class LRSchedulerConfig:
-    scheduler: Literal["cosine"] = "cosine"  # linear warm-up, then cosine to end_lr; the only schedule so far
+    scheduler: Literal["cosine"] = "cosine"  # linear warm-up, then cosine to end_lr
     params: LRSchedulerParams = field(default_factory=LRSchedulerParams)
 
 

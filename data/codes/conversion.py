@@ -1,7 +1,8 @@
 """From jsonl to a token store and back: on all CPUs, and killed conversions go on where they were.
 
-A jsonl is cut into ranges of bytes, whose lines are checked and kept as part files until the store is joined from them.
-A store is cut into blocks of rows, whose lines go to their place in the jsonl at once, for their lengths are known.
+From a jsonl to a store, the lines of each range of bytes are checked and written to a part file, and the store is
+joined from the parts. From a store to a jsonl, the lengths of all lines are known beforehand, so the lines of each
+range of rows are written to their final offset at once.
 """
 
 import json

@@ -11,8 +11,10 @@ CHUNK_BYTES = 1 << 20
 
 
 def file_sha256(path: Path, progress: bool = False) -> str:
-    """Args:
-    progress: show a bar if it takes longer than a second.
+    """Hash of the content, in hexadecimal.
+
+    Args:
+        progress: show a bar if it takes longer than a second.
     """
     digest, total = hashlib.sha256(), path.stat().st_size
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"sha256 {path.name}", delay=1, disable=not progress)
