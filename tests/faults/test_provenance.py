@@ -113,7 +113,7 @@ def test_weights_remember_their_tokenizer(tiny_arguments: list[str], run: Path, 
     other = f"experiment.tokenizer_checkpoint={tmp_path / 'other.safetensors'}"
     for weights in (run, run / "checkpoint-4", run / "model.safetensors"):
         with pytest.raises(
-            InputError, match="trained on codes of the tokenizer of sha256 .*allow_other_tokenizer=true"
+            InputError, match=r"trained on codes of the tokenizer of sha256 .*allow_other_tokenizer=true"
         ):
             sample(tiny_arguments, weights, tmp_path / "x", other)
     sample(tiny_arguments, run, tmp_path / "x", other, "experiment.allow_other_tokenizer=true")
@@ -166,7 +166,7 @@ def test_a_store_of_ones_own_is_never_replaced(codes: Path) -> None:
     store = codes.with_suffix(".tokens")
     with new_token_store(store, StoreMeta(image_seq_len=16, codebook_size=24)) as writer:
         writer.append(np.ones((3, 16), np.int64), np.zeros(3, np.int64))
-    with pytest.raises(InputError, match="not made from .* as it is now; train on the store, or delete or rename it"):
+    with pytest.raises(InputError, match=r"not made from .* as it is now; train on the store, or delete or rename it"):
         open_tokens(codes, 24, 16, 5)
     assert len(TokenStore(store)) == 3
 
