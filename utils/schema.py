@@ -79,7 +79,7 @@ class GeneratorConfig:
     class_label_dropout: MayChange[Share] = 0.1  # probability of the null class in training
     image_seq_len: Annotated[Count, Follows("model.vq_model.num_latent_tokens")] = 256  # N, codes per image
     condition_num_classes: Count = 1000  # C; class id C is the null class
-    randomize_temperature: MayChange[Annotated[float, Range(at_least=1e-4)]] = 1.0  # sampling temperature
+    randomize_temperature: MayChange[Annotated[float, Range(at_least=1e-6)]] = 1.0  # sampling temperature
     # g of power-cosine guidance; 1: without guidance; 0: as 1, as in the published code
     guidance_scale: MayChange[Annotated[float, Range(at_least=0, at_most=1000)]] = 14.5
     guidance_scale_pow: MayChange[Weight] = 2.25  # exponent of power-cosine guidance; 0: constant guidance
