@@ -7,6 +7,8 @@ A new schedule is a function like `cosine`, a line in `SCHEDULES`, and its name 
 import math
 from collections.abc import Callable
 
+from utils.schema import Config
+
 # (step, peak, warmup_steps, max_steps, end_lr) -> learning rate of the update after `step` updates
 Schedule = Callable[[int, float, int, int, float], float]
 
@@ -20,3 +22,16 @@ def cosine(step: int, peak: float, warmup_steps: int, max_steps: int, end_lr: fl
 
 
 SCHEDULES: dict[str, Schedule] = {"cosine": cosine}
+
+
+def schedule_warnings(config: Config) -> list[str]:
+    """A line for each schedule that does not end within the run, as when a published recipe runs for a few steps."""
+    generator, end = config.model.generator, config.training.max_train_steps
+    steps = {"lr_scheduler.params.warmup_steps": config.lr_scheduler.params.warmup_steps}
+    if generator.perturb_mode != "none":
+        steps["model.generator.randomness_anneal_end"] = generator.randomness_anneal_end
+    return [
+        f"warning: {key}={value} is beyond training.max_train_steps={end}: this schedule does not end within the run"
+        for key, value in steps.items()
+        if value > end > 0
+    ]
