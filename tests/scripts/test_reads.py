@@ -17,6 +17,7 @@ UNREAD = {
     "model.vq_model.num_latent_tokens",  # others follow it
     *("experiment.project", "experiment.name", "experiment.entity"),  # with wandb
     "training.allow_batch_change",  # with another batch
+    "experiment.allow_other_tokenizer",  # with another tokenizer
 }
 
 
