@@ -29,6 +29,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ def main(config: Config) -> None:
 
 def fingerprint_of(config: Config, model: ReAR, tokenizer: Tokenizer, device: torch.device) -> dict[str, Any]:
     """All that the images depend on, by config key."""
-    sections = {"model": config.model, "sampling": config.sampling}
+    sections: dict[str, Any] = {"model": config.model, "sampling": config.sampling}
     return {
         **{key: value for name, section in sections.items() for key, value in flat(name, dataclasses.asdict(section))},
         "training.enable_tf32": config.training.enable_tf32,
@@ -155,11 +156,12 @@ class PartWriter:
 
     def _write(self, block: range, images: np.ndarray) -> None:
         if self.folder is not None:
-            list(self.png_pool.map(self._write_png, block, images))
+            list(self.png_pool.map(partial(_write_png, self.folder), block, images))
         self.parts.save(block, images)
 
-    def _write_png(self, index: int, image: np.ndarray) -> None:
-        write_png(self.folder / f"{index:06d}.png", Image.fromarray(image))
+
+def _write_png(folder: Path, index: int, image: np.ndarray) -> None:
+    write_png(folder / f"{index:06d}.png", Image.fromarray(image))
 
 
 def pack(parts: SampleParts, output: Path, config: Config) -> None:

@@ -11,7 +11,7 @@ from utils.schedules import learning_rate_at
 def build_optimizer(model: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only; the model's `no_weight_decay()` names further exceptions."""
     params = config.optimizer.params
-    groups = param_groups_weight_decay(model, params.weight_decay, no_weight_decay_list=model.no_weight_decay())
+    groups = param_groups_weight_decay(model, params.weight_decay, no_weight_decay_list=model.no_weight_decay())  # type: ignore[operator]
     on_gpu = next(model.parameters()).is_cuda
     return torch.optim.AdamW(groups, lr=params.learning_rate, betas=(params.beta1, params.beta2), fused=on_gpu)
 

@@ -9,6 +9,7 @@ import os
 from contextlib import closing
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -26,7 +27,7 @@ RANGE_BYTES = 2**25  # of a jsonl per part; a process needs a few times that mem
 ROWS_PER_BLOCK = 16_384  # of a store per part
 
 
-def describe_source(jsonl: Path) -> dict[str, int | str]:
+def describe_source(jsonl: Path) -> dict[str, Any]:
     """What tells whether a jsonl is still the one that a store was made from."""
     status = jsonl.stat()
     return {"name": jsonl.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
@@ -94,6 +95,8 @@ def is_conversion(store_path: Path, jsonl: Path, sizes: Sizes, max_bad_fraction:
 
 def _convert_ranges(jsonl: Path, parts: Parts, sizes: Sizes, bad_lines: BadLines, processes: int) -> None:
     """Make the missing parts; count bad lines in the order of the file, as far as it is read without a gap."""
+    missing, counted, size = parts.missing(), 0, parts.blocks[-1].stop
+    pending = {block.start for block in missing}
 
     def convert(block: range) -> None:
         lines = read_range(jsonl, block.start, block.stop, sizes)
@@ -109,8 +112,6 @@ def _convert_ranges(jsonl: Path, parts: Parts, sizes: Sizes, bad_lines: BadLines
             counted += 1
         bad_lines.check(jsonl, complete=counted == len(parts.blocks))
 
-    missing, counted, size = parts.missing(), 0, parts.blocks[-1].stop
-    pending = {block.start for block in missing}
     count_ready()
     initial = size - sum(map(len, missing))
     with (

@@ -60,7 +60,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections to dotted keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
