@@ -56,7 +56,8 @@ def main(config: Config) -> str:
         world, device = run.world, run.world.device
 
         # Data, model, optimizer
-        dataset = run.open_data(lambda: open_training_data(config, tokenizer.sha256(), world.is_main))
+        tokenizer_sha256 = tokenizer.sha256()
+        dataset = run.open_data(lambda: open_training_data(config, tokenizer_sha256, world.is_main), tokenizer_sha256)
         torch.manual_seed(training.seed)
         tokenizer.to(device)
         model = ReAR(config.model).to(device)
@@ -68,7 +69,8 @@ def main(config: Config) -> str:
         optimizer = build_optimizer(model, config)
         modules = {"model": model} | ({"ema": ema.module} if ema else {})
         run.begin(modules, {"optimizer": (model, optimizer)}, sharded=training.fsdp)
-        run.logger.info(describe_length(config, run.global_batch_size, len(dataset)))
+        for line in describe_length(config, run.global_batch_size, len(dataset)):
+            run.logger.info(line)
         batches = TrainingBatches(dataset, config, world, run.micro_steps, run.remaining, run.samples_seen)
 
         # The training loop

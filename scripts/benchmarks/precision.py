@@ -17,6 +17,7 @@ from modeling.sampling.decoding import BUCKET, DecoderWeights, DecodingState, St
 from scripts.benchmarks.measure import device
 from utils.config import Config, load_config
 from utils.errors import InputError
+from utils.run.trained_weights import find_trained_weights
 
 MAX_NLL_DIFFERENCE, MIN_AGREEMENT = 1e-3, 0.995
 
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if weights is None or store_path is None:
         key = "experiment.generator_checkpoint" if weights is None else "dataset.params.pretokenization"
         raise InputError(f"{key}: missing, expected a path")
-    model = load_generator(weights, config.model).to(device()).eval()
+    model = load_generator(find_trained_weights(weights).path, config.model).to(device()).eval()
     class_labels, codes = read_codes(Path(store_path), config, arguments.images)
     exact, rounded = (teacher_forced(model, class_labels, codes, dtype) for dtype in (torch.float32, torch.bfloat16))
     nll, nll_bf16 = (F.cross_entropy(logits.flatten(0, 1), codes.flatten()).item() for logits in (exact, rounded))
