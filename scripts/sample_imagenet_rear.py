@@ -98,8 +98,8 @@ def check_tokenizer_of(weights: TrainedWeights, tokenizer: Tokenizer, config: Co
     Raises:
         InputError: the weights are known to be trained on the codes of another tokenizer.
     """
-    expected, found = weights.tokenizer_sha256, tokenizer.sha256()
-    if expected not in (None, found) and not config.experiment.allow_other_tokenizer:
+    expected, found, allowed = weights.tokenizer_sha256, tokenizer.sha256(), config.experiment.allow_other_tokenizer
+    if expected not in (None, found) and not allowed:
         raise InputError(
             f"{weights.path}: trained on codes of the tokenizer of sha256 {expected[:12]}..., found {found[:12]}... in "
             f"experiment.tokenizer_checkpoint={config.experiment.tokenizer_checkpoint}; "

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -18,7 +18,6 @@ from utils.config import Config
 from utils.config_checks import accumulation_steps
 from utils.errors import TrainingError
 from utils.faults import fault_point
-from utils.files.hashing import hash_of
 from utils.files.weights import save_weights
 from utils.ranks import join_world
 from utils.run.checkpoint import MODEL
@@ -272,14 +271,11 @@ class TrainingRun:
         """Write the weights of a module to `<output_dir>/model.safetensors`, the file that others sample from."""
         weights = weights_of(self._resumable.modules[name], self._resumable.sharded)
         if self.world.is_main:
-            made_from = self._provenance
-            record = {
-                "step": self.steps_done,
-                "tokenizer_sha256": made_from.tokenizer_sha256,
-                "code": made_from.code_hash,
-            }
-            record |= {"data": made_from.data_hash, "config": hash_of(made_from.config)}
-            save_weights(weights, self.output_dir / FINAL_FILE, record)
+            save_weights(weights, self.output_dir / FINAL_FILE, self.record())
+
+    def record(self) -> dict[str, Any]:
+        """What weights of the step that is done were made from, for `save_weights`."""
+        return {**asdict(self._provenance), "step": self.steps_done}
 
     @property
     def status(self) -> str:
