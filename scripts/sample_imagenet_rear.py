@@ -63,7 +63,8 @@ PNG_THREADS = 4
 
 
 def main(config: Config) -> None:
-    if config.experiment.generator_checkpoint is None:
+    source = config.experiment.generator_checkpoint
+    if source is None:
         raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
     output = Path(config.experiment.output_dir)
     tokenizer = load_tokenizer(config)
@@ -71,7 +72,7 @@ def main(config: Config) -> None:
         output.with_name(output.name + ".parts"), config.sampling.num_fid_samples, config.sampling.per_gpu_batch_size
     )
     with join_world() as world:  # left before the work begins: nothing later waits for a collective
-        weights = world.from_main(lambda: find_trained_weights(config.experiment.generator_checkpoint))
+        weights = world.from_main(lambda: find_trained_weights(source))
         for notice in weights.notices if world.is_main else []:
             print(notice)
         check_tokenizer_of(weights, tokenizer, config)

@@ -119,7 +119,8 @@ def is_conversion(store_path: Path, jsonl: Path, sizes: Sizes, max_bad_fraction:
     meta = open_store(store_path)[0]
     same, skipped = is_source(meta.source, jsonl), meta.num_skipped
     follows_rules = skipped <= max_bad_fraction * (meta.num_samples + skipped)
-    if same and follows_rules and meta.sha256 is not None and meta.codebook_size == sizes.codebook_size:
+    fits = follows_rules and meta.sha256 is not None and meta.codebook_size == sizes.codebook_size
+    if meta.source is not None and same and fits:
         if (now := {**meta.source, "name": jsonl.name, "mtime_ns": jsonl.stat().st_mtime_ns}) != meta.source:
             meta.source = now  # the next start need not read it
             write_meta(store_path, meta)
