@@ -21,7 +21,7 @@ from utils.randomness import Stream, philox
 class Visit(NamedTuple):
     """One use of a sample: which one, in which pass over the data; random crops and flips differ from pass to pass."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     pass_number: int
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from data.batch_sampler import GlobalBatchSampler
 from data.codes.token_store import TokenStore, open_tokens
@@ -17,8 +17,10 @@ from utils.run.signals import ignore_stop_signals
 from utils.schedules import schedule_warnings
 from utils.schema import Config
 
+TrainingSet = TokenStore | ImageDataset
 
-def open_training_data(config: Config, tokenizer_sha256: str, verify: bool) -> Dataset:
+
+def open_training_data(config: Config, tokenizer_sha256: str, verify: bool) -> TrainingSet:
     """Codes if the config names some, else images. Both have a `fingerprint` that tells other data.
 
     Args:
@@ -48,6 +50,7 @@ def open_training_data(config: Config, tokenizer_sha256: str, verify: bool) -> D
 def open_codes(config: Config) -> TokenStore:
     """The codes of `dataset.params.pretokenization`; a jsonl that is new is converted."""
     params, generator = config.dataset.params, config.model.generator
+    assert params.pretokenization is not None
     return open_tokens(
         Path(params.pretokenization),
         config.model.vq_model.codebook_size,
@@ -103,7 +106,7 @@ class TrainingBatches:
     """
 
     def __init__(
-        self, dataset: Dataset, config: Config, world: World, micro_steps: int, steps: range, samples_seen: int
+        self, dataset: TrainingSet, config: Config, world: World, micro_steps: int, steps: range, samples_seen: int
     ) -> None:
         batch_sampler = GlobalBatchSampler(
             num_samples=len(dataset),
@@ -126,7 +129,8 @@ class TrainingBatches:
         )
         self.dataset, self.device, self.num_skipped = dataset, world.device, 0
         self.max_bad_fraction = config.dataset.params.max_bad_fraction
-        self._batches, self._bad_images = iter(loader), set()
+        self._batches = iter(loader)
+        self._bad_images: set[int] = set()
 
     def __next__(self) -> dict[str, Tensor]:
         batch = next(self._batches)
@@ -139,6 +143,7 @@ class TrainingBatches:
         return {"skipped_images": int(world.sum(torch.tensor(self.num_skipped)))}
 
     def _count(self, bad_images: list[int]) -> None:
+        assert isinstance(self.dataset, ImageDataset), "codes are never bad"
         for index in bad_images:
             self.num_skipped += 1
             if index not in self._bad_images:

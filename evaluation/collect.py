@@ -74,9 +74,9 @@ def collect(
             n = len(batch)
             features = extractor(_pad(batch, batch_size).to(device))
             result.pool.update(features.pool[:n])
-            if result.spatial is not None:
+            if result.spatial is not None and features.spatial is not None:
                 result.spatial.update(features.spatial[:n])
-            if result.score is not None:
+            if result.score is not None and features.log_probs is not None:
                 result.score.update(start, features.log_probs[:n])
             if result.features is not None:
                 result.features[start : start + n] = features.pool[:n].to(result.features.dtype).cpu()

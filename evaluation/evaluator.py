@@ -14,6 +14,7 @@ Writes <SAMPLES>.<backend>.json beside the samples: the numbers, N, hashes of th
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,10 +65,8 @@ def evaluate(
     """
     device = device or world.device
     extractor = world.main_first(lambda: load_extractor(backend, inception, device))
-    opened = [
-        world.main_first(lambda path=path: open_input(path, verify=world.is_main)) for path in (reference, samples)
-    ]
-    report = describe(*opened, extractor, backend)
+    opened = [world.main_first(partial(open_input, path, verify=world.is_main)) for path in (reference, samples)]
+    report = describe(opened[0], opened[1], extractor, backend)
     if world.is_main:
         print_description(report)
     keep_as = FEATURE_DTYPES[distance] if backend == "inception" else None
@@ -96,10 +95,12 @@ def load_extractor(backend: str, inception: Path | None, device: torch.device) -
 
 def adm_metrics(opened: list[Npz], sides: list[Collected], world: World, device: torch.device) -> dict[str, float]:
     """The five numbers; `opened` and `sides` are those of the reference and of the samples."""
-    precision, recall = precision_recall(*(side.features.to(device) for side in sides), world)
+    features, score = [side.features.to(device) for side in sides if side.features is not None], sides[1].score
+    assert score is not None, "collected with Inception"
+    precision, recall = precision_recall(features[0], features[1], world)
     reference, samples = (gaussians(npz, side) for npz, side in zip(opened, sides, strict=True))
     return {
-        "inception_score": sides[1].score.inception_score(),
+        "inception_score": score.inception_score(),
         "fid": frechet_distance(*reference["pool"], *samples["pool"]),
         "sfid": frechet_distance(*reference["spatial"], *samples["spatial"]),
         "precision": precision,
@@ -112,6 +113,7 @@ def gaussians(npz: Npz, side: Collected) -> dict[str, tuple[np.ndarray, np.ndarr
     if npz.statistics is not None:
         mu, sigma, mu_s, sigma_s = npz.statistics.values()
         return {"pool": (mu, sigma), "spatial": (mu_s, sigma_s)}
+    assert side.spatial is not None, "collected with Inception"
     return {"pool": side.pool.mean_and_covariance(), "spatial": side.spatial.mean_and_covariance()}
 
 

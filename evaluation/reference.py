@@ -11,7 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from evaluation.collect import collect
-from evaluation.inception import Inception
+from evaluation.features import Extractor
 from utils.files.npz import StoredImages, write_npz
 from utils.ranks import World
 
@@ -60,7 +60,7 @@ class CroppedImages:
 
 def make_reference(
     images: CroppedImages,
-    extractor: Inception,
+    extractor: Extractor,
     output: Path,
     world: World,
     device: torch.device,
@@ -75,6 +75,7 @@ def make_reference(
     collected = collect(images, extractor, world, device, batch_size, "features")
     if not world.is_main:
         return
+    assert collected.spatial is not None, "features of Inception"
     mu, sigma = collected.pool.mean_and_covariance()
     mu_s, sigma_s = collected.spatial.mean_and_covariance()
     n = min(len(images), max_images)

@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     modules = {name: importlib.import_module(f"scripts.benchmarks.{name}") for name in COMMANDS}
     for name, module in modules.items():
-        module.add_arguments(commands.add_parser(name, description=module.__doc__.splitlines()[0]))
+        module.add_arguments(commands.add_parser(name, description=str(module.__doc__).splitlines()[0]))
     arguments = parser.parse_args(argv)
     print(describe_environment(), end="")
     figures = modules[arguments.command].run(arguments)

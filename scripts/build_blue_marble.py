@@ -26,6 +26,7 @@ def main(output_dir: Path) -> None:
 
         build_shards(output_dir)
     train, heldout = (TarShards(str(output_dir / f"{split}-*.tar")) for split in ("train", "heldout"))
+    assert train.class_names is not None, "build_shards writes them"
     counts = [np.bincount(source.class_ids, minlength=len(train.class_names)) for source in (train, heldout)]
     for name, num_train, num_heldout in zip(train.class_names, *counts, strict=True):
         print(f"{name:9s} {num_train:5d} training {num_heldout:5d} held-out tiles")

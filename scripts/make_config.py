@@ -134,8 +134,8 @@ def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -
     merged = OmegaConf.load(base)
     for key, value in settings.items():
         OmegaConf.update(merged, key, value)
-    for key in (key for key in KEYS.values() if key.mark(Follows)):
-        section, _, name = key.name.rpartition(".")
+    for following in (key for key in KEYS.values() if key.mark(Follows)):
+        section, _, name = following.name.rpartition(".")
         (OmegaConf.select(merged, section) or {}).pop(name, None)
     header = f"# Written by scripts/make_config.py from {base.name}.\n#   {command} config={path}\n"
     write_text(path, header + OmegaConf.to_yaml(merged))

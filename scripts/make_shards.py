@@ -38,9 +38,9 @@ SAMPLES_PER_SHARD = 5064  # 253 shards of ImageNet's training images
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     if arguments.index is not None:
-        shards = find_shards(arguments.index)
-        list(tqdm(index_shards(shards, arguments.processes), total=len(shards), unit="shard"))
-        print(f"{arguments.index}: an index beside each of {len(shards)} shards")
+        found = find_shards(arguments.index)
+        list(tqdm(index_shards(found, arguments.processes), total=len(found), unit="shard"))
+        print(f"{arguments.index}: an index beside each of {len(found)} shards")
         return
     if not arguments.source.is_dir():
         raise InputError(f"{arguments.source}: no such folder")

@@ -61,11 +61,11 @@ IMAGES_PER_PART = 256  # or the next multiple of what is encoded at once
 
 
 def main(config: Config) -> None:
-    output = checked_output(config)
+    image_path, output = checked_paths(config)
     store_path = output.with_suffix(".tokens")
     tokenizer = load_tokenizer(config)
     params, preprocessing = config.dataset.params, config.dataset.preprocessing
-    source = open_images(params.train_shards_path_or_url, config.model.generator.condition_num_classes)
+    source = open_images(image_path, config.model.generator.condition_num_classes)
     images = ImageDataset(source, pretokenize_transform(preprocessing), config.training.seed)
     crops = images[0]["image"].shape[0]
     batch_size = max(1, config.training.per_gpu_batch_size // crops)
@@ -78,7 +78,7 @@ def main(config: Config) -> None:
             check_finished(TokenStore(store_path), meta)
             missing = []
         else:
-            fingerprint = {**asdict(meta), **meta.settings, "settings": None, "images per part": block_size}
+            fingerprint = {**asdict(meta), **(meta.settings or {}), "settings": None, "images per part": block_size}
             missing = parts.begin(fingerprint, world)
     started, at_start = time.perf_counter(), sum(map(len, missing))
     if missing:
@@ -100,24 +100,24 @@ def main(config: Config) -> None:
     print(f"{output}: {len(images)} images, {len(store)} samples")
 
 
-def checked_output(config: Config) -> Path:
-    """The file or store to write.
+def checked_paths(config: Config) -> tuple[str, Path]:
+    """The images to read, and the file or store to write.
 
     Raises:
         InputError: a key of the config is missing or wrong.
     """
-    params = config.dataset.params
-    for key in ("train_shards_path_or_url", "pretokenization"):
-        if getattr(params, key) is None:
-            raise InputError(f"dataset.params.{key}: missing; give the images to read and the codes to write")
-    output = Path(params.pretokenization)
+    images, codes = config.dataset.params.train_shards_path_or_url, config.dataset.params.pretokenization
+    if images is None or codes is None:
+        key = "train_shards_path_or_url" if images is None else "pretokenization"
+        raise InputError(f"dataset.params.{key}: missing; give the images to read and the codes to write")
+    output = Path(codes)
     if output.suffix not in (".jsonl", ".tokens"):
         raise InputError(f"dataset.params.pretokenization={output}: expected a name that ends in .jsonl or .tokens")
     if config.model.vq_model.codebook_size > MAX_CODEBOOK_SIZE:
         raise InputError(
             f"model.vq_model.codebook_size={config.model.vq_model.codebook_size}: expected at most {MAX_CODEBOOK_SIZE}"
         )
-    return output
+    return images, output
 
 
 def describe(config: Config, tokenizer: Tokenizer, images: ImageDataset, crops: int, device: torch.device) -> StoreMeta:
@@ -166,14 +166,15 @@ def encode(
     world: World,
 ) -> None:
     """Write the parts of some blocks; the main process shows the progress of all processes."""
-    batches = DataLoader(
+    batch_indices: Any = [block[i : i + batch_size] for block in blocks for i in range(0, len(block), batch_size)]
+    loader = DataLoader(
         images,
-        batch_sampler=[block[i : i + batch_size] for block in blocks for i in range(0, len(block), batch_size)],
+        batch_sampler=batch_indices,
         num_workers=num_workers,
         collate_fn=images.collate,
         pin_memory=world.device.type == "cuda",
     )
-    batches, launcher = iter(batches), StopSignals()
+    batches, launcher = iter(loader), StopSignals()
     initial = len(images) - sum(map(len, parts.missing()))
     progress = tqdm(total=len(images), initial=initial, unit="image", smoothing=0, disable=not world.is_main)
     for block in blocks:

@@ -47,7 +47,7 @@ from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
-from utils.files.npz import write_npz
+from utils.files.npz import NpzEntry, write_npz
 from utils.images import make_grid, to_uint8, write_png
 from utils.precision import matmul_precision
 
@@ -74,7 +74,10 @@ def main(config: Config) -> None:
     shape = (len(labels), tokenizer.resolution, tokenizer.resolution, 3)
     for name, chunks in streams.items():
         progress = tqdm(chunks, desc=f"{name}.npz", total=len(loader), unit="batch")
-        entries = {"arr_0": (shape, np.uint8, progress), "arr_1": (labels.shape, np.int64, [labels])}
+        entries: dict[str, NpzEntry] = {
+            "arr_0": (shape, np.uint8, progress),
+            "arr_1": (labels.shape, np.int64, [labels]),
+        }
         with matmul_precision(config.training.enable_tf32):  # of what `reconstruct` computes as it is read
             write_npz(output_dir / f"{name}.npz", entries)
     save_grid(output_dir)

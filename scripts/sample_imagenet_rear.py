@@ -31,6 +31,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,8 @@ PNG_THREADS = 4
 
 
 def main(config: Config) -> None:
-    if config.experiment.generator_checkpoint is None:
+    source = config.experiment.generator_checkpoint
+    if source is None:
         raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
     output = Path(config.experiment.output_dir)
     tokenizer = load_tokenizer(config)
@@ -70,7 +72,7 @@ def main(config: Config) -> None:
         output.with_name(output.name + ".parts"), config.sampling.num_fid_samples, config.sampling.per_gpu_batch_size
     )
     with join_world() as world:  # left before the work begins: nothing later waits for a collective
-        weights = world.from_main(lambda: find_trained_weights(config.experiment.generator_checkpoint))
+        weights = world.from_main(lambda: find_trained_weights(source))
         for notice in weights.notices if world.is_main else []:
             print(notice)
         check_tokenizer_of(weights, tokenizer, config)
@@ -137,7 +139,7 @@ def check_images_folder(parts: SampleParts, output: Path) -> None:
 
 def fingerprint_of(config: Config, model: ReAR, tokenizer: Tokenizer, device: torch.device) -> dict[str, Any]:
     """All that the images depend on, by config key."""
-    sections = {"model": config.model, "sampling": config.sampling}
+    sections: dict[str, Any] = {"model": config.model, "sampling": config.sampling}
     return {
         **{key: value for name, section in sections.items() for key, value in flat(name, dataclasses.asdict(section))},
         "training.enable_tf32": config.training.enable_tf32,
@@ -212,11 +214,12 @@ class PartWriter:
 
     def _write(self, block: range, images: np.ndarray) -> None:
         if self.folder is not None:
-            list(self.png_pool.map(self._write_png, block, images))
+            list(self.png_pool.map(partial(_write_png, self.folder), block, images))
         self.parts.save(block, images)
 
-    def _write_png(self, index: int, image: np.ndarray) -> None:
-        write_png(self.folder / f"{index:06d}.png", Image.fromarray(image))
+
+def _write_png(folder: Path, index: int, image: np.ndarray) -> None:
+    write_png(folder / f"{index:06d}.png", Image.fromarray(image))
 
 
 def pack(parts: SampleParts, output: Path, config: Config, fingerprint: dict[str, Any]) -> None:

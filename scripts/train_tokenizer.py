@@ -59,6 +59,7 @@ from utils.optim import build_optimizer, set_learning_rate
 from utils.precision import matmul_precision
 from utils.randomness import dropout_seed
 from utils.ranks import World
+from utils.run.snapshot import Optimizers
 from utils.run.training_run import EXIT_STATUS, TrainingRun
 
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
@@ -80,13 +81,13 @@ def main(config: Config) -> str:
         if vq_training.init_from is not None:
             load_strict(tokenizer, load_state_dict(local_file(vq_training.init_from)), vq_training.init_from)
         tokenizer.to(device)
-        features = PerceptualFeatures().to(device, memory_format=torch.channels_last)
+        features = PerceptualFeatures().to(device).to(memory_format=torch.channels_last)
         optimizer = build_optimizer(tokenizer, config)
         discriminator = FeatureDiscriminator(features.feature_channels).to(device)
         discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), betas=(0.5, 0.99))
         usage = CodeUsage(tokenizer.codebook_size).to(device)
-        modules = {"model": tokenizer, "discriminator": discriminator, "code_usage": usage}
-        optimizers = {"optimizer": (tokenizer, optimizer)}
+        modules: dict[str, nn.Module] = {"model": tokenizer, "discriminator": discriminator, "code_usage": usage}
+        optimizers: Optimizers = {"optimizer": (tokenizer, optimizer)}
         optimizers["discriminator_optimizer"] = (discriminator, discriminator_optimizer)
         run.begin(modules, optimizers)
         batches = TrainingBatches(train_set, config, world, run.micro_steps, run.remaining, run.samples_seen)
@@ -192,6 +193,8 @@ def training_step(
 class CodeUsage(nn.Module):
     """How often each code was used since the last revival: part of what a run is resumed into."""
 
+    counts: Tensor
+
     def __init__(self, codebook_size: int) -> None:
         super().__init__()
         self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.int64))
@@ -249,7 +252,8 @@ def evaluate(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config) ->
     device = next(tokenizer.parameters()).device
     metrics = ReconstructionMetrics(tokenizer.codebook_size)
     order = permutation(len(heldout_set), seed=0, pass_number=0).tolist()  # mixed classes in the grid
-    columns, shown = min(GRID_COLUMNS, len(heldout_set)), []
+    columns = min(GRID_COLUMNS, len(heldout_set))
+    shown: list[np.ndarray] = []
     for batch in DataLoader(heldout_set, batch_size=GRID_COLUMNS, sampler=order):
         images = batch["image"].to(device)
         codes = tokenizer.encode(images)

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
-# Lint, format and the test suite. Arguments go to pytest: bash scripts_bash/test.sh -k config
+# Lint, format, types and the test suite, in two processes. Arguments go to pytest: bash scripts_bash/test.sh -k config
+# (-n 0: in one process, for a debugger).
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
 export OMP_NUM_THREADS=1 # as torchrun sets it: runs are compared bit for bit, and a number of threads rounds its own way
 ruff check .
 ruff format --check .
-python -m pytest -m "not slow" "$@"
+mypy
+# A file stays in one process, for its fixtures. Files start in the order of their names: the order of xdist, by number
+# of tests, would leave the longest single test for the end.
+python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -53,7 +53,7 @@ def load_config(argv: Sequence[str], reads: Sequence[str] | None = None) -> Conf
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(f"{missing[0]}: missing value; give it in the YAML file or as {missing[0]}=...")
-        config = OmegaConf.to_object(merged)
+        config = cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from error
     check_ranges(merged, [key for key in KEYS.values() if not key.mark(Follows)])  # causes before consequences
@@ -140,7 +140,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         raise ConfigError(f"command line: {name}: {_first_line(error)}") from error
 
 
-def _flat(values: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")

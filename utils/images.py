@@ -58,7 +58,7 @@ def make_captioned_grid(images: np.ndarray, captions: list[str], columns: int) -
     for strip, caption in zip(below, captions, strict=True):
         picture = Image.new("RGB", (width, CAPTION_HEIGHT), "white")
         ImageDraw.Draw(picture).text((0, 0), caption, fill="black")
-        strip[:] = picture
+        strip[:] = np.asarray(picture)
     return make_grid(np.concatenate([images, below], axis=1), columns)
 
 

@@ -102,7 +102,8 @@ def _marks_of(annotation: Any) -> Iterator[Any]:
 def _comments() -> dict[tuple[str, str], str]:
     """By class and field: the comments that stand alone in the lines above, and the one behind it."""
     source = inspect.getsource(schema)
-    behind, alone = {}, {}
+    behind: dict[int | None, str] = {}
+    alone: dict[int | None, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             lines = alone if token.line.lstrip().startswith("#") else behind
@@ -114,7 +115,8 @@ def _comments() -> dict[tuple[str, str], str]:
             while above - 1 in alone:
                 above -= 1
             words = [alone[line] for line in range(above, field.lineno)]
-            comments[section.name, field.target.id] = " ".join([*words, behind.get(field.end_lineno, "")]).strip()
+            name = ast.unparse(field.target)
+            comments[section.name, name] = " ".join([*words, behind.get(field.end_lineno, "")]).strip()
     return comments
 
 

@@ -29,7 +29,8 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer of `optimizer.name`, with weight decay on matrices only; the model's `no_weight_decay()` names
     further exceptions."""
     params = config.optimizer.params
-    groups = param_groups_weight_decay(model, params.weight_decay, no_weight_decay_list=model.no_weight_decay())
+    excluded = model.no_weight_decay()  # type: ignore[operator]  # of timm's convention, not of nn.Module
+    groups = param_groups_weight_decay(model, params.weight_decay, no_weight_decay_list=excluded)
     return OPTIMIZERS[config.optimizer.name](groups, params, next(model.parameters()).is_cuda)
 
 

@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import cast
 
 from utils.errors import InputError, TrainingError
 
@@ -13,7 +15,9 @@ def num_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def in_processes(work: Callable[[range], None], blocks: Sequence[range], processes: int) -> Iterator[range]:
+def in_processes(
+    work: Callable[[range], None], blocks: Sequence[range], processes: int
+) -> Generator[range, None, None]:
     """Do `work` on every block in forked processes, or here if `processes` is 1; yields the blocks that are done.
 
     Process i takes every P-th block from the i-th on, so blocks are done nearly in order. No process outlives this one
@@ -29,7 +33,7 @@ def in_processes(work: Callable[[range], None], blocks: Sequence[range], process
             yield block
         return
     context = multiprocessing.get_context("fork")  # shares what is in memory; `work` may be a closure
-    workers: dict[Connection, multiprocessing.Process] = {}
+    workers: dict[Connection, BaseProcess] = {}
     try:
         for first in range(min(processes, len(blocks))):
             receiver, sender = context.Pipe(duplex=False)
@@ -38,7 +42,7 @@ def in_processes(work: Callable[[range], None], blocks: Sequence[range], process
             workers[receiver].start()
             sender.close()  # the next process must not inherit it, or this one's end would go unnoticed
         while workers:
-            for receiver in wait(list(workers)):
+            for receiver in cast(list[Connection], wait(list(workers))):
                 try:
                     message = receiver.recv()
                 except EOFError:

@@ -184,7 +184,7 @@ def _meet(rank: int, size: int, timeout_s: int) -> dist.Store:
     torchrun_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     deadline = time.monotonic() + timeout_s
     try:
-        store = dist.TCPStore(
+        store: dist.Store = dist.TCPStore(
             host,
             port,
             is_master=rank == 0 and not torchrun_hosts,

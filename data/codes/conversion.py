@@ -10,6 +10,7 @@ import os
 from contextlib import closing
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -28,7 +29,7 @@ RANGE_BYTES = 2**25  # of a jsonl per part; a process needs a few times that mem
 ROWS_PER_BLOCK = 16_384  # of a store per part
 
 
-def describe_source(jsonl: Path, range_hashes: list[str] | None = None) -> dict[str, int | str]:
+def describe_source(jsonl: Path, range_hashes: list[str] | None = None) -> dict[str, Any]:
     """What tells whether a jsonl is still the one that a store was made from: its content, and size and time, which
     spare reading it as long as they are the same.
 
@@ -43,7 +44,7 @@ def describe_source(jsonl: Path, range_hashes: list[str] | None = None) -> dict[
     return facts | {"sha256": hash_of({"ranges": range_hashes})}
 
 
-def is_source(source: dict[str, int | str] | None, jsonl: Path) -> bool:
+def is_source(source: dict[str, Any] | None, jsonl: Path) -> bool:
     """Whether a store's `source` describes this jsonl as it is now, whatever its name and time."""
     if source is None:
         return False
@@ -118,7 +119,8 @@ def is_conversion(store_path: Path, jsonl: Path, sizes: Sizes, max_bad_fraction:
     meta = open_store(store_path)[0]
     same, skipped = is_source(meta.source, jsonl), meta.num_skipped
     follows_rules = skipped <= max_bad_fraction * (meta.num_samples + skipped)
-    if same and follows_rules and meta.sha256 is not None and meta.codebook_size == sizes.codebook_size:
+    fits = follows_rules and meta.sha256 is not None and meta.codebook_size == sizes.codebook_size
+    if meta.source is not None and same and fits:
         if (now := {**meta.source, "name": jsonl.name, "mtime_ns": jsonl.stat().st_mtime_ns}) != meta.source:
             meta.source = now  # the next start need not read it
             write_meta(store_path, meta)
@@ -137,6 +139,8 @@ def _convert_ranges(jsonl: Path, parts: Parts, sizes: Sizes, bad_lines: BadLines
         The hash of each range.
     """
     range_hashes: list[str] = []
+    missing, counted, size = parts.missing(), 0, parts.blocks[-1].stop
+    pending = {block.start for block in missing}
 
     def convert(block: range) -> None:
         lines = read_range(jsonl, block.start, block.stop, sizes)
@@ -155,8 +159,6 @@ def _convert_ranges(jsonl: Path, parts: Parts, sizes: Sizes, bad_lines: BadLines
             counted += 1
         bad_lines.check(jsonl, complete=counted == len(parts.blocks))
 
-    missing, counted, size = parts.missing(), 0, parts.blocks[-1].stop
-    pending = {block.start for block in missing}
     count_ready()
     initial = size - sum(map(len, missing))
     with (

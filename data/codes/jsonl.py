@@ -6,7 +6,8 @@ import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, BinaryIO, NamedTuple
+from types import GenericAlias
+from typing import Annotated, Any, BinaryIO, NamedTuple
 
 import msgspec
 import numpy as np
@@ -120,7 +121,7 @@ class LineParser:
         self.sizes = sizes
         class_id = Annotated[int, msgspec.Meta(ge=0, lt=sizes.num_classes)]
         token = Annotated[int, msgspec.Meta(ge=0, lt=sizes.codebook_size)]
-        fields = [("class_id", class_id), ("tokens", tuple[(token,) * sizes.image_seq_len])]
+        fields = [("class_id", class_id), ("tokens", GenericAlias(tuple, (token,) * sizes.image_seq_len))]
         self._decode = msgspec.json.Decoder(msgspec.defstruct("Line", fields)).decode
 
     def parse(self, line: bytes) -> tuple[int, tuple[int, ...]]:
@@ -130,7 +131,7 @@ class LineParser:
             ValueError: what is wrong with it, where, what was found there and what was expected.
         """
         try:
-            record = self._decode(line.decode())  # msgspec alone lets broken UTF-8 in ignored keys pass
+            record: Any = self._decode(line.decode())  # msgspec alone lets broken UTF-8 in ignored keys pass
         except UnicodeDecodeError as error:
             raise ValueError(f"not UTF-8: byte {error.start} is {line[error.start : error.start + 1]!r}") from error
         except msgspec.DecodeError as error:

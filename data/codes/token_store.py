@@ -5,6 +5,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class TokenStore(Dataset):
         for file, rows in ((TOKENS_FILE, self.codes), (CLASS_IDS_FILE, self.class_ids)):
             digest = hashlib.sha256()
             for first in tqdm(range(0, len(rows), ROWS_PER_READ), desc=f"verifying {file}", delay=2):
-                digest.update(np.ascontiguousarray(rows[first : first + ROWS_PER_READ]))
+                digest.update(np.ascontiguousarray(rows[first : first + ROWS_PER_READ]).data)
             expected = (self.meta.sha256 or {}).get(file, "none")
             if digest.hexdigest() != expected:
                 raise InputError(
@@ -92,7 +93,7 @@ class TokenStore(Dataset):
         return rows
 
     @staticmethod
-    def collate(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def collate(batch: Any) -> dict[str, Tensor]:
         """`__getitems__` gives whole batches already."""
         return batch
 

@@ -69,7 +69,8 @@ def read_picture() -> Image.Image:
 def split_tiles(picture: Image.Image) -> tuple[list[Tile], list[Tile]]:
     """Training tiles and held-out tiles of all regions, without uniform tiles and, in regions of land, open sea."""
     pixels = np.asarray(picture)
-    train, heldout = [], []
+    train: list[Tile] = []
+    heldout: list[Tile] = []
     for region in REGIONS:
         for tile, is_heldout in _region_tiles(region):
             cut = pixels[tile.y : tile.y + TILE, tile.x : tile.x + TILE].astype(np.int16)  # (TILE, TILE, 3)

@@ -15,6 +15,8 @@ class ImageFolder(ImageSource):
         InputError: no sub-folders, or one without images.
     """
 
+    class_names: list[str]
+
     def __init__(self, root: Path) -> None:
         self.root = root
         folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))

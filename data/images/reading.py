@@ -1,10 +1,10 @@
 """Images with class ids for a DataLoader, from tar shards or from a folder per class."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from data.batch_sampler import Visit, as_visit
@@ -58,7 +58,7 @@ class ImageDataset(Dataset):
     def fingerprint(self) -> str:
         return self.source.fingerprint
 
-    def __getitem__(self, item: int | Visit) -> dict[str, Tensor | int]:
+    def __getitem__(self, item: int | Visit) -> dict[str, Any]:
         """
         Returns:
             image: what the transform gives, for training float32 (3, H, W) in [0, 1]; class_labels and index: int;

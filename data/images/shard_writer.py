@@ -7,9 +7,9 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -85,7 +85,7 @@ def parts_folder(output: Path) -> Path:
 
 def write_shards(
     source: ImageFolder, class_names: list[str], shards: list[Shard], output: Path, processes: int
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Write them, their indices, shards.json and classes.json to a folder that appears when all is done; yields numbers
     of images.
 
@@ -95,7 +95,7 @@ def write_shards(
         InputError: a file that cannot be read, or parts of another source.
     """
     parts = Parts(parts_folder(output), len(shards), 1, ".json")
-    fingerprint = {"images": source.fingerprint, "class names": class_names}
+    fingerprint: dict[str, Any] = {"images": source.fingerprint, "class names": class_names}
     fingerprint |= {shard.name: len(shard.indices) for shard in shards}
     parts.claim(fingerprint)
     folder = parts.folder / "shards"
@@ -147,7 +147,7 @@ def _samples(source: ImageFolder, indices: np.ndarray, keys: list[str]) -> Itera
         yield ShardSample(keys[index], int(source.class_ids[index]), Path(source.key(index)).suffix.lower(), encoded)
 
 
-def write_shard(path: Path, samples: Iterable[ShardSample]) -> dict[str, int | str]:
+def write_shard(path: Path, samples: Iterable[ShardSample]) -> dict[str, Any]:
     """Per sample `<key>.cls` and `<key>.<extension>`, in order, without times and owners; then the index beside it.
 
     Returns:

@@ -72,7 +72,7 @@ class TarShards(ImageSource):
 
 def find_shards(pattern: str) -> list[Path]:
     """Files of a path, of "a-{000..252}.tar" or of a glob; every name that the braces give must exist."""
-    shards = []
+    shards: list[Path] = []
     for name in braceexpand(pattern):
         found = sorted(path for path in glob.glob(name) if Path(path).is_file())
         if not found:
@@ -96,7 +96,7 @@ def check_counts(pattern: str, found: dict[Path, ShardIndex]) -> list[str]:
         InputError: a shard of the pattern is missing or has another number of samples or bytes, its index another
             sha256, or the file is damaged.
     """
-    hashes = {}
+    hashes: dict[Path, str] = {}
     for folder in sorted({shard.parent for shard in found}):
         path = folder / COUNTS_FILE
         if not path.is_file():
@@ -117,8 +117,8 @@ def check_counts(pattern: str, found: dict[Path, ShardIndex]) -> list[str]:
                 )
             if shard not in found and any(fnmatch.fnmatch(name, wanted) for wanted in patterns):
                 raise InputError(f"{shard}: no such shard, expected {expected} samples as in {path}")
-            hashes[shard] = sha256
-    in_order = [hashes.get(shard) for shard in found]
+            hashes[shard] = sha256 or ""
+    in_order = [hashes.get(shard, "") for shard in found]
     return in_order if all(in_order) else []
 
 
@@ -153,7 +153,10 @@ def read_headers(shard: Path) -> ShardIndex:
                         raise InputError(f"{shard}, sample {key!r}: found two images, expected one")
                     images[key] = member
                 elif extension == "cls":
-                    class_ids[key] = _parse_class_id(tar.extractfile(member).read(), f"{shard}, sample {key!r}")
+                    file = tar.extractfile(member)
+                    if file is None:
+                        raise InputError(f"{shard}, sample {key!r}: found a .cls that is no file, expected a class id")
+                    class_ids[key] = _parse_class_id(file.read(), f"{shard}, sample {key!r}")
     except tarfile.TarError as error:
         raise InputError(f"{shard}: {error}, after {len(images)} images; expected a complete, plain tar") from error
     _check_end(shard, end, len(images))

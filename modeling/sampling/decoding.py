@@ -18,7 +18,7 @@ is one), K = BUCKET positions.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,14 +64,15 @@ class DecoderWeights:
 
     def __init__(self, model: ReAR, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
-        self.num_heads = model.blocks[0].attn.num_heads
-        self.layers = [self._layer(block) for block in model.blocks]
+        self.blocks = cast(list[Block], list(model.blocks))
+        self.num_heads = self.blocks[0].attn.num_heads
+        self.layers = [self._layer(block) for block in self.blocks]
         self.adaln = [(linear.weight.to(dtype), linear.bias.to(dtype)) for linear in self._adaln_linears()]
         self.positions = model.position_table()[0]  # (T, D)
 
     def _layer(self, block: Block) -> LayerWeights:
         attention, mlp = block.attn, block.mlp
-        linears = (attention.qkv, attention.proj, mlp.fc1, mlp.fc2)
+        linears = cast(list[torch.nn.Linear], [attention.qkv, attention.proj, mlp.fc1, mlp.fc2])
         (qkv, qkv_bias), *others = ((linear.weight.to(self.dtype), linear.bias.to(self.dtype)) for linear in linears)
         scale = (attention.qkv.in_features // self.num_heads) ** -0.5
         norm_weight = torch.stack([attention.q_norm.weight * scale, attention.k_norm.weight])[:, None]
@@ -79,7 +80,10 @@ class DecoderWeights:
         return LayerWeights(qkv, qkv_bias, norm_weight, norm_bias, *(tensor for pair in others for tensor in pair))
 
     def _adaln_linears(self) -> list[torch.nn.Linear]:
-        return [module.adaLN_modulation[1] for module in (*self.model.blocks, self.model.adaln_before_head)]
+        modulations = [block.adaLN_modulation for block in self.blocks] + [
+            self.model.adaln_before_head.adaLN_modulation
+        ]
+        return [cast(torch.nn.Linear, modulation[1]) for modulation in modulations]
 
 
 class DecodingState:
@@ -144,7 +148,7 @@ class DecodingState:
         def rows(table: Tensor) -> Tensor:
             return table.unflatten(0, (BUCKET, self.max_classes))[: last - first, :classes]  # (K, U, 3, D)
 
-        for block, layer, adaln in zip(model.blocks, self.layers, self.weights.adaln[:-1], strict=True):
+        for block, layer, adaln in zip(self.weights.blocks, self.layers, self.weights.adaln[:-1], strict=True):
             modulation = F.linear(condition, *adaln).float().unflatten(-1, (2, 3, -1))  # (K, U, 2, 3, D)
             for table, norm, (shift, scale, gate) in (
                 (layer.attention, block.norm1, modulation[..., 0, :, :].unbind(-2)),

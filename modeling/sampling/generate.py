@@ -78,7 +78,8 @@ def choose_codes(hidden: Tensor, state: DecodingState, scales: Tensor, config: G
     """
     k = state.position - 1  # (1,) which code
     if state.guided:
-        hidden = guide(*hidden.chunk(2), scales.index_select(0, k))  # (B, D)
+        cond, uncond = hidden.chunk(2)
+        hidden = guide(cond, uncond, scales.index_select(0, k))  # (B, D)
     logits = state.weights.model.lm_head(hidden) / config.randomize_temperature  # (B, V)
     logits = filter_logits(logits, config.top_k, config.top_p)
     codes = sample_codes(logits, state.uniforms.index_select(1, k)[:, 0])  # (B,)
@@ -113,7 +114,8 @@ class CodeSampler:
         scales = guidance_schedule(config.guidance_scale, config.guidance_scale_pow, self.steps)
         self.scales = torch.tensor(scales, device=self.device)  # (N,)
         self.state: DecodingState | None = None
-        self.functions, self.graphs = StepFunctions(), None
+        self.functions = StepFunctions()
+        self.graphs: StepGraphs | None = None
 
     @torch.inference_mode()
     def __call__(self, class_labels: Tensor, uniforms: Tensor, on_step: Callable[[], object] = lambda: None) -> Tensor:
@@ -129,7 +131,7 @@ class CodeSampler:
             (B, N) int64 codes; a GPU may still be at work on them.
         """
         if self.state is None or len(self.state.codes) != len(class_labels):
-            self._prepare(len(class_labels))
+            self.state = self._prepare(len(class_labels))
         state = self.state
         state.begin(class_labels, uniforms)
         state.fill_modulations(0)
@@ -141,40 +143,41 @@ class CodeSampler:
             if self.graphs is not None:
                 self.graphs.replay(bucket_end(position))
             else:
-                self._step(position + 1, masked=False)
+                self._step(state, position + 1, masked=False)
             on_step()
         return state.codes.clone()
 
-    def _step(self, end: int, masked: bool) -> None:
-        hidden = decode_one_token(self.state, end, masked, self.functions)
-        choose_codes(hidden, self.state, self.scales, self.config)
+    def _step(self, state: DecodingState, end: int, masked: bool) -> None:
+        hidden = decode_one_token(state, end, masked, self.functions)
+        choose_codes(hidden, state, self.scales, self.config)
 
-    def _prepare(self, images: int) -> None:
+    def _prepare(self, images: int) -> DecodingState:
         """Allocate for batches of this size; compile and capture where that is asked for."""
         self.state = self.graphs = None  # freed before the next ones are allocated
-        self.state = DecodingState(self.weights, images, guided=self.config.guidance_scale != 1)
+        state = DecodingState(self.weights, images, guided=self.config.guidance_scale != 1)
         if not compiles(self.compile_mode, self.device):
-            return
+            return state
         try:
             self.functions = compiled_functions()
-            self._warm_up()
+            self._warm_up(state)
         except Exception as error:  # compilers, kernels and captures raise errors of many kinds
             if self.compile_mode == "on":
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             self.notice(f"sampling.compile=auto: the step runs without a graph, since compiling it failed: {reason}")
             self.compile_mode, self.functions, self.graphs = "off", StepFunctions(), None
+        return state
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, state: DecodingState) -> None:
+        def rewind() -> None:
+            state.position.fill_(2)
+
         ends = sorted({bucket_end(position) for position in range(2, self.steps + 1)})
         if self.device.type == "cuda":
-            self.graphs = StepGraphs(lambda end: self._step(end, masked=True), self._rewind, ends)
+            self.graphs = StepGraphs(lambda end: self._step(state, end, masked=True), rewind, ends)
         elif ends:
-            self._rewind()
-            self._step(3, masked=False)
-
-    def _rewind(self) -> None:
-        self.state.position.fill_(2)
+            rewind()
+            self._step(state, 3, masked=False)
 
 
 def compiles(compile_mode: str, device: torch.device) -> bool:

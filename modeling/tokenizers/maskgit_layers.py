@@ -41,7 +41,7 @@ class ResBlock(nn.Module):
         self.conv1 = conv3x3(in_channels, out_channels, bias=False)
         self.norm2 = group_norm(out_channels)
         self.conv2 = conv3x3(out_channels, out_channels, bias=False)
-        self.nin_shortcut = nn.Identity()
+        self.nin_shortcut: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(out_channels, out_channels, kernel_size=1, bias=False)
         self.changes_width = in_channels != out_channels
@@ -76,7 +76,9 @@ class UpLevel(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, upsample: bool) -> None:
         super().__init__()
         self.block = res_blocks(in_channels, out_channels, num_res_blocks)
-        self.upsample_conv = conv3x3(out_channels, out_channels, bias=True) if upsample else None
+        self.upsample_conv: nn.Conv2d | nn.ConvTranspose2d | None = None
+        if upsample:
+            self.upsample_conv = conv3x3(out_channels, out_channels, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.block:
@@ -141,15 +143,17 @@ def fold_upsampling(decoder: Decoder) -> Decoder:
     """
     decoder = copy.deepcopy(decoder)
     for level in decoder.up:
+        assert isinstance(level, UpLevel)
         if level.upsample_conv is None:
             continue
-        weight = level.upsample_conv.weight  # (out, in, 3, 3)
+        weight, bias = level.upsample_conv.weight, level.upsample_conv.bias  # (out, in, 3, 3)
+        assert bias is not None
         folded = weight.new_zeros(*weight.shape[:2], 4, 4)
         for row in (0, 1):
             for column in (0, 1):  # the four copies of a pixel
                 folded[:, :, row : row + 3, column : column + 3] += weight.detach()
-        transposed = nn.ConvTranspose2d(*weight.shape[1::-1], kernel_size=4, stride=2, padding=1)
+        transposed = nn.ConvTranspose2d(weight.shape[1], weight.shape[0], kernel_size=4, stride=2, padding=1)
         transposed.weight = nn.Parameter(folded.flip(2, 3).transpose(0, 1).contiguous(), requires_grad=False)
-        transposed.bias = nn.Parameter(level.upsample_conv.bias.detach().clone(), requires_grad=False)
+        transposed.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         level.upsample_conv = transposed
     return decoder

@@ -108,6 +108,6 @@ class FoldedDecoder(nn.Module):
         return self.decoder(vectors_on_grid(self.embedding, codes, self.code_shape))
 
 
-def vectors_on_grid(embedding: nn.Embedding, codes: Tensor, code_shape: tuple[int, int]) -> Tensor:
+def vectors_on_grid(embedding: nn.Embedding, codes: Tensor, code_shape: tuple[int, ...]) -> Tensor:
     """Codebook vectors (B, Z, h, w) of codes (B, N)."""
     return rearrange(embedding(codes), "b (h w) z -> b z h w", h=code_shape[0])

@@ -1,6 +1,7 @@
 """The table of tokenizers, by `model.vq_model.model_type`, and what is chosen from it."""
 
 from dataclasses import replace
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def tokenizer_sizes(state: dict[str, Tensor]) -> VQModelConfig:
     problems = []
     for model_type, tokenizer_class in TOKENIZERS.items():
         try:
-            return replace(tokenizer_class.sizes_of(state), model_type=model_type)
+            return replace(tokenizer_class.sizes_of(state), model_type=cast(Any, model_type))
         except InputError as error:
             problems.append(str(error))
     raise InputError("; ".join(problems))

@@ -11,6 +11,7 @@ Legend: B images, N codes per image, S = 2 B sequences, t positions of a step, D
 """
 
 import math
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,8 @@ def _generate(
         if cache:
             x, condition = x[:, -1:], condition[:, -1:]
         logits = _last_logits(model, x, condition, cache).float()
-        logits = guide(*logits.chunk(2), scales[k]) / config.randomize_temperature  # (B, V)
+        cond, uncond = logits.chunk(2)
+        logits = guide(cond, uncond, scales[k]) / config.randomize_temperature  # (B, V)
         codes = torch.cat([codes, sample_codes(logits, uniforms[:, k])[:, None]], dim=1)
     return codes
 
@@ -89,7 +91,7 @@ def _last_logits(model: ReAR, x: Tensor, condition: Tensor, cache: Cache | None)
     """Logits (S, V) of the next code."""
     mask = torch.full((x.shape[1], x.shape[1]), -math.inf, device=x.device, dtype=x.dtype).triu(1)
     for block in model.blocks:
-        x = _block(block, x, condition, mask, cache)
+        x = _block(cast(Block, block), x, condition, mask, cache)
     scale, shift = model.adaln_before_head.adaLN_modulation(F.silu(condition)).chunk(2, dim=-1)
     x = modulate(model.adaln_before_head.norm_final(x), shift, scale)
     return model.lm_head(x)[:, -1]

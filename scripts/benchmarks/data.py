@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Figures by size; those of the largest are the result, of the published way the largest that fits in memory."""
-    settings, published = [], {}
+    settings: list[dict[str, Any]] = []
+    published: dict[str, Any] = {}
     for lines in arguments.lines:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
             figures = measure(Path(name), lines, arguments)

@@ -4,7 +4,7 @@ import resource
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(functions: dict[str, Callable[[], object]], repeats: int, budget: float) -> dict[str, list[float]]:
+def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int, budget: float) -> dict[str, list[float]]:
     """Seconds of `repeats` rounds over all functions, which warm-up has seen before.
 
     Args:
@@ -63,7 +63,8 @@ def peak_memory_mb() -> float:
 @contextmanager
 def extra_rss_mb() -> Iterator[list[float]]:
     """Peak of the resident memory above that at the start, in MB: the list holds it at the end."""
-    before, peak, done, result = _rss_bytes(), 0, threading.Event(), []
+    before, peak, done = _rss_bytes(), 0, threading.Event()
+    result: list[float] = []
 
     def watch() -> None:
         nonlocal peak

@@ -77,7 +77,7 @@ def write_parts(output: Path, images: int, arguments: argparse.Namespace, pixels
 
 def pack_parts(output: Path, images: int, arguments: argparse.Namespace) -> None:
     config = load_config([f"experiment.output_dir={output}", f"sampling.num_fid_samples={images}"])
-    pack(SampleParts(output.with_name(output.name + ".parts"), images, arguments.batch), output, config)
+    pack(SampleParts(output.with_name(output.name + ".parts"), images, arguments.batch), output, config, fingerprint={})
 
 
 def png_way(folder: Path, pixels: np.ndarray) -> None:

@@ -33,15 +33,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         InputError: bf16 misses a limit.
     """
     config = load_config(["experiment.output_dir=unused", *arguments.overrides])
-    for key, value in (
-        ("experiment.generator_checkpoint", config.experiment.generator_checkpoint),
-        ("dataset.params.pretokenization", config.dataset.params.pretokenization),
-    ):
-        if value is None:
-            raise InputError(f"{key}: missing, expected a path")
-    weights = find_trained_weights(config.experiment.generator_checkpoint)
-    model = load_generator(weights.path, config.model).to(device()).eval()
-    class_labels, codes = read_codes(config, arguments.images)
+    weights, store_path = config.experiment.generator_checkpoint, config.dataset.params.pretokenization
+    if weights is None or store_path is None:
+        key = "experiment.generator_checkpoint" if weights is None else "dataset.params.pretokenization"
+        raise InputError(f"{key}: missing, expected a path")
+    model = load_generator(find_trained_weights(weights).path, config.model).to(device()).eval()
+    class_labels, codes = read_codes(Path(store_path), config, arguments.images)
     exact, rounded = (teacher_forced(model, class_labels, codes, dtype) for dtype in (torch.float32, torch.bfloat16))
     nll, nll_bf16 = (F.cross_entropy(logits.flatten(0, 1), codes.flatten()).item() for logits in (exact, rounded))
     figures = {
@@ -59,11 +56,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     return figures
 
 
-def read_codes(config: Config, images: int) -> tuple[Tensor, Tensor]:
+def read_codes(path: Path, config: Config, images: int) -> tuple[Tensor, Tensor]:
     """Class labels (B,) and codes (B, N), int64."""
     generator = config.model.generator
     store = open_tokens(
-        Path(config.dataset.params.pretokenization),
+        path,
         config.model.vq_model.codebook_size,
         generator.image_seq_len,
         generator.condition_num_classes,

@@ -8,6 +8,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -125,19 +126,19 @@ def measure(
 ) -> dict[str, float]:
     """One setting: times of all ways, cold start, memory, and shares of the ceilings."""
     inputs = image_inputs(range(batch), model, seed=0)
-    on_device = [values.to(device()) for values in inputs]
+    labels, uniforms = (values.to(device()) for values in inputs)
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     sampler = default_sampler(model, config, arguments.compile)
     seconds(partial(sampler, *inputs))
     cold_start, memory = time.perf_counter() - start, peak_memory_mb()
-    functions = {"ours": partial(sampler, *inputs)}
-    functions |= {name: partial(baseline, model, *on_device, config) for name, baseline in BASELINES.items()}
+    functions: dict[str, Callable[[], object]] = {"ours": partial(sampler, *inputs)}
+    functions |= {name: partial(baseline, model, labels, uniforms, config) for name, baseline in BASELINES.items()}
     cpu_start = time.process_time()
     functions["ours"]()
     cpu_seconds = time.process_time() - cpu_start
-    generate_concatenating(model, *on_device, config)  # warm-up; the first run of "no cache" is among its repeats
+    generate_concatenating(model, labels, uniforms, config)  # warm-up; the first run of "no cache" is among its repeats
     times = interleaved(functions, arguments.repeats, arguments.baseline_seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
     work = step_work(config, batch, torch.finfo(sampler.weights.dtype).bits // 8)
@@ -202,7 +203,7 @@ def end_to_end(model: ReAR, config: GeneratorConfig, batch: int, arguments: argp
             for block, pixels in sample_blocks(iter(parts.blocks), model, tokenizer, full, notices=True):
                 first_second.append(time.perf_counter())
                 writer.write(block, pixels)
-        pack(parts, output, full)
+        pack(parts, output, full, fingerprint={})
         duration = time.perf_counter() - first_second[0]
     rate = (images - len(parts.blocks[0])) / duration
     print(f"end to end, batch {batch}: {rate:.4g} images/s after the first batch, npz included")

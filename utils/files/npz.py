@@ -7,7 +7,7 @@ images, and other arrays may lie beside it. Our own, for numpy reads and writes 
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -28,7 +28,7 @@ NpzEntry = tuple[tuple[int, ...], DTypeLike, Iterable[np.ndarray]]  # shape, dty
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
-def write_npz(path: Path, entries: dict[str, NpzEntry]) -> None:
+def write_npz(path: Path, entries: Mapping[str, NpzEntry]) -> None:
     """Write arrays one after another, chunk by chunk, uncompressed; `np.load` reads the result.
 
     The file appears under its name only when it is complete; until then it is `<path>.tmp`, which an error removes.

@@ -32,7 +32,7 @@ class SampleParts(Parts):
 
     def first_images(self, count: int) -> np.ndarray:
         """(count, H, W, 3) uint8, or fewer if there are not so many."""
-        parts = []
+        parts: list[np.ndarray] = []
         for images in self.load():
             parts.append(images[: count - sum(map(len, parts))])
             if sum(map(len, parts)) == count:

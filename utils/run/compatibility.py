@@ -41,7 +41,7 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
     theirs, ours = manifest.provenance.tokenizer_sha256, provenance.tokenizer_sha256
     if not (theirs in (None, ours) or config.experiment.allow_other_tokenizer):
         raise InputError(
-            f"{start.checkpoint}: trained with the tokenizer of sha256 {theirs[:12]}..., found {ours[:12]}... in "
+            f"{start.checkpoint}: trained with the tokenizer of sha256 {str(theirs)[:12]}..., found {str(ours)[:12]}... in "
             "experiment.tokenizer_checkpoint; experiment.allow_other_tokenizer=true takes it all the same"
         )
     written_at = manifest.state.global_batch_size
@@ -66,7 +66,7 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections to dotted keys."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat

@@ -5,7 +5,7 @@ wrote, FSDP reads, and the other way round.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,9 @@ def take_snapshot(resumable: Resumable) -> Snapshot:
 
 def weights_of(module: nn.Module, sharded: bool) -> StateDict:
     """A copy of the weights in host memory; sharded, all ranks must call, and rank 0 alone gets the tensors."""
-    return get_model_state_dict(module, options=WHOLE) if sharded else _to_host(module.state_dict())
+    if sharded:
+        return cast(StateDict, get_model_state_dict(module, options=WHOLE))
+    return _to_host(module.state_dict())
 
 
 def restore_module(module: nn.Module, saved: StateDict, source: object, sharded: bool) -> None:
@@ -88,7 +90,7 @@ def restore_module(module: nn.Module, saved: StateDict, source: object, sharded:
     """
     check_fits(module, saved, source)
     if sharded:
-        set_model_state_dict(module, saved, options=StateDictOptions(full_state_dict=True))
+        set_model_state_dict(module, dict(saved), options=StateDictOptions(full_state_dict=True))
     else:
         module.load_state_dict(saved, strict=True)
 

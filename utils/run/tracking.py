@@ -70,7 +70,7 @@ def start_wandb(config: Config, output_dir: Path) -> Any:
     id_file = output_dir / "wandb_run_id"
     run_id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
     id_file.write_text(run_id)
-    arguments = {
+    arguments: dict[str, Any] = {
         "project": config.experiment.project,
         "name": config.experiment.name,
         "entity": config.experiment.entity,

@@ -40,7 +40,8 @@ EXIT_STATUS = {"completed": 0, "preempted": EXIT_PREEMPTED}
 class TrainingData(Protocol):
     """What a run asks of its data."""
 
-    fingerprint: str  # equal for equal samples in equal order
+    @property
+    def fingerprint(self) -> str: ...  # equal for equal samples in equal order
 
     def __len__(self) -> int: ...
 
@@ -79,7 +80,7 @@ class TrainingRun:
 
     def __init__(self, config: Config) -> None:
         self.config, self.output_dir = config, Path(config.experiment.output_dir)
-        self._status: Status | None = None  # until it has begun
+        self._has_begun, self._status = False, Status("running", 0)
         self._tracker: Tracker | None = None  # rank 0 alone
 
     def __enter__(self) -> "TrainingRun":
@@ -155,7 +156,7 @@ class TrainingRun:
         signals = self._exits.enter_context(StopSignals())
         limits = (self._state.nonfinite_steps, training.max_nonfinite_steps)
         self._guard = StepGuard(self.world, *limits, signals, self._saver, self.logger)
-        self._status = Status("running", self._state.global_step)
+        self._has_begun, self._status = True, Status("running", self._state.global_step)
         if self.world.is_main:
             write_status(self.output_dir, self._status)
 
@@ -286,11 +287,11 @@ class TrainingRun:
     ) -> None:
         if error is not None:
             self._exits.__exit__(kind, error, traceback)
-            if self._status is not None:  # it had begun
+            if self._has_begun:
                 self._fail(error)
             return
         self.world.barrier()  # without a limit: rank 0 may still be writing
-        if self.world.is_main:
+        if self._tracker is not None:
             write_status(self.output_dir, self._status)
             self._tracker.finish()
         self.logger.info(

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,14 @@ def test_damage_is_named_in_one_line(tmp_path: Path, case: str, expected: str) -
     with pytest.raises(InputError, match=f"^{path}.*{expected}") as error:
         values(open_images(str(path)))
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_in_the_place_of_a_class_id_is_named(tmp_path: Path) -> None:
+    (tmp_path / "one.cls").mkdir()
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        tar.add(tmp_path / "one.cls", "one.cls")
+    with pytest.raises(InputError, match=r"bad.tar, sample 'one': found a .cls that is no file"):
+        open_images(str(tmp_path / "bad.tar"))
 
 
 def test_missing_paths(shards: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from modeling.rear import ReAR
 from modeling.sampling import generate as generate_module
-from modeling.sampling.decoding import BUCKET
+from modeling.sampling.decoding import BUCKET, DecodingState
 from modeling.sampling.generate import (
     CodeSampler,
     bucket_end,
@@ -37,8 +37,8 @@ def recompute(model: ReAR, labels: torch.Tensor, uniforms: torch.Tensor, config)
 class MaskedSampler(CodeSampler):
     """Takes on a CPU the steps that a CUDA graph replays: attention over whole buckets, masked beyond the position."""
 
-    def _step(self, end: int, masked: bool) -> None:
-        super()._step(bucket_end(end - 1), masked=True)
+    def _step(self, state: DecodingState, end: int, masked: bool) -> None:
+        super()._step(state, bucket_end(end - 1), masked=True)
 
 
 def random_model(hidden_size: int, layers: int, heads: int, steps: int) -> tuple[ReAR, GeneratorConfig]:
