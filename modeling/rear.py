@@ -23,6 +23,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from modeling.checks import checked_class_labels, checked_codes
 from utils.files.hub import local_file
 from utils.files.weights import load_state_dict, load_strict
 from utils.schema import ModelConfig
@@ -175,6 +176,11 @@ class ReAR(nn.Module):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
 
     @property
+    def null_class(self) -> int:
+        """The class label for "no class": what guidance compares with, and what training drops labels to."""
+        return self.num_classes
+
+    @property
     def mask_code(self) -> int:
         """Stands for a masked code in the input; never predicted."""
         return self.codebook_size
@@ -187,9 +193,15 @@ class ReAR(nn.Module):
         """Teacher-forced pass for training.
 
         Args:
-            codes: (B, N) int, the context: clean or perturbed codes, `mask_code` included.
-            class_labels: (B,) int, 0 to C - 1, or `num_classes` for the null class.
+            codes: (B, N) int, the context: clean or perturbed codes, 0 to V - 1, or `mask_code`.
+            class_labels: (B,) int, 0 to C - 1, or `null_class`.
+
+        Raises:
+            ValueError: other shapes or types or, on a CPU, other values; on a GPU looking at them would wait for it.
         """
+        look = codes.device.type == "cpu"
+        codes = checked_codes(codes, self.image_seq_len, self.mask_code, look)
+        class_labels = checked_class_labels(class_labels, self.num_classes, look)
         x = torch.cat([self.embed_prefix(class_labels), self.embeddings(codes)], dim=1)  # (B, T, D)
         x = x + self.position_table()
         condition = self.condition(class_labels)  # (B, T, D)
@@ -231,8 +243,8 @@ def load_generator(source: str, config: ModelConfig) -> ReAR:
     """Build the model for sampling, without the training-only projectors, and load its weights strictly.
 
     Args:
-        source: a .safetensors or .bin file (`hf://OWNER/REPO/FILE` for one on the Hub), or a folder (run or checkpoint)
-            with model.safetensors; a checkpoint's ema.safetensors comes first.
+        source: what `utils.files.weights` reads (`hf://OWNER/REPO/FILE` for a file on the Hub), or a folder (run or
+            checkpoint) with model.safetensors; a checkpoint's ema.safetensors comes first.
 
     Raises:
         InputError: no weights there, or keys or shapes that are not those of `config`.
@@ -266,8 +278,7 @@ def init_from(source: str, model: ReAR) -> None:
 
 
 def weights_file(source: str) -> Path:
-    """The file itself, or that of a run or checkpoint folder, the EMA first."""
+    """The file itself, or that of a run or checkpoint folder, the EMA first; a folder with neither may hold shards."""
     path = local_file(source)
-    if path.is_dir():
-        return path / "ema.safetensors" if (path / "ema.safetensors").is_file() else path / "model.safetensors"
-    return path
+    files = [path / name for name in ("ema.safetensors", "model.safetensors")]
+    return next((file for file in files if file.is_file()), path)
