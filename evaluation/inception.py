@@ -7,7 +7,6 @@ here: the spatial features of sFID (https://arxiv.org/abs/2103.03841) and logits
 
 import io
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from evaluation.features import Features
 from evaluation.inputs import POOL_DIM, SPATIAL_DIM
 from utils.errors import InputError
 from utils.files.hashing import file_sha256
+from utils.files.weights import check_fits, load_state_dict
 
 PUBLISHED_SHA256 = "6726825d"  # how the hash of the published weights starts
 CACHED_NAMES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
@@ -38,7 +38,7 @@ class Inception:
             InputError: no weights file, or not the weights of this network.
         """
         path = path or find_cached_weights()
-        state = read_weights(path)
+        state = load_state_dict(path)
         self.weights_name, self.weights_sha256 = path.name, file_sha256(path, progress=True)
         self.network = build_network(state, path).to(device)
         self.classifier = self.network.fc.weight.double().T  # (2048, 1008); the score uses no bias
@@ -72,26 +72,6 @@ def find_cached_weights() -> Path:
     raise InputError(f"--inception: missing, and {folder} holds neither {' nor '.join(CACHED_NAMES)}")
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a dict of finite tensors, executing nothing that the file may contain.
-
-    Raises:
-        InputError: no such file, or something else in it.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such file, expected Inception weights ({CACHED_NAMES[1]})")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (UnpicklingError, EOFError, RuntimeError) as error:
-        raise InputError(f"{path}: damaged or not a weights file, expected tensors saved by torch.save") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"{path}: expected a dict of tensors, found a {type(state).__name__}")
-    for key, value in state.items():
-        if not value.isfinite().all():
-            raise InputError(f"{path}: {key} has values that are not finite, expected finite weights")
-    return state
-
-
 def build_network(state: dict[str, Tensor], path: Path) -> Any:
     """torch-fidelity's network with these weights; raises InputError if they belong to another one."""
     from torch_fidelity import FeatureExtractorInceptionV3
@@ -101,7 +81,9 @@ def build_network(state: dict[str, Tensor], path: Path) -> Any:
     torch.save(state, checked)
     checked.seek(0)
     try:
-        return FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=checked)
+        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=checked)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{path}: not the weights of Inception 2015-12-05 ({reason} ...)") from error
+    check_fits(network, network.state_dict() | state, path)  # the file lacks the counts of its batch norms
+    return network

@@ -23,6 +23,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from modeling.checks import checked_class_labels, checked_codes
 from utils.files.weights import load_state_dict, load_strict
 from utils.run.trained_weights import find_trained_weights
 from utils.schema import ModelConfig
@@ -175,6 +176,11 @@ class ReAR(nn.Module):
             nn.init.zeros_(module.adaLN_modulation[1].weight)
 
     @property
+    def null_class(self) -> int:
+        """The class label for "no class": what guidance compares with, and what training drops labels to."""
+        return self.num_classes
+
+    @property
     def mask_code(self) -> int:
         """Stands for a masked code in the input; never predicted."""
         return self.codebook_size
@@ -187,9 +193,15 @@ class ReAR(nn.Module):
         """Teacher-forced pass for training.
 
         Args:
-            codes: (B, N) int, the context: clean or perturbed codes, `mask_code` included.
-            class_labels: (B,) int, 0 to C - 1, or `num_classes` for the null class.
+            codes: (B, N) int, the context: clean or perturbed codes, 0 to V - 1, or `mask_code`.
+            class_labels: (B,) int, 0 to C - 1, or `null_class`.
+
+        Raises:
+            ValueError: other shapes or types or, on a CPU, other values; on a GPU looking at them would wait for it.
         """
+        look = codes.device.type == "cpu"
+        codes = checked_codes(codes, self.image_seq_len, self.mask_code, look)
+        class_labels = checked_class_labels(class_labels, self.num_classes, look)
         x = torch.cat([self.embed_prefix(class_labels), self.embeddings(codes)], dim=1)  # (B, T, D)
         x = x + self.position_table()
         condition = self.condition(class_labels)  # (B, T, D)
@@ -231,7 +243,7 @@ def load_generator(path: Path, config: ModelConfig) -> ReAR:
     """Build the model for sampling, without the training-only projectors, and load its weights strictly.
 
     Args:
-        path: a weights file; `utils.run.trained_weights` finds it in a run or checkpoint folder.
+        path: what `utils.files.weights` reads; `utils.run.trained_weights` finds it in a run or checkpoint folder.
 
     Raises:
         InputError: no weights there, or keys or shapes that are not those of `config`.

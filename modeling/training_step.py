@@ -33,7 +33,8 @@ def training_step(
         max_ratio: f(t), largest share of replaced codes.
     """
     generator = config.model.generator
-    codes = batch["codes"] if "codes" in batch else tokenizer.encode(batch["image"])  # (B, N)
+    # (B, N); images as by `encode`, whose checks would wait for the GPU at every step
+    codes = batch["codes"] if "codes" in batch else tokenizer.look_up(tokenizer.features(batch["image"]))
     uniforms = uniforms.to(codes.device)
     context, perturbation_mask = add_noise(codes, uniforms[:, 1:], max_ratio, config.model)
     class_labels = drop_class_labels(

@@ -41,12 +41,12 @@ from tqdm import tqdm
 
 from modeling.rear import ReAR, load_generator
 from modeling.sampling.generate import CodeSampler
-from modeling.sampling.image_decoder import ImageDecoder
+from modeling.sampling.image_decoder import ImageDecoder, PendingImages
 from modeling.sampling.image_inputs import class_labels_of, image_inputs
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, save_config
-from utils.errors import InputError, input_errors_exit
+from utils.errors import InputError, NonFiniteError, input_errors_exit
 from utils.files.atomic import complete_file, write_text
 from utils.files.json_file import read_json
 from utils.files.npz import write_npz
@@ -181,10 +181,24 @@ def sample_blocks(
     for block in blocks:
         codes = sampler(*image_inputs(block, model, sampling.seed))
         if previous is not None:
-            yield previous[0], decoder.finish(previous[1])
+            yield previous[0], finished(decoder, *previous, config)
         previous = block, decoder.start(codes)
     if previous is not None:
-        yield previous[0], decoder.finish(previous[1])
+        yield previous[0], finished(decoder, *previous, config)
+
+
+def finished(decoder: ImageDecoder, block: range, pending: PendingImages, config: Config) -> np.ndarray:
+    """
+    Raises:
+        InputError: logits or pixels that are not finite, with the images and the weights.
+    """
+    try:
+        return decoder.finish(pending)
+    except NonFiniteError as error:
+        raise InputError(
+            f"images {block.start} to {block.stop - 1}: {error} (experiment.generator_checkpoint="
+            f"{config.experiment.generator_checkpoint}, tokenizer_checkpoint={config.experiment.tokenizer_checkpoint})"
+        ) from error
 
 
 class PartWriter:

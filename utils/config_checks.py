@@ -3,11 +3,12 @@
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from utils.errors import InputError
-from utils.keys import Key
+from utils.keys import Key, keys_under
 from utils.marks import Follows, Range
 from utils.schema import Config, GeneratorConfig, TrainingConfig, VQModelConfig
 
@@ -22,16 +23,29 @@ def check_ranges(merged: DictConfig, keys: Sequence[Key]) -> None:
         ConfigError: a number outside its range, infinite or NaN, or an empty list.
     """
     for key in keys:
-        value = OmegaConf.select(merged, key.name)
-        numbers = value if OmegaConf.is_list(value) else [value]
-        allowed = key.mark(Range)
-        if not numbers:
-            raise ConfigError(f"{key.name}=[]: expected at least one value")
-        for number in numbers:
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ConfigError(f"{key.name}={value}: expected a finite number")
-            if allowed and number is not None and number not in allowed:
-                raise ConfigError(f"{key.name}={value}: expected {allowed}")
+        _check_range(key, OmegaConf.select(merged, key.name))
+
+
+def check_generator_ranges(generator: GeneratorConfig) -> None:
+    """For a section that was made in Python.
+
+    Raises:
+        ConfigError: as `check_ranges`.
+    """
+    for key in keys_under(["model.generator"]):
+        _check_range(key, getattr(generator, key.name.rpartition(".")[2]))
+
+
+def _check_range(key: Key, value: Any) -> None:
+    numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+    allowed = key.mark(Range)
+    if not numbers:
+        raise ConfigError(f"{key.name}=[]: expected at least one value")
+    for number in numbers:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigError(f"{key.name}={value}: expected a finite number")
+        if allowed and number is not None and number not in allowed:
+            raise ConfigError(f"{key.name}={value}: expected {allowed}")
 
 
 def check_agreement(merged: DictConfig, keys: Sequence[Key]) -> None:

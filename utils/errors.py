@@ -9,6 +9,10 @@ class InputError(ValueError):
     """Something the user gave is wrong. The message names the file, key or index, what was found and expected."""
 
 
+class NonFiniteError(InputError):
+    """Weights that are finite compute NaN or infinity. The message names the model and what it computed."""
+
+
 class TrainingError(RuntimeError):
     """A run cannot go on. The message says at which step and why, and what to continue from."""
 

@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from utils.errors import NonFiniteError
 from utils.files.atomic import complete_file
 
 GRID_GAP = 2  # white pixels between the images of a grid
@@ -15,7 +16,13 @@ CAPTION_HEIGHT = 12  # pixels
 
 
 def to_uint8(images: Tensor, rule: str = "truncate") -> np.ndarray:
-    """Bytes of float images in [0, 1] as an array; see `to_byte_tensor`."""
+    """Bytes of float images in [0, 1] as an array; see `to_byte_tensor`.
+
+    Raises:
+        NonFiniteError: pixels that are NaN or infinite, which as bytes would be black or white.
+    """
+    if not images.isfinite().all():
+        raise NonFiniteError("the pixels of a batch are not finite: the weights that made them are of no use")
     return to_byte_tensor(images, rule).cpu().numpy()
 
 

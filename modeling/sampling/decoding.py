@@ -99,7 +99,7 @@ class DecodingState:
         self.weights, self.guided = weights, guided
         sequences, steps = 2 * images if guided else images, model.image_seq_len
         length = math.ceil((steps + 1) / BUCKET) * BUCKET
-        self.max_classes = min(images, model.num_classes) + guided  # U
+        self.max_classes = min(images + guided, model.num_classes + 1)  # U
         cache = (sequences, weights.num_heads, length, hidden_size // weights.num_heads)
         table = (BUCKET * self.max_classes, 3, hidden_size)
 
@@ -129,7 +129,7 @@ class DecodingState:
         """Take the class labels (B,) and uniforms (B, N) of the next batch. Waits for the GPU, in `unique`."""
         labels = class_labels
         if self.guided:
-            labels = torch.cat([labels, torch.full_like(labels, self.weights.model.num_classes)])  # (S,)
+            labels = torch.cat([labels, torch.full_like(labels, self.weights.model.null_class)])  # (S,)
         distinct, rows = labels.unique(return_inverse=True)
         self.distinct_labels = distinct.to(self.position.device)
         self.sequence_labels.copy_(labels)

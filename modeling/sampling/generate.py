@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeling.checks import checked_class_labels, checked_uniforms
 from modeling.rear import ReAR
 from modeling.sampling.decoding import (
     BUCKET,
@@ -21,10 +22,12 @@ from modeling.sampling.decoding import (
     decode_one_token,
     prefill,
 )
-from modeling.sampling.image_decoder import ImageDecoder
+from modeling.sampling.image_decoder import LOGITS_NOT_FINITE, ImageDecoder, are_codes
 from modeling.sampling.image_inputs import image_inputs
 from modeling.sampling.step_graph import StepGraphs
 from modeling.tokenizers.tokenizer import Tokenizer
+from utils.config_checks import check_generator_ranges
+from utils.errors import NonFiniteError
 from utils.schema import Config, GeneratorConfig
 
 
@@ -63,7 +66,8 @@ def sample_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
         uniforms: (B,) in [0, 1).
 
     Returns:
-        (B,) int64.
+        (B,) int64; V, which is no code, where the logits are no distribution (NaN, or infinite): all comparisons with
+        NaN fail, and the search ends behind the last code.
     """
     # float64, so that uniform * total < total holds after rounding: the found code exists and has probability > 0.
     cumulative = logits.softmax(dim=-1).double().cumsum(dim=-1)  # (B, V)
@@ -91,12 +95,15 @@ class CodeSampler:
     """Samples the codes of batches of images; buffers and CUDA graphs are kept for the next batch of the same size.
 
     Args:
-        model: in eval mode; its weights must not change while this object is used.
+        model: in float32 and eval mode; its weights must not change while this object is used.
         config: guidance, temperature, top-k and top-p.
         dtype: of the blocks' matrix products and of the cache; everything else is float32.
         compile_mode: `sampling.compile`. off: operations are launched one by one; on: the step is compiled and, on
             CUDA, runs as a graph; auto: on on CUDA, off on a CPU, and off with a notice where that fails.
         notice: receives the notice, one line.
+
+    Raises:
+        ValueError: a model in another precision, or a value of the config outside its range.
     """
 
     def __init__(
@@ -107,11 +114,15 @@ class CodeSampler:
         compile_mode: str = "off",
         notice: Callable[[str], object] = print,
     ) -> None:
+        check_generator_ranges(config)
+        if other := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
+            raise ValueError(f"model in {other.pop()}: expected torch.float32; sampling rounds it to its own `dtype`")
         self.config, self.compile_mode, self.notice = config, compile_mode, notice
+        self.guidance_scale = config.guidance_scale or 1.0  # 0 is 1 in the published code
         with torch.inference_mode():
             self.weights = DecoderWeights(model, dtype)
         self.steps, self.device = model.image_seq_len, model.cls_token.device
-        scales = guidance_schedule(config.guidance_scale, config.guidance_scale_pow, self.steps)
+        scales = guidance_schedule(self.guidance_scale, config.guidance_scale_pow, self.steps)
         self.scales = torch.tensor(scales, device=self.device)  # (N,)
         self.state: DecodingState | None = None
         self.functions = StepFunctions()
@@ -122,14 +133,25 @@ class CodeSampler:
         """Sample in raster order.
 
         Args:
-            class_labels: (B,) int64, on any device as the uniforms.
-            uniforms: (B, N) random numbers, one row per image (`utils.randomness.image_uniforms`): an image depends
-                on its own row only, not on the batch it is in.
+            class_labels: (B,) integers from 0 to C - 1, or `model.null_class`; best on the CPU, as the uniforms: they
+                are looked at before the first step.
+            uniforms: (B, N) random numbers in [0, 1), one row per image (`utils.randomness.image_uniforms`): an image
+                depends on its own row only, not on the batch it is in.
             on_step: called after each position, for a progress bar.
 
         Returns:
-            (B, N) int64 codes; a GPU may still be at work on them.
+            (B, N) int64 codes; a GPU may still be at work on them. V where logits were not finite: `ImageDecoder` and
+            `generate` refuse that.
+
+        Raises:
+            ValueError: labels or uniforms of another shape, type or range.
         """
+        class_labels = checked_class_labels(class_labels, self.weights.model.num_classes)
+        uniforms = checked_uniforms(uniforms, (len(class_labels), self.steps))
+        with torch.autocast(self.device.type, enabled=False):  # the precision is `dtype`, wherever this is called
+            return self._sample(class_labels, uniforms, on_step)
+
+    def _sample(self, class_labels: Tensor, uniforms: Tensor, on_step: Callable[[], object]) -> Tensor:
         if self.state is None or len(self.state.codes) != len(class_labels):
             self.state = self._prepare(len(class_labels))
         state = self.state
@@ -154,7 +176,7 @@ class CodeSampler:
     def _prepare(self, images: int) -> DecodingState:
         """Allocate for batches of this size; compile and capture where that is asked for."""
         self.state = self.graphs = None  # freed before the next ones are allocated
-        state = DecodingState(self.weights, images, guided=self.config.guidance_scale != 1)
+        state = DecodingState(self.weights, images, guided=self.guidance_scale != 1)
         if not compiles(self.compile_mode, self.device):
             return state
         try:
@@ -190,8 +212,15 @@ def bucket_end(position: int) -> int:
 
 
 def generate(model: ReAR, class_labels: Tensor, uniforms: Tensor, config: GeneratorConfig) -> Tensor:
-    """Codes (B, N) of one batch in float32, not compiled; arguments as in `CodeSampler`."""
-    return CodeSampler(model, config)(class_labels, uniforms)
+    """Codes (B, N) of one batch in float32, not compiled; arguments and ValueErrors as in `CodeSampler`.
+
+    Raises:
+        NonFiniteError: logits that are not finite.
+    """
+    codes = CodeSampler(model, config)(class_labels, uniforms)
+    if not are_codes(codes, model.codebook_size):
+        raise NonFiniteError(LOGITS_NOT_FINITE)
+    return codes
 
 
 def generate_images(model: ReAR, tokenizer: Tokenizer, indices: list[int], config: Config) -> np.ndarray:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from modeling.tokenizers.tokenizer import Tokenizer
+from utils.errors import NonFiniteError
 from utils.images import to_byte_tensor
 
 MEMORY_SHARE = 0.2  # of the GPU's memory, for the decoder's activations
+LOGITS_NOT_FINITE = "the generator's logits are not finite: its weights are damaged, or no use"
+PIXELS_NOT_FINITE = "the tokenizer's pixels are not finite: its weights are damaged, or no use"
 
 
 @dataclass
@@ -21,7 +24,8 @@ class PendingImages:
 
     codes: Tensor  # (B, N) what they are decoded from
     images: Tensor  # (B, H, W, 3) uint8 on the CPU
-    finite: Tensor  # () bool on the CPU
+    finite: Tensor  # () bool on the CPU: all pixels
+    sampled: Tensor  # () bool on the CPU: the codes are of the codebook
     done: torch.cuda.Event | None  # None on a CPU: there they are finished
 
     def wait(self) -> bool:
@@ -45,8 +49,8 @@ class ImageDecoder:
 
     def __init__(self, tokenizer: Tokenizer, uint8_rule: str, dtype: torch.dtype = torch.float32) -> None:
         self.uint8_rule = uint8_rule
-        device = next(tokenizer.parameters()).device
-        self.exact = tokenizer.fast_decoder()
+        self.codebook_size, device = tokenizer.codebook_size, next(tokenizer.parameters()).device
+        self.exact = tokenizer.fast_decoder().float()
         self.decoder = self.exact
         self.stream, self.chunk_size = None, 1
         if dtype != torch.float32:
@@ -62,29 +66,43 @@ class ImageDecoder:
     def start(self, codes: Tensor) -> PendingImages:
         """Decode codes (B, N) without waiting for the GPU."""
         if self.stream is None:
-            images, finite = self._decode(codes, self.decoder)
-            return PendingImages(codes, images, finite, None)
+            return PendingImages(codes, *self._decode(codes, self.decoder), None)
         self.stream.wait_stream(torch.cuda.current_stream())
         codes.record_stream(self.stream)
         with torch.cuda.stream(self.stream):
-            images, finite = (
+            results = (
                 torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
                 for result in self._decode(codes, self.decoder)
             )
-            return PendingImages(codes, images, finite, self.stream.record_event())
+            return PendingImages(codes, *results, self.stream.record_event())
 
     def finish(self, pending: PendingImages) -> np.ndarray:
-        """The images (B, H, W, 3) uint8 that `start` began with."""
-        if pending.wait() or self.decoder is self.exact:
-            return pending.images.numpy()
-        with torch.inference_mode():
-            return self._decode(pending.codes, self.exact)[0].cpu().numpy()
+        """The images (B, H, W, 3) uint8 that `start` began with.
 
-    def _decode(self, codes: Tensor, decoder: torch.nn.Module) -> tuple[Tensor, Tensor]:
-        """Bytes (B, H, W, 3) on the codes' device, and whether all values were finite."""
+        Raises:
+            NonFiniteError: codes that `CodeSampler` could not sample, or pixels that are not finite in float32.
+        """
+        finite, images = pending.wait(), pending.images
+        if not pending.sampled:
+            raise NonFiniteError(LOGITS_NOT_FINITE)
+        if not finite and self.decoder is not self.exact:
+            with torch.inference_mode():
+                images, finite, _ = self._decode(pending.codes, self.exact)
+        if not finite:
+            raise NonFiniteError(PIXELS_NOT_FINITE)
+        return images.cpu().numpy()
+
+    def _decode(self, codes: Tensor, decoder: torch.nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """Bytes (B, H, W, 3) on the codes' device, whether all values were finite, and whether all codes are codes."""
         parts, finite = [], []
-        for chunk in codes.split(self.chunk_size):
-            images = decoder(chunk)  # (b, 3, H, W)
-            finite.append(images.isfinite().all())
-            parts.append(to_byte_tensor(images, self.uint8_rule))
-        return torch.cat(parts), torch.stack(finite).all()
+        with torch.autocast(codes.device.type, enabled=False):
+            for chunk in codes.clamp(0, self.codebook_size - 1).split(self.chunk_size):
+                images = decoder(chunk)  # (b, 3, H, W)
+                finite.append(images.isfinite().all())
+                parts.append(to_byte_tensor(images, self.uint8_rule))
+        return torch.cat(parts), torch.stack(finite).all(), are_codes(codes, self.codebook_size)
+
+
+def are_codes(codes: Tensor, codebook_size: int) -> Tensor:
+    """() bool on the codes' device: all are from 0 to V - 1."""
+    return ((codes >= 0) & (codes < codebook_size)).all()

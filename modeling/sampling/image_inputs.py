@@ -16,7 +16,13 @@ def class_labels_of(indices: Sequence[int], num_classes: int) -> np.ndarray:
 
 
 def indices_of_class(class_label: int, count: int, num_classes: int) -> list[int]:
-    """The first `count` images of a class."""
+    """The first `count` images of a class.
+
+    Raises:
+        ValueError: a class label that is not 0 to C - 1; the null class has no images.
+    """
+    if class_label not in range(num_classes):
+        raise ValueError(f"class label {class_label}: expected 0 to {num_classes - 1}")
     return [class_label + i * num_classes for i in range(count)]
 
 

@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 
 from torch import Tensor, nn
 
+from modeling.checks import check_images, checked_codes
+from utils.errors import NonFiniteError
 from utils.files.weights import weights_sha256
 from utils.schema import VQModelConfig
 
@@ -19,7 +21,8 @@ class Tokenizer(nn.Module, ABC):
     """Images in [0, 1] <-> codes; a network that works in another range converts inside.
 
     A new tokenizer implements the abstract methods below and enters the table of registry.py; it overrides
-    `fast_decoder` where it has a faster form.
+    `fast_decoder` where it has a faster form. Names of its parameters begin with none of the `WRAPPERS` of
+    `utils.files.weights`.
 
     Attributes:
         codebook_size: V; codebook_dim: Z.
@@ -88,28 +91,30 @@ class Tokenizer(nn.Module, ABC):
     def encode(self, images: Tensor) -> Tensor:
         """Codes (B, N) int64, from 0 to V - 1, of images (B, 3, H, W) in [0, 1], H = W = resolution.
 
+        Any float type is converted to that of the weights. On a GPU this waits for the images and their features;
+        `look_up(features(images))` is the same without the checks.
+
         Raises:
-            ValueError: another image shape.
+            ValueError: another image shape, no floats, or values outside [0, 1].
+            NonFiniteError: features that are not finite, whose codes would mean nothing.
         """
-        if images.shape[1:] != (3, self.resolution, self.resolution):
-            raise ValueError(
-                f"images of shape {tuple(images.shape)}: expected (B, 3, {self.resolution}, {self.resolution})"
-            )
-        return self.look_up(self.features(images))
+        check_images(images, self.resolution)
+        features = self.features(images.to(next(self.parameters()).dtype))
+        if not features.isfinite().all():
+            raise NonFiniteError("the tokenizer's features are not finite: its weights are damaged, or no use")
+        return self.look_up(features)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Images (B, 3, H, W), clamped to [0, 1], of codes (B, N).
 
         Raises:
-            ValueError: another number of codes per image.
+            ValueError: another number of codes per image, no integers, or codes outside 0 to V - 1.
         """
         return self.decode_unclamped(codes).clamp(0.0, 1.0)
 
     def decode_unclamped(self, codes: Tensor) -> Tensor:
-        """The decoder's raw output (B, 3, H, W) for codes (B, N); raises as `decode`."""
-        if codes.shape[1:] != (self.image_seq_len,):
-            raise ValueError(f"codes of shape {tuple(codes.shape)}: expected (B, {self.image_seq_len})")
-        return self._decode(codes)
+        """The decoder's raw output (B, 3, H, W) for codes (B, N); raises as `decode`, on a GPU waits for the codes."""
+        return self._decode(checked_codes(codes, self.image_seq_len, self.codebook_size - 1))
 
     def fast_decoder(self) -> nn.Module:
         """`decode_unclamped` as a module that shares no parameters with this one: it may be cast to another precision,
@@ -129,4 +134,4 @@ class PlainDecoder(nn.Module):
         self.tokenizer = copy.deepcopy(tokenizer)
 
     def forward(self, codes: Tensor) -> Tensor:
-        return self.tokenizer.decode_unclamped(codes)
+        return self.tokenizer._decode(codes)

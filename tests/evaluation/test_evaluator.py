@@ -157,7 +157,7 @@ def test_faults_are_one_line_and_no_number(files: dict[str, Path], tmp_path: Pat
 def test_faults_are_told_once_by_several_processes(files: dict[str, Path]) -> None:
     result = run(files["reference"], files["samples"], "--inception", "missing.pth", torchrun=2)
     assert result.returncode != 0
-    assert result.stderr.count("error: missing.pth: no such file") == 1
+    assert result.stderr.count("error: missing.pth: no such weights file") == 1
 
 
 def test_batch_size_must_be_positive(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,7 @@ def test_wrong_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(tmp_path)
     state = torch.load(inception_weights, weights_only=True)
     torch.save({**state, "fc.weight": torch.full((1008, 2048), torch.nan)}, "nan.pth")
+    torch.save({**state, "fc.weight": torch.ones(1008, 2048, dtype=torch.int8)}, "int8.pth")
     torch.save({"weight": torch.zeros(3)}, "other.pth")
     torch.save([torch.zeros(3)], "list.pth")
     Path("text.pth").write_text("not weights")
@@ -67,14 +68,15 @@ def test_wrong_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     Path("cut.pth").write_bytes(inception_weights.read_bytes()[:1_000_000])
     Path("pickle.pth").write_bytes(pickle.dumps(Intruder(), protocol=2))
     for name, problem in {
-        "missing.pth": "no such file",
-        "nan.pth": "fc.weight has values that are not finite",
+        "missing.pth": "no such weights file",
+        "nan.pth": r"1 of \d+ tensors hold NaN or infinity \(fc.weight\)",
+        "int8.pth": r"1 of another type \(fc.weight int8 instead of float32\)",
         "other.pth": "not the weights of Inception 2015-12-05",
-        "list.pth": "expected a dict of tensors, found a list",
-        "text.pth": "damaged or not a weights file",
-        "empty.pth": "damaged or not a weights file",
-        "cut.pth": "damaged or not a weights file",
-        "pickle.pth": "damaged or not a weights file",
+        "list.pth": "expected a flat dict of tensors, .* found a list",
+        "text.pth": "found text that begins with 'not weights'",
+        "empty.pth": "found an empty file",
+        "cut.pth": "cut off or damaged",
+        "pickle.pth": "refused, a pickle that holds other objects than tensors",
     }.items():
         with pytest.raises(InputError, match=problem) as caught:
             Inception(CPU, Path(name))

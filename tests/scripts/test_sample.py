@@ -129,6 +129,28 @@ def test_missing_and_foreign_weights_are_named(tiny_arguments: list[str], checkp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("broken", "what"), [("model", "generator's logits"), ("tokenizer", "tokenizer's pixels")])
+def test_values_that_are_not_finite_name_the_images_and_the_weights(
+    tiny_arguments: list[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, what: str
+) -> None:
+    """Damaged after loading, since a file with such values is refused."""
+    load = {"model": "load_generator", "tokenizer": "load_tokenizer"}[broken]
+    original = getattr(sample_imagenet_rear, load)
+
+    def damaged(*arguments: object) -> torch.nn.Module:
+        module = original(*arguments)
+        head = module.lm_head if broken == "model" else module.decoder.conv_out
+        head.bias.data[1] = torch.nan
+        return module
+
+    monkeypatch.setattr(sample_imagenet_rear, load, damaged)
+    with pytest.raises(InputError, match=rf"images 0 to 7: the {what} are not finite.*generator_checkpoint=") as caught:
+        sample(tiny_arguments, checkpoint, tmp_path / "x")
+    assert str(checkpoint) in str(caught.value)
+    assert "tokenizer.safetensors" in str(caught.value)
+    assert not list(tmp_path.glob("*.npz"))
+
+
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[range]:
     """Let parts be saved, `count` of them; the next one is a crash. Returns the list of those that were asked for."""
     asked, save = [], SampleParts.save

@@ -52,9 +52,7 @@ def find_trained_weights(source: str) -> TrainedWeights:
         raise InputError(f"{path}: a checkpoint that was never complete or is half deleted")
     if (path / STATUS_FILE).is_file() or checkpoint_folders(path):
         return _of_run(path)
-    if not (path / FINAL_FILE).is_file():
-        raise InputError(f"{path}: found neither {FINAL_FILE} nor a checkpoint")
-    return _from_record(path / FINAL_FILE)
+    return _from_record(path / FINAL_FILE) if (path / FINAL_FILE).is_file() else TrainedWeights(path)  # or shards
 
 
 def _of_run(folder: Path) -> TrainedWeights:

@@ -117,6 +117,10 @@ def check_codes_and_vectors(tokenizer: Tokenizer) -> None:
     for edge in (tokenizer.resolution - 1, tokenizer.resolution + 1):
         with pytest.raises(ValueError, match="expected"):
             tokenizer.encode(torch.rand(1, 3, tokenizer.resolution, edge))
+    for wrong in (images * 2 - 1, images * 255, (images * 255).byte(), images / 0):
+        with pytest.raises(ValueError, match=r"images .*: expected"):
+            tokenizer.encode(wrong)
+    assert torch.equal(tokenizer.encode(images.double()), codes)
 
 
 def check_images(tokenizer: Tokenizer) -> None:
@@ -126,8 +130,9 @@ def check_images(tokenizer: Tokenizer) -> None:
     assert images.dtype == torch.float32
     assert torch.equal(images, tokenizer.decode_unclamped(codes).clamp(0, 1))
     torch.testing.assert_close(tokenizer.decode(codes.flip(0)), images.flip(0))  # each image from its own codes
-    with pytest.raises(ValueError, match="expected"):
-        tokenizer.decode(codes[:, 1:])
+    for wrong in (codes[:, 1:], codes.float(), codes - tokenizer.codebook_size, codes + tokenizer.codebook_size):
+        with pytest.raises(ValueError, match=r"codes .*: expected"):
+            tokenizer.decode(wrong)
 
 
 def check_raster_order(tokenizer: Tokenizer) -> None:

@@ -33,6 +33,15 @@ def test_a_cached_file_is_found(cache: Path, revision: str) -> None:
     assert hub.local_file(f"hf://someone/model{revision}/sub/weights.bin").read_text() == "weights"
 
 
+def test_with_an_index_come_its_shards(cache: Path) -> None:
+    folder = cache / f"models--someone--model/snapshots/{COMMIT}/sub"
+    (folder / "w.index.json").write_text('{"weight_map": {"a": "weights.bin"}}')
+    assert hub.local_file("hf://someone/model/sub/w.index.json") == folder / "w.index.json"
+    (folder / "w.index.json").write_text('{"weight_map": {"a": "weights.bin", "b": "more.bin"}}')
+    with pytest.raises(InputError, match="neither on the Hub nor in its cache"):
+        hub.local_file("hf://someone/model/sub/w.index.json")
+
+
 def test_a_path_is_left_alone(cache: Path) -> None:
     assert hub.local_file("someone/model/weights.bin") == Path("someone/model/weights.bin")
 

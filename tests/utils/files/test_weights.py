@@ -33,12 +33,9 @@ def test_round_trip_from_half_precision(tmp_path: Path, linear: nn.Linear, name:
     torch.testing.assert_close(other.weight, linear.weight.half().float(), atol=0, rtol=0)
 
 
-def test_missing_file_and_suffix(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"w\.bin: no such weights file"):
         load_state_dict(tmp_path / "w.bin")
-    (tmp_path / "w.ckpt").touch()
-    with pytest.raises(InputError, match=r"found suffix '\.ckpt', expected \.bin or \.safetensors"):
-        load_state_dict(tmp_path / "w.ckpt")
 
 
 def test_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
@@ -59,12 +56,6 @@ def test_damaged_file(tmp_path: Path, linear: nn.Linear, name: str, kept: float)
     with pytest.raises(InputError, match="w\\.") as caught:
         load_state_dict(path)
     assert "\n" not in str(caught.value)
-
-
-def test_nested_dict(tmp_path: Path, linear: nn.Linear) -> None:
-    torch.save({"model": linear.state_dict()}, tmp_path / "w.bin")
-    with pytest.raises(InputError, match="expected a flat dict of tensors, found a OrderedDict under 'model'"):
-        load_state_dict(tmp_path / "w.bin")
 
 
 def test_differences_are_counted_and_named(linear: nn.Linear) -> None:
