@@ -69,7 +69,8 @@ def main(config: Config) -> str:
         modules = {"model": model} | ({"ema": ema.module} if ema else {})
         run.begin(modules, {"optimizer": (model, optimizer)}, sharded=training.fsdp)
         run.logger.info(describe_length(config, run.global_batch_size, len(dataset)))
-        batches = TrainingBatches(dataset, config, world, run.micro_steps, run.remaining, run.samples_seen)
+        work = (run.micro_steps, run.remaining, run.samples_seen)
+        batches = TrainingBatches(dataset, config, world, *work, run.stop_requested)
 
         # The training loop
         parallel.train()

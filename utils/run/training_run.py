@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -25,23 +25,15 @@ from utils.run.compatibility import check_same_run, flatten
 from utils.run.curves import save_training_curves
 from utils.run.folder import code_facts, make_logger, prepare_run_folder
 from utils.run.guard import StepGuard
-from utils.run.manifest import Provenance
+from utils.run.manifest import Provenance, TrainingData
 from utils.run.resume import find_start, last_step, load_start, set_aside, starting_state
 from utils.run.saver import CheckpointSaver
-from utils.run.signals import StopSignals
+from utils.run.signals import StoppedWaitingError, StopSignals
 from utils.run.snapshot import Optimizers, Resumable, take_snapshot, weights_of
 from utils.run.status import EXIT_PREEMPTED, Status, explain, first_line, write_status
 from utils.run.tracking import Tracker
 
 EXIT_STATUS = {"completed": 0, "preempted": EXIT_PREEMPTED}
-
-
-class TrainingData(Protocol):
-    """What a run asks of its data."""
-
-    fingerprint: str  # equal for equal samples in equal order
-
-    def __len__(self) -> int: ...
 
 
 D = TypeVar("D", bound=TrainingData)
@@ -185,6 +177,10 @@ class TrainingRun:
         self._state.nonfinite_steps = self._guard.nonfinite_steps
         self._status.step = self._state.global_step
 
+    def stop_requested(self) -> bool:
+        """A stop signal has reached this process: for what waits within a step."""
+        return self._guard.signals.requested()
+
     def is_due(self, every: int) -> bool:
         """The number of steps that are done is a multiple of `every`."""
         return self.steps_done % every == 0
@@ -274,12 +270,17 @@ class TrainingRun:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is not None:
+    ) -> bool:
+        stopped = (
+            isinstance(error, StoppedWaitingError) and self.world.size == 1
+        )  # several ranks could not agree any more
+        if stopped:
+            self.finish()  # the step that waited has changed nothing
+        elif error is not None:
             self._exits.__exit__(kind, error, traceback)
             if self._status is not None:  # it had begun
                 self._fail(error)
-            return
+            return False
         self.world.barrier()  # without a limit: rank 0 may still be writing
         if self.world.is_main:
             write_status(self.output_dir, self._status)
@@ -288,6 +289,7 @@ class TrainingRun:
             f"{self.status} at step {self._status.step} ({self._status.reason or 'all steps'}): {self.output_dir}"
         )
         self._exits.close()
+        return stopped
 
     def _fail(self, error: BaseException) -> None:
         """Write status.json, and raise what the error means if that is another one."""
