@@ -19,7 +19,7 @@ from utils.randomness import Stream, philox
 
 
 class Visit(NamedTuple):
-    """One visit of a sample; random crops and flips differ from pass to pass."""
+    """One use of a sample: which one, in which pass over the data; random crops and flips differ from pass to pass."""
 
     index: int
     pass_number: int

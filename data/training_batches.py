@@ -19,6 +19,7 @@ from data.images.transforms import training_transform
 from data.loading import Batches
 from utils.errors import InputError
 from utils.ranks import World
+from utils.schedules import schedule_warnings
 from utils.schema import Config
 
 
@@ -97,11 +98,13 @@ def check_tokenizer(store: TokenStore, tokenizer_sha256: str) -> None:
         )
 
 
-def describe_length(config: Config, global_batch_size: int, num_samples: int) -> str:
-    """How long the whole run is: an epoch is told in images, and a sample may be one crop of many."""
+def describe_length(config: Config, global_batch_size: int, num_samples: int) -> list[str]:
+    """Lines for the log: how long the whole run is, and which schedules do not end within it. An epoch is told in
+    images, and a sample may be one crop of many."""
     steps, epoch = config.training.max_train_steps, config.experiment.max_train_examples
     images = steps * global_batch_size
-    return f"{steps} steps are {images / epoch:.4g} epochs of {epoch} images, {images / num_samples:.4g} dataset passes"
+    passes = f"{images / num_samples:.4g} dataset passes"
+    return [f"{steps} steps are {images / epoch:.4g} epochs of {epoch} images, {passes}", *schedule_warnings(config)]
 
 
 def passes_done(config: Config, samples_seen: int, num_samples: int) -> dict[str, float]:

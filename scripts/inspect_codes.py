@@ -121,7 +121,7 @@ def summary(store: TokenStore, statistics: CodeStatistics) -> dict[str, Any]:
 
 
 def save_histograms(counts: dict[str, np.ndarray], picture_path: Path) -> None:
-    """Visit counts (K,) as steps, a panel for each name."""
+    """Draw counts (K,) as steps, a panel for each name."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, values) in zip(figure.subplots(1, len(counts), squeeze=False).flat, counts.items(), strict=True):

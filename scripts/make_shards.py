@@ -11,7 +11,7 @@ Writes to OUTPUT, which appears when it is complete: <prefix>-000000.tar ..., he
 each (<prefix>-000000.index.npz ...), so that no program has to read all their headers, classes.json (names in the order
 of the class ids) and shards.json (samples, bytes and sha256 of each shard). For shards from elsewhere
 
-    PYTHONPATH=. python scripts/make_shards.py --index "shards/imagenet-train-{000000..000252}.tar"
+    python scripts/make_shards.py --index "shards/imagenet-train-{000000..000252}.tar"
 
 writes the indices alone, beside the shards.
 """

@@ -76,7 +76,7 @@ def samples_by_class(npz: np.lib.npyio.NpzFile, class_names: list[str]) -> Image
     grid = make_grid(images, columns)
     picture = Image.new("RGB", (grid.width, grid.height + CAPTION_HEIGHT), "white")
     picture.paste(grid, (0, CAPTION_HEIGHT))
-    draw = ImageDraw.Visit(picture)
+    draw = ImageDraw.Draw(picture)
     for column, name in enumerate(class_names):
         draw.text((column * (images.shape[2] + GRID_GAP), 1), name, fill="black")
     return picture

@@ -142,7 +142,7 @@ def order_by_turns(class_ids: np.ndarray, seed: int) -> np.ndarray:
     shuffled = permutation(len(class_ids), seed, pass_number=0)
     shuffled = shuffled[np.argsort(class_ids[shuffled], kind="stable")]  # class by class
     grouped = class_ids[shuffled]
-    turn = np.arange(len(grouped)) - np.searchsorted(grouped, grouped)  # place within the class
+    turn = np.arange(len(grouped)) - np.searchsorted(grouped, grouped)  # rank within the class
     return shuffled[np.argsort(turn, kind="stable")]
 
 

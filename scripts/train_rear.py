@@ -56,7 +56,8 @@ def main(config: Config) -> str:
         world, device = run.world, run.world.device
 
         # Data, model, optimizer
-        dataset = run.open_data(lambda: open_training_data(config, tokenizer.sha256(), world.is_main))
+        tokenizer_sha256 = tokenizer.sha256()
+        dataset = run.open_data(lambda: open_training_data(config, tokenizer_sha256, world.is_main), tokenizer_sha256)
         torch.manual_seed(training.seed)
         tokenizer.to(device)
         model = ReAR(config.model).to(device)
@@ -68,7 +69,8 @@ def main(config: Config) -> str:
         optimizer = build_optimizer(model, config)
         modules = {"model": model} | ({"ema": ema.module} if ema else {})
         run.begin(modules, {"optimizer": (model, optimizer)}, sharded=training.fsdp)
-        run.logger.info(describe_length(config, run.global_batch_size, len(dataset)))
+        for line in describe_length(config, run.global_batch_size, len(dataset)):
+            run.logger.info(line)
         work = (run.micro_steps, run.remaining, run.samples_seen)
         batches = TrainingBatches(dataset, config, world, *work, run.stop_requested)
 
@@ -97,7 +99,7 @@ def main(config: Config) -> str:
             run.count_step()
 
             if run.log_due:
-                metrics = run.mean_over_ranks([terms.metrics for terms in step_terms])
+                metrics = world.mean([terms.metrics for terms in step_terms])
                 metrics |= {"lr": lr, "perturbation_ratio": max_ratio}
                 metrics |= passes_done(config, run.samples_seen, len(dataset)) | batches.skipped(world)
                 if step == 0 or run.is_due(experiment.log_grad_norm_every):

@@ -17,13 +17,11 @@ import sys
 from pathlib import Path
 
 READS = (
-    *("experiment.project", "experiment.name", "experiment.entity", "experiment.output_dir", "experiment.save_every"),
-    *("experiment.log_every", "model.vq_model", "dataset.params.train_shards_path_or_url"),
-    *("dataset.params.eval_shards_path_or_url", "dataset.params.num_workers_per_gpu", "dataset.preprocessing"),
-    *("dataset.params.on_bad_sample", "dataset.params.max_bad_fraction"),
-    *("-dataset.preprocessing.pretokenize_crops", "optimizer", "lr_scheduler", "training.per_gpu_batch_size"),
-    *("training.mixed_precision", "training.enable_tf32", "training.enable_wandb", "training.seed"),
-    *("training.max_train_steps", "training.max_grad_norm", "vq_training", "sampling.uint8_rule"),
+    *("experiment", "-experiment.max_train_examples", "-experiment.generate_every", "-experiment.log_grad_norm_every"),
+    *("-experiment.init_from", "-experiment.tokenizer_checkpoint", "-experiment.generator_checkpoint"),
+    *("model.vq_model", "dataset", "-dataset.params.pretokenization", "-dataset.params.verify_hashes"),
+    *("-dataset.preprocessing.pretokenize_crops", "optimizer", "lr_scheduler", "training", "-training.use_ema"),
+    *("-training.ema_decay", "-training.fsdp", "vq_training", "sampling.uint8_rule"),
 )
 
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
@@ -34,6 +32,7 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +62,7 @@ from utils.randomness import dropout_seed
 from utils.ranks import World
 from utils.run.training_run import EXIT_STATUS, TrainingRun
 
-GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and one of reconstructions count as one
+GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
 
 
 def main(config: Config) -> str:
@@ -122,7 +121,7 @@ def main(config: Config) -> str:
             if run.is_due(vq_training.revive_every) and not run.is_last:
                 metrics["revived_codes"] = usage.revive(tokenizer, images, world)
             if run.log_due:
-                metrics |= run.mean_over_ranks([{name: value.detach() for name, value in terms.items()}])
+                metrics |= world.mean([{name: value.detach() for name, value in terms.items()}])
                 metrics |= {"lr": lr} | batches.skipped(world)
             if run.is_due(config.experiment.save_every) or run.is_last:
                 metrics |= world.from_main(lambda: report(tokenizer, heldout_set, config, run))
@@ -230,7 +229,7 @@ def average_gradients(module: nn.Module, world: World) -> None:
 def report(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config, run: TrainingRun) -> dict[str, float]:
     """Write the weights, and figures and a grid of the held-out images; the figures for the log."""
     step, folder = run.steps_done, run.output_dir
-    export(tokenizer, folder / "tokenizer.safetensors")
+    export(tokenizer, folder / "tokenizer.safetensors", run.record())
     figures, grid = evaluate(tokenizer, heldout_set, config)
     write_text(folder / "metrics.json", json.dumps({"step": step, **figures}, indent=1) + "\n")
     write_png(folder / "reconstructions.png", grid)
@@ -239,9 +238,9 @@ def report(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config, run:
     return {f"heldout/{name}": value for name, value in figures.items()}
 
 
-def export(tokenizer: MaskGitVQ, path: Path) -> None:
+def export(tokenizer: MaskGitVQ, path: Path, record: dict[str, Any]) -> None:
     """Write the weights in float16: half the size, and `load_tokenizer` reads them back as float32."""
-    save_weights({key: value.half() for key, value in tokenizer.state_dict().items()}, path)
+    save_weights({key: value.half() for key, value in tokenizer.state_dict().items()}, path, record)
 
 
 @torch.inference_mode()

@@ -57,7 +57,7 @@ def make_captioned_grid(images: np.ndarray, captions: list[str], columns: int) -
     below = np.full((count, CAPTION_HEIGHT, width, 3), 255, np.uint8)
     for strip, caption in zip(below, captions, strict=True):
         picture = Image.new("RGB", (width, CAPTION_HEIGHT), "white")
-        ImageDraw.Visit(picture).text((0, 0), caption, fill="black")
+        ImageDraw.Draw(picture).text((0, 0), caption, fill="black")
         strip[:] = picture
     return make_grid(np.concatenate([images, below], axis=1), columns)
 

@@ -1,4 +1,4 @@
-"""Blocks of work on all CPUs of a machine, without torchrun."""
+"""Work on many items, on all CPUs of a machine and without torchrun; a block is a range of consecutive items."""
 
 import multiprocessing
 import os

@@ -10,7 +10,7 @@ import torch
 
 
 class Stream(IntEnum):
-    """Uses of randomness that must not share numbers where their keys are equal."""
+    """Uses of random numbers; each has numbers of its own, also where seed and key are equal."""
 
     TRAINING_NOISE = 0
     DATA_ORDER = 1

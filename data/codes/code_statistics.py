@@ -10,9 +10,11 @@ from data.codes.token_store import ROWS_PER_READ, TokenStore
 
 @dataclass
 class CodeStatistics:
-    """Attributes:
-    code_counts: (V,) how often each code occurs.
-    class_counts: (C,) samples of each class.
+    """Counts over all samples of a store.
+
+    Attributes:
+        code_counts: (V,) how often each code occurs.
+        class_counts: (C,) samples of each class.
     """
 
     code_counts: np.ndarray

@@ -19,17 +19,18 @@ from utils.randomness import Stream, philox
 from utils.schema import DatasetParams
 
 
-def open_images(path: str, num_classes: int | None = None, decoding: Decoding = Decoding()) -> ImageSource:
+def open_images(path: str, num_classes: int | None = None, decoding: Decoding | None = None) -> ImageSource:
     """Open webdataset shards (a path, "a-{000..252}.tar" or a glob) or a folder with a sub-folder per class.
 
     Args:
         num_classes: number of classes of the model that will read the class ids, if there is one.
+        decoding: how files become pixels; None: white behind transparency, EXIF orientation ignored.
 
     Raises:
         InputError: nothing there, something damaged, or a class id out of range; the message names file and sample.
     """
     source = ImageFolder(Path(path)) if Path(path).is_dir() else TarShards(path)
-    source.decoding = decoding
+    source.decoding = decoding or Decoding()
     largest = int(source.class_ids.argmax())
     for limit, meaning in ((num_classes, "num_classes"), (len(source.class_names or []) or None, "class names")):
         if limit is not None and source.class_ids[largest] >= limit:

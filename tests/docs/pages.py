@@ -27,7 +27,7 @@ def prose(page: Path) -> str:
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of the fenced blocks, without comments; those joined by && are several."""
-    text = "\n".join(block for _, block in fences(page)).replace("\\\n", " ")
+    """The commands of the fenced blocks of bash, without comments; those joined by && are several."""
+    text = "\n".join(block for language, block in fences(page) if language == "bash").replace("\\\n", " ")
     lines = [" ".join(map(shlex.quote, shlex.split(line, comments=True))) for line in text.splitlines()]
     return [command for line in lines if line for command in line.split(" '&&' ")]

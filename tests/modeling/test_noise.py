@@ -50,8 +50,8 @@ def test_the_config_names_the_noises_of_the_table() -> None:
     for mode in NOISES:
         config = load_config(["experiment.output_dir=unused", f"model.generator.perturb_mode={mode}"])
         assert config.model.generator.perturb_mode == mode
-    choices = typing.get_args(GeneratorConfig.__annotations__["perturb_mode"])
-    assert not choices or set(choices) == set(NOISES)
+    choices = typing.get_args(typing.get_type_hints(GeneratorConfig)["perturb_mode"])
+    assert set(choices) == set(NOISES)
 
 
 def test_perturbation_ratio_of_the_paper() -> None:

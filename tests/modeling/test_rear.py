@@ -108,11 +108,11 @@ def test_load_generator_is_strict_but_for_the_projectors(
     path = tmp_path / f"model.{suffix}"
     state = tiny_model.state_dict()
     save_weights(state, path) if suffix == "safetensors" else torch.save(state, path)
-    loaded = load_generator(str(path), tiny_config)
+    loaded = load_generator(path, tiny_config)
     assert torch.equal(loaded.lm_head.weight, tiny_model.lm_head.weight)
     assert loaded.encode_align_mlp is None
 
     del state["lm_head.bias"]
     save_weights(state, tmp_path / "short.safetensors")
     with pytest.raises(InputError, match=r"short\.safetensors.*lm_head\.bias"):
-        load_generator(str(tmp_path / "short.safetensors"), tiny_config)
+        load_generator(tmp_path / "short.safetensors", tiny_config)

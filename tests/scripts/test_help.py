@@ -33,7 +33,7 @@ def first_paragraph(script: Path) -> str:
 
 def test_the_scripts_are_found() -> None:
     assert {"train_rear.py", "make_config.py", "evaluator.py", "make_reference.py"} <= {path.name for path in SCRIPTS}
-    assert len(WITH_CONFIG) == 6
+    assert len(WITH_CONFIG) >= 6
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -89,7 +89,7 @@ def test_differences_are_named_by_rank_0() -> None:
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment, but no RANK: use torchrun or accelerate launch"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment, but no RANK: start with torchrun or accelerate"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment: expected a number"),
         ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK='x' in the environment"),
     ],

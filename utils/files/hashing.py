@@ -11,8 +11,10 @@ CHUNK_BYTES = 1 << 20
 
 
 def file_sha256(path: Path, progress: bool = False) -> str:
-    """Args:
-    progress: show a bar if it takes longer than a second.
+    """Hash of the content, in hexadecimal.
+
+    Args:
+        progress: show a bar if it takes longer than a second.
     """
     digest, total = hashlib.sha256(), path.stat().st_size
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"sha256 {path.name}", delay=1, disable=not progress)
@@ -20,6 +22,17 @@ def file_sha256(path: Path, progress: bool = False) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
             bar.update(len(chunk))
+    return digest.hexdigest()
+
+
+def range_sha256(path: Path, start: int, stop: int) -> str:
+    """Of the bytes `start` to `stop - 1` of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < stop and (chunk := file.read(min(CHUNK_BYTES, stop - start))):
+            digest.update(chunk)
+            start += len(chunk)
     return digest.hexdigest()
 
 

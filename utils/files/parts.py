@@ -1,7 +1,8 @@
-"""Work in part files, from which a killed run goes on.
+"""Long work on many items, kept in part files, from which a killed run goes on.
 
-A part stands for a block of consecutive items. The blocks depend on the number of items and the block size only, so any
-number of processes can share the missing ones. `fingerprint.json` beside the parts tells what they were made from.
+A part is the file of one finished block, which is a range of consecutive items. The blocks depend on the number of
+items and the block size only, so any number of processes can share the missing ones. `fingerprint.json` beside the
+parts tells what they were made from.
 
 Our own, for libraries that do such work (joblib, dask, luigi) bring a scheduler and choose the processes themselves;
 here they are torchrun's, or forked, and the files alone say what is done.
@@ -26,11 +27,16 @@ FINGERPRINT = "fingerprint.json"
 
 
 class Parts:
-    """Args:
-    folder: created by `claim`.
-    count: items of the whole work.
-    block_size: items per part; the last part holds the rest.
-    suffix: of the part files, such as .npy.
+    """The part files of some work on items 0 to count - 1.
+
+    Args:
+        folder: where they lie; `claim` creates it.
+        count: items of the whole work.
+        block_size: items per part; the last part holds the rest.
+        suffix: of the part files, such as .npy.
+
+    Attributes:
+        blocks: the range of items of each part, in order.
     """
 
     def __init__(self, folder: Path, count: int, block_size: int, suffix: str) -> None:

@@ -9,10 +9,12 @@ from utils.files.parts import Parts
 
 
 class SampleParts(Parts):
-    """Args:
-    folder: created by `claim`.
-    num_images: of the whole run.
-    block_size: images per part; the last part holds the rest.
+    """Part files that hold images; see `Parts`.
+
+    Args:
+        folder: where they lie; `claim` creates it.
+        num_images: of the whole run.
+        block_size: images per part; the last part holds the rest.
     """
 
     def __init__(self, folder: Path, num_images: int, block_size: int) -> None:

@@ -12,7 +12,7 @@ COLUMNS = 4
 
 
 def save_training_curves(metrics_path: Path, picture_path: Path) -> None:
-    """Visit all metrics of metrics.jsonl against the step, a panel each."""
+    """Draw all metrics of metrics.jsonl against the step, a panel each."""
     rows = read_metrics(metrics_path)
     names = list(dict.fromkeys(name for row in rows for name in row if name != "step"))
     if not names:

@@ -6,9 +6,8 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,6 +31,7 @@ from utils.run.signals import StoppedWaitingError, StopSignals
 from utils.run.snapshot import Optimizers, Resumable, take_snapshot, weights_of
 from utils.run.status import EXIT_PREEMPTED, Status, explain, first_line, write_status
 from utils.run.tracking import Tracker
+from utils.run.trained_weights import FINAL_FILE
 
 EXIT_STATUS = {"completed": 0, "preempted": EXIT_PREEMPTED}
 
@@ -102,12 +102,16 @@ class TrainingRun:
     def samples_seen(self) -> int:
         return self._state.samples_seen
 
-    def open_data(self, open_it: Callable[[], D]) -> D:
-        """What `open_it` gives: on rank 0, which may convert and verify files, and then on the others."""
+    def open_data(self, open_it: Callable[[], D], tokenizer_sha256: str | None = None) -> D:
+        """What `open_it` gives: on rank 0, which may convert and verify files, and then on the others.
+
+        Args:
+            tokenizer_sha256: of the tokenizer on whose codes a model is trained; the weights remember it.
+        """
         data = self.world.main_first(open_it)
         self.world.agree("data", {"hash": data.fingerprint, "samples": len(data)})
         self._num_samples = len(data)
-        self._provenance = Provenance(asdict(self.config), data.fingerprint, self._code)
+        self._provenance = Provenance(asdict(self.config), data.fingerprint, self._code, tokenizer_sha256)
         check = (self._start, self.config, self._provenance, self.global_batch_size)
         self.notices = self._start.notices + self.world.from_main(lambda: check_same_run(*check))
         return data
@@ -201,12 +205,6 @@ class TrainingRun:
     def grid_due(self) -> bool:
         return (self.is_due(self.config.experiment.generate_every) or self.is_last) and not self._guard.stop
 
-    def mean_over_ranks(self, micro_batches: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Mean of scalars by name over the micro-batches and ranks of one step: one all-reduce, one host sync."""
-        values = torch.stack([torch.stack(list(metrics.values())) for metrics in micro_batches])
-        means = (self.world.sum(values.mean(dim=0)) / self.world.size).tolist()
-        return dict(zip(micro_batches[0], means, strict=True))
-
     def log(self, metrics: dict[str, float]) -> None:
         """Write the metrics of the step that is done, with speed and number of skipped updates; rank 0 alone does."""
         if self._tracker is None:
@@ -261,7 +259,11 @@ class TrainingRun:
         """Write the weights of a module to `<output_dir>/model.safetensors`, the file that others sample from."""
         weights = weights_of(self._resumable.modules[name], self._resumable.sharded)
         if self.world.is_main:
-            save_weights(weights, self.output_dir / "model.safetensors")
+            save_weights(weights, self.output_dir / FINAL_FILE, self.record())
+
+    def record(self) -> dict[str, Any]:
+        """What weights of the step that is done were made from, for `save_weights`."""
+        return {**asdict(self._provenance), "step": self.steps_done}
 
     @property
     def status(self) -> str:
@@ -271,9 +273,7 @@ class TrainingRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        stopped = (
-            isinstance(error, StoppedWaitingError) and self.world.size == 1
-        )  # several ranks could not agree any more
+        stopped = isinstance(error, StoppedWaitingError) and self.world.size == 1  # several ranks cannot agree then
         if stopped:
             self.finish()  # the step that waited has changed nothing
         elif error is not None:
@@ -285,9 +285,8 @@ class TrainingRun:
         if self.world.is_main:
             write_status(self.output_dir, self._status)
             self._tracker.finish()
-        self.logger.info(
-            f"{self.status} at step {self._status.step} ({self._status.reason or 'all steps'}): {self.output_dir}"
-        )
+        reason = self._status.reason or "all steps"
+        self.logger.info(f"{self.status} at step {self._status.step} ({reason}): {self.output_dir}")
         self._exits.close()
         return stopped
 

@@ -60,8 +60,8 @@ def test_processes_and_ranges_change_nothing(jsonl: Path, monkeypatch: pytest.Mo
         assert contents(jsonl.with_name(f"{processes}.tokens")) == expected
     monkeypatch.setattr(conversion, "RANGE_BYTES", 777)
     convert(jsonl, "other.tokens")
-    assert contents(jsonl.with_name("other.tokens")) == expected
     store = TokenStore(jsonl.with_name("one.tokens"))
+    assert TokenStore(jsonl.with_name("other.tokens")).fingerprint == store.fingerprint
     for processes in (1, 3):
         back = jsonl.with_name(f"back{processes}.jsonl")
         store_to_jsonl(store.path, back, processes)
