@@ -1,19 +1,23 @@
 """The training data of a config and its batches."""
 
-import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from data.batch_sampler import GlobalBatchSampler
+from data.codes.store_files import open_store
 from data.codes.token_store import TokenStore, open_tokens
-from data.images.reading import ImageDataset, open_images
+from data.images.decoding import Decoding
+from data.images.image_folder import class_folders
+from data.images.image_source import printable
+from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
+from data.images.tar_shards import find_shards, has_shards, read_class_names
 from data.images.transforms import training_transform
+from data.loading import Batches
 from utils.errors import InputError
 from utils.ranks import World
-from utils.run.signals import ignore_stop_signals
 from utils.schedules import schedule_warnings
 from utils.schema import Config
 
@@ -40,10 +44,14 @@ def open_training_data(config: Config, tokenizer_sha256: str, verify: bool) -> T
     if params.train_shards_path_or_url is None:
         raise InputError("dataset.params: give pretokenization (codes) or train_shards_path_or_url (images)")
     return ImageDataset(
-        open_images(params.train_shards_path_or_url, config.model.generator.condition_num_classes),
+        open_images(
+            params.train_shards_path_or_url,
+            config.model.generator.condition_num_classes,
+            Decoding.of(config.dataset.preprocessing),
+        ),
         training_transform(config.dataset.preprocessing),
         config.training.seed,
-        skip_bad=params.on_bad_sample == "skip",
+        allowed_bad_fraction(params),
     )
 
 
@@ -56,8 +64,27 @@ def open_codes(config: Config) -> TokenStore:
         config.model.vq_model.codebook_size,
         generator.image_seq_len,
         generator.condition_num_classes,
-        max_bad_fraction=params.max_bad_fraction if params.on_bad_sample == "skip" else 0.0,
+        allowed_bad_fraction(params),
     )
+
+
+def training_classes(config: Config) -> tuple[list[str], str] | None:
+    """Names of the classes of the training data in the order of their ids, and where they stand; None: nothing tells
+    them."""
+    params = config.dataset.params
+    images, codes = params.train_shards_path_or_url, params.pretokenization
+    if images is not None and Path(images).is_dir():
+        return list(map(printable, class_folders(Path(images)))), images
+    if images is not None and has_shards(images):
+        names = read_class_names(find_shards(images))
+        if names is not None:
+            return names, images
+    store = Path(codes).with_suffix(".tokens") if codes is not None else None
+    if store is not None and store.is_dir():
+        names = open_store(store)[0].class_names
+        if names is not None:
+            return names, str(store)
+    return None
 
 
 def check_tokenizer(store: TokenStore, tokenizer_sha256: str) -> None:
@@ -97,16 +124,22 @@ class TrainingBatches:
         micro_steps: batches per step.
         steps: numbers of the steps to come.
         samples_seen: of all ranks, before these steps.
-
-    Attributes:
-        num_skipped: visits of images that could not be decoded, by this rank since its start.
+        stop_requested: whether a stop signal has come.
 
     Raises:
         InputError: more different images than `dataset.params.max_bad_fraction` allows cannot be decoded.
+        Exception: what `Batches` raises.
     """
 
     def __init__(
-        self, dataset: TrainingSet, config: Config, world: World, micro_steps: int, steps: range, samples_seen: int
+        self,
+        dataset: TrainingSet,
+        config: Config,
+        world: World,
+        micro_steps: int,
+        steps: range,
+        samples_seen: int,
+        stop_requested: Callable[[], bool],
     ) -> None:
         batch_sampler = GlobalBatchSampler(
             num_samples=len(dataset),
@@ -119,39 +152,18 @@ class TrainingBatches:
             last_step=steps.stop,
             samples_seen=samples_seen,
         )
-        loader = DataLoader(
-            dataset,
-            batch_sampler=batch_sampler,
-            num_workers=config.dataset.params.num_workers_per_gpu,
-            collate_fn=dataset.collate,
-            pin_memory=world.device.type == "cuda",
-            worker_init_fn=ignore_stop_signals,
-        )
-        self.dataset, self.device, self.num_skipped = dataset, world.device, 0
-        self.max_bad_fraction = config.dataset.params.max_bad_fraction
-        self._batches = iter(loader)
-        self._bad_images: set[int] = set()
+        params, self.device = config.dataset.params, world.device
+        on_gpu = world.device.type == "cuda"
+        self._batches = Batches(dataset, batch_sampler, params.num_workers_per_gpu, on_gpu, stop_requested)
+        self.notes = dataset.notes if isinstance(dataset, ImageDataset) else None
 
     def __next__(self) -> dict[str, Tensor]:
         batch = next(self._batches)
-        if "is_bad" in batch:
-            self._count(batch["index"][batch.pop("is_bad")].tolist())
+        if self.notes is not None:
+            self.notes.add(batch["index"], batch.pop("notes"))
         return {key: values.to(self.device, non_blocking=True) for key, values in batch.items()}
 
     def skipped(self, world: World) -> dict[str, int]:
-        """For the log: `num_skipped` of all ranks."""
-        return {"skipped_images": int(world.sum(torch.tensor(self.num_skipped)))}
-
-    def _count(self, bad_images: list[int]) -> None:
-        assert isinstance(self.dataset, ImageDataset), "codes are never bad"
-        for index in bad_images:
-            self.num_skipped += 1
-            if index not in self._bad_images:
-                self._bad_images.add(index)
-                warnings.warn(f"left out {self.dataset.source.location(index)}: cannot be decoded", stacklevel=3)
-        if len(self._bad_images) > self.max_bad_fraction * len(self.dataset):
-            raise InputError(
-                f"{len(self._bad_images)} of {len(self.dataset)} images cannot be decoded, expected at most "
-                f"dataset.params.max_bad_fraction={self.max_bad_fraction}: "
-                f"{self.dataset.source.location(min(self._bad_images))}"
-            )
+        """For the log: visits of images that could not be decoded, by all ranks since their start."""
+        mine = self.notes.num_skipped if self.notes is not None else 0
+        return {"skipped_images": int(world.sum(torch.tensor(mine)))}

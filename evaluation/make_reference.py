@@ -16,6 +16,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
+from data.images.decoding import COLOURS, Decoding
+from data.images.notices import CountedImages
 from data.images.reading import open_images
 from data.images.transforms import adm_center_crop
 from evaluation.evaluator import add_feature_options, load_extractor, positive
@@ -25,7 +27,7 @@ from utils.errors import InputError, input_errors_exit
 from utils.ranks import join_world
 
 
-def open_source(source: str, output: Path, verify: bool) -> ImageSource:
+def open_source(source: str, output: Path, verify: bool, decoding: Decoding) -> ImageSource:
     """Open what the command line names, and check before hours of work that its result can be written.
 
     Raises:
@@ -33,7 +35,10 @@ def open_source(source: str, output: Path, verify: bool) -> ImageSource:
     """
     if not output.parent.is_dir():
         raise InputError(f"{output}: no folder {output.parent}")
-    opened = NpzSource(open_input(Path(source), verify).images) if source.endswith(".npz") else open_images(source)
+    if source.endswith(".npz"):
+        opened = NpzSource(open_input(Path(source), verify).images)
+    else:
+        opened = CountedImages(open_images(source, decoding=decoding))
     if len(opened) < MIN_IMAGES:
         raise InputError(f"{source}: found {len(opened)} images, expected at least {MIN_IMAGES}")
     return opened
@@ -45,6 +50,8 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="npz to write")
     parser.add_argument("--resolution", type=positive, default=256, help="of the crops, in pixels")
     parser.add_argument("--max-images", type=positive, default=10_000, help="in arr_0")
+    parser.add_argument("--background", choices=COLOURS, default="white", help="of transparent images, default white")
+    parser.add_argument("--exif-orientation", action="store_true", help="turn photos as their EXIF entry says")
     add_feature_options(parser)
     args = parser.parse_args()
     if args.max_images < MIN_IMAGES:
@@ -52,11 +59,14 @@ def main() -> None:
     with join_world() as world:
         device = args.device or world.device
         extractor = world.main_first(lambda: load_extractor("inception", args.inception, device))
-        source = world.main_first(lambda: open_source(args.source, args.output, world.is_main))
+        decoding = Decoding(args.background, args.exif_orientation)
+        source = world.main_first(lambda: open_source(args.source, args.output, world.is_main, decoding))
         images = CroppedImages(source, lambda image: adm_center_crop(image, args.resolution))
         if world.is_main:
             print(f"weights: {extractor.weights_name}, sha256 {extractor.weights_sha256}")
         make_reference(images, extractor, args.output, world, device, args.batch_size, args.max_images)
+        if isinstance(source, CountedImages):
+            source.notes.summary()
         if world.is_main:
             print(f"statistics of {len(images)} images, {min(len(images), args.max_images)} of them in {args.output}")
 

@@ -24,6 +24,7 @@ import numpy as np
 from omegaconf import OmegaConf
 
 from data.images.image_source import ImageSource
+from data.images.notices import notify
 from data.images.reading import open_images
 from data.images.shard_writer import HELDOUT_PREFIX
 from modeling.tokenizers.registry import code_shape, tokenizer_sizes
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     output, resolution = arguments.output, arguments.resolution
     train, heldout = find_shards(arguments.images)
     train_images, heldout_images = open_images(train), open_images(heldout)
+    if heldout == train:
+        notify(f"{arguments.images}: no held-out shards (make_shards.py --heldout): training images take their place")
     num_classes = len(train_images.class_names or []) or int(train_images.class_ids.max()) + 1
     data = {
         "dataset.params.train_shards_path_or_url": train,

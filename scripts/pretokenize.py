@@ -20,7 +20,8 @@ from pathlib import Path
 READS = (
     *("experiment.tokenizer_checkpoint", "model.vq_model", "model.generator.condition_num_classes"),
     *("dataset.params.pretokenization", "dataset.params.train_shards_path_or_url"),
-    *("dataset.params.num_workers_per_gpu", "dataset.preprocessing"),
+    *("dataset.params.num_workers_per_gpu", "dataset.params.on_bad_sample", "dataset.params.max_bad_fraction"),
+    "dataset.preprocessing",
     *("-dataset.preprocessing.random_crop", "-dataset.preprocessing.random_flip"),
     *("training.per_gpu_batch_size", "training.enable_tf32", "training.seed"),
 )
@@ -37,15 +38,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.codes.conversion import is_source, store_to_jsonl
 from data.codes.store_files import MAX_CODEBOOK_SIZE, StoreMeta
 from data.codes.token_store import TokenStore
 from data.codes.token_writer import new_token_store
-from data.images.reading import ImageDataset, open_images
+from data.images.decoding import Decoding, Note
+from data.images.image_source import ImageSource
+from data.images.notices import check_bad
+from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import pretokenize_transform
+from data.loading import Batches
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
@@ -65,8 +69,10 @@ def main(config: Config) -> None:
     store_path = output.with_suffix(".tokens")
     tokenizer = load_tokenizer(config)
     params, preprocessing = config.dataset.params, config.dataset.preprocessing
-    source = open_images(image_path, config.model.generator.condition_num_classes)
-    images = ImageDataset(source, pretokenize_transform(preprocessing), config.training.seed)
+    num_classes, decoding = config.model.generator.condition_num_classes, Decoding.of(preprocessing)
+    source = open_images(image_path, num_classes, decoding)
+    max_bad_fraction = allowed_bad_fraction(params)
+    images = ImageDataset(source, pretokenize_transform(preprocessing), config.training.seed, max_bad_fraction)
     crops = images[0]["image"].shape[0]
     batch_size = max(1, config.training.per_gpu_batch_size // crops)
     # A batch never reaches into another part: kernels may round differently for another batch size.
@@ -85,19 +91,21 @@ def main(config: Config) -> None:
         mine = missing[world.rank :: world.size]
         with matmul_precision(config.training.enable_tf32):
             encode(mine, parts, images, tokenizer.to(world.device), batch_size, params.num_workers_per_gpu, world)
+        images.notes.summary()
     if not world.is_main:
         return
     if not store_path.is_dir():
         parts.wait()
         seconds = time.perf_counter() - started
         print(f"{at_start} images encoded, {at_start / seconds:.1f} images/s on {world.size} x {world.device.type}")
-        join(parts, store_path, meta, source.class_ids)
+        join(parts, store_path, meta, source, max_bad_fraction)
     store = TokenStore(store_path)
     if output.suffix == ".jsonl" and not (output.exists() and is_source(store.meta.source, output)):
         store_to_jsonl(store_path, output, num_cpus())
     if parts.folder.exists():
         parts.remove()
-    print(f"{output}: {len(images)} images, {len(store)} samples")
+    left_out = f", {store.meta.num_skipped} left out" if store.meta.num_skipped else ""
+    print(f"{output}: {len(images)} images{left_out}, {len(store)} samples")
 
 
 def checked_paths(config: Config) -> tuple[str, Path]:
@@ -127,6 +135,9 @@ def describe(config: Config, tokenizer: Tokenizer, images: ImageDataset, crops: 
         f"dataset.preprocessing.{key}": getattr(preprocessing, key)
         for key in ("resize_shorter_edge", "crop_size", "pretokenize_crops")
     }
+    changed = {key: getattr(preprocessing, key) for key in vars(Decoding())}
+    defaults = vars(Decoding())  # left out: as in stores that are older than these keys
+    settings |= {f"dataset.preprocessing.{key}": value for key, value in changed.items() if value != defaults[key]}
     settings["training.per_gpu_batch_size"] = config.training.per_gpu_batch_size
     settings["training.enable_tf32"] = config.training.enable_tf32 and device.type == "cuda"
     settings["device"] = device.type
@@ -165,39 +176,47 @@ def encode(
     num_workers: int,
     world: World,
 ) -> None:
-    """Write the parts of some blocks; the main process shows the progress of all processes."""
-    batch_indices: Any = [block[i : i + batch_size] for block in blocks for i in range(0, len(block), batch_size)]
-    loader = DataLoader(
-        images,
-        batch_sampler=batch_indices,
-        num_workers=num_workers,
-        collate_fn=images.collate,
-        pin_memory=world.device.type == "cuda",
-    )
-    batches, launcher = iter(loader), StopSignals()
+    """Write the parts of some blocks: per sample its codes, and 1 if its image is one to leave out. The main process
+    shows the progress of all processes."""
+    items = [block[i : i + batch_size] for block in blocks for i in range(0, len(block), batch_size)]
+    batches, launcher = Batches(images, items, num_workers, world.device.type == "cuda"), StopSignals()
     initial = len(images) - sum(map(len, parts.missing()))
     progress = tqdm(total=len(images), initial=initial, unit="image", smoothing=0, disable=not world.is_main)
     for block in blocks:
-        codes = []  # per batch: (b * K, N)
+        rows = []  # per batch: (b * K, N + 1)
         for _ in range(0, len(block), batch_size):
-            crops = next(batches)["image"].flatten(0, 1)  # (b, K, 3, H, W) -> (b * K, 3, H, W)
-            codes.append(tokenizer.encode(crops.to(world.device)).cpu().numpy().astype(np.uint16))
+            batch = next(batches)
+            images.notes.add(batch["index"], batch["notes"])
+            is_bad = (batch["notes"] & Note.UNREADABLE > 0).repeat_interleave(batch["image"].shape[1])[:, None]
+            crops = batch["image"].flatten(0, 1)  # (b, K, 3, H, W) -> (b * K, 3, H, W)
+            codes = tokenizer.encode(crops.to(world.device)).cpu()
+            rows.append(torch.cat([codes, is_bad], dim=1).numpy().astype(np.uint16))
         if launcher.requested():
             raise TrainingError("torchrun is gone; the same command continues")
         with parts.writing(block) as partial, partial.open("wb") as file:
-            np.save(file, np.concatenate(codes))
+            np.save(file, np.concatenate(rows))
         if world.is_main:
             progress.update(len(images) - sum(map(len, parts.missing())) - progress.n)
     progress.close()
 
 
-def join(parts: Parts, store_path: Path, meta: StoreMeta, class_ids: np.ndarray) -> None:
-    """Write the store from all parts, a part at a time."""
+def join(parts: Parts, store_path: Path, meta: StoreMeta, source: ImageSource, max_bad_fraction: float) -> None:
+    """Write the store from all parts, a part at a time, without the images that could not be read.
+
+    Raises:
+        InputError: there are too many of these.
+    """
     fault_point("join.begin", 0)
+    bad: set[int] = set()
     with new_token_store(store_path, meta) as writer:
         for block in tqdm(parts.blocks, desc=store_path.name, unit="part", delay=2):
-            labels = class_ids[block.start : block.stop].repeat(meta.crops_per_image)
-            writer.append(np.load(parts.path(block)), labels)
+            rows = np.load(parts.path(block))
+            labels = source.class_ids[block.start : block.stop].repeat(meta.crops_per_image)
+            is_bad = rows[:, -1] > 0
+            writer.append(rows[~is_bad, :-1], labels[~is_bad])
+            bad |= {block.start + row // meta.crops_per_image for row in np.flatnonzero(is_bad).tolist()}
+        check_bad(source, bad, max_bad_fraction)
+        writer.meta.num_skipped = len(bad)
         fault_point("join.end", 0)
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 READS = (
     *("experiment.output_dir", "experiment.tokenizer_checkpoint", "model.vq_model"),
     *("dataset.params.eval_shards_path_or_url", "dataset.params.num_workers_per_gpu"),
-    *("dataset.preprocessing.resize_shorter_edge", "dataset.preprocessing.crop_size", "training.enable_tf32"),
+    *("dataset.params.train_shards_path_or_url", "dataset.params.pretokenization", "training.enable_tf32"),
+    *("dataset.params.on_bad_sample", "dataset.params.max_bad_fraction"),
+    *(f"dataset.preprocessing.{key}" for key in ("resize_shorter_edge", "crop_size", "background", "exif_orientation")),
     *("sampling.num_fid_samples", "sampling.per_gpu_batch_size", "sampling.seed", "sampling.uint8_rule"),
 )
 
@@ -30,17 +32,20 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
     CONFIG = load_config_or_exit(__doc__, READS)
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch import Tensor
 from tqdm import tqdm
 
 from data.batch_sampler import permutation
-from data.images.reading import ImageDataset, open_images
+from data.images.decoding import Decoding, Note
+from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import training_transform
+from data.loading import Batches
+from data.training_batches import training_classes
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
@@ -57,29 +62,26 @@ GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their recon
 def main(config: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(config).to(device)
-    dataset, labels = open_heldout_images(config)
-    loader = DataLoader(
-        dataset,
-        batch_size=config.sampling.per_gpu_batch_size,
-        num_workers=config.dataset.params.num_workers_per_gpu,
-    )
+    heldout = HeldoutImages(config)
     metrics = ReconstructionMetrics(tokenizer.codebook_size)
     streams = {
-        "reference": (to_uint8(batch["image"], "round") for batch in loader),  # the bytes that were decoded
-        "reconstructions": reconstruct(tokenizer, loader, metrics, config.sampling.uint8_rule),
+        "reference": (to_uint8(images, "round") for images in heldout),  # the bytes that were decoded
+        "reconstructions": reconstruct(tokenizer, heldout, metrics, config.sampling.uint8_rule),
     }
 
     output_dir = Path(config.experiment.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    labels = heldout.labels
     shape = (len(labels), tokenizer.resolution, tokenizer.resolution, 3)
     for name, chunks in streams.items():
-        progress = tqdm(chunks, desc=f"{name}.npz", total=len(loader), unit="batch")
+        progress = tqdm(chunks, desc=f"{name}.npz", total=len(heldout), unit="batch")
         entries: dict[str, NpzEntry] = {
             "arr_0": (shape, np.uint8, progress),
             "arr_1": (labels.shape, np.int64, [labels]),
         }
         with matmul_precision(config.training.enable_tf32):  # of what `reconstruct` computes as it is read
             write_npz(output_dir / f"{name}.npz", entries)
+    heldout.dataset.notes.summary()
     save_grid(output_dir)
     preprocessing, summary = config.dataset.preprocessing, metrics.summary()
     crop = f"ADM centre crop of {preprocessing.crop_size} px, shorter edge {preprocessing.resize_shorter_edge} px"
@@ -87,15 +89,55 @@ def main(config: Config) -> None:
     print(f"{output_dir}: {crop}; " + ", ".join(f"{name} {value:.4g}" for name, value in summary.items()))
 
 
-def open_heldout_images(config: Config) -> tuple[Subset, np.ndarray]:
-    """The images to reconstruct and their labels (n,) int64, in the order of the files to write."""
-    path, preprocessing = config.dataset.params.eval_shards_path_or_url, config.dataset.preprocessing
-    if path is None:
-        raise InputError("dataset.params.eval_shards_path_or_url: missing; give tar shards or a folder per class")
-    source = open_images(path)
-    order = order_by_turns(source.class_ids, config.sampling.seed)[: config.sampling.num_fid_samples]
-    transform = training_transform(replace(preprocessing, random_crop=False, random_flip=False))
-    return Subset(ImageDataset(source, transform, seed=0), order.tolist()), source.class_ids[order].astype(np.int64)
+class HeldoutImages:
+    """Batches of the images to reconstruct, float32 (B, 3, H, W) in [0, 1], as often as they are asked for.
+
+    Attributes:
+        labels: (n,) int64, of the images in their order; class ids are those of the training data.
+
+    Raises:
+        InputError: no images given, too many that cannot be read, or a class that training does not know.
+    """
+
+    def __init__(self, config: Config) -> None:
+        params, preprocessing, sampling = config.dataset.params, config.dataset.preprocessing, config.sampling
+        if params.eval_shards_path_or_url is None:
+            raise InputError("dataset.params.eval_shards_path_or_url: missing; give tar shards or a folder per class")
+        source = open_images(params.eval_shards_path_or_url, decoding=Decoding.of(preprocessing))
+        known = training_classes(config)
+        if known is not None:
+            source.name_classes(*known)
+        transform = training_transform(replace(preprocessing, random_crop=False, random_flip=False))
+        self.dataset = ImageDataset(source, transform, 0, allowed_bad_fraction(params))
+        self.batch_size, self.num_workers = sampling.per_gpu_batch_size, params.num_workers_per_gpu
+        order = order_by_turns(source.class_ids, sampling.seed)
+        if (
+            allowed_bad_fraction(params) > 0
+        ):  # how many there are must be known before the files are begun: read all, once more
+            order = order[~self._unreadable(order)]
+        self.order = order[: sampling.num_fid_samples]
+        self.labels = source.class_ids[self.order].astype(np.int64)
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for batch in self._batches(self.order):
+            self.dataset.notes.add(batch["index"], batch["notes"])
+            yield batch["image"]
+
+    def _batches(self, order: np.ndarray) -> Batches:
+        starts = range(0, len(order), self.batch_size)
+        items = [order[start : start + self.batch_size].tolist() for start in starts]
+        return Batches(self.dataset, items, self.num_workers)
+
+    def _unreadable(self, order: np.ndarray) -> np.ndarray:
+        """(n,) bool."""
+        found = []
+        for batch in self._batches(order):
+            self.dataset.notes.add(batch["index"], batch["notes"])
+            found.append((batch["notes"] & Note.UNREADABLE > 0).numpy())
+        return np.concatenate(found)
 
 
 def order_by_turns(class_ids: np.ndarray, seed: int) -> np.ndarray:
@@ -109,12 +151,12 @@ def order_by_turns(class_ids: np.ndarray, seed: int) -> np.ndarray:
 
 @torch.inference_mode()
 def reconstruct(
-    tokenizer: Tokenizer, loader: DataLoader, metrics: ReconstructionMetrics, uint8_rule: str
+    tokenizer: Tokenizer, batches: Iterable[Tensor], metrics: ReconstructionMetrics, uint8_rule: str
 ) -> Iterator[np.ndarray]:
     """Yield batches of reconstructions (B, H, W, 3) uint8; figures go to `metrics`."""
     device = next(tokenizer.parameters()).device
-    for batch in loader:
-        images = batch["image"].to(device)
+    for images_on_cpu in batches:
+        images = images_on_cpu.to(device)
         codes = tokenizer.encode(images)
         reconstructions = tokenizer.decode(codes)
         metrics.update(images, reconstructions, codes)

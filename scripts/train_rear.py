@@ -71,7 +71,8 @@ def main(config: Config) -> str:
         run.begin(modules, {"optimizer": (model, optimizer)}, sharded=training.fsdp)
         for line in describe_length(config, run.global_batch_size, len(dataset)):
             run.logger.info(line)
-        batches = TrainingBatches(dataset, config, world, run.micro_steps, run.remaining, run.samples_seen)
+        work = (run.micro_steps, run.remaining, run.samples_seen)
+        batches = TrainingBatches(dataset, config, world, *work, run.stop_requested)
 
         # The training loop
         parallel.train()
@@ -98,7 +99,7 @@ def main(config: Config) -> str:
             run.count_step()
 
             if run.log_due:
-                metrics = run.mean_over_ranks([terms.metrics for terms in step_terms])
+                metrics = world.mean([terms.metrics for terms in step_terms])
                 metrics |= {"lr": lr, "perturbation_ratio": max_ratio}
                 metrics |= passes_done(config, run.samples_seen, len(dataset)) | batches.skipped(world)
                 if step == 0 or run.is_due(experiment.log_grad_norm_every):

@@ -39,11 +39,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from data.batch_sampler import permutation
-from data.images.reading import ImageDataset, open_images
+from data.images.decoding import Decoding, Note
+from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import training_transform
+from data.loading import Batches
 from data.training_batches import TrainingBatches
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.tokenizers.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
@@ -90,7 +91,8 @@ def main(config: Config) -> str:
         optimizers: Optimizers = {"optimizer": (tokenizer, optimizer)}
         optimizers["discriminator_optimizer"] = (discriminator, discriminator_optimizer)
         run.begin(modules, optimizers)
-        batches = TrainingBatches(train_set, config, world, run.micro_steps, run.remaining, run.samples_seen)
+        work = (run.micro_steps, run.remaining, run.samples_seen)
+        batches = TrainingBatches(train_set, config, world, *work, run.stop_requested)
 
         # The training loop
         for step in run.steps():
@@ -120,7 +122,7 @@ def main(config: Config) -> str:
             if run.is_due(vq_training.revive_every) and not run.is_last:
                 metrics["revived_codes"] = usage.revive(tokenizer, images, world)
             if run.log_due:
-                metrics |= run.mean_over_ranks([{name: value.detach() for name, value in terms.items()}])
+                metrics |= world.mean([{name: value.detach() for name, value in terms.items()}])
                 metrics |= {"lr": lr} | batches.skipped(world)
             if run.is_due(config.experiment.save_every) or run.is_last:
                 metrics |= world.from_main(lambda: report(tokenizer, heldout_set, config, run))
@@ -148,10 +150,8 @@ def open_images_of(config: Config, key: str, augment: bool) -> ImageDataset:
         raise InputError(f"dataset.params.{key}: missing; give tar shards or a folder per class")
     if not augment:
         preprocessing = replace(preprocessing, random_crop=False, random_flip=False)
-    skip_bad = params.on_bad_sample == "skip"
-    return ImageDataset(
-        open_images(getattr(params, key)), training_transform(preprocessing), config.training.seed, skip_bad
-    )
+    source = open_images(getattr(params, key), decoding=Decoding.of(preprocessing))
+    return ImageDataset(source, training_transform(preprocessing), config.training.seed, allowed_bad_fraction(params))
 
 
 def training_step(
@@ -254,11 +254,12 @@ def evaluate(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config) ->
     order = permutation(len(heldout_set), seed=0, pass_number=0).tolist()  # mixed classes in the grid
     columns = min(GRID_COLUMNS, len(heldout_set))
     shown: list[np.ndarray] = []
-    for batch in DataLoader(heldout_set, batch_size=GRID_COLUMNS, sampler=order):
-        images = batch["image"].to(device)
+    for batch in Batches(heldout_set, [order[i : i + columns] for i in range(0, len(order), columns)], num_workers=0):
+        heldout_set.notes.add(batch["index"], batch["notes"])
+        images, is_good = batch["image"].to(device), (batch["notes"] & Note.UNREADABLE == 0).to(device)
         codes = tokenizer.encode(images)
         reconstructions = tokenizer.decode(codes)
-        metrics.update(images, reconstructions, codes)
+        metrics.update(images[is_good], reconstructions[is_good], codes[is_good])
         if len(shown) < 2 * GRID_ROWS and len(images) == columns:
             shown += [to_uint8(images), to_uint8(reconstructions, config.sampling.uint8_rule)]
     return metrics.summary(), make_grid(np.concatenate(shown), columns)

@@ -116,7 +116,7 @@ class DatasetParams:
     train_shards_path_or_url: str | None = None  # images: tar shards ("a-{000..252}.tar", glob) or a folder per class
     eval_shards_path_or_url: str | None = None  # held-out images, in the same forms; not for train_rear.py
     num_workers_per_gpu: Silent[NumberFrom0] = 12  # data loader processes per rank; 0: in the main process
-    # bad lines of a jsonl, images that cannot be decoded in training
+    # bad lines of a jsonl, images that cannot be read: end, or leave them out with a count
     on_bad_sample: Literal["error", "skip"] = "error"
     max_bad_fraction: Share = 0.001  # with skip: more bad lines or images than this share of all are an error
     verify_hashes: bool = False  # read all codes at the start and compare them with the store's hashes
@@ -131,6 +131,9 @@ class PreprocessingConfig:
     random_flip: bool = True  # images read while training: mirror every second one
     # per image when pre-tokenizing: center (1), center_flip (2) or ten_crop (10)
     pretokenize_crops: Literal["center", "center_flip", "ten_crop"] = "ten_crop"
+    # the colour behind transparent pixels
+    background: Literal["white", "grey", "black"] = "white"
+    exif_orientation: bool = False  # turn photos as their EXIF entry says; false: ignore it, as ADM does
 
 
 @dataclass

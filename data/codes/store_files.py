@@ -25,7 +25,7 @@ class StoreMeta:
     crops_per_image: int = 1  # consecutive samples that are crops of one image
     class_names: list[str] | None = None  # in the order of the class ids
     source: dict[str, int | str] | None = None  # of the jsonl with the same samples: name, size, mtime_ns, sha256
-    num_skipped: int = 0  # bad lines of the jsonl that were left out
+    num_skipped: int = 0  # bad lines of the jsonl or images that were left out
     grid_size: int | None = None  # h = w of the grid that the codes fill in raster order; None: N is no square
     tokenizer_sha256: str | None = None  # of the tokenizer's weights; None: a jsonl does not tell
     source_sha256: str | None = None  # `fingerprint` of the images; None: a jsonl does not tell

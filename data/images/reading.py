@@ -8,24 +8,29 @@ from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
 from data.batch_sampler import Visit, as_visit
+from data.images.decoding import Decoding, Note
 from data.images.image_folder import ImageFolder
 from data.images.image_source import ImageSource
+from data.images.notices import ImageNotes
 from data.images.tar_shards import TarShards
 from data.images.transforms import Transform
 from utils.errors import InputError
 from utils.randomness import Stream, philox
+from utils.schema import DatasetParams
 
 
-def open_images(path: str, num_classes: int | None = None) -> ImageSource:
+def open_images(path: str, num_classes: int | None = None, decoding: Decoding | None = None) -> ImageSource:
     """Open webdataset shards (a path, "a-{000..252}.tar" or a glob) or a folder with a sub-folder per class.
 
     Args:
         num_classes: number of classes of the model that will read the class ids, if there is one.
+        decoding: how files become pixels; None: white behind transparency, EXIF orientation ignored.
 
     Raises:
         InputError: nothing there, something damaged, or a class id out of range; the message names file and sample.
     """
     source = ImageFolder(Path(path)) if Path(path).is_dir() else TarShards(path)
+    source.decoding = decoding or Decoding()
     largest = int(source.class_ids.argmax())
     for limit, meaning in ((num_classes, "num_classes"), (len(source.class_names or []) or None, "class names")):
         if limit is not None and source.class_ids[largest] >= limit:
@@ -36,6 +41,11 @@ def open_images(path: str, num_classes: int | None = None) -> ImageSource:
     return source
 
 
+def allowed_bad_fraction(params: DatasetParams) -> float:
+    """Share of bad samples that may be left out; 0: none."""
+    return params.max_bad_fraction if params.on_bad_sample == "skip" else 0.0
+
+
 class ImageDataset(Dataset):
     """Transformed images of a source.
 
@@ -43,13 +53,18 @@ class ImageDataset(Dataset):
     on (seed, pass number, index) only; a plain index is pass 0.
 
     Args:
-        skip_bad: the next image that can be decoded takes the place of one that cannot.
+        max_bad_fraction: if above 0, the next image that can be read takes the place of one that cannot; more of these
+            than this share of all are an error, once `notes` hears of them.
+
+    Attributes:
+        notes: what this process was told about the images; who asks for batches hands on their `index` and `notes`.
     """
 
     collate = staticmethod(default_collate)
 
-    def __init__(self, source: ImageSource, transform: Transform, seed: int, skip_bad: bool = False) -> None:
-        self.source, self.transform, self.seed, self.skip_bad = source, transform, seed, skip_bad
+    def __init__(self, source: ImageSource, transform: Transform, seed: int, max_bad_fraction: float = 0.0) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+        self.notes = ImageNotes(source, max_bad_fraction)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -62,21 +77,24 @@ class ImageDataset(Dataset):
         """
         Returns:
             image: what the transform gives, for training float32 (3, H, W) in [0, 1]; class_labels and index: int;
-            is_bad: bool, another image is in the place of this one.
+            notes: int, the bits of `Note`; with UNREADABLE, another image and its label are in the place of this one.
 
         Raises:
             InputError: the image cannot be read or decoded.
         """
         index, pass_number = as_visit(item)
-        image, class_id, is_bad = self._readable(index)
+        image, there, note = self._readable(index)
         rng = np.random.Generator(philox(Stream.AUGMENTATION, self.seed, pass_number * len(self) + index))
-        return {"image": self.transform(image, rng), "class_labels": class_id, "index": index, "is_bad": is_bad}
+        class_id = int(self.source.class_ids[there])
+        return {"image": self.transform(image, rng), "class_labels": class_id, "index": index, "notes": int(note)}
 
-    def _readable(self, index: int) -> tuple[Image.Image, int, bool]:
-        for there in range(index, index + len(self)):
+    def _readable(self, index: int) -> tuple[Image.Image, int, Note]:
+        for step in range(len(self)):
+            there = (index + step) % len(self)
             try:
-                return *self.source[there % len(self)], there != index
+                image, note = self.source.load(there)
+                return image, there, note if there == index else Note.UNREADABLE
             except InputError:
-                if not self.skip_bad:
+                if not self.notes.max_bad_fraction:
                     raise
         raise InputError(f"{self.source.location(index)}: cannot be decoded, nor can any other image")

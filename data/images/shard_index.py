@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.images.image_source import to_bytes
 from utils.errors import InputError
 from utils.files.npz import write_npz
 
@@ -29,7 +30,7 @@ class ShardIndex:
         """From key, class id, offset and size of each sample."""
         keys, *numbers = zip(*samples, strict=True)
         class_ids, offsets, sizes = map(np.array, numbers)
-        return cls(np.array([key.encode() for key in keys]), class_ids.astype(np.int32), offsets, sizes)
+        return cls(np.array(list(map(to_bytes, keys))), class_ids.astype(np.int32), offsets, sizes)
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -44,14 +44,24 @@ def plan_shards(source: ImageFolder, prefix: str, samples_per_shard: int, heldou
     """Shuffled, so that every shard holds all classes.
 
     Args:
-        heldout: share of each class, rounded down, that goes to the shards `heldout-*.tar`.
+        heldout: share of each class, rounded down but at least one image, that goes to the shards `heldout-*.tar`.
+
+    Raises:
+        InputError: a class of one image, none of which can be held out.
     """
     order = np.random.Generator(np.random.Philox(key=ORDER_SEED)).permutation(len(source))
     by_class = order[np.argsort(source.class_ids[order], kind="stable")]  # grouped, shuffled within a class
     counts = np.bincount(source.class_ids)
     rank = np.empty(len(source), dtype=np.int64)  # within the class
     rank[by_class] = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
-    is_heldout = rank < (heldout * counts).astype(np.int64)[source.class_ids]
+    num_heldout = np.maximum((heldout * counts).astype(np.int64), 1 if heldout > 0 else 0)
+    if (num_heldout == counts).any():
+        small = int((num_heldout == counts).argmax())
+        raise InputError(
+            f"{source.root}: found 1 image of class {source.class_names[small]!r}, expected at least 2, to hold one "
+            "out; add images or leave out --heldout"
+        )
+    is_heldout = rank < num_heldout[source.class_ids]
     shards = []
     for name, indices in ((prefix, order[~is_heldout[order]]), (HELDOUT_PREFIX, order[is_heldout[order]])):
         cuts = range(0, len(indices), samples_per_shard)
@@ -138,10 +148,7 @@ def unique_keys(source: ImageFolder) -> list[str]:
 
 def _samples(source: ImageFolder, indices: np.ndarray, keys: list[str]) -> Iterator[ShardSample]:
     for index in indices.tolist():
-        try:
-            encoded = source.read(index)
-        except OSError as error:
-            raise InputError(f"{source.location(index)}: cannot be read: {error.strerror}") from error
+        encoded = source.read(index)
         if not encoded:
             raise InputError(f"{source.location(index)}: found an empty file, expected an image")
         yield ShardSample(keys[index], int(source.class_ids[index]), Path(source.key(index)).suffix.lower(), encoded)

@@ -1,4 +1,4 @@
-"""Random access to the samples of webdataset shards: `<key>.jpg` (or png, jpeg, webp) and `<key>.cls` (a number).
+"""Random access to the samples of webdataset shards: `<key>.jpg` (or png, webp, ...) and `<key>.cls` (a number).
 
 webdataset 1.0 itself only streams; here images are read by offset. Offsets come from the index beside a shard or, where
 there is none, from the headers, all of which are then read. The format: https://github.com/webdataset/webdataset
@@ -15,7 +15,9 @@ import numpy as np
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from data.images.image_source import IMAGE_EXTENSIONS, ImageSource
+from data.images.decoding import IMAGE_EXTENSIONS
+from data.images.image_source import ImageSource, printable, to_text
+from data.images.notices import LeftOut
 from data.images.shard_index import ShardIndex, index_path, read_index
 from utils.errors import InputError
 from utils.files.hashing import hash_of
@@ -42,7 +44,7 @@ class TarShards(ImageSource):
             np.concatenate([getattr(index, column) for index in indices.values()])
             for column in ("keys", "class_ids", "offsets", "sizes")
         )
-        self.class_names = read_class_names(self.shards[0].parent)
+        self.class_names = read_class_names(self.shards)
 
     @property
     def fingerprint(self) -> str:
@@ -52,12 +54,12 @@ class TarShards(ImageSource):
         )
 
     def key(self, index: int) -> str:
-        return self._keys[index].decode()
+        return to_text(self._keys[index])
 
     def location(self, index: int) -> str:
-        return f"{self.shards[self._shard_of[index]]}, sample {self.key(index)!r}"
+        return f"{self.shards[self._shard_of[index]]}, sample {printable(self.key(index))!r}"
 
-    def read(self, index: int) -> bytes:
+    def _read(self, index: int) -> bytes:
         # Opened for every image: nothing is shared between processes, and thousands of shards need no open files.
         with self.shards[self._shard_of[index]].open("rb") as shard:
             shard.seek(self._offsets[index])
@@ -81,6 +83,10 @@ def find_shards(pattern: str) -> list[Path]:
             raise InputError(f"{name}: no such shard; the nearest folder is {nearest}, with {tars} .tar files")
         shards += map(Path, found)
     return shards
+
+
+def has_shards(pattern: str) -> bool:
+    return any(glob.glob(name) for name in braceexpand(pattern))
 
 
 def check_counts(pattern: str, found: dict[Path, ShardIndex]) -> list[str]:
@@ -140,33 +146,71 @@ def read_headers(shard: Path) -> ShardIndex:
     """
     images: dict[str, tarfile.TarInfo] = {}
     class_ids: dict[str, int] = {}
-    end = 0
+    others: dict[str, str] = {}  # key by name of image members with an extension of two parts, such as .seg.png
+    left_out, end = LeftOut(), 0
     try:
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key, extension = f"{folder}/{stem}" if folder else stem, extension.lower()
+                key, extension = _key_and_extension(member.name)
+                if member.isdir() or _is_hidden(member.name):
+                    continue
                 if extension in IMAGE_EXTENSIONS:
                     if key in images:
-                        raise InputError(f"{shard}, sample {key!r}: found two images, expected one")
+                        raise InputError(f"{shard}, sample {printable(key)!r}: found two images, expected one")
                     images[key] = member
                 elif extension == "cls":
-                    file = tar.extractfile(member)
+                    where, file = f"{shard}, sample {printable(key)!r}", tar.extractfile(member)
                     if file is None:
-                        raise InputError(f"{shard}, sample {key!r}: found a .cls that is no file, expected a class id")
-                    class_ids[key] = _parse_class_id(file.read(), f"{shard}, sample {key!r}")
+                        raise InputError(f"{where}: found a .cls that is no file, expected a class id")
+                    class_ids[key] = _parse_class_id(file.read(), where)
+                elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
+                    others[member.name] = key
+                else:
+                    left_out.add(member.name, "no image")
     except tarfile.TarError as error:
         raise InputError(f"{shard}: {error}, after {len(images)} images; expected a complete, plain tar") from error
     _check_end(shard, end, len(images))
+    _check_others(shard, others, images)
     if not images:
         raise InputError(f"{shard}: found no {'/'.join(IMAGE_EXTENSIONS)} member, expected at least one sample")
     incomplete = images.keys() ^ class_ids.keys()
     if incomplete:
         key = min(incomplete)
-        raise InputError(f"{shard}, sample {key!r}: found no {'class id (.cls)' if key in images else 'image'}")
+        found = "class id (.cls)" if key in images else "image"
+        raise InputError(f"{shard}, sample {printable(key)!r}: found no {found}")
+    for name in others:
+        left_out.add(name, "not the image of its sample")
+    left_out.notify(str(shard))
     return ShardIndex.of([(key, class_ids[key], image.offset_data, image.size) for key, image in images.items()])
+
+
+def _key_and_extension(name: str) -> tuple[str, str]:
+    """As webdataset has it: the key of a sample ends at the first dot of the file name."""
+    folder, _, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}/{stem}" if folder else stem, extension.lower()
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def _check_others(shard: Path, others: dict[str, str], images: dict[str, tarfile.TarInfo]) -> None:
+    """
+    Raises:
+        InputError: image members that would be lost, or that are links: only beside the image of their sample may there
+            be others, such as masks.
+    """
+    numbered = [name for name, key in others.items() if key not in images or _key_and_extension(name)[1][0].isdigit()]
+    if numbered:
+        raise InputError(
+            f"{shard}, member {printable(numbered[0])!r}: becomes no sample, for the key of a sample ends at the first "
+            f"dot of its name, and so do {len(numbered) - 1} others; expected names with one dot"
+        )
+    linked = [member.name for member in images.values() if not member.isreg()]
+    if linked:
+        raise InputError(f"{shard}, member {printable(linked[0])!r}: found a link, expected a file")
 
 
 def _parse_class_id(text: bytes, where: str) -> int:
@@ -184,10 +228,18 @@ def _check_end(shard: Path, end: int, num_images: int) -> None:
             raise InputError(f"{shard}: cut or damaged at byte {end}, after {num_images} images; expected an end mark")
 
 
-def read_class_names(folder: Path) -> list[str] | None:
-    """Names from `classes.json` beside the shards, a list in the order of the class ids; None without the file."""
-    path = folder / CLASS_NAMES_FILE
-    return read_names(path) if path.is_file() else None
+def read_class_names(shards: list[Path]) -> list[str] | None:
+    """Names from `classes.json` beside the shards, a list in the order of the class ids; None without the file.
+
+    Raises:
+        InputError: the files of two folders differ.
+    """
+    paths = [folder / CLASS_NAMES_FILE for folder in dict.fromkeys(shard.parent for shard in shards)]
+    of_paths = [(path, read_names(path)) for path in paths if path.is_file()]
+    for path, names in of_paths:
+        if names != of_paths[0][1]:
+            raise InputError(f"{path}: found other class names than in {of_paths[0][0]}; expected the same classes")
+    return of_paths[0][1] if of_paths else None
 
 
 def read_names(path: Path) -> list[str]:

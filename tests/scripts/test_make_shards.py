@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Classes of 12, 4 and 1 images, in several formats; one name has dots, one is long and not ASCII."""
+    """Classes of 12, 4 and 2 images, in several formats; one name has dots, one is long and not ASCII."""
     rng = np.random.default_rng(0)
-    for name, count in (("n01", 12), ("n02.x", 4), ("n03", 1)):
+    for name, count in (("n01", 12), ("n02.x", 4), ("n03", 2)):
         (tmp_path / "images" / name).mkdir(parents=True)
         for i in range(count):
             pixels = Image.fromarray(rng.integers(0, 256, (8, 9, 3), dtype=np.uint8))
@@ -44,14 +44,14 @@ def make(images: Path, name: str, *options: str) -> dict[str, bytes]:
 
 def test_images_labels_and_names(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     files = make(images, "out", "--heldout", "0.3")
-    assert "out: 13 images and 4 held out, of 3 classes, in 4 shards" in capsys.readouterr().out
+    assert "out: 13 images and 5 held out, of 3 classes, in 4 shards" in capsys.readouterr().out
     assert sorted(files) == [
         *("classes.json", "heldout-000000.index.npz", "heldout-000000.tar", "shards.json"),
         *(f"train-{i:06d}.{suffix}" for i in range(3) for suffix in ("index.npz", "tar")),
     ]
     train, heldout = (open_images(str(tmp_path / f"out/{split}-*.tar")) for split in ("train", "heldout"))
     assert train.class_names == ["n01", "n02.x", "n03"]
-    assert np.bincount(heldout.class_ids).tolist() == [3, 1]
+    assert np.bincount(heldout.class_ids).tolist() == [3, 1, 1]
     assert np.bincount(train.class_ids).tolist() == [9, 3, 1]
     folder = open_images(str(images))
     original = {folder.read(i): folder.class_ids[i] for i in range(len(folder))}

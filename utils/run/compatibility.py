@@ -41,8 +41,8 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
     theirs, ours = manifest.provenance.tokenizer_sha256, provenance.tokenizer_sha256
     if not (theirs in (None, ours) or config.experiment.allow_other_tokenizer):
         raise InputError(
-            f"{start.checkpoint}: trained with the tokenizer of sha256 {str(theirs)[:12]}..., found {str(ours)[:12]}... "
-            "in experiment.tokenizer_checkpoint; experiment.allow_other_tokenizer=true takes it all the same"
+            f"{start.checkpoint}: trained with the tokenizer of sha256 {str(theirs)[:12]}..., found {str(ours)[:12]}..."
+            " in experiment.tokenizer_checkpoint; experiment.allow_other_tokenizer=true takes it all the same"
         )
     written_at = manifest.state.global_batch_size
     if written_at != global_batch_size and not config.training.allow_batch_change:

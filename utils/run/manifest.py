@@ -5,7 +5,7 @@ import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from utils.errors import InputError
 from utils.files.hashing import file_sha256, hash_of
@@ -23,6 +23,14 @@ class TrainingState:
     samples_seen: int  # images consumed; global_step * global_batch_size unless the batch was changed on the way
     nonfinite_steps: int = 0  # steps whose update was skipped
     started_from: str | None = None  # the PATH of experiment.resume=PATH with which this line of checkpoints began
+
+
+class TrainingData(Protocol):
+    """What a run asks of its data."""
+
+    fingerprint: str  # equal for equal samples in equal order
+
+    def __len__(self) -> int: ...
 
 
 @dataclass

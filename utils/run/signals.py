@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -36,7 +37,20 @@ class StopSignals:
         self.received = signal.Signals(number).name
 
 
-def ignore_stop_signals(worker_id: int) -> None:
-    """A `worker_init_fn`: a signal to the whole process group must not take the batches away before the last step."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def end_with_parent_only(worker_id: int) -> None:
+    """A `worker_init_fn`: stop signals end the worker if they come from its parent, which is how Python ends its
+    children at exit, and do nothing else: one to the whole process group must not take away the batches before the last
+    step. To tell them apart they are blocked and waited for in a thread."""
+    parent = os.getppid()
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+
+    def wait() -> None:
+        while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class StoppedWaitingError(Exception):
+    """A stop signal came while this process waited for data that do not come."""

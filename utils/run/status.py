@@ -13,6 +13,7 @@ import torch.distributed as dist
 from utils.errors import TrainingError
 from utils.files.atomic import complete_file
 from utils.ranks import World
+from utils.run.signals import StoppedWaitingError
 
 STATUS_FILE = "status.json"
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -40,7 +41,12 @@ def read_status(output_dir: Path) -> Status:
 
 
 def explain(error: BaseException, step: int, world: World, group_timeout: int) -> BaseException:
-    """The error itself, or for that of a communication library one that says what it means."""
+    """The error itself, or for that of a communication library or a wait without end one that says what it means."""
+    if isinstance(error, StoppedWaitingError):
+        return TrainingError(
+            f"rank {world.rank}: step {step}: a stop signal came while this rank waited for data; the same command "
+            "continues from the last checkpoint"
+        )
     if not (isinstance(error, RuntimeError) and dist.is_initialized() and LOST_RANK.search(str(error))):
         return error
     return TrainingError(

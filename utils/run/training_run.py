@@ -6,9 +6,8 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -25,25 +24,16 @@ from utils.run.compatibility import check_same_run, flatten
 from utils.run.curves import save_training_curves
 from utils.run.folder import code_facts, make_logger, prepare_run_folder
 from utils.run.guard import StepGuard
-from utils.run.manifest import Provenance
+from utils.run.manifest import Provenance, TrainingData
 from utils.run.resume import find_start, last_step, load_start, set_aside, starting_state
 from utils.run.saver import CheckpointSaver
-from utils.run.signals import StopSignals
+from utils.run.signals import StoppedWaitingError, StopSignals
 from utils.run.snapshot import Optimizers, Resumable, take_snapshot, weights_of
 from utils.run.status import EXIT_PREEMPTED, Status, explain, first_line, write_status
 from utils.run.tracking import Tracker
 from utils.run.trained_weights import FINAL_FILE
 
 EXIT_STATUS = {"completed": 0, "preempted": EXIT_PREEMPTED}
-
-
-class TrainingData(Protocol):
-    """What a run asks of its data."""
-
-    @property
-    def fingerprint(self) -> str: ...  # equal for equal samples in equal order
-
-    def __len__(self) -> int: ...
 
 
 D = TypeVar("D", bound=TrainingData)
@@ -191,6 +181,10 @@ class TrainingRun:
         self._state.nonfinite_steps = self._guard.nonfinite_steps
         self._status.step = self._state.global_step
 
+    def stop_requested(self) -> bool:
+        """A stop signal has reached this process: for what waits within a step."""
+        return self._guard.signals.requested()
+
     def is_due(self, every: int) -> bool:
         """The number of steps that are done is a multiple of `every`."""
         return self.steps_done % every == 0
@@ -210,12 +204,6 @@ class TrainingRun:
     @property
     def grid_due(self) -> bool:
         return (self.is_due(self.config.experiment.generate_every) or self.is_last) and not self._guard.stop
-
-    def mean_over_ranks(self, micro_batches: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Mean of scalars by name over the micro-batches and ranks of one step: one all-reduce, one host sync."""
-        values = torch.stack([torch.stack(list(metrics.values())) for metrics in micro_batches])
-        means = (self.world.sum(values.mean(dim=0)) / self.world.size).tolist()
-        return dict(zip(micro_batches[0], means, strict=True))
 
     def log(self, metrics: dict[str, float]) -> None:
         """Write the metrics of the step that is done, with speed and number of skipped updates; rank 0 alone does."""
@@ -284,20 +272,23 @@ class TrainingRun:
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is not None:
+    ) -> bool:
+        stopped = isinstance(error, StoppedWaitingError) and self.world.size == 1  # several ranks cannot agree then
+        if stopped:
+            self.finish()  # the step that waited has changed nothing
+        elif error is not None:
             self._exits.__exit__(kind, error, traceback)
             if self._has_begun:
                 self._fail(error)
-            return
+            return False
         self.world.barrier()  # without a limit: rank 0 may still be writing
         if self._tracker is not None:
             write_status(self.output_dir, self._status)
             self._tracker.finish()
-        self.logger.info(
-            f"{self.status} at step {self._status.step} ({self._status.reason or 'all steps'}): {self.output_dir}"
-        )
+        reason = self._status.reason or "all steps"
+        self.logger.info(f"{self.status} at step {self._status.step} ({reason}): {self.output_dir}")
         self._exits.close()
+        return stopped
 
     def _fail(self, error: BaseException) -> None:
         """Write status.json, and raise what the error means if that is another one."""
