@@ -23,7 +23,6 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.files.hub import local_file
 from utils.files.weights import load_state_dict, load_strict
 from utils.schema import ModelConfig
 
@@ -227,35 +226,32 @@ class ReAR(nn.Module):
         return self.embeddings(self.codebook_size + 1 + class_labels).unsqueeze(1)  # (B, 1, D)
 
 
-def load_generator(source: str, config: ModelConfig) -> ReAR:
+def load_generator(path: Path, config: ModelConfig) -> ReAR:
     """Build the model for sampling, without the training-only projectors, and load its weights strictly.
 
     Args:
-        source: a .safetensors or .bin file (`hf://OWNER/REPO/FILE` for one on the Hub), or a folder (run or checkpoint)
-            with model.safetensors; a checkpoint's ema.safetensors comes first.
+        path: a weights file; `utils.run.trained_weights` finds it in a run or checkpoint folder.
 
     Raises:
         InputError: no weights there, or keys or shapes that are not those of `config`.
     """
-    path = weights_file(source)
     state = {key: value for key, value in load_state_dict(path).items() if "_align_mlp." not in key}
     model = ReAR(replace(config, generator=replace(config.generator, transition_alignment=False)))
     load_strict(model, state, path)
     return model
 
 
-def init_from(source: str, model: ReAR) -> None:
+def init_from(path: Path, model: ReAR) -> None:
     """Begin fine-tuning: load trained weights, except the embeddings of the classes, which stay as initialised.
 
     Codes, mask and null class keep their rows, so the number of classes may differ; nothing else may.
 
     Args:
-        source: as for `load_generator`.
+        path: as for `load_generator`.
 
     Raises:
         InputError: no weights there, or keys or shapes that are not the model's.
     """
-    path = weights_file(source)
     state = load_state_dict(path)
     trained, own = state.get("embeddings.weight"), model.embeddings.weight
     if trained is not None and trained.shape[1:] == own.shape[1:]:
@@ -263,11 +259,3 @@ def init_from(source: str, model: ReAR) -> None:
         classes = own.detach().cpu()[first_class:-1]
         state["embeddings.weight"] = torch.cat([trained[:first_class], classes.to(trained.dtype), trained[-1:]])
     load_strict(model, state, path)
-
-
-def weights_file(source: str) -> Path:
-    """The file itself, or that of a run or checkpoint folder, the EMA first."""
-    path = local_file(source)
-    if path.is_dir():
-        return path / "ema.safetensors" if (path / "ema.safetensors").is_file() else path / "model.safetensors"
-    return path

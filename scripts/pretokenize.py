@@ -40,7 +40,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.codes.conversion import describe_source, store_to_jsonl
+from data.codes.conversion import is_source, store_to_jsonl
 from data.codes.store_files import MAX_CODEBOOK_SIZE, StoreMeta
 from data.codes.token_store import TokenStore
 from data.codes.token_writer import new_token_store
@@ -93,7 +93,7 @@ def main(config: Config) -> None:
         print(f"{at_start} images encoded, {at_start / seconds:.1f} images/s on {world.size} x {world.device.type}")
         join(parts, store_path, meta, source.class_ids)
     store = TokenStore(store_path)
-    if output.suffix == ".jsonl" and not (output.exists() and store.meta.source == describe_source(output)):
+    if output.suffix == ".jsonl" and not (output.exists() and is_source(store.meta.source, output)):
         store_to_jsonl(store_path, output, num_cpus())
     if parts.folder.exists():
         parts.remove()

@@ -7,8 +7,9 @@ Image i has class i mod C and depends on (weights, config, sampling.seed, i) onl
 same images, and no block of the file is sorted by class (the Inception Score needs that).
 
 Writes `<output_dir>.npz` (arr_0: uint8 NHWC images, arr_1: int64 labels), `<output_dir>.png` (a grid of some),
-`<output_dir>.yaml` (the resolved config) and, with `sampling.save_png`, `<output_dir>.images/`. While it runs, finished
-batches lie in `<output_dir>.parts/`: the same command continues a killed run from there, with any number of processes.
+`<output_dir>.yaml` (the resolved config), `<output_dir>.json` (all that the images depend on) and, with
+`sampling.save_png`, `<output_dir>.images/`. While it runs, finished batches lie in `<output_dir>.parts/`: the same
+command continues a killed run from there, with any number of processes. What is complete is not made again.
 """
 
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 READS = (
     *("experiment.output_dir", "experiment.tokenizer_checkpoint", "experiment.generator_checkpoint"),
-    *("model", "training.enable_tf32", "sampling"),
+    *("experiment.allow_other_tokenizer", "model", "training.enable_tf32", "sampling"),
 )
 
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
@@ -26,6 +27,7 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
     CONFIG = load_config_or_exit(__doc__, READS)
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,13 +46,16 @@ from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, save_config
 from utils.errors import InputError, input_errors_exit
-from utils.files.atomic import complete_file
+from utils.files.atomic import complete_file, write_text
+from utils.files.json_file import read_json
 from utils.files.npz import write_npz
 from utils.files.sample_parts import SampleParts
 from utils.files.weights import weights_sha256
 from utils.images import make_grid, write_png
 from utils.precision import matmul_precision
 from utils.ranks import join_world
+from utils.run.folder import code_facts
+from utils.run.trained_weights import TrainedWeights, find_trained_weights
 
 GRID_COLUMNS, GRID_IMAGES = 10, 50
 PNG_THREADS = 4
@@ -61,12 +66,20 @@ def main(config: Config) -> None:
         raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
     output = Path(config.experiment.output_dir)
     tokenizer = load_tokenizer(config)
-    model = load_generator(config.experiment.generator_checkpoint, config.model)
     parts = SampleParts(
         output.with_name(output.name + ".parts"), config.sampling.num_fid_samples, config.sampling.per_gpu_batch_size
     )
     with join_world() as world:  # left before the work begins: nothing later waits for a collective
-        missing = parts.begin(fingerprint_of(config, model, tokenizer, world.device), world)
+        weights = world.from_main(lambda: find_trained_weights(config.experiment.generator_checkpoint))
+        for notice in weights.notices if world.is_main else []:
+            print(notice)
+        check_tokenizer_of(weights, tokenizer, config)
+        model = load_generator(weights.path, config.model)
+        fingerprint = fingerprint_of(config, model, tokenizer, world.device)
+        if world.from_main(lambda: is_finished(parts, output, fingerprint)):
+            return
+        world.from_main(lambda: check_images_folder(parts, output))
+        missing = parts.begin(fingerprint, world)
     model.to(world.device).eval()
     tokenizer.to(world.device)
     progress = tqdm(missing[world.rank :: world.size], unit="batch", disable=not world.is_main)
@@ -76,7 +89,50 @@ def main(config: Config) -> None:
             writer.write(block, images)
     if world.is_main:
         parts.wait()
-        pack(parts, output, config)
+        pack(parts, output, config, fingerprint)
+
+
+def check_tokenizer_of(weights: TrainedWeights, tokenizer: Tokenizer, config: Config) -> None:
+    """
+    Raises:
+        InputError: the weights are known to be trained on the codes of another tokenizer.
+    """
+    expected, found = weights.tokenizer_sha256, tokenizer.sha256()
+    if expected not in (None, found) and not config.experiment.allow_other_tokenizer:
+        raise InputError(
+            f"{weights.path}: trained on codes of the tokenizer of sha256 {expected[:12]}..., found {found[:12]}... in "
+            f"experiment.tokenizer_checkpoint={config.experiment.tokenizer_checkpoint}; "
+            "experiment.allow_other_tokenizer=true takes it all the same"
+        )
+
+
+def is_finished(parts: SampleParts, output: Path, fingerprint: dict[str, Any]) -> bool:
+    """Whether the npz of this run is there already; says so.
+
+    Raises:
+        InputError: the npz of another run is there.
+    """
+    npz, record = (output.with_name(output.name + suffix) for suffix in (".npz", ".json"))
+    if not npz.exists() or parts.folder.exists():  # with parts, it is what a run that was killed at its end has left
+        return False
+    theirs = read_json(record) if record.is_file() else {}
+    differing = [key for key in fingerprint if theirs.get("made_from", {}).get(key) != fingerprint[key]]
+    if differing or theirs.get("bytes") != npz.stat().st_size:
+        key = differing[0] if differing and record.is_file() else None
+        other = f"{key}={theirs['made_from'].get(key)} there, found {fingerprint[key]}" if key else f"see {record.name}"
+        raise InputError(f"{npz}: exists and was made otherwise ({other}); delete it or choose another output_dir")
+    print(f"{npz}: made from the same weights and config already")
+    return True
+
+
+def check_images_folder(parts: SampleParts, output: Path) -> None:
+    """
+    Raises:
+        InputError: a new run would add its PNG files to those of another one.
+    """
+    folder = output.with_name(output.name + ".images")
+    if folder.is_dir() and not parts.folder.exists() and next(folder.iterdir(), None):
+        raise InputError(f"{folder}: holds the images of another run; delete it or choose another output_dir")
 
 
 def fingerprint_of(config: Config, model: ReAR, tokenizer: Tokenizer, device: torch.device) -> dict[str, Any]:
@@ -88,6 +144,7 @@ def fingerprint_of(config: Config, model: ReAR, tokenizer: Tokenizer, device: to
         "device": device.type,
         "sha256 of experiment.generator_checkpoint": weights_sha256(model),
         "sha256 of experiment.tokenizer_checkpoint": tokenizer.sha256(),
+        **code_facts(),
     }
 
 
@@ -162,7 +219,7 @@ class PartWriter:
         write_png(self.folder / f"{index:06d}.png", Image.fromarray(image))
 
 
-def pack(parts: SampleParts, output: Path, config: Config) -> None:
+def pack(parts: SampleParts, output: Path, config: Config, fingerprint: dict[str, Any]) -> None:
     """Gather the parts into the npz, a part at a time, and remove them. The npz comes last: with it all is there."""
     n = config.sampling.num_fid_samples
     first_images = parts.first_images(GRID_IMAGES)
@@ -179,6 +236,8 @@ def pack(parts: SampleParts, output: Path, config: Config) -> None:
             "arr_1": (labels.shape, np.int64, [labels]),
         },
     )
+    record = {"made_from": fingerprint, "bytes": npz.stat().st_size}
+    write_text(output.with_name(output.name + ".json"), json.dumps(record, indent=1) + "\n")
     shutil.rmtree(parts.folder)
     print(f"{n} images in {npz}")
 

@@ -45,7 +45,9 @@ from utils.optim import build_optimizer, set_learning_rate
 from utils.precision import matmul_precision
 from utils.randomness import dropout_seed, sample_uniforms
 from utils.run.sharding import clip_gradients, parallelize
+from utils.run.trained_weights import find_trained_weights
 from utils.run.training_run import EXIT_STATUS, TrainingRun
+from utils.schedules import schedule_warnings
 
 
 def main(config: Config) -> str:
@@ -56,16 +58,18 @@ def main(config: Config) -> str:
         world, device = run.world, run.world.device
 
         # Data, model, optimizer
-        dataset = run.open_data(lambda: open_training_data(config, tokenizer.sha256(), world.is_main))
+        tokenizer_sha256 = tokenizer.sha256()
+        dataset = run.open_data(lambda: open_training_data(config, tokenizer_sha256, world.is_main), tokenizer_sha256)
         torch.manual_seed(training.seed)
         tokenizer.to(device)
         model = ReAR(config.model).to(device)
         if run.is_new and experiment.init_from is not None:
-            init_from(experiment.init_from, model)
+            init_from(find_trained_weights(experiment.init_from).path, model)
             run.notices.append(f"starting from the weights of {experiment.init_from}, with new rows for the classes")
         ema = ModelEmaV3(model, decay=training.ema_decay) if training.use_ema else None
         parallel = parallelize(model, model.blocks, world, training.fsdp)
         optimizer = build_optimizer(model, config)
+        run.notices += schedule_warnings(config)
         modules = {"model": model} | ({"ema": ema.module} if ema else {})
         run.begin(modules, {"optimizer": (model, optimizer)}, sharded=training.fsdp)
         run.logger.info(describe_length(config, run.global_batch_size, len(dataset)))

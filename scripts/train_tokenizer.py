@@ -33,6 +33,7 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
 
 import json
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -229,7 +230,7 @@ def average_gradients(module: nn.Module, world: World) -> None:
 def report(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config, run: TrainingRun) -> dict[str, float]:
     """Write the weights, and figures and a grid of the held-out images; the figures for the log."""
     step, folder = run.steps_done, run.output_dir
-    export(tokenizer, folder / "tokenizer.safetensors")
+    export(tokenizer, folder / "tokenizer.safetensors", run.record())
     figures, grid = evaluate(tokenizer, heldout_set, config)
     write_text(folder / "metrics.json", json.dumps({"step": step, **figures}, indent=1) + "\n")
     write_png(folder / "reconstructions.png", grid)
@@ -238,9 +239,9 @@ def report(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config, run:
     return {f"heldout/{name}": value for name, value in figures.items()}
 
 
-def export(tokenizer: MaskGitVQ, path: Path) -> None:
+def export(tokenizer: MaskGitVQ, path: Path, record: dict[str, Any]) -> None:
     """Write the weights in float16: half the size, and `load_tokenizer` reads them back as float32."""
-    save_weights({key: value.half() for key, value in tokenizer.state_dict().items()}, path)
+    save_weights({key: value.half() for key, value in tokenizer.state_dict().items()}, path, record)
 
 
 @torch.inference_mode()

@@ -2,6 +2,8 @@
 
 import math
 
+from utils.schema import Config
+
 
 def learning_rate_at(step: int, peak: float, warmup_steps: int, max_steps: int, end_lr: float) -> float:
     """Linear warm-up from 0 to `peak`, then half a cosine down to `end_lr` at `max_steps`."""
@@ -9,3 +11,16 @@ def learning_rate_at(step: int, peak: float, warmup_steps: int, max_steps: int, 
         return peak * step / warmup_steps
     progress = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     return end_lr + (peak - end_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def schedule_warnings(config: Config) -> list[str]:
+    """A line for each schedule that does not end within the run, as when a published recipe runs for a few steps."""
+    generator, end = config.model.generator, config.training.max_train_steps
+    steps = {"lr_scheduler.params.warmup_steps": config.lr_scheduler.params.warmup_steps}
+    if generator.perturb_mode != "none":
+        steps["model.generator.randomness_anneal_end"] = generator.randomness_anneal_end
+    return [
+        f"warning: {key}={value} is beyond training.max_train_steps={end}: this schedule does not end within the run"
+        for key, value in steps.items()
+        if value > end > 0
+    ]

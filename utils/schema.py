@@ -51,6 +51,7 @@ class ExperimentConfig:
     resume: Silent[Annotated[str, Words(("auto", "true", "false"))]] = "auto"
     # .bin, .safetensors or hf://OWNER/REPO/FILE
     tokenizer_checkpoint: Silent[str] = "maskgit-vqgan-imagenet-f16-256.bin"
+    allow_other_tokenizer: Silent[bool] = False  # sample or train on with another tokenizer than the weights remember
     generator_checkpoint: Silent[str | None] = None  # to sample from: a file (or hf://...), checkpoint or run folder
 
 
@@ -78,7 +79,7 @@ class GeneratorConfig:
     class_label_dropout: MayChange[Share] = 0.1  # probability of the null class in training
     image_seq_len: Annotated[Count, Follows("model.vq_model.num_latent_tokens")] = 256  # N, codes per image
     condition_num_classes: Count = 1000  # C; class id C is the null class
-    randomize_temperature: MayChange[Annotated[float, Range(at_least=1e-4)]] = 1.0  # sampling temperature
+    randomize_temperature: MayChange[Annotated[float, Range(at_least=1e-6)]] = 1.0  # sampling temperature
     # g of power-cosine guidance; 1: without guidance; 0: as 1, as in the published code
     guidance_scale: MayChange[Annotated[float, Range(at_least=0, at_most=1000)]] = 14.5
     guidance_scale_pow: MayChange[Weight] = 2.25  # exponent of power-cosine guidance; 0: constant guidance

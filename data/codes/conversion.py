@@ -19,6 +19,7 @@ from data.codes.token_writer import new_token_store
 from utils.errors import InputError
 from utils.faults import fault_point
 from utils.files.atomic import publish
+from utils.files.hashing import hash_of, range_sha256
 from utils.files.parts import Parts
 from utils.processes import in_processes
 
@@ -26,10 +27,31 @@ RANGE_BYTES = 2**25  # of a jsonl per part; a process needs a few times that mem
 ROWS_PER_BLOCK = 16_384  # of a store per part
 
 
-def describe_source(jsonl: Path) -> dict[str, int | str]:
-    """What tells whether a jsonl is still the one that a store was made from."""
+def describe_source(jsonl: Path, range_hashes: list[str] | None = None) -> dict[str, int | str]:
+    """What tells whether a jsonl is still the one that a store was made from: its content, and size and time, which
+    spare reading it as long as they are the same.
+
+    Args:
+        range_hashes: of all its ranges of RANGE_BYTES, if they are known; else the file is read.
+    """
     status = jsonl.stat()
-    return {"name": jsonl.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    if range_hashes is None:
+        ranges = tqdm(range(0, status.st_size, RANGE_BYTES), desc=f"sha256 {jsonl.name}", unit="part", delay=2)
+        range_hashes = [range_sha256(jsonl, start, start + RANGE_BYTES) for start in ranges]
+    facts = {"name": jsonl.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    return facts | {"sha256": hash_of({"ranges": range_hashes})}
+
+
+def is_source(source: dict[str, int | str] | None, jsonl: Path) -> bool:
+    """Whether a store's `source` describes this jsonl as it is now, whatever its name and time."""
+    if source is None:
+        return False
+    status = jsonl.stat()
+    if source["size"] != status.st_size:
+        return False
+    if source["name"] == jsonl.name and source["mtime_ns"] == status.st_mtime_ns:
+        return True
+    return "sha256" in source and describe_source(jsonl)["sha256"] == source["sha256"]
 
 
 def jsonl_to_store(
@@ -58,14 +80,15 @@ def jsonl_to_store(
             images. Nothing is left.
     """
     check_codebook_size(store_path, sizes.codebook_size)
-    source = describe_source(jsonl)
-    parts = Parts(store_path.with_name(store_path.name + ".lines"), source["size"], RANGE_BYTES, ".npz")
+    status = jsonl.stat()
+    parts = Parts(store_path.with_name(store_path.name + ".lines"), status.st_size, RANGE_BYTES, ".npz")
     bad_lines = BadLines(max_bad_fraction)
     if not parts.blocks:
         bad_lines.check(jsonl, complete=True)
-    parts.claim_anew({**source, **sizes._asdict(), "range": RANGE_BYTES})
+    facts = {"name": jsonl.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    parts.claim_anew({**facts, **sizes._asdict(), "range": RANGE_BYTES})
     try:
-        _convert_ranges(jsonl, parts, sizes, bad_lines, processes)
+        source = describe_source(jsonl, _convert_ranges(jsonl, parts, sizes, bad_lines, processes))
         if bad_lines.num_lines % crops_per_image:
             raise InputError(f"{jsonl}: found {bad_lines.num_lines} lines, expected {crops_per_image} of each image")
     except InputError:
@@ -83,29 +106,51 @@ def jsonl_to_store(
 
 
 def is_conversion(store_path: Path, jsonl: Path, sizes: Sizes, max_bad_fraction: float) -> bool:
-    """Whether a store is there that was made from this jsonl as it is now, under the same rules."""
+    """Whether a store is there that was made from this jsonl as it is now, under the same rules; False means that one
+    is to be made, where nothing but an older conversion is lost.
+
+    Raises:
+        InputError: a store of this name that was not made from this file.
+    """
     if not store_path.is_dir():
         return False
     meta = open_store(store_path)[0]
-    if meta.sha256 is None or meta.num_skipped > max_bad_fraction * (meta.num_samples + meta.num_skipped):
-        return False
-    return (meta.source, meta.codebook_size) == (describe_source(jsonl), sizes.codebook_size)
+    same, skipped = is_source(meta.source, jsonl), meta.num_skipped
+    follows_rules = skipped <= max_bad_fraction * (meta.num_samples + skipped)
+    if same and follows_rules and meta.sha256 is not None and meta.codebook_size == sizes.codebook_size:
+        if (now := {**meta.source, "name": jsonl.name, "mtime_ns": jsonl.stat().st_mtime_ns}) != meta.source:
+            meta.source = now  # the next start need not read it
+            write_meta(store_path, meta)
+        return True
+    if meta.source is None or meta.tokenizer_sha256 is not None:  # no conversion, or one that knows more than a jsonl
+        raise InputError(
+            f"{store_path}: not made from {jsonl} as it is now; train on the store, or delete or rename it"
+        )
+    return False
 
 
-def _convert_ranges(jsonl: Path, parts: Parts, sizes: Sizes, bad_lines: BadLines, processes: int) -> None:
-    """Make the missing parts; count bad lines in the order of the file, as far as it is read without a gap."""
+def _convert_ranges(jsonl: Path, parts: Parts, sizes: Sizes, bad_lines: BadLines, processes: int) -> list[str]:
+    """Make the missing parts; count bad lines in the order of the file, as far as it is read without a gap.
+
+    Returns:
+        The hash of each range.
+    """
+    range_hashes: list[str] = []
 
     def convert(block: range) -> None:
         lines = read_range(jsonl, block.start, block.stop, sizes)
         with parts.writing(block) as partial, partial.open("wb") as file:
-            counts = json.dumps([lines.num_lines, lines.num_bad, lines.reasons])
+            digest = range_sha256(jsonl, block.start, block.stop)
+            counts = json.dumps([lines.num_lines, lines.num_bad, lines.reasons, digest])
             np.savez(file, codes=lines.codes, class_ids=lines.class_ids, counts=counts)
 
     def count_ready() -> None:
         nonlocal counted
         while counted < len(parts.blocks) and parts.blocks[counted].start not in pending:
             with np.load(parts.path(parts.blocks[counted])) as part:
-                bad_lines.add(*json.loads(str(part["counts"])))
+                *counts, digest = json.loads(str(part["counts"]))
+            bad_lines.add(*counts)
+            range_hashes.append(digest)
             counted += 1
         bad_lines.check(jsonl, complete=counted == len(parts.blocks))
 
@@ -121,6 +166,7 @@ def _convert_ranges(jsonl: Path, parts: Parts, sizes: Sizes, bad_lines: BadLines
             pending.remove(block.start)
             progress.update(len(block))
             count_ready()
+    return range_hashes
 
 
 def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:

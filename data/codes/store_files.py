@@ -24,7 +24,7 @@ class StoreMeta:
     codebook_size: int  # V
     crops_per_image: int = 1  # consecutive samples that are crops of one image
     class_names: list[str] | None = None  # in the order of the class ids
-    source: dict[str, int | str] | None = None  # name, size and mtime_ns of the jsonl with the same samples
+    source: dict[str, int | str] | None = None  # of the jsonl with the same samples: name, size, mtime_ns, sha256
     num_skipped: int = 0  # bad lines of the jsonl that were left out
     grid_size: int | None = None  # h = w of the grid that the codes fill in raster order; None: N is no square
     tokenizer_sha256: str | None = None  # of the tokenizer's weights; None: a jsonl does not tell

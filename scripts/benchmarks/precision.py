@@ -17,6 +17,7 @@ from modeling.sampling.decoding import BUCKET, DecoderWeights, DecodingState, St
 from scripts.benchmarks.measure import device
 from utils.config import Config, load_config
 from utils.errors import InputError
+from utils.run.trained_weights import find_trained_weights
 
 MAX_NLL_DIFFERENCE, MIN_AGREEMENT = 1e-3, 0.995
 
@@ -38,7 +39,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     ):
         if value is None:
             raise InputError(f"{key}: missing, expected a path")
-    model = load_generator(config.experiment.generator_checkpoint, config.model).to(device()).eval()
+    weights = find_trained_weights(config.experiment.generator_checkpoint)
+    model = load_generator(weights.path, config.model).to(device()).eval()
     class_labels, codes = read_codes(config, arguments.images)
     exact, rounded = (teacher_forced(model, class_labels, codes, dtype) for dtype in (torch.float32, torch.bfloat16))
     nll, nll_bf16 = (F.cross_entropy(logits.flatten(0, 1), codes.flatten()).item() for logits in (exact, rounded))

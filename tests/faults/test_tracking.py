@@ -1,5 +1,7 @@
 """Row 25 of the fault matrix: whatever wandb does, training is unaffected and the local metrics are complete."""
 
+import os
+import subprocess
 import sys
 import types
 import warnings
@@ -11,6 +13,8 @@ from scripts import train_rear
 from tests.faults.runs import CURVES, Run
 from utils.config import load_config
 from utils.run.tracking import Tracker, read_metrics
+
+ROOT = Path(__file__).parents[2]
 
 
 class FakeRun:
@@ -33,7 +37,8 @@ def fake_wandb(fails: str | None) -> types.ModuleType:
     wandb = types.ModuleType("wandb")
     wandb.fails, wandb.runs = fails, []
     wandb.errors = types.SimpleNamespace(UsageError=RuntimeError)
-    wandb.Settings = lambda **options: types.SimpleNamespace(mode="online", **options)
+    wandb.Settings = lambda **options: types.SimpleNamespace(**options)
+    wandb.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(mode="online"))
     wandb.login = lambda **options: fails != "key"
     wandb.Image = lambda image: image
 
@@ -91,3 +96,42 @@ def test_metrics_of_a_killed_run_are_cut_at_the_checkpoint(
     (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"step": 5}\n{"step": 6, "tr')
     Tracker(config, tmp_path, first_step=4)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("mode", "source", "folders"),
+    [
+        ("offline", "environment", ["offline-run"]),
+        ("dryrun", "environment", ["offline-run"]),
+        ("disabled", "environment", []),
+        ("disabled", "settings", []),
+        ("online", "environment", ["offline-run"]),
+    ],
+)
+def test_the_real_wandb_runs_in_the_mode_that_was_asked_for(
+    fault_arguments: list[str], tmp_path: Path, mode: str, source: str, folders: list[str]
+) -> None:
+    """In a process of its own: wandb keeps what it has read of the environment."""
+    run = tmp_path / "run"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "WANDB_API_KEY": ""}
+    if source == "environment":
+        environment["WANDB_MODE"] = mode
+    else:
+        (tmp_path / "wandb").mkdir()
+        (tmp_path / "wandb/settings").write_text(f"[default]\nmode = {mode}\n")
+    config = [*fault_arguments, f"experiment.output_dir={run}", "training.enable_wandb=true"]
+    script = (
+        "import sys; from pathlib import Path; from utils.config import load_config\n"
+        "from utils.run.tracking import Tracker\n"
+        "config = load_config(sys.argv[1:]); folder = Path(config.experiment.output_dir); folder.mkdir()\n"
+        "tracker = Tracker(config, folder, 0); tracker.log({'train/loss': 1.0}, 1); tracker.finish()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, *config], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    found = [path.name.rsplit("-", 2)[0] for path in run.glob("wandb/*run-*")]
+    assert found == folders
+    assert ("wandb is offline for this run (no API key" in result.stderr) == (mode == "online")
+    assert len(read_metrics(run / "metrics.jsonl")) == 1

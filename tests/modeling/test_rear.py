@@ -82,7 +82,7 @@ def test_init_from_keeps_all_but_the_classes(tiny_config: ModelConfig, tiny_mode
     save_weights(tiny_model.state_dict(), source)
     model = ReAR(replace(tiny_config, generator=replace(tiny_config.generator, condition_num_classes=3)))
     classes = model.embeddings.weight[25:28].clone()
-    init_from(str(tmp_path), model)
+    init_from(tmp_path / "model.safetensors", model)
     trained = tiny_model.state_dict()
     for key, value in model.state_dict().items():
         if key != "embeddings.weight":
@@ -94,11 +94,11 @@ def test_init_from_keeps_all_but_the_classes(tiny_config: ModelConfig, tiny_mode
 
     wider = ReAR(replace(tiny_config, vq_model=replace(tiny_config.vq_model, codebook_size=25)))
     with pytest.raises(InputError, match=r"model\.safetensors: does not fit ReAR as configured: .*lm_head"):
-        init_from(str(source), wider)
+        init_from(source, wider)
     del trained["encode_align_mlp.0.bias"]
     save_weights(trained, source)
     with pytest.raises(InputError, match=r"1 missing \(encode_align_mlp\.0\.bias\)"):
-        init_from(str(source), model)
+        init_from(source, model)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -108,11 +108,11 @@ def test_load_generator_is_strict_but_for_the_projectors(
     path = tmp_path / f"model.{suffix}"
     state = tiny_model.state_dict()
     save_weights(state, path) if suffix == "safetensors" else torch.save(state, path)
-    loaded = load_generator(str(path), tiny_config)
+    loaded = load_generator(path, tiny_config)
     assert torch.equal(loaded.lm_head.weight, tiny_model.lm_head.weight)
     assert loaded.encode_align_mlp is None
 
     del state["lm_head.bias"]
     save_weights(state, tmp_path / "short.safetensors")
     with pytest.raises(InputError, match=r"short\.safetensors.*lm_head\.bias"):
-        load_generator(str(tmp_path / "short.safetensors"), tiny_config)
+        load_generator(tmp_path / "short.safetensors", tiny_config)

@@ -83,7 +83,9 @@ def test_npz_has_what_the_adm_evaluator_reads(npz: Path) -> None:
     assert arrays["arr_0"].dtype == np.uint8
     assert arrays["arr_1"].tolist() == [i % 5 for i in range(37)]
     assert len(np.unique(arrays["arr_0"], axis=0)) > 30
-    assert sorted(path.name for path in npz.parent.iterdir()) == ["samples.npz", "samples.png", "samples.yaml"]
+    assert sorted(path.name for path in npz.parent.iterdir()) == [
+        f"samples.{kind}" for kind in ("json", "npz", "png", "yaml")
+    ]
     assert Image.open(npz.parent / "samples.png").size[0] >= 10 * 16
 
 
@@ -152,7 +154,7 @@ def test_a_run_goes_on_where_it_ended(
     asked = interrupt_after(monkeypatch, 5)
     assert sample(tiny_arguments, checkpoint, tmp_path / "x").read_bytes() == npz.read_bytes()
     assert asked == [range(16, 24), range(24, 32), range(32, 37)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.npz", "x.png", "x.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npz", "x.png", "x.yaml"]
 
 
 def test_killed_while_packing(
@@ -174,6 +176,7 @@ def test_killed_while_packing(
         ("sampling.seed=1", r"sampling\.seed=42 in the run that began here, found 1"),
         ("model.generator.guidance_scale=2", r"model\.generator\.guidance_scale=14\.5 .*, found 2\.0"),
         ("sampling.per_gpu_batch_size=4", r"sampling\.per_gpu_batch_size=8 .*, found 4"),
+        ("other code", r"code=[0-9a-f]{64} .*, found 0ther"),
         ("other weights", r"sha256 of experiment\.generator_checkpoint=[0-9a-f]{64} .*, found [0-9a-f]{64}"),
     ],
 )
@@ -190,6 +193,9 @@ def test_parts_of_another_run_are_refused(
         with pytest.raises(OSError, match="the disk is gone"):
             sample(tiny_arguments, checkpoint, tmp_path / "x")
     overrides = [override]
+    if override == "other code":
+        monkeypatch.setattr(sample_imagenet_rear, "code_facts", lambda: {"code": "0ther"})
+        overrides = []
     if override == "other weights":
         state = load_state_dict(checkpoint)
         state["lm_head.bias"][0] += 1
@@ -242,3 +248,34 @@ def test_bfloat16_is_another_precision(tiny_arguments: list[str], checkpoint: Pa
     exact = np.load(npz)["arr_0"]
     assert rounded.shape == exact.shape
     assert not np.array_equal(rounded, exact)
+
+
+def test_what_is_complete_is_not_made_again(
+    tiny_arguments: list[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    few = ["sampling.num_fid_samples=8", "sampling.save_png=true"]
+    npz = sample(tiny_arguments, checkpoint, tmp_path / "x", *few)
+    before, asked = npz.stat().st_mtime_ns, interrupt_after(monkeypatch, 0)
+    sample(tiny_arguments, checkpoint, tmp_path / "x", *few)
+    assert (npz.stat().st_mtime_ns, asked) == (before, [])
+    assert "made from the same weights and config already" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"x\.npz: exists and was made otherwise \(sampling\.num_fid_samples=8 there"):
+        sample(tiny_arguments, checkpoint, tmp_path / "x", "sampling.num_fid_samples=3", "sampling.save_png=true")
+    npz.unlink()
+    with pytest.raises(InputError, match=r"x\.images: holds the images of another run"):
+        sample(tiny_arguments, checkpoint, tmp_path / "x", "sampling.num_fid_samples=3", "sampling.save_png=true")
+    assert len(list((tmp_path / "x.images").iterdir())) == 8
+
+
+def test_a_kill_after_the_last_file_is_no_obstacle(
+    tiny_arguments: list[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ["sampling.num_fid_samples=8"]
+    for moment in ("write_text", "shutil.rmtree"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"scripts.sample_imagenet_rear.{moment}", lambda *arguments: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                sample(tiny_arguments, checkpoint, tmp_path / moment, *few)
+        npz = sample(tiny_arguments, checkpoint, tmp_path / moment, *few)
+        assert npz.with_suffix(".json").is_file()
+        assert not (tmp_path / f"{moment}.parts").exists()

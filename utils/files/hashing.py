@@ -23,6 +23,17 @@ def file_sha256(path: Path, progress: bool = False) -> str:
     return digest.hexdigest()
 
 
+def range_sha256(path: Path, start: int, stop: int) -> str:
+    """Of the bytes `start` to `stop - 1` of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while start < stop and (chunk := file.read(min(CHUNK_BYTES, stop - start))):
+            digest.update(chunk)
+            start += len(chunk)
+    return digest.hexdigest()
+
+
 def hash_of(values: dict[str, Any]) -> str:
     """sha256 of anything that JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

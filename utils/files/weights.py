@@ -1,18 +1,21 @@
 """Weight files: reading without running code from them, loading that accepts no difference, a hash."""
 
 import hashlib
+import json
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils.errors import InputError
 from utils.files.atomic import complete_file
 
+RECORD = "re-ar"  # name in a safetensors file's metadata
 NAMED_IN_ERRORS = 3  # keys that an error message spells out
 
 
@@ -29,7 +32,7 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: found suffix {path.suffix!r}, expected .bin or .safetensors")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return _checked(load_file(path), path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise InputError(f"{path}: not a complete safetensors file: {error}") from error
@@ -42,13 +45,39 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def save_weights(state_dict: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with the permissions that the umask gives (safetensors itself writes 0600)."""
+def save_weights(state_dict: dict[str, Tensor], path: Path, record: dict[str, Any] | None = None) -> None:
+    """Write a safetensors file with the permissions that the umask gives (safetensors itself writes 0600).
+
+    Args:
+        record: what the weights were made from (JSON values); kept in the file's metadata with a hash of the tensors,
+            which every reader compares.
+    """
+    state = {key: value.detach().contiguous().cpu() for key, value in state_dict.items()}
+    metadata = None
+    if record is not None:
+        metadata = {RECORD: json.dumps(record | {"tensors_sha256": tensors_sha256(state)})}
     with complete_file(path) as partial:
-        save_file({key: value.detach().contiguous().cpu() for key, value in state_dict.items()}, partial)
+        save_file(state, partial, metadata)
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o666 & ~umask)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """The record that `save_weights` wrote into a file; empty if there is none.
+
+    Raises:
+        InputError: no such file, or no complete safetensors file.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such weights file")
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {}).get(RECORD, "{}"))
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{path}: not a complete safetensors file: {error}") from error
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
@@ -82,11 +111,23 @@ def check_fits(module: nn.Module, state: dict[str, Tensor], source: object) -> N
 
 def weights_sha256(module: nn.Module) -> str:
     """Hash of a module's names, shapes and values, whatever file they came from."""
+    return tensors_sha256(module.state_dict())
+
+
+def tensors_sha256(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for key, value in sorted(module.state_dict().items()):
+    for key, value in sorted(state.items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _checked(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The tensors, if they are those that the file's record tells."""
+    expected = read_record(path).get("tensors_sha256")
+    if expected is not None and (found := tensors_sha256(state)) != expected:
+        raise InputError(f"{path}: damaged, found tensors of sha256 {found[:12]}..., expected {expected[:12]}...")
+    return state
 
 
 def _first(names: list[str]) -> str:

@@ -38,6 +38,12 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
             f"{start.checkpoint}: written on other training data: found hash {provenance.data_hash[:12]}..., expected "
             f"{manifest.provenance.data_hash[:12]}...; use another experiment.output_dir, or the data of that run"
         )
+    theirs, ours = manifest.provenance.tokenizer_sha256, provenance.tokenizer_sha256
+    if theirs not in (None, ours) and not config.experiment.allow_other_tokenizer:
+        raise InputError(
+            f"{start.checkpoint}: trained with the tokenizer of sha256 {theirs[:12]}..., found {ours[:12]}... in "
+            "experiment.tokenizer_checkpoint; experiment.allow_other_tokenizer=true takes it all the same"
+        )
     written_at = manifest.state.global_batch_size
     if written_at != global_batch_size and not config.training.allow_batch_change:
         raise InputError(

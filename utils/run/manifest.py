@@ -32,6 +32,7 @@ class Provenance:
     config: dict[str, Any] = field(default_factory=dict)  # the resolved config, by section
     data_hash: str = ""  # fingerprint of the training data
     code_hash: str = ""  # of the Python sources
+    tokenizer_sha256: str | None = None  # of the weights of the tokenizer whose codes are learned; None: not told
 
 
 @dataclass

@@ -82,6 +82,13 @@ def _start_from_path(output_dir: Path, resume: str) -> Start:
     if own is not None and read_manifest(own).state.started_from == str(path.resolve()):
         notice = f"continuing {own.name}, which began with experiment.resume={resume}"
         return Start(str(own), notices=[*damaged.values(), notice], set_aside=[str(p) for p in damaged])
+    inside = checkpoint_folders(path) if path.is_dir() else []
+    notices: list[str] = []
+    if inside:  # a run folder
+        newest, broken = _newest_good(inside)
+        if newest is None:
+            raise InputError(f"experiment.resume={resume}: no checkpoint there is whole: {'; '.join(broken.values())}")
+        path, notices = newest, [*broken.values(), f"experiment.resume={resume}: taking {newest.name}"]
     if not (path / MANIFEST_FILE).is_file():
         weights = path if path.is_file() else next((path / n for n in MODEL_FILES if (path / n).is_file()), None)
         if weights is None:
@@ -89,8 +96,9 @@ def _start_from_path(output_dir: Path, resume: str) -> Start:
         start = Start(str(weights), weights_only=True)
         start.notices = [f"{weights}: no manifest, so weights only; optimizer, step and data order start anew"]
     else:
-        verify(path)
-        start = Start(str(path))
+        if not inside:
+            verify(path)
+        start = Start(str(path), notices=notices)
     first_step = 0 if start.weights_only else read_manifest(path).state.global_step
     others = [p for p in folders if p.resolve() != path.resolve()]
     start.set_aside = [str(p) for p in others if p in damaged or step_of(p) >= first_step]

@@ -57,7 +57,11 @@ class Tracker:
 
 
 def start_wandb(config: Config, output_dir: Path) -> Any:
-    """A wandb run that continues the one recorded in `<output_dir>/wandb_run_id`, or None without the package."""
+    """A wandb run that continues the one recorded in `<output_dir>/wandb_run_id`, or None without the package.
+
+    The mode (online, offline, disabled, shared) is that of the environment or of wandb's settings file. Only an online
+    run that cannot begin becomes an offline one, with a warning that gives the reason.
+    """
     try:
         import wandb
     except ImportError:
@@ -77,7 +81,8 @@ def start_wandb(config: Config, output_dir: Path) -> Any:
     }
     settings = wandb.Settings(init_timeout=INIT_TIMEOUT_S, silent=True, console="off")
     try:
-        if wandb.Settings().mode == "online" and not wandb.login(prompt=False):  # wandb.init would wait at a prompt
+        mode = wandb.setup().settings.mode  # of WANDB_MODE or of wandb's settings file
+        if mode == "online" and not wandb.login(prompt=False):  # wandb.init would wait at a prompt
             raise wandb.errors.UsageError("no API key; run `wandb login` or set WANDB_API_KEY")
         return wandb.init(**arguments, settings=settings)
     except Exception as error:  # no login, no network, a server that is down: each raises its own class

@@ -18,6 +18,7 @@ from utils.config import Config
 from utils.config_checks import accumulation_steps
 from utils.errors import TrainingError
 from utils.faults import fault_point
+from utils.files.hashing import hash_of
 from utils.files.weights import save_weights
 from utils.ranks import join_world
 from utils.run.checkpoint import MODEL
@@ -32,6 +33,7 @@ from utils.run.signals import StopSignals
 from utils.run.snapshot import Optimizers, Resumable, take_snapshot, weights_of
 from utils.run.status import EXIT_PREEMPTED, Status, explain, first_line, write_status
 from utils.run.tracking import Tracker
+from utils.run.trained_weights import FINAL_FILE
 
 EXIT_STATUS = {"completed": 0, "preempted": EXIT_PREEMPTED}
 
@@ -110,12 +112,16 @@ class TrainingRun:
     def samples_seen(self) -> int:
         return self._state.samples_seen
 
-    def open_data(self, open_it: Callable[[], D]) -> D:
-        """What `open_it` gives: on rank 0, which may convert and verify files, and then on the others."""
+    def open_data(self, open_it: Callable[[], D], tokenizer_sha256: str | None = None) -> D:
+        """What `open_it` gives: on rank 0, which may convert and verify files, and then on the others.
+
+        Args:
+            tokenizer_sha256: of the tokenizer on whose codes a model is trained; the weights remember it.
+        """
         data = self.world.main_first(open_it)
         self.world.agree("data", {"hash": data.fingerprint, "samples": len(data)})
         self._num_samples = len(data)
-        self._provenance = Provenance(asdict(self.config), data.fingerprint, self._code)
+        self._provenance = Provenance(asdict(self.config), data.fingerprint, self._code, tokenizer_sha256)
         check = (self._start, self.config, self._provenance, self.global_batch_size)
         self.notices = self._start.notices + self.world.from_main(lambda: check_same_run(*check))
         return data
@@ -265,7 +271,14 @@ class TrainingRun:
         """Write the weights of a module to `<output_dir>/model.safetensors`, the file that others sample from."""
         weights = weights_of(self._resumable.modules[name], self._resumable.sharded)
         if self.world.is_main:
-            save_weights(weights, self.output_dir / "model.safetensors")
+            made_from = self._provenance
+            record = {
+                "step": self.steps_done,
+                "tokenizer_sha256": made_from.tokenizer_sha256,
+                "code": made_from.code_hash,
+            }
+            record |= {"data": made_from.data_hash, "config": hash_of(made_from.config)}
+            save_weights(weights, self.output_dir / FINAL_FILE, record)
 
     @property
     def status(self) -> str:

@@ -1,0 +1,176 @@
+"""What is read is what was recorded: weights, tokenizers and codes that are stale, damaged or foreign are refused."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data.codes.token_store import TokenStore, open_tokens
+from data.codes.token_writer import StoreMeta, new_token_store
+from scripts import sample_imagenet_rear, train_rear
+from tests.faults.test_resuming import flip_a_bit
+from utils.config import load_config
+from utils.errors import InputError
+from utils.files.weights import load_state_dict, save_weights
+from utils.run.trained_weights import find_trained_weights
+
+STEPS = ["training.max_train_steps=12", "experiment.save_every=4"]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that ended at step 4 and went on, and was stopped at step 8: its final weights are of step 4."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    train(tiny_arguments, folder, "training.max_train_steps=4", "training.use_ema=true")
+    final = (folder / "model.safetensors").read_bytes()
+    train(tiny_arguments, folder, *STEPS, "training.use_ema=true", "training.stop_steps=8")
+    (folder / "model.safetensors").write_bytes(final)
+    (folder / "status.json").write_text(json.dumps({"status": "running", "step": 10, "reason": ""}))
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def train(tiny_arguments: list[str], folder: Path, *overrides: str) -> None:
+    train_rear.main(load_config([*tiny_arguments, f"experiment.output_dir={folder}", *overrides]))
+
+
+def sample(tiny_arguments: list[str], weights: Path, output: Path, *overrides: str) -> None:
+    arguments = [f"experiment.output_dir={output}", f"experiment.generator_checkpoint={weights}", *overrides]
+    sample_imagenet_rear.main(load_config([*tiny_arguments, "sampling.num_fid_samples=8", *arguments]))
+
+
+def test_a_run_folder_means_its_newest_complete_state(run: Path) -> None:
+    found = find_trained_weights(str(run))
+    assert found.path == run / "checkpoint-8/ema.safetensors"
+    assert found.notices == [f"{run}: taking checkpoint-8 (the run is running; its model.safetensors is of step 4)"]
+    flip_a_bit(run / "checkpoint-8/ema.safetensors")
+    found = find_trained_weights(str(run))
+    assert found.path == run / "model.safetensors"  # as new as checkpoint-4
+    assert "checkpoint-8/ema.safetensors: damaged" in found.notices[0]
+    (run / "model.safetensors").unlink()
+    assert find_trained_weights(str(run)).path == run / "checkpoint-4/ema.safetensors"
+    for step in (4, 8):
+        shutil.rmtree(run / f"checkpoint-{step}")
+    with pytest.raises(InputError, match="found no weights: no complete checkpoint yet"):
+        find_trained_weights(str(run))
+
+
+def test_final_weights_are_taken_when_nothing_is_newer(run: Path) -> None:
+    shutil.rmtree(run / "checkpoint-8")
+    found = find_trained_weights(str(run))
+    assert (found.path, found.step, found.notices) == (run / "model.safetensors", 4, [])
+
+
+def test_a_damaged_checkpoint_is_named(run: Path) -> None:
+    checkpoint = run / "checkpoint-8"
+    for path in (checkpoint, checkpoint / "model.safetensors"):
+        find_trained_weights(str(path))
+    flip_a_bit(checkpoint / "model.safetensors")
+    with pytest.raises(InputError, match=r"checkpoint-8/model\.safetensors: damaged, found sha256"):
+        find_trained_weights(str(checkpoint / "model.safetensors"))
+    (checkpoint / "ema.safetensors").unlink()
+    with pytest.raises(InputError, match=r"ema\.safetensors: found no file, expected"):
+        find_trained_weights(str(checkpoint))
+
+
+@pytest.mark.parametrize("name", ["checkpoint-8.tmp", "checkpoint-8.deleted"])
+def test_an_unfinished_checkpoint_is_refused(run: Path, name: str) -> None:
+    (run / "checkpoint-8/manifest.json").unlink()
+    (run / "checkpoint-8").rename(run / name)
+    with pytest.raises(InputError, match="never complete or is half deleted"):
+        find_trained_weights(str(run / name))
+
+
+def test_a_flipped_bit_in_final_weights_is_named_by_every_reader(
+    tiny_arguments: list[str], run: Path, tmp_path: Path
+) -> None:
+    final = run / "model.safetensors"
+    flip_a_bit(final)
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged, found tensors of sha256"):
+        load_state_dict(final)
+    with pytest.raises(InputError, match="damaged, found tensors"):
+        sample(tiny_arguments, final, tmp_path / "x")
+    with pytest.raises(InputError, match="damaged, found tensors"):
+        train(tiny_arguments, tmp_path / "fine_tuned", f"experiment.init_from={final}")
+    with pytest.raises(InputError, match="damaged, found tensors"):
+        train(tiny_arguments, tmp_path / "resumed", f"experiment.resume={final}")
+
+
+def test_weights_remember_their_tokenizer(tiny_arguments: list[str], run: Path, tmp_path: Path) -> None:
+    config = load_config([*tiny_arguments, "experiment.output_dir=unused"])
+    state = load_state_dict(Path(config.experiment.tokenizer_checkpoint))
+    state["quantize.embedding.weight"] += 0.01
+    save_weights(state, tmp_path / "other.safetensors")
+    other = f"experiment.tokenizer_checkpoint={tmp_path / 'other.safetensors'}"
+    for weights in (run, run / "checkpoint-4", run / "model.safetensors"):
+        with pytest.raises(
+            InputError, match=r"trained on codes of the tokenizer of sha256 .*allow_other_tokenizer=true"
+        ):
+            sample(tiny_arguments, weights, tmp_path / "x", other)
+    sample(tiny_arguments, run, tmp_path / "x", other, "experiment.allow_other_tokenizer=true")
+    with pytest.raises(InputError, match="trained with the tokenizer of sha256"):
+        train(tiny_arguments, run, *STEPS, "training.use_ema=true", other)
+
+
+def test_resume_takes_the_newest_checkpoint_of_a_run_folder(
+    tiny_arguments: list[str], run: Path, tmp_path: Path
+) -> None:
+    command = [*STEPS, "training.use_ema=true", f"experiment.resume={run}"]
+    train(tiny_arguments, tmp_path / "fork", *command, "training.stop_steps=10")
+    assert "taking checkpoint-8" in (tmp_path / "fork/log.txt").read_text()
+    assert "steps 8 to 10" in (tmp_path / "fork/log.txt").read_text()
+    train(tiny_arguments, tmp_path / "fork", *command)
+    assert "steps 10 to 12" in (tmp_path / "fork/log.txt").read_text()
+
+
+def test_a_schedule_that_does_not_end_is_warned_of(tiny_arguments: list[str], tmp_path: Path) -> None:
+    train(tiny_arguments, tmp_path / "run", "training.max_train_steps=3")
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "warning: lr_scheduler.params.warmup_steps=5 is beyond training.max_train_steps=3" in log
+    assert "warning: model.generator.randomness_anneal_end=30 is beyond training.max_train_steps=3" in log
+
+
+@pytest.fixture
+def codes(tiny_config_file: Path, tmp_path: Path) -> Path:
+    shutil.copy(tiny_config_file.parent / "codes.jsonl", tmp_path / "codes.jsonl")
+    return tmp_path / "codes.jsonl"
+
+
+def test_the_content_of_a_jsonl_decides_not_its_time(codes: Path, tmp_path: Path) -> None:
+    store = open_tokens(codes, 24, 16, 5).path
+    meta = json.loads((store / "meta.json").read_text())
+    facts = {**meta, "tokenizer_sha256": "0" * 64, "class_names": list("abcde"), "crops_per_image": 2}
+    (store / "meta.json").write_text(json.dumps(facts))
+    os.utime(codes, (1, 1))
+    made = (store / "tokens.npy").stat().st_ino
+    opened = open_tokens(codes, 24, 16, 5)
+    assert (store / "tokens.npy").stat().st_ino == made
+    assert (opened.meta.tokenizer_sha256, opened.meta.crops_per_image) == ("0" * 64, 2)
+    shutil.copytree(tmp_path, tmp_path.with_name("elsewhere"))
+    assert open_tokens(tmp_path.with_name("elsewhere") / "codes.jsonl", 24, 16, 5).meta.class_names == list("abcde")
+    codes.write_text(codes.read_text().replace('"class_id": 0', '"class_id": 4', 1))  # other content, same size
+    with pytest.raises(InputError, match=r"codes\.tokens: not made from .*codes\.jsonl as it is now"):
+        open_tokens(codes, 24, 16, 5)
+
+
+def test_a_store_of_ones_own_is_never_replaced(codes: Path) -> None:
+    store = codes.with_suffix(".tokens")
+    with new_token_store(store, StoreMeta(image_seq_len=16, codebook_size=24)) as writer:
+        writer.append(np.ones((3, 16), np.int64), np.zeros(3, np.int64))
+    with pytest.raises(InputError, match=r"not made from .* as it is now; train on the store, or delete or rename it"):
+        open_tokens(codes, 24, 16, 5)
+    assert len(TokenStore(store)) == 3
+
+
+def test_a_record_does_not_change_the_tensors(run: Path) -> None:
+    final, plain = load_state_dict(run / "model.safetensors"), load_file(run / "model.safetensors")
+    assert all(torch.equal(final[key], plain[key]) for key in plain)
