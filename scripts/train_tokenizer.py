@@ -120,7 +120,7 @@ def main(config: Config) -> str:
             if run.is_due(vq_training.revive_every) and not run.is_last:
                 metrics["revived_codes"] = usage.revive(tokenizer, images, world)
             if run.log_due:
-                metrics |= run.mean_over_ranks([{name: value.detach() for name, value in terms.items()}])
+                metrics |= world.mean_of([{name: value.detach() for name, value in terms.items()}])
                 metrics |= {"lr": lr} | batches.skipped(world)
             if run.is_due(config.experiment.save_every) or run.is_last:
                 metrics |= world.from_main(lambda: report(tokenizer, heldout_set, config, run))

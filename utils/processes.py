@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 
@@ -57,6 +58,7 @@ def in_processes(work: Callable[[range], None], blocks: Sequence[range], process
 
 
 def _work_through(work: Callable[[range], None], blocks: Sequence[range], sender: Connection, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     for block in blocks:
         if os.getppid() != parent:
             return

@@ -1,9 +1,9 @@
 """One writer at a time: who makes a file or works in a folder holds a lock beside or inside it.
 
-The lock is a lease of `filelock`: a small file that names its owner and that the owner touches every few seconds. On one
-machine the process table tells whether the owner lives; of another machine, which the file system shares, the touching
-does. So a lock whose owner was killed needs no hand. Not flock: a file system may keep it to one machine or not have it,
-and forked data workers that outlive their parent for some seconds hold it too.
+The lock is a lease of `filelock`: a small file that names its owner, who touches it every few seconds. On one machine
+the process table tells whether the owner lives; of another machine that shares the file system, the touching does. So a
+lock whose owner was killed needs no hand. Not flock: a file system may keep it to one machine or not have it, and
+forked data workers that outlive their parent for some seconds hold it too.
 """
 
 import json
