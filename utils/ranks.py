@@ -169,8 +169,8 @@ def join_world(
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda" and local_rank >= torch.cuda.device_count():
         raise InputError(
-            f"LOCAL_RANK={local_rank} in the environment: found {torch.cuda.device_count()} GPUs, expected one for each "
-            "process"
+            f"LOCAL_RANK={local_rank} in the environment: found {torch.cuda.device_count()} GPUs here, expected one "
+            "for each process"
         )
     if device.type == "cuda":
         torch.cuda.set_device(device)

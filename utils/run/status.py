@@ -29,6 +29,9 @@ class Status:
     step: int  # optimizer steps done
     reason: str = ""  # the signal or the error
 
+    def __str__(self) -> str:
+        return f"{self.status} at step {self.step} ({self.reason or 'all steps'})"
+
 
 class StatusKeeper:
     """Keeps status.json true: while the run goes on, when it ends, and when a process was killed before it could tell.

@@ -151,13 +151,14 @@ class TrainingRun:
         self.logger = make_logger(self.output_dir, self.world.is_main)
         for notice in self.notices:
             self.logger.info(notice)
+        millions = sum(p.numel() for p in modules[MODEL].parameters()) / 1e6
         self.logger.info(
-            f"{sum(p.numel() for p in modules[MODEL].parameters()) / 1e6:.1f} M parameters, {self._num_samples} samples, {self.global_batch_size} per step on "
+            f"{millions:.1f} M parameters, {self._num_samples} samples, {self.global_batch_size} per step on "
             f"{self.world.size} processes, steps {self.remaining.start} to {self.remaining.stop}"
         )
         self._saver = CheckpointSaver(experiment, self._provenance, self._start.checkpoint, self.logger)
+        limits = self._state.nonfinite_steps, training.max_nonfinite_steps
         signals = self._exits.enter_context(StopSignals())
-        limits = (self._state.nonfinite_steps, training.max_nonfinite_steps)
         self._guard = StepGuard(self.world, *limits, signals, self._saver, self.logger)
         self._status.write()
 
@@ -296,5 +297,4 @@ class TrainingRun:
             self._status.write()
             if self._tracker is not None:
                 self._tracker.finish()
-            now = self._status.now
-            self.logger.info(f"{now.status} at step {now.step} ({now.reason or 'all steps'}): {self.output_dir}")
+            self.logger.info(f"{self._status.now}: {self.output_dir}")
