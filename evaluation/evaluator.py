@@ -9,7 +9,8 @@ recall as evaluations/evaluator.py of https://github.com/openai/guided-diffusion
 batch size give the same. Without Inception weights, efficientnet_lite0 gives a Frechet distance on features that a
 package ships: it is no FID, and comparable at equal N only.
 
-Writes <SAMPLES>.<backend>.json beside the samples: the numbers, N, hashes of the files and of the weights, versions.
+Writes <SAMPLES>.<backend>.json beside the samples: the numbers, N, hashes of the files and of the weights, versions. A
+second reference for the same samples gets a report of its own, <SAMPLES>.<REF>.<backend>.json.
 """
 
 import argparse
@@ -143,7 +144,7 @@ def main() -> None:
         report = evaluate(world=world, **args)
         if world.is_main:
             print_metrics(report)
-            write_report(report, args["samples"])
+            print(f"report: {write_report(report, args['samples'])}")
 
 
 if __name__ == "__main__":

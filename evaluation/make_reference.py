@@ -11,6 +11,7 @@ This file is a script: it joins `data` and `evaluation`, which do not import eac
 
 import argparse
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -24,6 +25,7 @@ from evaluation.evaluator import add_feature_options, load_extractor, positive
 from evaluation.inputs import MIN_IMAGES, open_input
 from evaluation.reference import CroppedImages, ImageSource, NpzSource, make_reference
 from utils.errors import InputError, input_errors_exit
+from utils.files.lock import only_writer
 from utils.ranks import join_world
 
 
@@ -56,11 +58,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.max_images < MIN_IMAGES:
         parser.error(f"--max-images {args.max_images}: expected at least {MIN_IMAGES}, as evaluator.py does")
-    with join_world() as world:
+    with ExitStack() as held, join_world() as world:
         device = args.device or world.device
         extractor = world.main_first(lambda: load_extractor("inception", args.inception, device))
         decoding = Decoding(args.background, args.exif_orientation)
         source = world.main_first(lambda: open_source(args.source, args.output, world.is_main, decoding))
+        world.from_main(lambda: held.enter_context(only_writer(args.output)))
         images = CroppedImages(source, lambda image: adm_center_crop(image, args.resolution))
         if world.is_main:
             print(f"weights: {extractor.weights_name}, sha256 {extractor.weights_sha256}")

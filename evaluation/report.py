@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.features import Extractor
+from utils.errors import InputError
 from utils.files.atomic import write_text
+from utils.files.hashing import file_sha256
+from utils.files.json_file import read_json
 from utils.files.npz import Npz
 
 PUBLISHED_N = 50_000  # samples behind published numbers
@@ -84,7 +87,45 @@ def print_metrics(report: dict[str, Any]) -> None:
 
 
 def write_report(report: dict[str, Any], samples: Path) -> Path:
-    """Write `<samples>.<backend>.json` beside the samples file, complete or not at all."""
-    path = samples.with_suffix(f".{report['backend']}.json")
+    """Write `<samples>.<backend>.json` beside the samples file, complete or not at all.
+
+    If that is the report of the same samples and another reference, it stays, and this one gets the name of its
+    reference: `<samples>.<reference>.<backend>.json`.
+
+    Raises:
+        InputError: a file of that name that is no report.
+    """
+    reference, backend = report["reference"], report["backend"]
+    name = Path(reference["file"]).stem
+    for part in ("", f".{name}", f".{name}-{reference['sha256'][:8]}"):
+        path = samples.with_suffix(f"{part}.{backend}.json")
+        if not path.exists() or not _is_of_other_pair(path, report):
+            break
     write_text(path, json.dumps(report, indent=2) + "\n")
     return path
+
+
+def find_report(samples: Path, reference: Path, backend: str) -> dict[str, Any]:
+    """The report of a pair of files as they are now.
+
+    Raises:
+        InputError: there is none.
+    """
+    expected = file_sha256(reference)
+    for path in sorted(samples.parent.glob(f"{samples.stem}*.{backend}.json")):
+        report = read_json(path)
+        if report["reference"]["sha256"] == expected:
+            return report
+    raise InputError(f"{samples.with_suffix(f'.{backend}.json')}: found no report with {reference} as it is now")
+
+
+def _is_of_other_pair(path: Path, report: dict[str, Any]) -> bool:
+    """Whether a report tells of the same samples and another reference; one of older samples has had its time."""
+    there = read_json(path)
+    try:
+        same_samples, same_reference = (
+            there[title]["sha256"] == report[title]["sha256"] for title in ("samples", "reference")
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: exists and is no report; delete or rename it") from error
+    return same_samples and not same_reference

@@ -18,13 +18,16 @@ import numpy as np
 
 from data.images.tar_shards import TarShards
 from utils.errors import input_errors_exit
+from utils.files.lock import only_writer
 
 
 def main(output_dir: Path) -> None:
     if not output_dir.exists():
         from data.images.blue_marble import build_shards  # takes seconds to import, for torch
 
-        build_shards(output_dir)
+        with only_writer(output_dir):
+            if not output_dir.exists():  # nor by a process that has just ended
+                build_shards(output_dir)
     train, heldout = (TarShards(str(output_dir / f"{split}-*.tar")) for split in ("train", "heldout"))
     assert train.class_names is not None, "build_shards writes them"
     counts = [np.bincount(source.class_ids, minlength=len(train.class_names)) for source in (train, heldout)]

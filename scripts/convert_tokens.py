@@ -23,6 +23,7 @@ from data.codes.jsonl import Sizes
 from data.codes.store_files import open_store
 from data.images.tar_shards import read_names
 from utils.errors import InputError, input_errors_exit
+from utils.files.lock import only_writer
 from utils.processes import num_cpus
 
 
@@ -33,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
     if suffixes not in ((".jsonl", ".tokens"), (".tokens", ".jsonl")):
         raise InputError(f"{source} to {target}: expected a .jsonl and a .tokens, in either order")
     started = time.perf_counter()
-    count = (to_store if target.suffix == ".tokens" else to_jsonl)(source, target, arguments)
+    with only_writer(target):
+        count = (to_store if target.suffix == ".tokens" else to_jsonl)(source, target, arguments)
     seconds = time.perf_counter() - started
     print(f"{target}: {count} samples, {count / seconds:.0f} per second with {arguments.processes} processes")
 

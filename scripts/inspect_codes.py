@@ -44,6 +44,7 @@ from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
+from utils.files.lock import only_writer
 from utils.images import make_captioned_grid, to_uint8, write_png
 
 MOST_FREQUENT = 5  # codes that are printed
@@ -52,6 +53,12 @@ GRID_COLUMNS = 8
 
 
 def main(config: Config) -> None:
+    with only_writer(Path(config.experiment.output_dir), inside=True):
+        look_at(config)
+
+
+def look_at(config: Config) -> None:
+    """The files of `experiment.output_dir`."""
     if config.dataset.params.pretokenization is None:
         raise InputError("dataset.params.pretokenization: missing; give the codes to look at")
     tokenizer = load_tokenizer(config)
@@ -59,7 +66,6 @@ def main(config: Config) -> None:
     check_tokenizer(store, tokenizer.sha256())
     rows = choose_rows(store, config)
     output_dir = Path(config.experiment.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     write_png(output_dir / "codes.png", decoded_grid(store, rows, tokenizer, config))
     statistics = code_statistics(store)
     figures = summary(store, statistics)

@@ -30,6 +30,7 @@ from data.images.image_folder import ImageFolder
 from data.images.shard_writer import HELDOUT_PREFIX, index_shards, is_written, plan_shards, write_shards
 from data.images.tar_shards import find_shards
 from utils.errors import InputError, input_errors_exit
+from utils.files.lock import only_writer
 from utils.processes import num_cpus
 
 SAMPLES_PER_SHARD = 5064  # 253 shards of ImageNet's training images
@@ -39,11 +40,17 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     if arguments.index is not None:
         found = find_shards(arguments.index)
-        list(tqdm(index_shards(found, arguments.processes), total=len(found), unit="shard"))
+        with only_writer(found[0]):
+            list(tqdm(index_shards(found, arguments.processes), total=len(found), unit="shard"))
         print(f"{arguments.index}: an index beside each of {len(found)} shards")
         return
     if not arguments.source.is_dir():
         raise InputError(f"{arguments.source}: no such folder")
+    with only_writer(arguments.output):
+        pack(arguments)
+
+
+def pack(arguments: argparse.Namespace) -> None:
     source = ImageFolder(arguments.source)
     names = source.class_names
     if arguments.class_names is not None:

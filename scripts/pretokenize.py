@@ -33,6 +33,7 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
     CONFIG = load_config_or_exit(__doc__, READS)
 
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -55,6 +56,7 @@ from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, TrainingError, input_errors_exit
 from utils.faults import fault_point
+from utils.files.lock import only_writer
 from utils.files.parts import Parts
 from utils.precision import matmul_precision
 from utils.processes import num_cpus
@@ -65,6 +67,14 @@ IMAGES_PER_PART = 256  # or the next multiple of what is encoded at once
 
 
 def main(config: Config) -> None:
+    with ExitStack() as held:
+        pretokenize(config, held)
+
+
+def pretokenize(config: Config, held: ExitStack) -> None:
+    """Args:
+    held: gets the lock of the store, from the first look at what is there to the end.
+    """
     image_path, output = checked_paths(config)
     store_path = output.with_suffix(".tokens")
     tokenizer = load_tokenizer(config)
@@ -79,6 +89,7 @@ def main(config: Config) -> None:
     block_size = -(-IMAGES_PER_PART // batch_size) * batch_size
     parts = Parts(store_path.with_name(store_path.name + ".parts"), len(images), block_size, ".npy")
     with join_world() as world:  # left before the work begins: nothing later waits for a collective
+        world.from_main(lambda: held.enter_context(only_writer(store_path)))
         meta = describe(config, tokenizer, images, crops, world.device)
         if store_path.is_dir():
             check_finished(TokenStore(store_path), meta)
@@ -101,7 +112,8 @@ def main(config: Config) -> None:
         join(parts, store_path, meta, source, max_bad_fraction)
     store = TokenStore(store_path)
     if output.suffix == ".jsonl" and not (output.exists() and is_source(store.meta.source, output)):
-        store_to_jsonl(store_path, output, num_cpus())
+        with only_writer(output):
+            store_to_jsonl(store_path, output, num_cpus())
     if parts.folder.exists():
         parts.remove()
     left_out = f", {store.meta.num_skipped} left out" if store.meta.num_skipped else ""

@@ -7,10 +7,8 @@ Reads what the steps of scripts_bash/quickstart.sh wrote. Prints the table; writ
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
@@ -18,7 +16,10 @@ if __name__ == "__main__":
 import numpy as np
 from PIL import Image, ImageDraw
 
+from evaluation.report import find_report
+from utils.errors import input_errors_exit
 from utils.files.atomic import write_text
+from utils.files.json_file import read_json
 from utils.images import GRID_GAP, make_grid, write_png
 from utils.run.tracking import read_metrics
 
@@ -30,7 +31,7 @@ def main(folder: Path) -> None:
     table = "\n".join(f"| {name} | {value} |" for name, value in [("quantity", "value"), ("---", "---"), *rows(folder)])
     write_text(folder / "report.md", table + "\n")
     picture = folder / "samples_by_region.png"
-    class_names = json.loads((folder / "images/classes.json").read_text())
+    class_names = read_json(folder / "images/classes.json")
     write_png(picture, samples_by_class(np.load(folder / "samples.npz"), class_names))
     print(f"{table}\n\nLook at {picture}, {folder}/rear/training_curves.png and {folder}/tokenizer/reconstructions.png")
 
@@ -39,8 +40,9 @@ def rows(folder: Path) -> list[tuple[str, str]]:
     tokenizer = read_json(folder / "tokenizer/reconstruct.json")
     steps = read_metrics(folder / "rear/metrics.jsonl")
     first, last = steps[0], steps[-1]
+    reference = folder / "tokenizer/reference.npz"
     distances = {
-        name: read_json(folder / f"{name}.efficientnet_lite0.json")["metrics"]["frechet_distance"]
+        name: find_report(folder / f"{name}.npz", reference, "efficientnet_lite0")["metrics"]["frechet_distance"]
         for name in ("samples", "untrained_samples", "tokenizer/reconstructions", "train_tiles/reference")
     }
     number = len(np.load(folder / "samples.npz")["arr_1"])
@@ -65,10 +67,6 @@ def rows(folder: Path) -> list[tuple[str, str]]:
     ]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
-
-
 def samples_by_class(npz: np.lib.npyio.NpzFile, class_names: list[str]) -> Image.Image:
     """The first samples, a column for each class under its name; image i has class i mod C."""
     columns = len(class_names)
@@ -85,4 +83,5 @@ def samples_by_class(npz: np.lib.npyio.NpzFile, class_names: list[str]) -> Image
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="folder of the quick start")
-    main(parser.parse_args().folder)
+    with input_errors_exit():
+        main(parser.parse_args().folder)

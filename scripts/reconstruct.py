@@ -52,6 +52,7 @@ from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
+from utils.files.lock import only_writer
 from utils.files.npz import NpzEntry, write_npz
 from utils.images import make_grid, to_uint8, write_png
 from utils.precision import matmul_precision
@@ -60,6 +61,12 @@ GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their recon
 
 
 def main(config: Config) -> None:
+    with only_writer(Path(config.experiment.output_dir), inside=True):
+        reconstruct_all(config)
+
+
+def reconstruct_all(config: Config) -> None:
+    """The files of `experiment.output_dir`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(config).to(device)
     heldout = HeldoutImages(config)
@@ -70,7 +77,6 @@ def main(config: Config) -> None:
     }
 
     output_dir = Path(config.experiment.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     labels = heldout.labels
     shape = (len(labels), tokenizer.resolution, tokenizer.resolution, 3)
     for name, chunks in streams.items():

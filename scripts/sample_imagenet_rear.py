@@ -31,6 +31,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -49,6 +50,7 @@ from utils.config import Config, save_config
 from utils.errors import InputError, NonFiniteError, input_errors_exit
 from utils.files.atomic import complete_file, write_text
 from utils.files.json_file import read_json
+from utils.files.lock import only_writer
 from utils.files.npz import write_npz
 from utils.files.sample_parts import SampleParts
 from utils.files.weights import weights_sha256
@@ -63,15 +65,23 @@ PNG_THREADS = 4
 
 
 def main(config: Config) -> None:
+    with ExitStack() as held:
+        sample(config, held)
+
+
+def sample(config: Config, held: ExitStack) -> None:
+    """Args:
+    held: gets the lock of the output, from the first look at what is there to the end.
+    """
     source = config.experiment.generator_checkpoint
     if source is None:
         raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
-    output = Path(config.experiment.output_dir)
+    output, sampling = Path(config.experiment.output_dir), config.sampling
     tokenizer = load_tokenizer(config)
-    parts = SampleParts(
-        output.with_name(output.name + ".parts"), config.sampling.num_fid_samples, config.sampling.per_gpu_batch_size
-    )
     with join_world() as world:  # left before the work begins: nothing later waits for a collective
+        world.from_main(lambda: held.enter_context(only_writer(output)))
+        parts_folder = output.with_name(output.name + ".parts")
+        parts = SampleParts(parts_folder, sampling.num_fid_samples, sampling.per_gpu_batch_size)
         weights = world.from_main(lambda: find_trained_weights(source))
         for notice in weights.notices if world.is_main else []:
             print(notice)
@@ -86,7 +96,7 @@ def main(config: Config) -> None:
     tokenizer.to(world.device)
     progress = tqdm(missing[world.rank :: world.size], unit="batch", disable=not world.is_main)
     precision = matmul_precision(config.training.enable_tf32)
-    with precision, PartWriter(parts, output, config.sampling.save_png) as writer:
+    with precision, PartWriter(parts, output, sampling.save_png) as writer:
         for block, images in sample_blocks(progress, model, tokenizer, config, notices=world.is_main):
             writer.write(block, images)
     if world.is_main:

@@ -44,7 +44,7 @@ from utils.errors import input_errors_exit
 from utils.optim import build_optimizer, set_learning_rate
 from utils.precision import matmul_precision
 from utils.randomness import dropout_seed, sample_uniforms
-from utils.run.sharding import clip_gradients, parallelize
+from utils.run.sharding import accumulating, clip_gradients, parallelize
 from utils.run.training_run import EXIT_STATUS, TrainingRun
 
 
@@ -86,7 +86,7 @@ def main(config: Config) -> str:
                 first = (world.rank * run.micro_steps + micro_step) * training.per_gpu_batch_size  # in the global batch
                 uniforms = sample_uniforms(training.seed, step, first, training.per_gpu_batch_size, width)
                 torch.manual_seed(dropout_seed(training.seed, step, micro_step, world.rank))
-                with run.accumulating(parallel, micro_step):
+                with accumulating(parallel, is_last=micro_step == run.micro_steps - 1):
                     terms = training_step(parallel, tokenizer, batch, uniforms, max_ratio, config)
                     (terms.loss / run.micro_steps).backward()
                 step_terms.append(terms)

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from utils.config_checks import ConfigError, check_agreement, check_fields, check_ranges
+from utils.errors import input_errors_exit
 from utils.keys import KEYS, format_keys, keys_under
 from utils.marks import Follows
 from utils.schema import Config
@@ -73,18 +74,19 @@ def load_config_or_exit(doc: str, reads: Sequence[str], *checks: Callable[[Confi
         doc: what --help prints first: the script's docstring.
         reads: keys and sections that the script reads; --help explains them.
     """
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"{doc}\nKeys that it reads, as key=value; config=FILE.yaml gives many at once:\n")
-        print(format_keys(keys_under(reads)))
-        raise SystemExit(0)
-    try:
-        config = load_config(sys.argv[1:], reads)
-        for check in checks:
-            check(config)
-        return config
-    except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    with input_errors_exit():
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(f"{doc}\nKeys that it reads, as key=value; config=FILE.yaml gives many at once:\n")
+            print(format_keys(keys_under(reads)))
+            raise SystemExit(0)
+        try:
+            config = load_config(sys.argv[1:], reads)
+            for check in checks:
+                check(config)
+        except ConfigError as error:
+            print(f"config error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+    return config
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -195,7 +197,8 @@ def _first_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--keys"]:
-        print(format_keys(list(KEYS.values())))
-    else:
-        print(to_yaml(load_config_or_exit(__doc__, [*KEYS])), end="")
+    with input_errors_exit():
+        if sys.argv[1:] == ["--keys"]:
+            print(format_keys(list(KEYS.values())))
+        else:
+            print(to_yaml(load_config_or_exit(__doc__, [*KEYS])), end="")

@@ -1,8 +1,18 @@
-"""One clear line for what a user can mend; a traceback for everything else."""
+"""One clear line for what a user can mend; a traceback for our own mistakes, which says that it is one."""
 
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from utils.console import lasting_console
+
+REPORT = (
+    "This is a mistake of re-ar, not yours. Please report it with the lines above, the command and the config, where "
+    "you got the program from (CONTRIBUTING.md)."
+)
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # of Python and of torch, which is not imported for it
 
 
 class InputError(ValueError):
@@ -19,9 +29,39 @@ class TrainingError(RuntimeError):
 
 @contextmanager
 def input_errors_exit() -> Iterator[None]:
-    """Around a script's main: an InputError or a TrainingError becomes one line on stderr and exit status 1."""
-    try:
-        yield
-    except (InputError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(1) from None
+    """Around a script's main: what the user or the machine has to mend becomes one line on stderr and exit status 1.
+
+    That is an InputError, a TrainingError, any OSError and want of memory; Ctrl-C ends at once. All else is a mistake
+    of the program: its traceback ends with a line that says so. The console may break without harm meanwhile.
+    """
+    with lasting_console():
+        try:
+            yield
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)  # as shells expect it, and no thread holds up the end
+        except Exception as error:
+            line = environment_error(error)
+            if line is None:
+                error.add_note(REPORT)
+                raise
+            print(f"error: {line}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
+
+
+def environment_error(error: BaseException) -> str | None:
+    """What to tell of an error that is not ours; None for one that is."""
+    if isinstance(error, InputError | TrainingError):
+        return str(error)
+    if isinstance(error, OSError):
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return ": ".join([*names, error.strerror or first_line(error)])
+    if type(error).__name__ in OUT_OF_MEMORY:
+        return f"out of memory: {first_line(error)}; a smaller batch needs less"
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of its message, or its kind if it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -61,6 +62,7 @@ def in_processes(
 
 
 def _work_through(work: Callable[[range], None], blocks: Sequence[range], sender: Connection, parent: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     for block in blocks:
         if os.getppid() != parent:
             return

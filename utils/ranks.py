@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,20 @@ GROUP_TIMEOUT_S = 600  # until a rank that does not answer in a collective is ta
 NO_LIMIT = timedelta(days=30)
 NAMED_IN_ERRORS = 3  # differences that an error message spells out
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+FLIGHT_RECORDER = {
+    "TORCH_FR_BUFFER_SIZE": "2000",  # reductions
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    "TORCH_FR_DUMP_TEMP_FILE": "{folder}/nccl_trace_rank_",
+}
+# What accelerate's config file or options set for a program that leaves training to accelerate, as this one does not.
+LAUNCHER_SETTINGS = {
+    "ACCELERATE_USE_DEEPSPEED": ("false", "torch's own DDP is used; training.fsdp=true shards"),
+    "ACCELERATE_USE_FSDP": ("false", "training.fsdp=true shards"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "torch's own DDP is used; training.fsdp=true shards"),
+    "ACCELERATE_MIXED_PRECISION": ("no", "training.mixed_precision alone counts"),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "nothing is compiled by it"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "training.gradient_accumulation_steps alone counts"),
+}
 
 
 @dataclass(frozen=True)
@@ -135,12 +150,16 @@ class World:
 
 
 @contextmanager
-def join_world(launch_timeout: int = LAUNCH_TIMEOUT_S, group_timeout: int = GROUP_TIMEOUT_S) -> Iterator[World]:
+def join_world(
+    launch_timeout: int = LAUNCH_TIMEOUT_S, group_timeout: int = GROUP_TIMEOUT_S, traces: Path | None = None
+) -> Iterator[World]:
     """Meet the other processes and form a group with them: nccl on GPUs, gloo on CPU. The group is left at the end.
 
     Args:
         launch_timeout: seconds in which all processes must have met.
         group_timeout: seconds after which a rank that does not answer in a reduction is taken for dead.
+        traces: folder in which every rank then leaves its last reductions (`nccl_trace_rank_<rank>`, of NCCL's flight
+            recorder; torch's `torchfrtrace` reads them).
 
     Raises:
         InputError: environment variables of a launch that are missing or no numbers.
@@ -148,11 +167,19 @@ def join_world(launch_timeout: int = LAUNCH_TIMEOUT_S, group_timeout: int = GROU
     """
     rank, size, local_rank = launch_environment()
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"LOCAL_RANK={local_rank} in the environment: found {torch.cuda.device_count()} GPUs here, expected one "
+            "for each process"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size == 1:
         yield World(0, 1, device)
         return
+    if traces is not None:
+        for name, value in FLIGHT_RECORDER.items():
+            os.environ.setdefault(name, value.format(folder=traces))
     store = _meet(rank, size, launch_timeout)
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=group_timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
@@ -174,7 +201,19 @@ def launch_environment() -> tuple[int, int, int]:
         raise InputError(
             f"WORLD_SIZE={size} in the environment, but no {missing[0]}: start with torchrun or accelerate"
         )
-    return _variable("RANK", 0), size, _variable("LOCAL_RANK", 0)
+    rank = _variable("RANK", 0)
+    if rank >= size:
+        raise InputError(f"RANK={rank} in the environment: expected less than WORLD_SIZE={size}")
+    return rank, size, _variable("LOCAL_RANK", 0)
+
+
+def ignored_launcher_settings() -> list[str]:
+    """A line for each setting of the launcher that has no effect here."""
+    return [
+        f"{name}={os.environ[name]} in the environment (from accelerate) has no effect: {what}"
+        for name, (default, what) in LAUNCHER_SETTINGS.items()
+        if os.environ.get(name, default).lower() != default
+    ]
 
 
 def _variable(name: str, default: int) -> int:

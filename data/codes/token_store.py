@@ -18,6 +18,7 @@ from data.codes.conversion import is_conversion, jsonl_to_store
 from data.codes.jsonl import Sizes
 from data.codes.store_files import CLASS_IDS_FILE, META_FILE, TOKENS_FILE, open_store
 from utils.errors import InputError
+from utils.files.lock import only_writer
 from utils.processes import num_cpus
 
 ROWS_PER_READ = 65_536
@@ -130,9 +131,12 @@ def _open_converted(jsonl: Path, sizes: Sizes, max_bad_fraction: float) -> Token
     if not jsonl.is_file():
         hint = f"; there is {store_path}" if store_path.is_dir() else ""
         raise InputError(f"dataset.params.pretokenization={jsonl}: no such file{hint}")
-    if not is_conversion(store_path, jsonl, sizes, max_bad_fraction):
-        bad_lines = jsonl_to_store(jsonl, store_path, sizes, num_cpus(), max_bad_fraction)
-        if bad_lines.count:
-            reasons = "; ".join(bad_lines.reasons)
-            warnings.warn(f"{jsonl}: left out {bad_lines.count} bad lines: {reasons}", stacklevel=4)
-    return TokenStore(store_path)
+    if is_conversion(store_path, jsonl, sizes, max_bad_fraction):
+        return TokenStore(store_path)
+    with only_writer(store_path):
+        if not is_conversion(store_path, jsonl, sizes, max_bad_fraction):  # nor by a process that has just ended
+            bad_lines = jsonl_to_store(jsonl, store_path, sizes, num_cpus(), max_bad_fraction)
+            if bad_lines.count:
+                reasons = "; ".join(bad_lines.reasons)
+                warnings.warn(f"{jsonl}: left out {bad_lines.count} bad lines: {reasons}", stacklevel=4)
+        return TokenStore(store_path)

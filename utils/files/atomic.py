@@ -12,8 +12,9 @@ def complete_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
     """Give `<path><suffix>` to write to; at the end it takes the place of `path`, after an error it is removed."""
     partial = path.with_name(path.name + suffix)
     try:
-        yield partial
-        publish(partial, path)
+        with naming(path):
+            yield partial
+            publish(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -26,14 +27,27 @@ def complete_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
-        publish(partial, path)
+        with naming(path):
+            yield partial
+            publish(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError inside that does not tell the file, as of a full disk, tells `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
-    with complete_file(path) as partial:
+    """Of a small file: several processes may write it at the same time, and the last one stays."""
+    with complete_file(path, f".{os.getpid()}.tmp") as partial:
         partial.write_text(text)
 
 

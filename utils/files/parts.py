@@ -20,6 +20,7 @@ from typing import Any
 from utils.errors import InputError
 from utils.faults import fault_point
 from utils.files.atomic import complete_file, write_text
+from utils.files.json_file import read_json
 from utils.ranks import World
 
 POLL_SECONDS = 0.5
@@ -65,7 +66,9 @@ class Parts:
             InputError: the folder was claimed with another fingerprint; the first key that differs is named.
         """
         path = self.folder / FINGERPRINT
-        theirs = json.loads(path.read_text())
+        theirs = read_json(path)
+        if not isinstance(theirs, dict):
+            raise InputError(f"{path}: damaged; delete the folder to start anew")
         for key in [*fingerprint, *theirs]:
             if fingerprint.get(key) != theirs.get(key):
                 raise InputError(

@@ -5,6 +5,7 @@ around a state dict is taken off where that leaves no choice: one known name abo
 known prefix on all keys (`module.`), said in one line. Everything else is an error.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -133,13 +134,19 @@ def save_weights(state_dict: dict[str, Tensor], path: Path, record: dict[str, An
     Args:
         record: what the weights were made from (JSON values); kept in the file's metadata with a hash of the tensors,
             which every reader compares.
+
+    Raises:
+        OSError: the disk is full or fails.
     """
     state = {key: value.detach().contiguous().cpu() for key, value in state_dict.items()}
     metadata = None
     if record is not None:
         metadata = {RECORD: json.dumps(record | {"tensors_sha256": tensors_sha256(state)})}
     with complete_file(path) as partial:
-        save_file(state, partial, metadata)
+        try:
+            save_file(state, partial, metadata)
+        except SafetensorError as error:  # a full disk
+            raise OSError(errno.EIO, str(error), str(path)) from error
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o666 & ~umask)

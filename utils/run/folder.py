@@ -4,12 +4,16 @@ import hashlib
 import logging
 import platform
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from utils.config import Config, save_config
+from utils.errors import environment_error
 from utils.run.manifest import VERSIONED_PACKAGES
 
 ROOT = Path(__file__).parents[2]
@@ -28,11 +32,19 @@ def prepare_run_folder(config: Config) -> Path:
 
 def describe_environment() -> str:
     """Commit, Python, packages and device, a line each."""
-    git = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    lines = [f"commit {git.stdout.strip() or 'unknown'}", f"python {platform.python_version()}"]
+    lines = [f"commit {commit() or 'unknown'}", f"python {platform.python_version()}"]
     lines += [f"{package} {version(package)}" for package in PACKAGES]
     return "\n".join([*lines, f"device {device}"]) + "\n"
+
+
+def commit() -> str:
+    """Of the sources; empty without git or without its folder."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 def code_facts() -> dict[str, str]:
@@ -49,17 +61,36 @@ def source_hash() -> str:
     return digest.hexdigest()
 
 
+class LogFile(logging.FileHandler):
+    """A full disk costs lines of the log, not the run, and nothing is said to the console for each of them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, the name is logging's
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def make_logger(output_dir: Path, is_main_process: bool) -> logging.Logger:
     """A logger to `<output_dir>/log.txt` and the console on the main process, silent on the others."""
     logger = logging.getLogger("rear")
     while logger.handlers:  # of an earlier run in this process
-        logger.handlers[0].close()
+        with suppress(OSError):
+            logger.handlers[0].close()
         logger.removeHandler(logger.handlers[0])
     logger.setLevel(logging.INFO if is_main_process else logging.CRITICAL)
     logger.propagate = False
     if is_main_process:
         formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
-        for handler in (logging.FileHandler(output_dir / "log.txt"), logging.StreamHandler()):
+        log_file = LogFile(output_dir / "log.txt", encoding="utf-8", errors="backslashreplace")
+        for handler in (log_file, logging.StreamHandler()):
             handler.setFormatter(formatter)
             logger.addHandler(handler)
     return logger
+
+
+@contextmanager
+def going_on(logger: logging.Logger, what: str) -> Iterator[None]:
+    """Around what can be made again later: a full disk there is one line in the log, and training goes on."""
+    try:
+        yield
+    except OSError as error:
+        logger.error(f"{what}: {environment_error(error)}; training goes on without")

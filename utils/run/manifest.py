@@ -42,6 +42,11 @@ class Provenance:
     code_hash: str = ""  # of the Python sources
     tokenizer_sha256: str | None = None  # of the weights of the tokenizer whose codes are learned; None: not told
 
+    def record(self, step: int) -> dict[str, Any]:
+        """In short, for weights that lie alone."""
+        hashes = {"code": self.code_hash, "data": self.data_hash, "config": hash_of(self.config)}
+        return {"step": step, "tokenizer_sha256": self.tokenizer_sha256, **hashes}
+
 
 @dataclass
 class FileRecord:

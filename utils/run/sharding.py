@@ -5,6 +5,7 @@ not be tested. The numbers are those of a replicated model.
 """
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,11 @@ def parallelize(model: nn.Module, blocks: Iterable[nn.Module], world: World, fsd
     if world.size == 1:
         return model
     return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+
+
+def accumulating(model: nn.Module, is_last: bool) -> AbstractContextManager:
+    """Around forward and backward of a micro-batch: gradients are exchanged in the last one of a step only."""
+    return nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

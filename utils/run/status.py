@@ -5,15 +5,18 @@ The exit status cannot tell: torchrun returns 1 whether the workers saved and st
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 
 import torch.distributed as dist
 
-from utils.errors import TrainingError
+from utils.errors import InputError, TrainingError, environment_error, first_line
 from utils.files.atomic import complete_file
+from utils.files.json_file import read_json
 from utils.ranks import World
-from utils.run.signals import StoppedWaitingError
+from utils.run.signals import StoppedWaitingError, StopSignals
 
 STATUS_FILE = "status.json"
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -26,18 +29,109 @@ class Status:
     step: int  # optimizer steps done
     reason: str = ""  # the signal or the error
 
+    def __str__(self) -> str:
+        return f"{self.status} at step {self.step} ({self.reason or 'all steps'})"
+
+
+class StatusKeeper:
+    """Keeps status.json true: while the run goes on, when it ends, and when a process was killed before it could tell.
+
+    Only who holds the lock of the run folder makes one.
+
+    Attributes:
+        now: what status.json says; None until the run has begun.
+    """
+
+    def __init__(self, output_dir: Path, world: World, group_timeout: int) -> None:
+        self.output_dir, self.world, self.group_timeout = output_dir, world, group_timeout
+        self.now: Status | None = None
+
+    def begin(self, step: int) -> list[str]:
+        """From now on the run is running; a line for the log if the run before ended without a word."""
+        notices = []
+        if self.world.is_main and (before := read_status_or_none(self.output_dir)) and before.status == "running":
+            notices = [f"the start before this one was killed at step {before.step} or later"]
+        self.now = Status("running", step)
+        return notices
+
+    def write(self) -> None:
+        if self.world.is_main:
+            write_status(self.output_dir, self.now)
+
+    def update(self) -> None:
+        """While running: a full disk must not end the run for this."""
+        with suppress(OSError):
+            self.write()
+
+    def end(self, is_last: bool, signals: StopSignals) -> None:
+        """What `write` is to say then: all steps are done, or a signal has stopped the run before."""
+        if is_last:
+            self.now.status = "completed"
+        else:
+            self.now.status, self.now.reason = "preempted", signals.received or "a signal to another rank"
+
+    def note_end(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """To be called with what the run ends with (an exit callback).
+
+        Raises:
+            TrainingError: what an error of a communication library means.
+        """
+        if error is None:
+            return
+        if self.now is None:
+            self._note_failed_start(error)
+            return
+        meaning = explain(error, self.now.step, self.world, self.group_timeout)
+        if not isinstance(error, SystemExit):  # of a rank that leaves what is to be said to rank 0
+            reason = reason_of(meaning) if meaning is not error else f"rank {self.world.rank}: {reason_of(error)}"
+            self.now.status, self.now.reason = "failed", reason
+            with suppress(OSError):  # the error itself is what to tell
+                write_status(self.output_dir, self.now, self.world.rank)
+        if meaning is not error:
+            raise meaning from error
+
+    def _note_failed_start(self, error: BaseException) -> None:
+        """A run that is complete stays so; else whoever waits for it must learn that this start led to nothing."""
+        before = read_status_or_none(self.output_dir)
+        if self.world.is_main and before is not None and before.status != "completed":
+            with suppress(OSError):
+                write_status(self.output_dir, Status("failed", before.step, f"at the start: {reason_of(error)}"))
+
 
 def write_status(output_dir: Path, status: Status, rank: int = 0) -> None:
     """Replace the file in one go. The first failure stays: other ranks only report that they lost the failed one."""
-    path = output_dir / STATUS_FILE
-    if status.status == "failed" and path.is_file() and read_status(output_dir).status == "failed":
-        return
-    with complete_file(path, f".{rank}.tmp") as partial:  # ranks that fail together write at the same time
-        partial.write_text(json.dumps(asdict(status)) + "\n")
+    path, text = output_dir / STATUS_FILE, json.dumps(asdict(status)) + "\n"
+    if status.status == "failed" and rank > 0:
+        before = read_status_or_none(output_dir)
+        if before is not None and before.status == "failed":
+            return
+    try:
+        with complete_file(path, f".{rank}.tmp") as partial:  # ranks that fail together write at the same time
+            partial.write_text(text)
+    except OSError:
+        with path.open("r+") as file:  # on a full disk there is room where the old text stands
+            file.write(text)
+            file.truncate()
 
 
 def read_status(output_dir: Path) -> Status:
-    return Status(**json.loads((output_dir / STATUS_FILE).read_text()))
+    """
+    Raises:
+        InputError: no status.json, or one that is damaged.
+    """
+    path = output_dir / STATUS_FILE
+    try:
+        return Status(**read_json(path))
+    except TypeError as error:
+        raise InputError(f"{path}: found other keys than status, step and reason: {error}") from error
+
+
+def read_status_or_none(output_dir: Path) -> Status | None:
+    with suppress(InputError):
+        return read_status(output_dir)
+    return None
 
 
 def explain(error: BaseException, step: int, world: World, group_timeout: int) -> BaseException:
@@ -47,7 +141,10 @@ def explain(error: BaseException, step: int, world: World, group_timeout: int) -
             f"rank {world.rank}: step {step}: a stop signal came while this rank waited for data; the same command "
             "continues from the last checkpoint"
         )
-    if not (isinstance(error, RuntimeError) and dist.is_initialized() and LOST_RANK.search(str(error))):
+    is_of_library = isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and not isinstance(error, TrainingError) and LOST_RANK.search(str(error))
+    )
+    if not (dist.is_initialized() and is_of_library):
         return error
     return TrainingError(
         f"rank {world.rank}: step {step}: another rank is gone or did not answer within "
@@ -56,6 +153,5 @@ def explain(error: BaseException, step: int, world: World, group_timeout: int) -
     )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of its message, or its kind if it has none."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def reason_of(error: BaseException) -> str:
+    return (environment_error(error) or first_line(error)).splitlines()[0]

@@ -1,6 +1,7 @@
 """Metrics of a run: metrics.jsonl always, wandb where it works. A tracker never stops a training run."""
 
 import json
+import os
 import secrets
 import warnings
 from dataclasses import asdict
@@ -10,6 +11,8 @@ from typing import Any
 from PIL import Image
 
 from utils.config import Config
+from utils.errors import InputError, environment_error
+from utils.files.atomic import write_text
 
 INIT_TIMEOUT_S = 30  # wandb's own default of 90 s holds up the first step when its server is out of reach
 
@@ -24,12 +27,27 @@ class Tracker:
     def __init__(self, config: Config, output_dir: Path, first_step: int) -> None:
         self.path = output_dir / "metrics.jsonl"
         keep_metrics_until(self.path, first_step)
+        self._unwritten = ""
         self.wandb_run = start_wandb(config, output_dir) if config.training.enable_wandb else None
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._unwritten += json.dumps({"step": step, **metrics}) + "\n"
+        try:
+            self._write()
+        except OSError as error:
+            warnings.warn(f"{self.path}: {environment_error(error)}; its lines wait for the next ones", stacklevel=2)
         self._to_wandb(metrics, step)
+
+    def _write(self) -> None:
+        """Append what is not written yet, or nothing of it."""
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a") as file:
+                file.write(self._unwritten)
+        except OSError:
+            os.truncate(self.path, size)
+            raise
+        self._unwritten = ""
 
     def log_image(self, name: str, image: Image.Image, step: int) -> None:
         """To wandb only; the caller keeps the file."""
@@ -37,6 +55,14 @@ class Tracker:
             import wandb
 
             self._to_wandb({name: wandb.Image(image)}, step)
+
+    def flush(self) -> None:
+        """
+        Raises:
+            OSError: metrics are still not written.
+        """
+        if self._unwritten:
+            self._write()
 
     def finish(self) -> None:
         if self.wandb_run is None:
@@ -97,11 +123,27 @@ def start_wandb(config: Config, output_dir: Path) -> Any:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The lines of metrics.jsonl.
+
+    Raises:
+        InputError: no such file, or one that is damaged.
+    """
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: found a line that is no JSON: {error}") from error
 
 
 def keep_metrics_until(path: Path, step: int) -> None:
     """Drop the lines of later steps: those steps are about to be run again from a checkpoint."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    path.write_text("".join(kept))
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    write_text(path.resolve(), "".join(line.decode() for line in lines if _is_kept(line, step)))
+
+
+def _is_kept(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):  # a full disk or a power cut has left half a line
+        return False

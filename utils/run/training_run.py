@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -10,26 +10,26 @@ from typing import Any, TypeVar
 
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from utils.config import Config
 from utils.config_checks import accumulation_steps
 from utils.errors import TrainingError
 from utils.faults import fault_point
+from utils.files.lock import only_writer
 from utils.files.weights import save_weights
-from utils.ranks import join_world
+from utils.ranks import ignored_launcher_settings, join_world
 from utils.run.checkpoint import MODEL
 from utils.run.compatibility import check_same_run, flatten
 from utils.run.curves import save_training_curves
-from utils.run.folder import code_facts, make_logger, prepare_run_folder
+from utils.run.folder import code_facts, going_on, make_logger, prepare_run_folder
 from utils.run.guard import StepGuard
 from utils.run.manifest import Provenance, TrainingData
 from utils.run.resume import find_start, last_step, load_start, set_aside, starting_state
 from utils.run.saver import CheckpointSaver
-from utils.run.signals import StoppedWaitingError, StopSignals
+from utils.run.signals import StoppedWaitingError, StopSignals, stacks_of_a_hang
 from utils.run.snapshot import Optimizers, Resumable, take_snapshot, weights_of
-from utils.run.status import EXIT_PREEMPTED, Status, explain, first_line, write_status
+from utils.run.status import EXIT_PREEMPTED, StatusKeeper
 from utils.run.tracking import Tracker
 from utils.run.trained_weights import FINAL_FILE
 
@@ -42,8 +42,9 @@ D = TypeVar("D", bound=TrainingData)
 class TrainingRun:
     """The life of a run, in the order in which a script goes through it:
 
-    1. `with TrainingRun(config) as run`: all ranks are there and agree on config, code and versions, and the rules of
-       `experiment.resume` have chosen what to start from: a verified checkpoint, weights alone, or nothing.
+    1. `with TrainingRun(config) as run`: all ranks are there and agree on config, code and versions, no other launch
+       writes to the run folder, and the rules of `experiment.resume` have chosen what to start from: a verified
+       checkpoint, weights alone, or nothing.
     2. `open_data`: rank 0 opens it first; all have the same, and it is that of the checkpoint.
     3. `begin`: modules and optimizers are loaded; only then does the run folder change. From here on a stop signal asks
        for a save, and status.json says `running`.
@@ -70,16 +71,20 @@ class TrainingRun:
 
     def __init__(self, config: Config) -> None:
         self.config, self.output_dir = config, Path(config.experiment.output_dir)
-        self._has_begun, self._status = False, Status("running", 0)
         self._tracker: Tracker | None = None  # rank 0 alone
+        self._saver: CheckpointSaver | None = None  # until it has begun
 
     def __enter__(self) -> "TrainingRun":
         training, experiment = self.config.training, self.config.experiment
         with ExitStack() as exits:
-            self.world = exits.enter_context(join_world(training.launch_timeout, training.process_group_timeout))
+            limits = training.launch_timeout, training.process_group_timeout
+            self.world = exits.enter_context(join_world(*limits, self.output_dir))
             facts = code_facts()
             self.world.agree("config and code", flatten(asdict(self.config)) | facts)
             self._code = facts["code"]
+            self.world.from_main(lambda: exits.enter_context(only_writer(self.output_dir, inside=True)))
+            self._status = StatusKeeper(self.output_dir, self.world, training.process_group_timeout)
+            exits.push(self._status.note_end)
             self._start = self.world.from_main(lambda: find_start(self.output_dir, experiment.resume))
             self.micro_steps = accumulation_steps(training, self.world.size)
             self.global_batch_size = training.per_gpu_batch_size * self.micro_steps * self.world.size
@@ -129,6 +134,7 @@ class TrainingRun:
         self._resumable = Resumable(modules, optimizers, sharded)
         self.notices += load_start(self._start, self._resumable)
         self._state = starting_state(self._start, self.config, self.global_batch_size)
+        self.notices += self._status.begin(self._state.global_step) + ignored_launcher_settings()
         if self.world.is_main:
             prepare_run_folder(self.config)
             set_aside(self._start)
@@ -137,35 +143,30 @@ class TrainingRun:
         self.logger = make_logger(self.output_dir, self.world.is_main)
         for notice in self.notices:
             self.logger.info(notice)
-        parameters = sum(p.numel() for p in modules[MODEL].parameters())
+        millions = sum(p.numel() for p in modules[MODEL].parameters()) / 1e6
         self.logger.info(
-            f"{parameters / 1e6:.1f} M parameters, {self._num_samples} samples, {self.global_batch_size} per step on "
+            f"{millions:.1f} M parameters, {self._num_samples} samples, {self.global_batch_size} per step on "
             f"{self.world.size} processes, steps {self.remaining.start} to {self.remaining.stop}"
         )
         self._saver = CheckpointSaver(experiment, self._provenance, self._start.checkpoint, self.logger)
+        limits = self._state.nonfinite_steps, training.max_nonfinite_steps
         signals = self._exits.enter_context(StopSignals())
-        limits = (self._state.nonfinite_steps, training.max_nonfinite_steps)
         self._guard = StepGuard(self.world, *limits, signals, self._saver, self.logger)
-        self._has_begun, self._status = True, Status("running", self._state.global_step)
-        if self.world.is_main:
-            write_status(self.output_dir, self._status)
+        self._status.write()
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a progress bar."""
         remaining = self.remaining
         options = {"initial": remaining.start, "total": remaining.stop, "disable": not self.world.is_main}
         self._timer, self._timed_from = time.perf_counter(), remaining.start
-        with tqdm(remaining, **options) as self._progress:
+        hang = stacks_of_a_hang(self.config.training.process_group_timeout)
+        with tqdm(remaining, **options) as self._progress, hang as rearm:
             for step in self._progress:
+                rearm()
                 fault_point("step", step)
                 yield step
                 if self._guard.stop:
                     return
-
-    def accumulating(self, model: nn.Module, micro_step: int) -> AbstractContextManager:
-        """Around forward and backward of a micro-batch: gradients are exchanged in the last one of a step only."""
-        is_last = micro_step == self.micro_steps - 1
-        return nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
     def may_update(self, losses_and_norm: Tensor) -> bool:
         """Whether these values (K,) are finite on all ranks. Counts what is skipped and hears of stop signals.
@@ -179,7 +180,7 @@ class TrainingRun:
         self._state.global_step += 1
         self._state.samples_seen += self.global_batch_size
         self._state.nonfinite_steps = self._guard.nonfinite_steps
-        self._status.step = self._state.global_step
+        self._status.now.step = self._state.global_step
 
     def stop_requested(self) -> bool:
         """A stop signal has reached this process: for what waits within a step."""
@@ -214,12 +215,18 @@ class TrainingRun:
         metrics["nonfinite_steps"] = self._guard.nonfinite_steps
         self._timer, self._timed_from = now, self.steps_done
         self._tracker.log(metrics, self._state.global_step)
+        self._status.update()
         losses = {name.removeprefix("train/"): value for name, value in metrics.items() if name.endswith("loss")}
         self._progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
 
     def draw(self, name: str, make: Callable[[], Image.Image]) -> None:
         """Make a picture on rank 0, which may take its time, and send it to the dashboard."""
-        self.world.from_main(lambda: self.log_image(name, make()))
+
+        def draw() -> None:
+            with going_on(self.logger, f"{name} at step {self.steps_done}"):
+                self.log_image(name, make())
+
+        self.world.from_main(draw)
 
     def log_image(self, name: str, image: Image.Image) -> None:
         """Send a picture to the dashboard, on rank 0; the caller keeps the file."""
@@ -228,6 +235,8 @@ class TrainingRun:
 
     def save(self) -> None:
         """Copy the state to host memory and write it as a checkpoint while training goes on."""
+        self._saver.wait()
+        self.world.barrier()  # without a limit, which the save before this one may exceed
         if self.world.is_main:
             self._saver.start(self._state, take_snapshot(self._resumable))
         elif self._resumable.sharded:
@@ -249,10 +258,11 @@ class TrainingRun:
         failed = self.world.from_main(lambda: self._saver.failures_in_a_row > 0)
         if failed:
             raise TrainingError(f"step {done}: the save failed at the end; {self._saver.describe_last_good()}")
-        self._status.status = "completed" if self.is_last else "preempted"
-        self._status.reason = "" if self.is_last else self._guard.signals.received or "a signal to another rank"
-        if self.world.is_main:
-            save_training_curves(self.output_dir / "metrics.jsonl", self.output_dir / "training_curves.png")
+        self._status.end(self.is_last, self._guard.signals)
+        if self._tracker is not None:
+            self._tracker.flush()
+            with going_on(self.logger, "training curves"):
+                save_training_curves(self.output_dir / "metrics.jsonl", self.output_dir / "training_curves.png")
         return self.is_last
 
     def export(self, name: str) -> None:
@@ -262,13 +272,13 @@ class TrainingRun:
             save_weights(weights, self.output_dir / FINAL_FILE, self.record())
 
     def record(self) -> dict[str, Any]:
-        """What weights of the step that is done were made from, for `save_weights`."""
-        return {**asdict(self._provenance), "step": self.steps_done}
+        """What weights of this step remember."""
+        return self._provenance.record(self.steps_done)
 
     @property
     def status(self) -> str:
         """running, completed, preempted or failed."""
-        return self._status.status
+        return self._status.now.status
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -277,24 +287,14 @@ class TrainingRun:
         if stopped:
             self.finish()  # the step that waited has changed nothing
         elif error is not None:
+            if self._saver is not None and not isinstance(error, KeyboardInterrupt):
+                self._saver.wait()  # it writes in the folder whose lock is about to be left
             self._exits.__exit__(kind, error, traceback)
-            if self._has_begun:
-                self._fail(error)
             return False
-        self.world.barrier()  # without a limit: rank 0 may still be writing
-        if self._tracker is not None:
-            write_status(self.output_dir, self._status)
-            self._tracker.finish()
-        reason = self._status.reason or "all steps"
-        self.logger.info(f"{self.status} at step {self._status.step} ({reason}): {self.output_dir}")
-        self._exits.close()
+        with self._exits:
+            self.world.barrier()  # without a limit: rank 0 may still be writing
+            self._status.write()
+            if self._tracker is not None:
+                self._tracker.finish()
+            self.logger.info(f"{self._status.now}: {self.output_dir}")
         return stopped
-
-    def _fail(self, error: BaseException) -> None:
-        """Write status.json, and raise what the error means if that is another one."""
-        meaning = explain(error, self._status.step, self.world, self.config.training.process_group_timeout)
-        reason = first_line(meaning) if meaning is not error else f"rank {self.world.rank}: {first_line(error)}"
-        self._status.status, self._status.reason = "failed", reason
-        write_status(self.output_dir, self._status, self.world.rank)
-        if meaning is not error:
-            raise meaning from error

@@ -1,0 +1,155 @@
+"""Kinds of trouble from outside: the console, the disk, signals of a terminal, a second launch, the environment."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from scripts import train_rear
+from tests.faults.runs import WAIT_S, Run, assert_equal_runs
+from utils.config import load_config
+from utils.errors import InputError
+from utils.ranks import ignored_launcher_settings, launch_environment
+from utils.run import folder, training_run
+from utils.run.status import EXIT_PREEMPTED, Status, read_status, write_status
+from utils.run.tracking import Tracker, read_metrics
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_ctrl_c_and_the_end_of_the_terminal_save_and_stop(run: Run, oracle: Run, number: signal.Signals) -> None:
+    run.start(TEST_SLOW="0.2")
+    run.wait_for_step(5)
+    for _ in range(2):  # from the terminal and from torchrun
+        os.kill(run.processes[0].pid, number)
+    assert run.wait() == [EXIT_PREEMPTED]
+    assert (run.status().status, run.status().reason) == ("preempted", number.name)
+    run.completed()
+    assert_equal_runs(run, oracle)
+
+
+def test_a_second_ctrl_c_ends_at_once(run: Run) -> None:
+    run.start(REAR_FAULT="step.4:sleep")
+    run.wait_for_step(4)
+    os.kill(run.processes[0].pid, signal.SIGINT)
+    time.sleep(1.2)  # later than torchrun's
+    os.kill(run.processes[0].pid, signal.SIGINT)
+    assert run.wait() == [-signal.SIGINT]
+    assert "interrupted" in run.output()
+    assert run.status().status == "failed"
+
+
+def test_a_second_launch_is_refused_and_the_first_goes_on(run: Run, oracle: Run) -> None:
+    run.start(TEST_SLOW="0.2")
+    run.wait_for_step(3)
+    assert run.status().step >= 1  # while it runs
+    config = load_config(run.arguments)
+    with pytest.raises(InputError, match=rf"in use by .*process {run.processes[0].pid} on .*, since 20"):
+        train_rear.main(config)
+    assert run.wait() == [0]
+    assert_equal_runs(run, oracle)
+    assert not [path for path in run.folder.iterdir() if path.name.startswith(".lock")]
+
+
+def test_a_killed_run_starts_at_once_and_says_so(run: Run, oracle: Run) -> None:
+    assert run(REAR_FAULT="step.6") == [-signal.SIGKILL]
+    assert (run.folder / ".lock").exists()
+    run.completed()
+    assert "the start before this one was killed at step 6 or later" in run.log()
+    assert_equal_runs(run, oracle)
+
+
+@pytest.mark.parametrize(("before", "after"), [("running", "failed"), ("preempted", "failed"), ("completed",) * 2])
+def test_a_start_that_fails_is_no_running_or_preempted_run(run: Run, before: str, after: str) -> None:
+    run.folder.mkdir()
+    write_status(run.folder, Status(before, 3))
+    with pytest.raises(InputError, match="no complete checkpoint"):
+        train_rear.main(load_config([*run.arguments, "experiment.resume=true"]))
+    assert (read_status(run.folder).status, read_status(run.folder).step) == (after, 3)
+
+
+def test_a_dangling_link_fails_in_one_line_and_in_the_status(run: Run) -> None:
+    run.folder.mkdir()
+    (run.folder / "config.yaml").symlink_to(run.folder / "absent/config.yaml")
+    assert run() == [1]
+    assert run.output().splitlines()[-1].startswith("error: ")
+    assert "config.yaml: No such file or directory" in run.output()
+    assert "Traceback" not in run.output()
+
+
+def test_curves_and_grids_that_cannot_be_written_cost_no_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device", "picture.png")
+
+    monkeypatch.setattr(training_run, "save_training_curves", full)
+    monkeypatch.setattr(train_rear, "save_sample_grid", full)
+    assert train_rear.main(load_config([*run.arguments, "training.stop_steps=2"])) == "completed"
+    for what in ("samples at step 2", "training curves"):
+        assert f"{what}: picture.png: No space left on device; training goes on without" in run.log()
+
+
+def test_metrics_wait_for_room_on_the_disk(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = Tracker(load_config(run.arguments), tmp_path, 0)
+    path, tracker.path = tracker.path, tmp_path / "absent/metrics.jsonl"
+    with pytest.warns(UserWarning, match="its lines wait for the next ones"):
+        tracker.log({"lr": 1.0}, 1)
+    with pytest.raises(OSError, match="absent"):
+        tracker.flush()
+    tracker.path = path
+    tracker.log({"lr": 2.0}, 2)
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert folder.describe_environment().startswith("commit unknown\n")
+
+
+def test_status_is_written_where_the_old_one_stands_if_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_status(tmp_path, Status("running", 1000, "a long reason"))
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("utils.run.status.complete_file", full)
+    write_status(tmp_path, Status("failed", 7))
+    assert read_status(tmp_path) == Status("failed", 7)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment, but no RANK"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "RANK=5 in the environment: expected less than WORLD_SIZE=2",
+        ),
+    ],
+)
+def test_variables_of_a_launch(variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        launch_environment()
+
+
+def test_settings_of_the_launcher_without_effect_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert ignored_launcher_settings() == []
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert [line.split(" (from")[0] for line in ignored_launcher_settings()] == [
+        "ACCELERATE_USE_DEEPSPEED=true in the environment"
+    ]
+
+
+@pytest.mark.multiprocess
+def test_a_hang_shows_where_it_stands(pair: Run) -> None:
+    pair.start("training.process_group_timeout=4", processes=2, REAR_FAULT="step.6@1:sleep")
+    pair.processes[0].join(WAIT_S)
+    pair.processes[1].kill()
+    assert "Timeout (0:00:04)!" in pair.output(1)
+    assert "in fault_point" in pair.output(1)
