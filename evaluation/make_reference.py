@@ -37,6 +37,7 @@ def open_source(source: str, output: Path, verify: bool, decoding: Decoding) -> 
     """
     if not output.parent.is_dir():
         raise InputError(f"{output}: no folder {output.parent}")
+    opened: ImageSource
     if source.endswith(".npz"):
         opened = NpzSource(open_input(Path(source), verify).images)
     else:

@@ -190,7 +190,7 @@ def encode(
 ) -> None:
     """Write the parts of some blocks: per sample its codes, and 1 if its image is one to leave out. The main process
     shows the progress of all processes."""
-    items = [block[i : i + batch_size] for block in blocks for i in range(0, len(block), batch_size)]
+    items = [list(block[i : i + batch_size]) for block in blocks for i in range(0, len(block), batch_size)]
     batches, launcher = Batches(images, items, num_workers, world.device.type == "cuda"), StopSignals()
     initial = len(images) - sum(map(len, parts.missing()))
     progress = tqdm(total=len(images), initial=initial, unit="image", smoothing=0, disable=not world.is_main)

@@ -66,7 +66,8 @@ class Decoding:
             ValueError: no known format, or pixels without a known range, such as floats.
             Exception: whatever Pillow's readers raise for damaged bytes.
         """
-        image, note = Image.open(io.BytesIO(encoded)), Note(0)
+        image: Image.Image = Image.open(io.BytesIO(encoded))
+        note = Note(0)
         if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a photo and its previews
             note |= Note.FRAMES
         image.load()
@@ -77,7 +78,7 @@ class Decoding:
             image, note = _upper_8_bits(image), note | Note.DEEP
         if image.mode in TRANSPARENT_MODES or "transparency" in image.info:
             with_alpha = image.convert("RGBA")
-            if with_alpha.getextrema()[3][0] < 255:
+            if np.asarray(with_alpha)[..., 3].min() < 255:
                 background = Image.new("RGBA", image.size, self.background)
                 image, note = Image.alpha_composite(background, with_alpha), note | Note.TRANSPARENT
         return image.convert("RGB"), note

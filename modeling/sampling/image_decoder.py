@@ -66,15 +66,16 @@ class ImageDecoder:
     def start(self, codes: Tensor) -> PendingImages:
         """Decode codes (B, N) without waiting for the GPU."""
         if self.stream is None:
-            return PendingImages(codes, *self._decode(codes, self.decoder), None)
+            images, finite, sampled = self._decode(codes, self.decoder)
+            return PendingImages(codes, images, finite, sampled, None)
         self.stream.wait_stream(torch.cuda.current_stream())
         codes.record_stream(self.stream)
         with torch.cuda.stream(self.stream):
-            results = (
+            images, finite, sampled = (
                 torch.empty(result.shape, dtype=result.dtype, pin_memory=True).copy_(result, non_blocking=True)
                 for result in self._decode(codes, self.decoder)
             )
-            return PendingImages(codes, *results, self.stream.record_event())
+            return PendingImages(codes, images, finite, sampled, self.stream.record_event())
 
     def finish(self, pending: PendingImages) -> np.ndarray:
         """The images (B, H, W, 3) uint8 that `start` began with.
@@ -82,13 +83,14 @@ class ImageDecoder:
         Raises:
             NonFiniteError: codes that `CodeSampler` could not sample, or pixels that are not finite in float32.
         """
-        finite, images = pending.wait(), pending.images
+        is_finite, images = pending.wait(), pending.images
         if not pending.sampled:
             raise NonFiniteError(LOGITS_NOT_FINITE)
-        if not finite and self.decoder is not self.exact:
+        if not is_finite and self.decoder is not self.exact:
             with torch.inference_mode():
                 images, finite, _ = self._decode(pending.codes, self.exact)
-        if not finite:
+                is_finite = bool(finite)
+        if not is_finite:
             raise NonFiniteError(PIXELS_NOT_FINITE)
         return images.cpu().numpy()
 

@@ -116,7 +116,7 @@ def _read_owner(lock: SoftFileLease, owner_path: Path) -> Owner | None:
     return owner if held is not None and held.pid == owner.pid else None
 
 
-def _last_touch(lock: SoftFileLease) -> tuple[str, int] | None:
+def _last_touch(lock: SoftFileLease) -> tuple[str | None, int] | None:
     held = lock.owner
     try:
         return (held.token, os.stat(lock.lock_file).st_mtime_ns) if held is not None else None

@@ -28,7 +28,8 @@ class TrainingState:
 class TrainingData(Protocol):
     """What a run asks of its data."""
 
-    fingerprint: str  # equal for equal samples in equal order
+    @property
+    def fingerprint(self) -> str: ...  # equal for equal samples in equal order
 
     def __len__(self) -> int: ...
 

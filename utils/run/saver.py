@@ -5,6 +5,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
 
 from utils.run.checkpoint import prune_checkpoints, write_checkpoint
 from utils.run.manifest import Provenance, TrainingState
@@ -29,6 +30,16 @@ class CheckpointSaver:
         self.output_dir = Path(experiment.output_dir)
         self.limit, self.last_good, self.failures_in_a_row = experiment.max_save_failures, last_good, 0
         self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "CheckpointSaver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Wait, for it writes in a folder whose lock is about to be left; a second Ctrl-C does not."""
+        if not isinstance(error, KeyboardInterrupt):
+            self.wait()
 
     @property
     def gave_up(self) -> bool:

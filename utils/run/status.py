@@ -39,19 +39,20 @@ class StatusKeeper:
     Only who holds the lock of the run folder makes one.
 
     Attributes:
-        now: what status.json says; None until the run has begun.
+        has_begun: the run folder is this run's.
+        now: what status.json says then.
     """
 
     def __init__(self, output_dir: Path, world: World, group_timeout: int) -> None:
         self.output_dir, self.world, self.group_timeout = output_dir, world, group_timeout
-        self.now: Status | None = None
+        self.has_begun, self.now = False, Status("running", 0)
 
     def begin(self, step: int) -> list[str]:
         """From now on the run is running; a line for the log if the run before ended without a word."""
         notices = []
         if self.world.is_main and (before := read_status_or_none(self.output_dir)) and before.status == "running":
             notices = [f"the start before this one was killed at step {before.step} or later"]
-        self.now = Status("running", step)
+        self.has_begun, self.now = True, Status("running", step)
         return notices
 
     def write(self) -> None:
@@ -80,7 +81,7 @@ class StatusKeeper:
         """
         if error is None:
             return
-        if self.now is None:
+        if not self.has_begun:
             self._note_failed_start(error)
             return
         meaning = explain(error, self.now.step, self.world, self.group_timeout)

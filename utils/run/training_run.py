@@ -72,7 +72,6 @@ class TrainingRun:
     def __init__(self, config: Config) -> None:
         self.config, self.output_dir = config, Path(config.experiment.output_dir)
         self._tracker: Tracker | None = None  # rank 0 alone
-        self._saver: CheckpointSaver | None = None  # until it has begun
 
     def __enter__(self) -> "TrainingRun":
         training, experiment = self.config.training, self.config.experiment
@@ -148,7 +147,8 @@ class TrainingRun:
             f"{millions:.1f} M parameters, {self._num_samples} samples, {self.global_batch_size} per step on "
             f"{self.world.size} processes, steps {self.remaining.start} to {self.remaining.stop}"
         )
-        self._saver = CheckpointSaver(experiment, self._provenance, self._start.checkpoint, self.logger)
+        saver = CheckpointSaver(experiment, self._provenance, self._start.checkpoint, self.logger)
+        self._saver = self._exits.enter_context(saver)
         limits = self._state.nonfinite_steps, training.max_nonfinite_steps
         signals = self._exits.enter_context(StopSignals())
         self._guard = StepGuard(self.world, *limits, signals, self._saver, self.logger)
@@ -287,8 +287,6 @@ class TrainingRun:
         if stopped:
             self.finish()  # the step that waited has changed nothing
         elif error is not None:
-            if self._saver is not None and not isinstance(error, KeyboardInterrupt):
-                self._saver.wait()  # it writes in the folder whose lock is about to be left
             self._exits.__exit__(kind, error, traceback)
             return False
         with self._exits:
