@@ -1,15 +1,21 @@
 """Two commands at the same time in one folder: one goes on, the other names it; the result is that of one alone."""
 
+import multiprocessing
+import os
 import re
-import subprocess
+import runpy
 import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file, save
 
 from modeling.rear import ReAR
-from tests.faults.runs import WAIT_S, launch_environment
+from tests.faults.runs import SERVER, STARTED, WAIT_S
 from utils.config import load_config
 from utils.files.weights import save_weights
 
@@ -35,9 +41,27 @@ def command_of(kind: str, arguments: list[str], images: Path, weights: Path, fol
     }[kind]
 
 
-def start(command: list[str]) -> subprocess.Popen:
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT / "scripts", env=launch_environment(), **pipes)
+def script_in_child(command: list[str], output: str) -> None:
+    """A script as a process of its own, started from a server that has the imports done already."""
+    multiprocessing.set_start_method("fork", force=True)  # as in a script on Linux
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.argv = command
+    torch.set_num_threads(1)
+    runpy.run_path(str(ROOT / "scripts" / command[0]), run_name="__main__")
+
+
+def start(command: list[str], output: Path) -> BaseProcess:
+    process = SERVER.Process(target=script_in_child, args=(command, str(output)))
+    process.start()
+    STARTED.append(process)
+    return process
+
+
+def content(result: Path) -> bytes:
+    """Of weights the tensors alone: beside them stands the hash of the config, with its folder."""
+    return save(load_file(result)) if result.suffix == ".safetensors" else result.read_bytes()
 
 
 def rounds(kind: str, number: int, arguments: list[str], images: Path, folder: Path) -> None:
@@ -48,34 +72,34 @@ def rounds(kind: str, number: int, arguments: list[str], images: Path, folder: P
     for i in range(number + 1):
         place = folder / str(i)
         place.mkdir()
-        processes = [start(command_of(kind, arguments, images, weights, place)) for _ in range(2 if i else 1)]
-        errors = [process.communicate(timeout=WAIT_S)[1] for process in processes]
-        codes = [process.returncode for process in processes]
+        outputs = [place / f"output{k}" for k in range(2 if i else 1)]
+        processes = [start(command_of(kind, arguments, images, weights, place), output) for output in outputs]
+        for process in processes:
+            process.join(WAIT_S)
+        codes, errors = [process.exitcode for process in processes], [output.read_text() for output in outputs]
         refused = [error for error, code in zip(errors, codes, strict=True) if code]
         assert 0 in codes, errors
         for error in refused:
             owner = processes[codes.index(0)].pid
             last = error.strip().splitlines()[-1]
             assert re.search(rf"^error: .*in use by \w+\.py, process {owner} on \S+, since \d{{4}}-", last), error
-        results.add((place / RESULTS[kind]).read_bytes())
+        results.add(content(place / RESULTS[kind]))
     assert len(results) == 1
-    killed = start(command := command_of(kind, arguments, images, weights, place := folder / "killed"))
+    command, output = command_of(kind, arguments, images, weights, place := folder / "killed"), folder / "output"
+    killed = start(command, output)
     lock = {"train": "out/.lock", "sample": "out.lock"}.get(kind, "out.tokens.lock")
-    while not (place / lock).exists() and killed.poll() is None:
+    while not (place / lock).exists() and killed.is_alive():
         pass
     killed.kill()
-    killed.communicate()
-    again = start(command)
-    _, error = again.communicate(timeout=WAIT_S)
-    assert again.returncode == 0, error
-    assert {(place / RESULTS[kind]).read_bytes()} == results
+    killed.join()
+    again = start(command, output)
+    again.join(WAIT_S)
+    assert again.exitcode == 0, output.read_text()
+    assert {content(place / RESULTS[kind])} == results
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    import numpy as np
-    from PIL import Image
-
     rng = np.random.default_rng(0)
     for name in ("cat", "dog"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -85,8 +109,9 @@ def images(tmp_path: Path) -> Path:
 
 
 @pytest.mark.multiprocess
-def test_two_conversions(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
-    rounds("convert", 2, tiny_arguments, images, tmp_path)
+@pytest.mark.parametrize("kind", RESULTS)
+def test_two_at_the_same_time(kind: str, tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+    rounds(kind, 1, tiny_arguments, images, tmp_path)
 
 
 @pytest.mark.slow
