@@ -21,7 +21,8 @@ class Tokenizer(nn.Module, ABC):
     """Images in [0, 1] <-> codes; a network that works in another range converts inside.
 
     A new tokenizer implements the abstract methods below and enters the table of registry.py; it overrides
-    `fast_decoder` where it has a faster form. Names of its parameters begin with none of `utils.files.weights.WRAPPERS`.
+    `fast_decoder` where it has a faster form. No name of a parameter begins with one of
+    `utils.files.weights.WRAPPERS`.
 
     Attributes:
         codebook_size: V; codebook_dim: Z.
