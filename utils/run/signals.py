@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 
@@ -42,6 +43,7 @@ def end_with_parent_only(worker_id: int) -> None:
     children at exit, and do nothing else: one to the whole process group must not take away the batches before the last
     step. To tell them apart they are blocked and waited for in a thread."""
     parent = os.getppid()
+    sys.excepthook = lambda *_: None  # of the thread that hands over batches; the parent says in one line what it means
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def wait() -> None:
