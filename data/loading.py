@@ -12,6 +12,7 @@ torch's DataLoader does the work. What it does not do by itself:
 
 import errno
 import multiprocessing
+import os
 import pickle
 import signal
 import time
@@ -23,12 +24,14 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from data.images.image_source import OUT_OF_FILES
 from utils.errors import InputError, TrainingError
 from utils.run.signals import StoppedWaitingError, end_with_parent_only
 
 Batch = dict[str, Tensor]
 POLL_SECONDS = 1  # between looks for a stop signal while waiting
 PATIENCE_SECONDS = 5  # in which a batch may still come after a stop signal
+FILES, FILES_PER_WORKER = 24, 4  # open at once: pipes to the workers, and the memory of batches on their way
 SHARED_MEMORY = (
     "shared memory (/dev/shm) is full: make it larger (docker run --shm-size=8g, or --ipc=host) or lower "
     "dataset.params.num_workers_per_gpu or training.per_gpu_batch_size"
@@ -72,6 +75,8 @@ class Batches(Iterator[Batch]):
             timeout=POLL_SECONDS if num_workers else 0,
             worker_init_fn=end_with_parent_only,
         )
+        if num_workers:
+            _check_open_files(FILES + FILES_PER_WORKER * num_workers)
         handler = signal.getsignal(signal.SIGCHLD)
         try:
             self._batches = iter(loader)
@@ -85,7 +90,7 @@ class Batches(Iterator[Batch]):
         while True:
             try:
                 return next(self._batches).open()
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, EOFError) as error:
                 if self._workers and "DataLoader timed out" in str(error):
                     self._give_up_after_a_stop()
                     continue
@@ -144,7 +149,7 @@ class _Message:
         """Called by the DataLoader in a thread of the main process, where nothing can be raised."""
         try:
             return _Message({key: values.pin_memory() for key, values in self.open().items()})
-        except (OSError, RuntimeError, InputError) as error:
+        except (OSError, RuntimeError, EOFError, InputError) as error:
             return _Message(error=str(_explained(error) or error))
 
 
@@ -152,10 +157,24 @@ def _as_it_is(message: Any) -> Any:
     return message
 
 
+def _check_open_files(count: int) -> None:
+    """torch leaves half of its workers behind where it runs out of files in the middle."""
+    opened = []
+    try:
+        for _ in range(count):
+            opened.append(os.open(os.devnull, os.O_RDONLY))
+    except OSError as error:
+        raise InputError(OPEN_FILES) from error
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+
+
 def _explained(error: Exception) -> InputError | None:
     """What an error of the operating system means, as Python or torch tells it; None: nothing that is known here."""
     text, number = str(error), getattr(error, "errno", None)
-    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "items of ancdata" in text:
+    no_answer = isinstance(error, EOFError | ConnectionError)  # of a living worker that was asked for a batch's memory
+    if number in OUT_OF_FILES or "Too many open files" in text or "items of ancdata" in text or no_answer:
         return InputError(OPEN_FILES)
     if number == errno.ENOSPC or "No space left on device" in text or "shared memory" in text:
         return InputError(SHARED_MEMORY)

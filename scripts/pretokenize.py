@@ -193,23 +193,22 @@ def encode(
     items = [list(block[i : i + batch_size]) for block in blocks for i in range(0, len(block), batch_size)]
     batches, launcher = Batches(images, items, num_workers, world.device.type == "cuda"), StopSignals()
     initial = len(images) - sum(map(len, parts.missing()))
-    progress = tqdm(total=len(images), initial=initial, unit="image", smoothing=0, disable=not world.is_main)
-    for block in blocks:
-        rows = []  # per batch: (b * K, N + 1)
-        for _ in range(0, len(block), batch_size):
-            batch = next(batches)
-            images.notes.add(batch["index"], batch["notes"])
-            is_bad = (batch["notes"] & Note.UNREADABLE > 0).repeat_interleave(batch["image"].shape[1])[:, None]
-            crops = batch["image"].flatten(0, 1)  # (b, K, 3, H, W) -> (b * K, 3, H, W)
-            codes = tokenizer.encode(crops.to(world.device)).cpu()
-            rows.append(torch.cat([codes, is_bad], dim=1).numpy().astype(np.uint16))
-        if launcher.requested():
-            raise TrainingError("torchrun is gone; the same command continues")
-        with parts.writing(block) as partial, partial.open("wb") as file:
-            np.save(file, np.concatenate(rows))
-        if world.is_main:
-            progress.update(len(images) - sum(map(len, parts.missing())) - progress.n)
-    progress.close()
+    with tqdm(total=len(images), initial=initial, unit="image", smoothing=0, disable=not world.is_main) as progress:
+        for block in blocks:
+            rows = []  # per batch: (b * K, N + 1)
+            for _ in range(0, len(block), batch_size):
+                batch = next(batches)
+                images.notes.add(batch["index"], batch["notes"])
+                is_bad = (batch["notes"] & Note.UNREADABLE > 0).repeat_interleave(batch["image"].shape[1])[:, None]
+                crops = batch["image"].flatten(0, 1)  # (b, K, 3, H, W) -> (b * K, 3, H, W)
+                codes = tokenizer.encode(crops.to(world.device)).cpu()
+                rows.append(torch.cat([codes, is_bad], dim=1).numpy().astype(np.uint16))
+            if launcher.requested():
+                raise TrainingError("torchrun is gone; the same command continues")
+            with parts.writing(block) as partial, partial.open("wb") as file:
+                np.save(file, np.concatenate(rows))
+            if world.is_main:
+                progress.update(len(images) - sum(map(len, parts.missing())) - progress.n)
 
 
 def join(parts: Parts, store_path: Path, meta: StoreMeta, source: ImageSource, max_bad_fraction: float) -> None:

@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,6 +72,7 @@ def end_with_parent_only(worker_id: int) -> None:
     children at exit, and do nothing else: one to the whole process group must not take away the batches before the last
     step. To tell them apart they are blocked and waited for in a thread."""
     parent = os.getppid()
+    sys.excepthook = lambda *_: None  # of the thread that hands over batches; the parent says in one line what it means
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def wait() -> None:
