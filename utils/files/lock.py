@@ -94,7 +94,7 @@ def _acquire(lock: SoftFileLease, path: Path, owner_path: Path) -> None:
 
 
 class _Emptiness:
-    """A lock whose owner was killed between making and writing it. `filelock` keeps one for ever, as of old versions."""
+    """A lock whose owner was killed between making and writing it. `filelock` keeps it for ever."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.seen, self.since = path, None, 0.0
