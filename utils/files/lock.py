@@ -22,6 +22,7 @@ from utils.errors import InputError
 
 LOCK = ".lock"
 LEASE_S, HEARTBEAT_S = 30, 5  # an owner on another machine that has not touched its lock for a lease is dead
+EMPTY_S = 1  # an owner that has not written its name by then was killed before it could
 POLL_S = 0.1
 
 
@@ -73,7 +74,7 @@ def only_writer(path: Path, inside: bool = False) -> Iterator[None]:
 
 
 def _acquire(lock: SoftFileLease, path: Path, owner_path: Path) -> None:
-    first_touch, told = None, False
+    first_touch, told, emptiness = None, False, _Emptiness(Path(lock.lock_file))
     deadline = time.monotonic() + LEASE_S + 2 * HEARTBEAT_S
     while True:
         try:
@@ -81,6 +82,7 @@ def _acquire(lock: SoftFileLease, path: Path, owner_path: Path) -> None:
             return
         except Timeout:
             owner, touch = _read_owner(lock, owner_path), _last_touch(lock)
+        emptiness.remove()
         first_touch = first_touch or touch
         is_alive = owner is not None and (_is_alive(owner) or touch not in (None, first_touch))
         if is_alive or time.monotonic() > deadline:
@@ -89,6 +91,36 @@ def _acquire(lock: SoftFileLease, path: Path, owner_path: Path) -> None:
             print(f"{path}: locked by {owner}; watching for {LEASE_S} s whether it lives", file=sys.stderr, flush=True)
             told = True
         time.sleep(POLL_S)
+
+
+class _Emptiness:
+    """A lock whose owner was killed between making and writing it. `filelock` keeps it for ever."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.seen, self.since = path, None, 0.0
+
+    def remove(self) -> None:
+        """To be called again and again: the file goes when it has been seen empty for `EMPTY_S`."""
+        now = self._identity(self.path)
+        if now is None or now != self.seen:
+            self.seen, self.since = now, time.monotonic()
+        elif time.monotonic() - self.since > EMPTY_S:
+            aside = self.path.with_name(f"{self.path.name}.empty.{os.getpid()}")
+            with suppress(FileNotFoundError):
+                self.path.rename(aside)
+                if self._identity(aside) == now:
+                    aside.unlink()
+                else:  # another process was quicker, and this is its new lock
+                    aside.rename(self.path)
+
+    @staticmethod
+    def _identity(path: Path) -> tuple[int, int] | None:
+        """None: not there or not empty."""
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            return None
+        return (status.st_ino, status.st_mtime_ns) if status.st_size == 0 else None
 
 
 def _this_process() -> Owner:

@@ -49,6 +49,13 @@ def test_the_second_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_owner_that_was_killed_before_it_wrote_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a.npz.lock").touch()
+    with only_writer(tmp_path / "a.npz"):
+        assert (tmp_path / "a.npz.lock").stat().st_size > 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_inside_a_folder_that_is_removed_if_nothing_came_of_it(tmp_path: Path) -> None:
     with only_writer(tmp_path / "made/run", inside=True):
         assert (tmp_path / "made/run/.lock").exists()
