@@ -97,7 +97,8 @@ class _Emptiness:
     """A lock whose owner was killed between making and writing it. `filelock` keeps it for ever."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.seen, self.since = path, None, 0.0
+        self.path, self.since = path, 0.0
+        self.seen: tuple[int, int] | None = None
 
     def remove(self) -> None:
         """To be called again and again: the file goes when it has been seen empty for `EMPTY_S`."""
