@@ -167,3 +167,8 @@ class TrainingBatches:
         """For the log: visits of images that could not be decoded, by all ranks since their start."""
         mine = self.notes.num_skipped if self.notes is not None else 0
         return {"skipped_images": int(world.sum(torch.tensor(mine)))}
+
+    def tell_notes(self) -> None:
+        """How many images this process had to leave out or to change."""
+        if self.notes is not None:
+            self.notes.summary()

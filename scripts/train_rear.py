@@ -110,6 +110,7 @@ def main(config: Config) -> str:
             if run.grid_due and not training.fsdp:  # generation reads the parameters outside a forward pass
                 run.draw("samples", partial(save_sample_grid, modules.get("ema", model), tokenizer, config, step + 1))
 
+        batches.tell_notes()
         if run.finish():
             run.export("ema" if ema else "model")
     return run.status

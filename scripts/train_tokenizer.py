@@ -130,6 +130,7 @@ def main(config: Config) -> str:
                 run.log(metrics)
             if run.save_due:
                 run.save()
+        batches.tell_notes()
         run.finish()
     return run.status
 

@@ -197,3 +197,29 @@ def test_a_typo_ends_before_the_slow_imports(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert "did you mean" in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_skip_leaves_bad_images_out(
+    tiny_arguments: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    whole, some = tmp_path / "whole.tokens", tmp_path / "some.tokens"
+    skip = ["dataset.params.on_bad_sample=skip", "dataset.params.num_workers_per_gpu=1"]
+    pretokenize.main(load_config(arguments(tiny_arguments, images, whole)))
+    (images / "cat/2.png").write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"1 of 6 images cannot be decoded.*max_bad_fraction=0\.001: .*cat/2\.png"):
+        pretokenize.main(load_config(arguments(tiny_arguments, images, some, *skip)))
+    pretokenize.main(load_config(arguments(tiny_arguments, images, some, *skip, "dataset.params.max_bad_fraction=0.2")))
+    assert "some.tokens: 6 images, 1 left out, 50 samples" in capsys.readouterr().out
+    store, rows = TokenStore(some), np.r_[0:20, 30:60]
+    np.testing.assert_array_equal(store.codes, TokenStore(whole).codes[rows])
+    assert store.class_ids.tolist() == [0] * 20 + [1] * 30
+    assert store.meta.num_skipped == 1
+
+
+def test_another_background_is_another_store(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+    ours = arguments(tiny_arguments, images, tmp_path / "codes.tokens")
+    pretokenize.main(load_config(ours))
+    settings = TokenStore(tmp_path / "codes.tokens").meta.settings
+    assert "dataset.preprocessing.background" not in settings  # as in older stores
+    with pytest.raises(InputError, match="made otherwise: settings"):
+        pretokenize.main(load_config([*ours, "dataset.preprocessing.background=black"]))

@@ -89,3 +89,24 @@ def test_missing_images(tiny_arguments: list[str], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="eval_shards_path_or_url: missing"):
         reconstruct.main(config)
     assert not (tmp_path / "out").exists()
+
+
+def test_skip_leaves_bad_images_out(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+    (images / "cat/0.png").write_bytes(b"broken")
+    skip = ["dataset.params.on_bad_sample=skip", "dataset.params.max_bad_fraction=0.2"]
+    arrays = run(tiny_arguments, images, tmp_path / "out", *skip)
+    assert arrays["reference_labels"].tolist() == [0, 1, 0, 1, 0, 0]
+    assert len({image.tobytes() for image in arrays["reference"]}) == 6
+    with pytest.raises(InputError, match="cannot be decoded, expected at most"):
+        run(tiny_arguments, images, tmp_path / "out", skip[0])
+
+
+def test_labels_are_those_of_training(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+    for name in ("ant", "cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+    training = f"dataset.params.train_shards_path_or_url={tmp_path / 'train'}"
+    arrays = run(tiny_arguments, images, tmp_path / "out", training)
+    assert arrays["reference_labels"].tolist() == [1, 2, 1, 2, 1, 1, 1]
+    (tmp_path / "train/dog").rmdir()
+    with pytest.raises(InputError, match=r"found 1 class names that .*train lacks or has twice, such as 'dog'"):
+        run(tiny_arguments, images, tmp_path / "out", training)

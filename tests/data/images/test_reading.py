@@ -11,9 +11,10 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from data.batch_sampler import Visit
+from data.images.decoding import Decoding
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
 from utils.errors import InputError
@@ -210,3 +211,60 @@ def test_shard_changed_after_opening(shards: Path) -> None:
     (shards / "a-000001.tar").write_bytes(b"short")
     with pytest.raises(InputError, match="changed after it was opened"):
         source[5]
+
+
+def add(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a/22.05.png", "a/22.05.cls", "a/22.06.png", "a/22.06.cls"),
+        ("a/22.png", "a/22.cls", "a/22.05.png", "a/22.05.cls"),
+        ("a/1.png", "a/1.cls", "b/x.seg.png"),
+    ],
+)
+def test_an_image_that_becomes_no_sample_is_an_error(tmp_path: Path, names: tuple[str, ...]) -> None:
+    path = add(tmp_path / "a.tar", {name: encode(picture(1)) if name.endswith("png") else b"0" for name in names})
+    with pytest.raises(InputError, match=rf"{path}, member '.*png': becomes no sample.* expected names with one dot"):
+        open_images(str(path))
+
+
+def test_members_left_out_are_counted_and_dot_files_are_not(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    png = encode(picture(1))
+    members = {"./a/1.png": png, "./a/1.cls": b"0", "./a/._1.png": b"AppleDouble", ".x/2.png": png}
+    source = open_images(str(add(tmp_path / "a.tar", {**members, "a/1.json": b"{}", "./a/1.seg.png": png})))
+    assert [source.key(i) for i in range(len(source))] == ["./a/1"]
+    said = capsys.readouterr().err
+    assert "a.tar: left out 2 files: 1 json (no image, such as a/1.json), 1 png (not the image of its sample" in said
+
+
+def test_a_linked_member_is_refused(tmp_path: Path) -> None:
+    path = add(tmp_path / "a.tar", {"1.png": encode(picture(1)), "1.cls": b"0", "2.cls": b"0"})
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo("2.png")
+        member.type, member.linkname = tarfile.LNKTYPE, "1.png"
+        tar.addfile(member)
+    with pytest.raises(InputError, match=r"member '2\.png': found a link, expected a file"):
+        open_images(str(path))
+
+
+def test_notes_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    clear, seen = encode(picture(1).convert("RGBA")), Image.new("RGBA", (8, 8))
+    samples = [{"__key__": str(i), "png": encode(seen) if i else clear, "cls": "0"} for i in range(3)]
+    source = open_images(str(write_shard(tmp_path / "a.tar", samples)), decoding=Decoding("black"))
+    dataset = ImageDataset(source, training_transform(PreprocessingConfig(8, 8)), seed=0)
+    for _ in range(2):
+        batch = default_collate([dataset[i] for i in range(3)])
+        dataset.notes.add(batch["index"], batch["notes"])
+    assert batch["image"][2].max() == 0
+    dataset.notes.summary()
+    meaning = "transparency: composited on dataset.preprocessing.background"
+    said = [f"notice: {tmp_path}/a.tar, sample '1': {meaning}", f"notice: 2 of 3 images: {meaning}"]
+    assert capsys.readouterr().err.splitlines() == said

@@ -1,0 +1,109 @@
+"""From file to RGB: depth, transparency, orientation; ordinary images as Pillow converts them."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.images.decoding import Decoding, Note
+
+RAMP = np.linspace(0, 65535, 256 * 16).reshape(16, 256)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def pixels(encoded_image: bytes, **rule: object) -> tuple[np.ndarray, Note]:
+    image, note = Decoding(**rule).decode(encoded_image)
+    assert image.mode == "RGB"
+    return np.asarray(image), note
+
+
+@pytest.fixture
+def noise() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("RGB", "PNG"), ("RGB", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("1", "PNG"), ("CMYK", "JPEG"), ("RGB", "BMP")],
+)
+def test_ordinary_images_are_as_pillow_converts_them(noise: Image.Image, mode: str, kind: str) -> None:
+    content = encoded(noise.convert(mode), kind)
+    found, note = pixels(content, background="black", exif_orientation=True)
+    np.testing.assert_array_equal(found, np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
+    assert note == Note(0)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
+def test_deep_grey_is_scaled(kind: str) -> None:
+    found, note = pixels(encoded(Image.fromarray(RAMP.astype(np.uint16)), kind, **{}))
+    assert 126 < found.mean() < 129
+    assert (found.min(), found.max()) == (0, 255)
+    assert note == Note.DEEP
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_a_range_that_is_not_known_is_refused(dtype: type) -> None:
+    with pytest.raises(ValueError, match=r"32-bit grey of mode ., expected 8 or 16 bits"):
+        Decoding().decode(encoded(Image.fromarray(RAMP.astype(dtype)), "TIFF"))
+
+
+def half_transparent() -> Image.Image:
+    """Red; the left half is not to be seen."""
+    rgba = np.full((4, 8, 4), (200, 10, 20, 255), dtype=np.uint8)
+    rgba[:, :4, 3] = 0
+    return Image.fromarray(rgba)
+
+
+@pytest.mark.parametrize(("background", "value"), [("white", 255), ("grey", 128), ("black", 0)])
+def test_transparency_lies_on_the_background(background: str, value: int) -> None:
+    with_palette = Image.fromarray(np.repeat([[0, 1]], 4, axis=1).repeat(4, axis=0).astype(np.uint8), "P")
+    with_palette.putpalette([9, 9, 9, 200, 10, 20])
+    deep = Image.fromarray(np.where(np.arange(8) < 4, 777, 51456).astype(np.uint16)[None].repeat(4, axis=0))
+    files = {
+        "rgba": (encoded(half_transparent()), (200, 10, 20)),
+        "webp": (encoded(half_transparent(), "WEBP", lossless=True), (200, 10, 20)),
+        "palette": (encoded(with_palette, transparency=0), (200, 10, 20)),
+        "grey with alpha": (encoded(half_transparent().convert("LA")), (68, 68, 68)),
+        "16-bit grey": (encoded(deep, transparency=777), (201, 201, 201)),
+    }
+    for name, (content, colour) in files.items():
+        found, note = pixels(content, background=background)
+        assert note & Note.TRANSPARENT, name
+        assert (found[:, :4] == value).all(), name
+        assert (found[:, 4:] == colour).all(), name
+
+
+def test_an_opaque_alpha_channel_changes_nothing(noise: Image.Image) -> None:
+    found, note = pixels(encoded(noise.convert("RGBA")))
+    np.testing.assert_array_equal(found, np.asarray(noise))
+    assert note == Note(0)
+
+
+def test_orientation(noise: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(noise, "PNG", exif=exif)
+    found, note = pixels(content)
+    np.testing.assert_array_equal(found, np.asarray(noise))
+    assert note == Note.NOT_TURNED
+    found, note = pixels(content, exif_orientation=True)
+    np.testing.assert_array_equal(found, np.rot90(np.asarray(noise), -1))
+    assert note == Note.TURNED
+
+
+def test_a_damaged_exif_entry_does_no_harm(noise: Image.Image) -> None:
+    content = encoded(noise, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert pixels(content, exif_orientation=True)[1] == Note(0)
+
+
+def test_the_first_of_several_frames(noise: Image.Image) -> None:
+    content = encoded(noise, "TIFF", save_all=True, append_images=[Image.new("RGB", noise.size)])
+    found, note = pixels(content)
+    np.testing.assert_array_equal(found, np.asarray(noise))
+    assert note == Note.FRAMES

@@ -1,0 +1,119 @@
+"""The loader of all scripts: errors of workers arrive as one line, and nothing waits for ever."""
+
+import errno
+import multiprocessing
+import os
+import resource
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+from data import loading
+from data.loading import Batches
+from utils.errors import InputError, TrainingError
+from utils.run.signals import StoppedWaitingError
+
+ITEMS = [[0, 1], [2, 3], [4, 5]]
+
+
+class Numbers(Dataset):
+    """Item i is i; `at` does something else."""
+
+    collate = staticmethod(default_collate)
+
+    def __init__(self, at: int = -1, act: object = None) -> None:
+        self.at, self.act = at, act
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index == self.at:
+            self.act()
+        return {"index": torch.tensor(index)}
+
+
+def raises(error: Exception) -> object:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+@pytest.fixture(autouse=True)
+def no_worker_is_left() -> object:
+    before = set(multiprocessing.active_children())
+    yield
+    for worker in set(multiprocessing.active_children()) - before:
+        worker.terminate()  # what Python does at its end
+        worker.join(20)
+        assert worker.exitcode is not None
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_batches_come_in_order(workers: int) -> None:
+    assert [batch["index"].tolist() for batch in Batches(Numbers(), ITEMS, workers)] == ITEMS
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (InputError("x.png: broken"), r"^x\.png: broken$"),
+        (OSError(errno.EMFILE, "Too many open files"), r"ulimit -n .* dataset\.params\.num_workers_per_gpu"),
+        (RuntimeError("unable to write to file </torch_1>: No space left on device (28)"), "shm-size"),
+    ],
+)
+def test_an_error_arrives_as_one_line(workers: int, error: Exception, message: str) -> None:
+    batches = Batches(Numbers(3, raises(error)), ITEMS, workers)
+    assert next(batches)["index"].tolist() == [0, 1]
+    with pytest.raises(InputError, match=message) as raised:
+        next(batches)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("number", "message"), [(errno.ENOSPC, "shared memory"), (errno.EMFILE, "open files")])
+def test_a_batch_that_cannot_be_sent_is_an_error(monkeypatch: pytest.MonkeyPatch, number: int, message: str) -> None:
+    def dumps(batch: object) -> bytes:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(loading, "ForkingPickler", SimpleNamespace(dumps=dumps))
+    with pytest.raises(InputError, match=message):
+        next(Batches(Numbers(), ITEMS, 1))
+
+
+@pytest.mark.parametrize(("number", "message"), [(9, "was killed by SIGKILL"), (signal.SIGBUS, "shared memory")])
+def test_a_dead_worker_is_named(number: int, message: str) -> None:
+    batches = Batches(Numbers(3, lambda: os.kill(os.getpid(), number)), ITEMS, 1)
+    with pytest.raises(TrainingError, match=f"{message}.*dataset.params.num_workers_per_gpu"):
+        list(batches)  # the first batch may have come, or not
+
+
+def test_too_few_files_are_noticed_before_workers_start() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, hard))
+    try:
+        with pytest.raises(InputError, match="too many open files"):
+            Batches(Numbers(), ITEMS, 12)
+        assert len(list(Batches(Numbers(), ITEMS, 0))) == 3
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_stop_signal_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(loading, "PATIENCE_SECONDS", 0.2)
+    batches = Batches(Numbers(3, lambda: time.sleep(600)), ITEMS, 1, stop_requested=lambda: True)
+    assert next(batches)["index"].tolist() == [0, 1]
+    with pytest.raises(StoppedWaitingError):
+        next(batches)
+
+
+def test_a_slow_batch_comes_without_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "POLL_SECONDS", 0.1)
+    assert len(list(Batches(Numbers(3, lambda: time.sleep(1)), ITEMS, 1))) == 3
