@@ -261,8 +261,9 @@ class TrainingRun:
         self._status.end(self.is_last, self._guard.signals)
         if self._tracker is not None:
             self._tracker.flush()
-            with going_on(self.logger, "training curves"):
-                save_training_curves(self.output_dir / "metrics.jsonl", self.output_dir / "training_curves.png")
+            if self.is_last:
+                with going_on(self.logger, "training curves"):
+                    save_training_curves(self.output_dir / "metrics.jsonl", self.output_dir / "training_curves.png")
         return self.is_last
 
     def export(self, name: str) -> None:
