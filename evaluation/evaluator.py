@@ -144,7 +144,7 @@ def main() -> None:
         report = evaluate(world=world, **args)
         if world.is_main:
             print_metrics(report)
-            print(f"report: {write_report(report, args['samples'])}")
+            print(f"report: {write_report(report, args['samples'])}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,8 @@ def train_in_child(arguments: list[str], environment: dict[str, str], output: st
     """As a process of its own: environment and output are those of a launched script."""
     multiprocessing.set_start_method("fork", force=True)  # as in a script on Linux, for the data loader's workers
     os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background, or under nohup, ignores them
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(os.environ.get("TEST_CWD", ".").format(rank=os.environ.get("RANK")))
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

@@ -27,5 +27,5 @@ def save_training_curves(metrics_path: Path, picture_path: Path) -> None:
     for place, (name, pairs) in enumerate(points.items(), start=1):
         axes = figure.add_subplot(lines, COLUMNS, place)
         axes.plot(*zip(*pairs, strict=True))
-        axes.set_title(f"{name} by step")
+        axes.set_title(name)  # by step
     figure.savefig(picture_path, dpi=80)

@@ -173,11 +173,13 @@ def test_damage_is_named_in_one_line(tmp_path: Path, case: str, expected: str) -
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_in_the_place_of_a_class_id_is_named(tmp_path: Path) -> None:
+def test_a_folder_in_the_place_of_a_class_id_is_none(tmp_path: Path) -> None:
     (tmp_path / "one.cls").mkdir()
+    (tmp_path / "one.png").write_bytes(b"pixels")
     with tarfile.open(tmp_path / "bad.tar", "w") as tar:
-        tar.add(tmp_path / "one.cls", "one.cls")
-    with pytest.raises(InputError, match=r"bad.tar, sample 'one': found a .cls that is no file"):
+        for name in ("one.cls", "one.png"):
+            tar.add(tmp_path / name, name)
+    with pytest.raises(InputError, match=r"bad\.tar, sample 'one': found no class id \(\.cls\)"):
         open_images(str(tmp_path / "bad.tar"))
 
 
