@@ -136,6 +136,8 @@ def _parse_override(override: str) -> dict[str, Any]:
     name, _, text = override.partition("=")
     if name in KEYS and KEYS[name].is_text and text != "null":
         return {name: os.path.expanduser(text)}
+    if name in KEYS and not KEYS[name].may_be(text):
+        raise ConfigError(f"command line: {name}={text}: expected {KEYS[name].kind}")
     try:
         return dict(_flat(OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
     except (yaml.YAMLError, OmegaConfBaseException) as error:

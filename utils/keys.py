@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import inspect
 import io
+import re
 import tokenize
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from utils.marks import Follows, Range, Words
 
 M = TypeVar("M")
 UNIONS = (Union, UnionType)
+INTEGER = r"(0|[1-9][0-9]*)"
+FLOAT = r"((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
 KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -56,6 +59,19 @@ class Key:
     @property
     def is_text(self) -> bool:
         return self.type is str or str in get_args(self.type)
+
+    def may_be(self, text: str) -> bool:
+        """Whether text of a command line says a value of this type as it is: YAML would read 010 as 8, 1:30 as 90 and
+        -4 as true. What it says of NaN and infinity, of lists and of other keys is for others to check."""
+        kinds = get_args(self.type) if get_origin(self.type) in UNIONS else (self.type,)
+        if text == "null" or text.startswith("${") or not {bool, int, float} & set(kinds):
+            return True
+        if bool in kinds:
+            return text.lower() in ("true", "false", "yes", "no", "on", "off")
+        unsigned = text.lstrip("+-")
+        if float in kinds and unsigned.lower().lstrip(".") in ("nan", "inf"):
+            return True
+        return bool(re.fullmatch(r"[+-]?" + (FLOAT if float in kinds else INTEGER), text))
 
     @property
     def allowed(self) -> str:

@@ -40,7 +40,7 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         (["trainig.seed=4"], "unknown key 'trainig.seed'; did you mean 'training.seed'"),
         (["training.output_dir=4"], "did you mean 'experiment.output_dir'"),
         (["training.seed=abc"], "training.seed=abc: expected a whole number"),
-        (["training.max_train_steps=1e3"], "training.max_train_steps=1000.0: expected a whole number"),
+        (["training.max_train_steps=1e3"], "training.max_train_steps=1e3: expected a whole number"),
         (["training.use_ema=2.5"], "training.use_ema=2.5: expected true or false"),
         (["inspection.rows=3"], "inspection.rows=3: expected a list of whole numbers or null"),
         (["inspection.rows=[0,-1]"], "inspection.rows=[0, -1]: expected at least 0"),
