@@ -95,10 +95,16 @@ class Batches(Iterator[Batch]):
                 if self._workers and "DataLoader timed out" in str(error):
                     self._give_up_after_a_stop()
                     continue
-                if isinstance(error, EOFError | ConnectionError):  # a worker that dies is gone a moment later
-                    wait([worker.sentinel for worker in self._workers], POLL_SECONDS)
-                dead = [worker.exitcode for worker in self._workers if worker.exitcode]
+                dead = self._exit_codes(POLL_SECONDS if isinstance(error, EOFError | ConnectionError) else 0)
                 raise _of_dead_worker(dead[0]) if dead else _explained(error) or error from error
+
+    def _exit_codes(self, patience: float) -> list[int]:
+        """Of workers that have failed. A process that dies loses its connections first and has an exit code later."""
+        closed = wait([worker.sentinel for worker in self._workers], patience)
+        for worker in self._workers:
+            if worker.sentinel in closed:
+                worker.join()
+        return [worker.exitcode for worker in self._workers if worker.exitcode]
 
     def _give_up_after_a_stop(self) -> None:
         if not self._stop_requested():
@@ -149,7 +155,7 @@ class _Message:
         return self.batch if self.batch is not None else pickle.loads(self.sent)
 
     def pin_memory(self) -> "_Message":
-        """Called by the DataLoader in a thread of the main process, where nothing can be raised: what fails here is left
+        """Called by the DataLoader in a thread of the main process, where nothing can be raised: what fails is left
         as it is, and fails again where it is opened."""
         try:
             return _Message({key: values.pin_memory() for key, values in self.open().items()})
