@@ -18,6 +18,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -94,8 +95,16 @@ class Batches(Iterator[Batch]):
                 if self._workers and "DataLoader timed out" in str(error):
                     self._give_up_after_a_stop()
                     continue
-                dead = [worker.exitcode for worker in self._workers if worker.exitcode]
+                dead = self._exit_codes(POLL_SECONDS if isinstance(error, EOFError | ConnectionError) else 0)
                 raise _of_dead_worker(dead[0]) if dead else _explained(error) or error from error
+
+    def _exit_codes(self, patience: float) -> list[int]:
+        """Of workers that have failed. A process that dies loses its connections first and has an exit code later."""
+        closed = wait([worker.sentinel for worker in self._workers], patience)
+        for worker in self._workers:
+            if worker.sentinel in closed:
+                worker.join()
+        return [worker.exitcode for worker in self._workers if worker.exitcode]
 
     def _give_up_after_a_stop(self) -> None:
         if not self._stop_requested():
@@ -146,11 +155,12 @@ class _Message:
         return self.batch if self.batch is not None else pickle.loads(self.sent)
 
     def pin_memory(self) -> "_Message":
-        """Called by the DataLoader in a thread of the main process, where nothing can be raised."""
+        """Called by the DataLoader in a thread of the main process, where nothing can be raised: what fails is left
+        as it is, and fails again where it is opened."""
         try:
             return _Message({key: values.pin_memory() for key, values in self.open().items()})
-        except (OSError, RuntimeError, EOFError, InputError) as error:
-            return _Message(error=str(_explained(error) or error))
+        except (OSError, RuntimeError, EOFError, InputError):
+            return self
 
 
 def _as_it_is(message: Any) -> Any:
