@@ -34,7 +34,9 @@ def test_no_command_line_gives_a_traceback_or_another_value() -> None:
         argument = typed(rng)
         name, _, text = argument.partition("=")
         try:
-            config = load_config([*(["experiment.output_dir=out"] if name != "experiment.output_dir" else []), argument])
+            config = load_config(
+                [*(["experiment.output_dir=out"] if name != "experiment.output_dir" else []), argument]
+            )
         except ConfigError as error:
             assert "\n" not in str(error), argument
             continue

@@ -44,8 +44,8 @@ class Provenance:
     tokenizer_sha256: str | None = None  # of the weights of the tokenizer whose codes are learned; None: not told
 
     def record(self, step: int) -> dict[str, Any]:
-        """In short, for weights that lie alone."""
-        hashes = {"code": self.code_hash, "data": self.data_hash, "config": hash_of(self.config)}
+        """In short, for weights that lie alone. Not the config, which names folders: equal weights are equal files."""
+        hashes = {"code": self.code_hash, "data": self.data_hash}
         return {"step": step, "tokenizer_sha256": self.tokenizer_sha256, **hashes}
 
 

@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_what_is_saved_is_not_missing(parts: SampleParts) -> None:
 def test_a_write_that_fails_leaves_nothing(parts: SampleParts, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(file: object, array: np.ndarray) -> None:
         file.write(b"half")
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "disk full")
 
     monkeypatch.setattr(np, "save", cut)
     with pytest.raises(OSError, match="disk full"):
