@@ -117,9 +117,7 @@ class HeldoutImages:
         self.dataset = ImageDataset(source, transform, 0, allowed_bad_fraction(params))
         self.batch_size, self.num_workers = sampling.per_gpu_batch_size, params.num_workers_per_gpu
         order = order_by_turns(source.class_ids, sampling.seed)
-        if (
-            allowed_bad_fraction(params) > 0
-        ):  # how many there are must be known before the files are begun: read all, once more
+        if allowed_bad_fraction(params) > 0:  # their number must be known before the files are begun: read all
             order = order[~self._unreadable(order)]
         self.order = order[: sampling.num_fid_samples]
         self.labels = source.class_ids[self.order].astype(np.int64)

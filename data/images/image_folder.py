@@ -29,11 +29,12 @@ class ImageFolder(ImageSource):
         files = [_image_names(root, folder, left_out) for folder in self._folders]
         left_out.notify(str(root))
         self.class_names = list(map(printable, self._folders))
-        self.class_ids = np.repeat(np.arange(len(files), dtype=np.int32), [len(names) for names in files])
+        self._folder_of = np.repeat(np.arange(len(files), dtype=np.int32), [len(names) for names in files])
+        self.class_ids = self._folder_of  # until `name_classes`
         self._names = np.array([to_bytes(name) for names in files for name in names])
 
     def key(self, index: int) -> str:
-        return f"{self._folders[self.class_ids[index]]}/{to_text(self._names[index])}"
+        return f"{self._folders[self._folder_of[index]]}/{to_text(self._names[index])}"
 
     def location(self, index: int) -> str:
         return printable(str(self.root / self.key(index)))

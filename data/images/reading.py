@@ -43,7 +43,7 @@ def open_images(path: str, num_classes: int | None = None, decoding: Decoding | 
 
 def allowed_bad_fraction(params: DatasetParams) -> float:
     """Share of bad samples that may be left out; 0: none."""
-    return params.max_bad_fraction if params.on_bad_sample == "skip" else 0.0
+    return params.max_bad_fraction * (params.on_bad_sample == "skip")
 
 
 class ImageDataset(Dataset):
