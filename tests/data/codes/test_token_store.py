@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from data.batch_sampler import GlobalBatchSampler, Visit
 from data.codes import jsonl
@@ -16,6 +15,7 @@ from data.codes.jsonl import LineParser, Sizes, format_lines, read_range
 from data.codes.store_files import StoreMeta
 from data.codes.token_store import TokenStore, open_tokens
 from data.codes.token_writer import new_token_store
+from data.loading import Batches
 from utils.errors import InputError
 
 SIZES = Sizes(codebook_size=1024, image_seq_len=6, num_classes=10)
@@ -88,8 +88,7 @@ def test_batches(tmp_path: Path) -> None:
         store[40]
     sampler = GlobalBatchSampler(40, 8, 1, 0, 1, seed=0, first_step=0, last_step=7)
     for workers in (0, 2):
-        loader = DataLoader(store, batch_sampler=sampler, num_workers=workers, collate_fn=store.collate)
-        for batch, draws in zip(loader, sampler, strict=True):
+        for batch, draws in zip(Batches(store, sampler, workers), sampler, strict=True):
             assert batch["index"].tolist() == [draw.index for draw in draws]
             np.testing.assert_array_equal(batch["codes"], codes[batch["index"]])
 
