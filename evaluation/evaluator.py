@@ -10,7 +10,8 @@ batch size give the same. Without Inception weights, efficientnet_lite0 gives a 
 package ships: it is no FID, and comparable at equal N only.
 
 Writes <SAMPLES>.<backend>.json beside the samples: the numbers, N, hashes of the files and of the weights, versions. A
-second reference for the same samples gets a report of its own, <SAMPLES>.<REF>.<backend>.json.
+second reference for the same samples gets a report of its own, <SAMPLES>.<REF>.<backend>.json. What a report tells of
+the same files, weights, device, code and versions is not computed again.
 """
 
 import argparse
@@ -28,10 +29,17 @@ import torch
 from evaluation.collect import Collected, collect
 from evaluation.features import EfficientNetLite0, Extractor
 from evaluation.inception import Inception
-from evaluation.inputs import open_input
+from evaluation.inputs import check_statistics, open_input
 from evaluation.metrics import frechet_distance
 from evaluation.precision_recall import FEATURE_DTYPES, precision_recall
-from evaluation.report import describe, print_description, print_metrics, write_report
+from evaluation.report import (
+    USUAL_DISTANCE,
+    describe,
+    find_same,
+    print_description,
+    print_metrics,
+    write_report,
+)
 from utils.errors import InputError, input_errors_exit
 from utils.files.npz import Npz
 from utils.ranks import World, join_world
@@ -45,7 +53,7 @@ def evaluate(
     world: World,
     backend: str = "inception",
     inception: Path | None = None,
-    distance: str = "tf-fp16",
+    distance: str = USUAL_DISTANCE,
     batch_size: int = 64,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
@@ -59,7 +67,8 @@ def evaluate(
         device: of the features; None: that of `world`.
 
     Returns:
-        the report: `metrics` by name, `warnings`, and what they were computed from.
+        the report: `metrics` by name, `warnings`, and what they were computed from; if one with the same origin lies
+        beside the samples, that one.
 
     Raises:
         InputError: a file or the weights are not as expected; no feature has been computed then.
@@ -67,16 +76,22 @@ def evaluate(
     device = device or world.device
     extractor = world.main_first(lambda: load_extractor(backend, inception, device))
     opened = [world.main_first(partial(open_input, path, verify=world.is_main)) for path in (reference, samples)]
-    report = describe(opened[0], opened[1], extractor, backend)
+    for npz in opened:
+        check_statistics(npz, extractor.weights_sha256)
+    settings = {"backend": backend, "device": device.type}
+    settings |= {"distance": distance} if backend == "inception" else {}
+    report = settings | describe(opened[0], opened[1], extractor, backend)
     if world.is_main:
         print_description(report)
+    if done := world.from_main(lambda: find_same(samples, report)):
+        return done
     keep_as = FEATURE_DTYPES[distance] if backend == "inception" else None
     sides = [
         collect(npz.images, extractor, world, device, batch_size, title, keep_as)
         for npz, title in zip(opened, ("reference", "samples"), strict=True)
     ]
     if backend == "inception":
-        report |= {"distance": distance, "metrics": adm_metrics(opened, sides, world, device)}
+        report["metrics"] = adm_metrics(opened, sides, world, device)
     else:
         moments = (side.pool.mean_and_covariance() for side in sides)
         report["metrics"] = {"frechet_distance": frechet_distance(*next(moments), *next(moments))}
@@ -137,7 +152,9 @@ def main() -> None:
     parser.add_argument("reference", type=Path, help="npz of reference images")
     parser.add_argument("samples", type=Path, help="npz of generated images")
     parser.add_argument("--backend", choices=BACKENDS, default="inception")
-    parser.add_argument("--distance", choices=tuple(FEATURE_DTYPES), default="tf-fp16", help="of precision and recall")
+    parser.add_argument(
+        "--distance", choices=tuple(FEATURE_DTYPES), default=USUAL_DISTANCE, help="of precision and recall"
+    )
     add_feature_options(parser)
     args = vars(parser.parse_args())
     with join_world() as world:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from utils.errors import InputError
+from utils.files.json_file import read_json
 from utils.files.npz import Npz, open_npz
 
 POOL_DIM, SPATIAL_DIM = 2048, 2023  # Inception pool_3, and 17 x 17 positions x 7 channels
@@ -11,9 +13,26 @@ STATISTICS = {
     "mu_s": (SPATIAL_DIM,),
     "sigma_s": (SPATIAL_DIM, SPATIAL_DIM),
 }
+WEIGHTS = "sha256 of the Inception weights"  # in the record beside a reference of our own
 MIN_IMAGES = 4  # a radius of precision and recall is the distance to the third neighbour
 
 
 def open_input(path: Path, verify: bool) -> Npz:
     """Check an npz and open it; see `open_npz`, also for the errors."""
     return open_npz(path, verify, STATISTICS, MIN_IMAGES)
+
+
+def check_statistics(npz: Npz, weights_sha256: str) -> None:
+    """
+    Raises:
+        InputError: the statistics that the file holds are known to come from other Inception weights.
+    """
+    record = npz.images.path.with_suffix(".json")
+    if npz.statistics is None or not record.is_file():
+        return
+    found = read_json(record).get("made_from", {}).get(WEIGHTS)
+    if found not in (None, weights_sha256):
+        raise InputError(
+            f"{npz.images.path}: holds statistics by Inception weights of sha256 {found[:12]}..., expected those of "
+            f"this evaluation, {weights_sha256[:12]}..."
+        )

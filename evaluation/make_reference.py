@@ -13,6 +13,7 @@ import argparse
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
@@ -22,11 +23,15 @@ from data.images.notices import CountedImages
 from data.images.reading import open_images
 from data.images.transforms import adm_center_crop
 from evaluation.evaluator import add_feature_options, load_extractor, positive
-from evaluation.inputs import MIN_IMAGES, open_input
+from evaluation.features import Extractor
+from evaluation.inputs import MIN_IMAGES, WEIGHTS, open_input
 from evaluation.reference import CroppedImages, ImageSource, NpzSource, make_reference
 from utils.errors import InputError, input_errors_exit
+from utils.files.hashing import file_sha256
 from utils.files.lock import only_writer
+from utils.files.made_from import is_made, write_record
 from utils.ranks import join_world
+from utils.run.folder import code_facts
 
 
 def open_source(source: str, output: Path, verify: bool, decoding: Decoding) -> ImageSource:
@@ -47,6 +52,22 @@ def open_source(source: str, output: Path, verify: bool, decoding: Decoding) -> 
     return opened
 
 
+def origin(source: ImageSource, extractor: Extractor, args: argparse.Namespace) -> dict[str, Any]:
+    """What the reference depends on; of a folder or shards names and classes, for the contents are read each time."""
+    fingerprint = source.source.fingerprint if isinstance(source, CountedImages) else file_sha256(Path(args.source))
+    options = {name: getattr(args, name) for name in ("resolution", "max_images", "background", "exif_orientation")}
+    return {"images": fingerprint, WEIGHTS: extractor.weights_sha256, **options}
+
+
+def claim(output: Path, made_from: dict[str, Any]) -> None:
+    """
+    Raises:
+        InputError: the output is there and was made otherwise.
+    """
+    is_made(output, made_from)
+    write_record(output, made_from, figures=code_facts())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="folder, shards or npz")
@@ -65,6 +86,8 @@ def main() -> None:
         decoding = Decoding(args.background, args.exif_orientation)
         source = world.main_first(lambda: open_source(args.source, args.output, world.is_main, decoding))
         world.from_main(lambda: held.enter_context(only_writer(args.output)))
+        made_from = origin(source, extractor, args)
+        world.from_main(lambda: claim(args.output, made_from))
         images = CroppedImages(source, lambda image: adm_center_crop(image, args.resolution))
         if world.is_main:
             print(f"weights: {extractor.weights_name}, sha256 {extractor.weights_sha256}")

@@ -1,5 +1,6 @@
 """What an evaluation reports: the printed lines, the warnings and the JSON file."""
 
+import glob
 import json
 import platform
 import sys
@@ -13,7 +14,9 @@ from utils.files.atomic import write_text
 from utils.files.hashing import file_sha256
 from utils.files.json_file import read_json
 from utils.files.npz import Npz
+from utils.run.folder import source_hash
 
+USUAL_DISTANCE = "tf-fp16"  # of precision and recall, as in the original
 PUBLISHED_N = 50_000  # samples behind published numbers
 # The first five are the lines of guided-diffusion's evaluator.
 TITLES = {
@@ -27,13 +30,13 @@ TITLES = {
 
 
 def describe(reference: Npz, samples: Npz, extractor: Extractor, backend: str) -> dict[str, Any]:
-    """The part of a report that is known before any feature is computed."""
+    """What is known of the files and the weights before any feature is computed."""
     return {
-        "backend": backend,
         "reference": _describe_file(reference),
         "samples": _describe_file(samples),
         "weights": {"file": extractor.weights_name, "sha256": extractor.weights_sha256},
         "versions": {
+            "code": source_hash(),
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in ("torch", "numpy", *extractor.packages)},
         },
@@ -87,7 +90,8 @@ def print_metrics(report: dict[str, Any]) -> None:
 
 
 def write_report(report: dict[str, Any], samples: Path) -> Path:
-    """Write `<samples>.<backend>.json` beside the samples file, complete or not at all.
+    """Write `<samples>.<backend>.json` beside the samples file, complete or not at all; with another distance than the
+    usual one `<samples>.<backend>-<distance>.json`.
 
     If that is the report of the same samples and another reference, it stays, and this one gets the name of its
     reference: `<samples>.<reference>.<backend>.json`.
@@ -95,14 +99,24 @@ def write_report(report: dict[str, Any], samples: Path) -> Path:
     Raises:
         InputError: a file of that name that is no report.
     """
-    reference, backend = report["reference"], report["backend"]
-    name = Path(reference["file"]).stem
+    reference, name = report["reference"], Path(report["reference"]["file"]).stem
+    distance = report.get("distance", USUAL_DISTANCE)
+    backend = report["backend"] if distance == USUAL_DISTANCE else f"{report['backend']}-{distance}"
     for part in ("", f".{name}", f".{name}-{reference['sha256'][:8]}"):
         path = samples.with_suffix(f"{part}.{backend}.json")
         if not path.exists() or not _is_of_other_pair(path, report):
             break
     write_text(path, json.dumps(report, indent=2) + "\n")
     return path
+
+
+def find_same(samples: Path, described: dict[str, Any]) -> dict[str, Any] | None:
+    """The report that an earlier evaluation of the same files left, with the same weights, code and versions."""
+    for path in sorted(samples.parent.glob(f"{glob.escape(samples.stem)}*.{described['backend']}*.json")):
+        report = read_json(path)
+        if isinstance(report, dict) and all(report.get(key) == value for key, value in described.items()):
+            return report
+    return None
 
 
 def find_report(samples: Path, reference: Path, backend: str) -> dict[str, Any]:
@@ -112,7 +126,7 @@ def find_report(samples: Path, reference: Path, backend: str) -> dict[str, Any]:
         InputError: there is none.
     """
     expected = file_sha256(reference)
-    for path in sorted(samples.parent.glob(f"{samples.stem}*.{backend}.json")):
+    for path in sorted(samples.parent.glob(f"{glob.escape(samples.stem)}*.{backend}.json")):
         report = read_json(path)
         if report["reference"]["sha256"] == expected:
             return report

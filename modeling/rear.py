@@ -13,13 +13,13 @@ V codebook size, C classes, Z width of a codebook vector.
     EN                          x1   ...   xN-1   xN         (each recovers the code at its own position)
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -67,6 +67,18 @@ class Attention(nn.Module):
         return self.proj_drop(self.proj(rearrange(x, "b h t d -> b t (h d)")))
 
 
+def mlp(size: int, hidden_size: int, dropout: float) -> nn.Sequential:
+    """With the names of timm's Mlp in the state dict; importing timm takes longer than all else at the start."""
+    layers = {
+        "fc1": nn.Linear(size, hidden_size),
+        "act": nn.GELU(),
+        "drop1": nn.Dropout(dropout),
+        "fc2": nn.Linear(hidden_size, size),
+        "drop2": nn.Dropout(dropout),
+    }
+    return nn.Sequential(OrderedDict(layers))
+
+
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
 
@@ -79,7 +91,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads, dropout, attn_drop)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.mlp = Mlp(hidden_size, mlp_size, drop=dropout)
+        self.mlp = mlp(hidden_size, mlp_size, dropout)
         self.adaLN_modulation = adaln_linear(hidden_size, 6)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ Takes centre crops of the first `sampling.num_fid_samples` held-out images, or o
 take turns (image i has class i mod C while every class lasts), in an order within the class that `sampling.seed` fixes.
 
 Writes to `experiment.output_dir`: reference.npz and reconstructions.npz (arr_0: uint8 NHWC images, arr_1: int64 labels,
-both in the same order), reconstruct.json (crop, PSNR, L1, codebook use) and reconstructions.png (originals above
-reconstructions). The rFID of the tokenizer is then
+both in the same order), reconstruct.json (crop, PSNR, L1, codebook use, and what the images were made from: those made
+otherwise are not replaced) and reconstructions.png (originals above reconstructions). The rFID of the tokenizer is then
 
     python evaluation/evaluator.py outputs/tokenizer/reference.npz outputs/tokenizer/reconstructions.npz
 """
@@ -31,9 +31,9 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
 
     CONFIG = load_config_or_exit(__doc__, READS)
 
-import json
+import dataclasses
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,11 +51,12 @@ from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
-from utils.files.atomic import write_text
 from utils.files.lock import only_writer
+from utils.files.made_from import is_made, write_record
 from utils.files.npz import NpzEntry, write_npz
 from utils.images import make_grid, to_uint8, write_png
 from utils.precision import matmul_precision
+from utils.run.folder import code_facts
 
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
 
@@ -70,29 +71,45 @@ def reconstruct_all(config: Config) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(config).to(device)
     heldout = HeldoutImages(config)
-    metrics = ReconstructionMetrics(tokenizer.codebook_size)
-    streams = {
-        "reference": (to_uint8(images, "round") for images in heldout),  # the bytes that were decoded
-        "reconstructions": reconstruct(tokenizer, heldout, metrics, config.sampling.uint8_rule),
-    }
-
     output_dir = Path(config.experiment.output_dir)
+    results = [output_dir / f"{name}.npz" for name in ("reference", "reconstructions")]
+    made_from, record = origin(config, heldout, tokenizer), output_dir / "reconstruct.json"
+    for result in results:
+        is_made(result, made_from, record)
+    write_record(results[-1], made_from, record)
+    metrics = ReconstructionMetrics(tokenizer.codebook_size)
+    streams = [
+        (to_uint8(images, "round") for images in heldout),  # the bytes that were decoded
+        reconstruct(tokenizer, heldout, metrics, config.sampling.uint8_rule),
+    ]
     labels = heldout.labels
     shape = (len(labels), tokenizer.resolution, tokenizer.resolution, 3)
-    for name, chunks in streams.items():
-        progress = tqdm(chunks, desc=f"{name}.npz", total=len(heldout), unit="batch")
+    for result, chunks in zip(results, streams, strict=True):
+        progress = tqdm(chunks, desc=result.name, total=len(heldout), unit="batch")
         entries: dict[str, NpzEntry] = {
             "arr_0": (shape, np.uint8, progress),
             "arr_1": (labels.shape, np.int64, [labels]),
         }
         with matmul_precision(config.training.enable_tf32):  # of what `reconstruct` computes as it is read
-            write_npz(output_dir / f"{name}.npz", entries)
+            write_npz(result, entries)
     heldout.dataset.notes.summary()
     save_grid(output_dir)
     preprocessing, summary = config.dataset.preprocessing, metrics.summary()
     crop = f"ADM centre crop of {preprocessing.crop_size} px, shorter edge {preprocessing.resize_shorter_edge} px"
-    write_text(output_dir / "reconstruct.json", json.dumps({"crop": crop, **summary}, indent=1) + "\n")
+    write_record(results[-1], made_from, record, {"crop": crop, **summary, **code_facts()})
     print(f"{output_dir}: {crop}; " + ", ".join(f"{name} {value:.4g}" for name, value in summary.items()))
+
+
+def origin(config: Config, heldout: "HeldoutImages", tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the images depend on; of the held-out ones names and classes, for their contents are read each time."""
+    return {
+        "held-out images": heldout.dataset.fingerprint,
+        "number of images": len(heldout.labels),
+        "sampling.seed": config.sampling.seed,
+        "sampling.uint8_rule": config.sampling.uint8_rule,
+        "dataset.preprocessing": dataclasses.asdict(config.dataset.preprocessing),
+        "sha256 of experiment.tokenizer_checkpoint": tokenizer.sha256(),
+    }
 
 
 class HeldoutImages:
@@ -113,7 +130,7 @@ class HeldoutImages:
         known = training_classes(config)
         if known is not None:
             source.name_classes(*known)
-        transform = training_transform(replace(preprocessing, random_crop=False, random_flip=False))
+        transform = training_transform(dataclasses.replace(preprocessing, random_crop=False, random_flip=False))
         self.dataset = ImageDataset(source, transform, 0, allowed_bad_fraction(params))
         self.batch_size, self.num_workers = sampling.per_gpu_batch_size, params.num_workers_per_gpu
         order = order_by_turns(source.class_ids, sampling.seed)

@@ -27,7 +27,6 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
     CONFIG = load_config_or_exit(__doc__, READS)
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,9 +47,9 @@ from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, save_config
 from utils.errors import InputError, NonFiniteError, input_errors_exit
-from utils.files.atomic import complete_file, write_text
-from utils.files.json_file import read_json
+from utils.files.atomic import complete_file
 from utils.files.lock import only_writer
+from utils.files.made_from import is_made, write_record
 from utils.files.npz import write_npz
 from utils.files.sample_parts import SampleParts
 from utils.files.weights import weights_sha256
@@ -124,15 +123,10 @@ def is_finished(parts: SampleParts, output: Path, fingerprint: dict[str, Any]) -
     Raises:
         InputError: the npz of another run is there.
     """
-    npz, record = (output.with_name(output.name + suffix) for suffix in (".npz", ".json"))
-    if not npz.exists() or parts.folder.exists():  # with parts, it is what a run that was killed at its end has left
+    npz = output.with_name(output.name + ".npz")
+    # with parts, it is what a run that was killed at its end has left
+    if parts.folder.exists() or not is_made(npz, fingerprint):
         return False
-    theirs = read_json(record) if record.is_file() else {}
-    differing = [key for key in fingerprint if theirs.get("made_from", {}).get(key) != fingerprint[key]]
-    if differing or theirs.get("bytes") != npz.stat().st_size:
-        key = differing[0] if differing and record.is_file() else None
-        other = f"{key}={theirs['made_from'].get(key)} there, found {fingerprint[key]}" if key else f"see {record.name}"
-        raise InputError(f"{npz}: exists and was made otherwise ({other}); delete it or choose another output_dir")
     print(f"{npz}: made from the same weights and config already")
     return True
 
@@ -263,8 +257,7 @@ def pack(parts: SampleParts, output: Path, config: Config, fingerprint: dict[str
             "arr_1": (labels.shape, np.int64, [labels]),
         },
     )
-    record = {"made_from": fingerprint, "bytes": npz.stat().st_size}
-    write_text(output.with_name(output.name + ".json"), json.dumps(record, indent=1) + "\n")
+    write_record(npz, fingerprint, figures={"bytes": npz.stat().st_size})
     shutil.rmtree(parts.folder)
     print(f"{n} images in {npz}")
 

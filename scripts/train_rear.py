@@ -31,7 +31,6 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
 from functools import partial
 
 import torch
-from timm.utils import ModelEmaV3
 
 from data.training_batches import TrainingBatches, describe_length, open_training_data, passes_done
 from modeling.noise import perturbation_ratio
@@ -41,7 +40,7 @@ from modeling.tokenizers.registry import load_tokenizer
 from modeling.training_step import num_uniforms, training_step
 from utils.config import Config
 from utils.errors import input_errors_exit
-from utils.optim import build_optimizer, set_learning_rate
+from utils.optim import MovingAverage, build_optimizer, set_learning_rate
 from utils.precision import matmul_precision
 from utils.randomness import dropout_seed, sample_uniforms
 from utils.run.sharding import accumulating, clip_gradients, parallelize
@@ -64,10 +63,11 @@ def main(config: Config) -> str:
         if run.is_new and experiment.init_from is not None:
             init_from(experiment.init_from, model)
             run.notices.append(f"starting from the weights of {experiment.init_from}, with new rows for the classes")
-        ema = ModelEmaV3(model, decay=training.ema_decay) if training.use_ema else None
+        ema = MovingAverage(model, training.ema_decay) if training.use_ema else None
         parallel = parallelize(model, model.blocks, world, training.fsdp)
         optimizer = build_optimizer(model, config)
-        modules = {"model": model} | ({"ema": ema.module} if ema else {})
+        averaged = ema.module if ema else model
+        modules = {"model": model} | ({"ema": averaged} if ema else {})
         run.begin(modules, {"optimizer": (model, optimizer)}, sharded=training.fsdp)
         for line in describe_length(config, run.global_batch_size, len(dataset)):
             run.logger.info(line)
@@ -90,7 +90,7 @@ def main(config: Config) -> str:
                     terms = training_step(parallel, tokenizer, batch, uniforms, max_ratio, config)
                     (terms.loss / run.micro_steps).backward()
                 step_terms.append(terms)
-            grad_norm = clip_gradients(model, training.max_grad_norm)
+            grad_norm = clip_gradients(model, training.max_grad_norm, training.fsdp)
             if run.may_update(torch.stack([*(terms.loss.detach() for terms in step_terms), grad_norm])):
                 optimizer.step()
                 if ema:
@@ -108,7 +108,7 @@ def main(config: Config) -> str:
             if run.save_due:
                 run.save()
             if run.grid_due and not training.fsdp:  # generation reads the parameters outside a forward pass
-                run.draw("samples", partial(save_sample_grid, modules.get("ema", model), tokenizer, config, step + 1))
+                run.draw("samples", partial(save_sample_grid, averaged, tokenizer, config, step + 1))
 
         batches.tell_notes()
         if run.finish():

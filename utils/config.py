@@ -8,6 +8,7 @@ import difflib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,10 +42,7 @@ def load_config(argv: Sequence[str], reads: Sequence[str] | None = None) -> Conf
         ConfigError: a missing file, a key that is unknown, duplicate or missing, a value of the wrong type or out of
             its range, or values that contradict each other.
     """
-    merged = OmegaConf.structured(Config)
-    for key in KEYS.values():
-        if follows := key.mark(Follows):
-            OmegaConf.update(merged, key.name, str(follows))
+    merged = _defaults().copy()
     paths, overrides = _split_arguments(argv)
     for path in paths:
         _update(merged, _read_yaml(path), str(path))
@@ -57,10 +55,10 @@ def load_config(argv: Sequence[str], reads: Sequence[str] | None = None) -> Conf
         config = cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from error
-    check_ranges(merged, [key for key in KEYS.values() if not key.mark(Follows)])  # causes before consequences
+    check_ranges(config, [key for key in KEYS.values() if not key.mark(Follows)])  # causes before consequences
     check_fields(config)
     check_agreement(merged, keys_under([*KEYS] if reads is None else reads))
-    check_ranges(merged, [key for key in KEYS.values() if key.mark(Follows)])
+    check_ranges(config, [key for key in KEYS.values() if key.mark(Follows)])
     if config.model.generator.guidance_scale == 0:
         print("model.generator.guidance_scale=0 is taken as 1: without guidance, as published", file=sys.stderr)
         config.model.generator.guidance_scale = 1.0
@@ -98,6 +96,16 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
+@cache
+def _defaults() -> DictConfig:
+    """The schema; to be copied."""
+    defaults = OmegaConf.structured(Config)
+    for key in KEYS.values():
+        if follows := key.mark(Follows):
+            OmegaConf.update(defaults, key.name, str(follows))
+    return defaults
+
+
 def _split_arguments(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
     paths, overrides = [], []
     for argument in argv:
@@ -121,6 +129,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, found, 1, 0.3)
         raise ConfigError(f"config={path}: no such file{_suggest([found[name] for name in near])}")
     try:
+        _check_literals(yaml.compose(path.read_text("utf-8"), yaml.SafeLoader), str(path))
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
@@ -136,12 +145,29 @@ def _parse_override(override: str) -> dict[str, Any]:
     name, _, text = override.partition("=")
     if name in KEYS and KEYS[name].is_text and text != "null":
         return {name: os.path.expanduser(text)}
-    if name in KEYS and not KEYS[name].may_be(text):
-        raise ConfigError(f"command line: {name}={text}: expected {KEYS[name].kind}")
     try:
+        _check_literals(yaml.compose(text, yaml.SafeLoader), "command line", name)
         return dict(_flat(OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"command line: {name}: {_first_line(error)}") from error
+
+
+def _check_literals(node: yaml.Node | None, source: str, name: str = "") -> None:
+    """Numbers and booleans stand there as they are meant, for YAML 1.1 reads 010 as 8, 1:30 as 90 and 1_0 as 10.
+
+    Args:
+        node: of the key `name` with all that is under it.
+    """
+    if isinstance(node, yaml.MappingNode):
+        if name in KEYS:
+            raise ConfigError(f"{source}: {name}: found a mapping, expected {KEYS[name].kind}")
+        for key, value in node.value:
+            _check_literals(value, source, f"{name}.{key.value}" if name else key.value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _check_literals(value, source, name)
+    elif isinstance(node, yaml.ScalarNode) and name in KEYS and not KEYS[name].may_be(node.value):
+        raise ConfigError(f"{source}: {name}={node.value}: expected {KEYS[name].kind}")
 
 
 def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

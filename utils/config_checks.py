@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -20,13 +21,13 @@ class ConfigError(InputError):
         super().__init__(message.replace("\n", "\\n"))
 
 
-def check_ranges(merged: DictConfig, keys: Sequence[Key]) -> None:
+def check_ranges(config: Config, keys: Sequence[Key]) -> None:
     """
     Raises:
         ConfigError: a number outside its range, infinite or NaN, or an empty list.
     """
     for key in keys:
-        _check_range(key, OmegaConf.select(merged, key.name))
+        _check_range(key, attrgetter(key.name)(config))
 
 
 def check_generator_ranges(generator: GeneratorConfig) -> None:
@@ -56,12 +57,14 @@ def check_agreement(merged: DictConfig, keys: Sequence[Key]) -> None:
     Raises:
         ConfigError: a value that follows from others is given and is another one.
     """
+    derived = merged.copy()
     for key in keys:
         follows = key.mark(Follows)
         if follows and follows.must_agree:
-            found, derived = OmegaConf.select(merged, key.name), merged.copy()
+            found = OmegaConf.select(merged, key.name)
             OmegaConf.update(derived, key.name, str(follows))
             expected = OmegaConf.select(derived, key.name)
+            OmegaConf.update(derived, key.name, found)
             if found != expected:
                 raise ConfigError(f"{key.name}={found}: expected {follows.source}={expected}")
 

@@ -24,8 +24,8 @@ from utils.marks import Follows, Range, Words
 
 M = TypeVar("M")
 UNIONS = (Union, UnionType)
-INTEGER = r"(0|[1-9][0-9]*)"
-FLOAT = r"((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
+INTEGER = r"(0|[1-9][0-9]*|[1-9][0-9]{0,2}(_[0-9]{3})+)"  # published files hold 50_000
+FLOAT = rf"({INTEGER}(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
 KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -57,14 +57,19 @@ class Key:
         return self.choices or (self.mark(Words) or Words(())).words
 
     @property
+    def _parts(self) -> tuple[Any, ...]:
+        """The types of which the value may be."""
+        return get_args(self.type) if get_origin(self.type) in UNIONS else (self.type,)
+
+    @property
     def is_text(self) -> bool:
         return self.type is str or str in get_args(self.type)
 
     def may_be(self, text: str) -> bool:
-        """Whether text of a command line says a value of this type as it is: YAML would read 010 as 8, 1:30 as 90 and
-        -4 as true. What it says of NaN and infinity, of lists and of other keys is for others to check."""
-        kinds = get_args(self.type) if get_origin(self.type) in UNIONS else (self.type,)
-        if text == "null" or text.startswith("${") or not {bool, int, float} & set(kinds):
+        """Whether this text of a command line or file says a value of this type, or one in a list of them, as it is.
+        What it says of NaN and infinity and of other keys is for others to check."""
+        kinds = {kind for part in self._parts for kind in get_args(part) or (part,)}
+        if not {bool, int, float} & kinds or text in ("null", "~", "") or text.startswith("${"):
             return True
         if bool in kinds:
             return text.lower() in ("true", "false", "yes", "no", "on", "off")
@@ -85,8 +90,7 @@ class Key:
         """What can be given, for error lines."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
-        parts = get_args(self.type) if get_origin(self.type) in UNIONS else (self.type,)
-        return " or ".join(KINDS[part] for part in parts)
+        return " or ".join(KINDS[part] for part in self._parts)
 
     @property
     def meaning(self) -> str:

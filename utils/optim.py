@@ -1,19 +1,21 @@
-"""Optimizer and learning rate from the config.
+"""Optimizer, learning rate and moving average of the weights.
 
 A new optimizer is a function like `adamw`, a line in `OPTIMIZERS`, and its name among the choices of `optimizer.name`.
 """
 
 from collections.abc import Callable
-from typing import Any
+from copy import deepcopy
+from typing import Any, Generic, TypeVar
 
 import torch
-from timm.optim import param_groups_weight_decay
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from utils.config import Config
 from utils.schedules import SCHEDULES
 from utils.schema import OptimizerParams
 
+M = TypeVar("M", bound=nn.Module)
 # (groups of parameters with their weight decay, settings, all on a GPU) -> optimizer
 Optimizer = Callable[[list[dict[str, Any]], OptimizerParams, bool], torch.optim.Optimizer]
 
@@ -29,9 +31,29 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """The optimizer of `optimizer.name`, with weight decay on matrices only; the model's `no_weight_decay()` names
     further exceptions."""
     params = config.optimizer.params
-    excluded = model.no_weight_decay()  # type: ignore[operator]  # of timm's convention, not of nn.Module
-    groups = param_groups_weight_decay(model, params.weight_decay, no_weight_decay_list=excluded)
+    excluded = model.no_weight_decay()  # type: ignore[operator]  # timm's convention, not of nn.Module
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (others if parameter.ndim <= 1 or name in excluded else decayed).append(parameter)
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": params.weight_decay}]
     return OPTIMIZERS[config.optimizer.name](groups, params, next(model.parameters()).is_cuda)
+
+
+class MovingAverage(Generic[M]):
+    """The exponential moving average of all parameters, which begins with those that the model has now.
+
+    Attributes:
+        module: a copy of the model with the averages, in eval mode.
+    """
+
+    def __init__(self, model: M, decay: float) -> None:
+        self.module = deepcopy(model).eval()
+        self._add = get_ema_multi_avg_fn(decay)
+
+    def update(self, model: M) -> None:
+        """Add the parameters that the model has after one more step."""
+        self._add(list(self.module.parameters()), list(model.parameters()), None)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Config) -> float:

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from evaluation import evaluator, moments
-from evaluation.inputs import STATISTICS, open_input
+from evaluation.inputs import POOL_DIM, SPATIAL_DIM, STATISTICS, WEIGHTS, check_statistics, open_input
 from tests.evaluation.made_up import StubExtractor, blocky_images
+from utils.errors import InputError
+from utils.files.made_from import write_record
 from utils.ranks import World, join_world
 
 ROOT = Path(__file__).parents[2]
@@ -105,11 +107,47 @@ def test_printed_lines_are_those_of_the_original(
     )
     evaluator.main()
     out, err = capsys.readouterr()
-    metrics = json.loads(files["samples"].with_name("samples.inception.json").read_text())["metrics"]
+    metrics = json.loads(files["samples"].with_name("samples.inception-fp32.json").read_text())["metrics"]
     wanted = [f"{title}: {metrics[key]}" for key, title in ADM_METRICS.items()]
     assert out.splitlines()[-len(wanted) :] == wanted
     assert "distances of precision and recall: fp32" in out
     assert "warning: N = 110 samples, published numbers use 50000" in err
+
+
+def test_the_same_pair_is_not_computed_again(
+    files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(evaluator, "load_extractor", lambda *_: StubExtractor(POOL_DIM, SPATIAL_DIM))
+    pair = [str(tmp_path / f"{name}.npz") for name in ("reference", "samples")]
+    for path in map(Path, pair):
+        path.write_bytes(files[path.stem].read_bytes())
+
+    def evaluate(*options: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["evaluator.py", *pair, *options])
+        evaluator.main()
+        return capsys.readouterr().out
+
+    printed = evaluate(), evaluate("--distance=fp32")
+    assert {path.name for path in tmp_path.glob("*.json")} == {"samples.inception.json", "samples.inception-fp32.json"}
+    with monkeypatch.context() as patch:
+        patch.setattr(StubExtractor, "__call__", None)  # not callable
+        assert (evaluate(), evaluate("--distance=fp32")) == printed
+        with Path(pair[1]).open("ab") as file:
+            file.write(b"another")
+        with pytest.raises(TypeError):
+            evaluate()
+
+
+def test_statistics_of_other_weights_are_refused(tmp_path: Path) -> None:
+    reference = tmp_path / "x.npz"
+    statistics = {key: np.zeros(shape) for key, shape in STATISTICS.items()}
+    np.savez(reference, arr_0=np.zeros((4, 8, 8, 3), np.uint8), **statistics)
+    opened = open_input(reference, verify=False)
+    check_statistics(opened, "a" * 64)  # nothing tells from which weights
+    write_record(reference, {WEIGHTS: "a" * 64})
+    check_statistics(opened, "a" * 64)
+    with pytest.raises(InputError, match=r"x.npz: holds statistics by .* sha256 aaaaaaaaaaaa\.\.\., expected .* bbbb"):
+        check_statistics(opened, "b" * 64)
 
 
 def run(*arguments: Any, torchrun: int = 0) -> subprocess.CompletedProcess:

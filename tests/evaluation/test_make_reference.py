@@ -83,3 +83,22 @@ def test_faults_come_before_any_feature(
         make(monkeypatch, sources["folder"], tmp_path / "x.npz", "--max-images=3")
     assert "--max-images 3: expected at least 4" in capsys.readouterr().err
     assert not (tmp_path / "x.npz").exists()
+
+
+def test_another_reference_is_not_replaced(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sources: dict[str, str]
+) -> None:
+    output = tmp_path / "reference.npz"
+    for _ in range(2):
+        make(monkeypatch, sources["folder"], output)
+    before = output.read_bytes()
+    for source, options, reason in (
+        (sources["folder"], ["--max-images=4"], "max_images=10000 there, found 4"),
+        (sources["shards"], [], "images="),
+    ):
+        with pytest.raises(InputError, match=f"reference.npz: exists and was made otherwise .*{reason}"):
+            make(monkeypatch, source, output, *options)
+    output.with_suffix(".json").unlink()
+    with pytest.raises(InputError, match=r"reference.json does not tell from what"):
+        make(monkeypatch, sources["folder"], output)
+    assert output.read_bytes() == before

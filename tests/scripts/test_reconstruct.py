@@ -110,3 +110,13 @@ def test_labels_are_those_of_training(tiny_arguments: list[str], images: Path, t
     (tmp_path / "train/dog").rmdir()
     with pytest.raises(InputError, match=r"found 1 class names that .*train lacks or has twice, such as 'dog'"):
         run(tiny_arguments, images, tmp_path / "out", training)
+
+
+def test_other_images_are_not_replaced(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+    before = run(tiny_arguments, images, tmp_path / "out")
+    again = run(tiny_arguments, images, tmp_path / "out", "sampling.per_gpu_batch_size=3")
+    with pytest.raises(InputError, match=r"reference.npz: exists .*\(sampling.seed=42 there, found 1\)"):
+        run(tiny_arguments, images, tmp_path / "out", "sampling.seed=1")
+    for name, array in before.items():
+        np.testing.assert_array_equal(again[name], array)
+    assert json.loads((tmp_path / "out/reconstruct.json").read_text())["psnr"] > 0

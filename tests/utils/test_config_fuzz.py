@@ -1,6 +1,7 @@
 """Random command lines: refused in one line, or what was typed is what runs."""
 
 import random
+from pathlib import Path
 
 import pytest
 
@@ -8,7 +9,7 @@ from utils.config import load_config
 from utils.config_checks import ConfigError
 from utils.keys import KEYS
 
-LINES = 2000
+LINES = {"command line": 2000, "file": 400}
 ODD = (
     *("", " ", "#", "exp #2", "2026_11_25", "0123", "010", "12:30", "1:30", "1e5", "1_000", "0x10", "0b1", "+5", ".5"),
     *("nan", "inf", "-inf", "-1", "0", "1", "1.0", "2", "18446744073709551615", "1e400", "-0", "00", "1e-400"),
@@ -28,15 +29,24 @@ def typed(rng: random.Random) -> str:
     return f"{key}={value}"
 
 
-def test_no_command_line_gives_a_traceback_or_another_value() -> None:
+def in_file(folder: Path, name: str, text: str) -> str:
+    """The argument for a file that holds this key and value."""
+    *sections, key = name.split(".")
+    lines = [f"{'  ' * depth}{part}:" for depth, part in enumerate([*sections, key])]
+    (folder / "typed.yaml").write_text("\n".join(lines) + f" {text}\n")
+    return f"config={folder / 'typed.yaml'}"
+
+
+@pytest.mark.parametrize("road", LINES)
+def test_no_argument_gives_a_traceback_or_another_value(road: str, tmp_path: Path) -> None:
     rng, loaded = random.Random(0), 0
-    for _ in range(LINES):
+    for _ in range(LINES[road]):
         argument = typed(rng)
         name, _, text = argument.partition("=")
         needed = [] if name == "experiment.output_dir" else ["experiment.output_dir=out"]
         refusal = ""
         try:
-            config = load_config([*needed, argument])
+            config = load_config([*needed, argument if road == "command line" else in_file(tmp_path, name, text)])
         except ConfigError as error:
             refusal = str(error)
         assert "\n" not in refusal, argument
@@ -49,17 +59,21 @@ def test_no_command_line_gives_a_traceback_or_another_value() -> None:
         key = KEYS.get(name)
         if key is None or text.startswith("${"):
             continue  # accepted and ignored with a notice; the value of another key
-        if key.is_text and text not in ("null", *key.words) and not text.startswith("~"):
+        if key.is_text and road == "file":
+            assert value is None or isinstance(value, str), argument  # quotes and comments are for YAML to read
+        elif key.is_text and text not in ("null", *key.words) and not text.startswith("~"):
             assert value == text or str(value).lower() in key.words, argument
         elif isinstance(value, bool):
             assert str(value).lower() == text.lower() or text.lower() in ("yes", "no", "on", "off"), argument
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            assert float(text) == float(value), argument
-    assert loaded > LINES / 20
+            assert float(text) == float(value), argument  # Python takes 1_000 as YAML does
+    assert loaded > LINES[road] / 20
 
 
-@pytest.mark.parametrize("text", ["010", "1:30", "1_000", "0x10"])
-def test_numbers_are_decimal(text: str) -> None:
-    for key in ("training.max_train_steps", "optimizer.params.learning_rate"):
-        with pytest.raises(ConfigError, match=r"expected a (whole )?number"):
-            load_config(["experiment.output_dir=out", f"{key}={text}"])
+@pytest.mark.parametrize("text", ["010", "1:30", "1_00", "0x10", "[1, 010]", "'010'"])
+@pytest.mark.parametrize("road", LINES)
+def test_numbers_are_decimal(road: str, text: str, tmp_path: Path) -> None:
+    for key in ("training.max_train_steps", "optimizer.params.learning_rate", "model.vq_model.channel_mult"):
+        argument = f"{key}={text}" if road == "command line" else in_file(tmp_path, key, text)
+        with pytest.raises(ConfigError, match=r"expected (a|a list of) (whole )?numbers?$"):
+            load_config(["experiment.output_dir=out", argument])

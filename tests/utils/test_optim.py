@@ -6,7 +6,7 @@ import torch
 from modeling.rear import ReAR
 from utils import optim, schedules
 from utils.config import load_config
-from utils.optim import OPTIMIZERS, build_optimizer, set_learning_rate
+from utils.optim import OPTIMIZERS, MovingAverage, build_optimizer, set_learning_rate
 from utils.schema import OptimizerConfig
 
 
@@ -24,6 +24,18 @@ def test_matrices_alone_are_decayed(tiny_model: ReAR) -> None:
     assert (decay["lm_head.weight"], decay["blocks.0.attn.qkv.weight"]) == (0.03, 0.03)
     assert (decay["lm_head.bias"], decay["embeddings.weight"], decay["pos_embed"]) == (0, 0, 0)
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.9)}
+
+
+def test_the_moving_average_begins_with_the_weights_of_its_start() -> None:
+    model = torch.nn.Linear(3, 2)
+    expected = model.weight.detach().clone()
+    average = MovingAverage(model, 0.75)
+    for step in range(3):
+        torch.nn.init.constant_(model.weight, step)
+        expected.lerp_(torch.full((2, 3), float(step)), 0.25)
+        average.update(model)
+    torch.testing.assert_close(average.module.weight, expected, rtol=0, atol=0)
+    assert not average.module.training
 
 
 def test_the_config_chooses_from_both_tables(tiny_model: ReAR, monkeypatch: pytest.MonkeyPatch) -> None:

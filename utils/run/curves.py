@@ -3,9 +3,6 @@
 import math
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 from utils.run.tracking import read_metrics
 
 COLUMNS = 4
@@ -14,6 +11,9 @@ LENGTHS = ("step", "epoch", "dataset_passes")  # grow with the step
 
 def save_training_curves(metrics_path: Path, picture_path: Path) -> None:
     """Draw the metrics of metrics.jsonl against the step, a panel for each that changes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, for it slows the start of all ranks
+    from matplotlib.figure import Figure
+
     rows = read_metrics(metrics_path)
     names = dict.fromkeys(name for row in rows for name in row if name not in LENGTHS)
     points = {name: [(row["step"], row[name]) for row in rows if name in row] for name in names}

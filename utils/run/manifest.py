@@ -11,7 +11,7 @@ from utils.errors import InputError
 from utils.files.hashing import file_sha256, hash_of
 
 MANIFEST_FILE = "manifest.json"
-VERSIONED_PACKAGES = ["torch", "accelerate", "timm", "numpy", "safetensors"]
+VERSIONED_PACKAGES = ["torch", "accelerate", "numpy", "safetensors"]
 
 
 @dataclass

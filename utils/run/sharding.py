@@ -10,9 +10,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.ranks import World
@@ -26,6 +23,9 @@ def parallelize(model: nn.Module, blocks: Iterable[nn.Module], world: World, fsd
         fsdp: shard parameters, gradients and optimizer state over all processes, in place; else average the gradients.
     """
     if fsdp:
+        from torch.distributed.device_mesh import init_device_mesh  # here, for both take a while
+        from torch.distributed.fsdp import fully_shard
+
         mesh = init_device_mesh(world.device.type, (dist.get_world_size(),))
         for block in blocks:
             fully_shard(block, mesh=mesh)
@@ -41,8 +41,8 @@ def accumulating(model: nn.Module, is_last: bool) -> AbstractContextManager:
     return nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+def clip_gradients(model: nn.Module, max_norm: float, sharded: bool) -> Tensor:
     """Scale the gradients, in place, so that their norm is at most `max_norm`; the norm before. Sharded, all ranks must
     call."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return norm.full_tensor() if sharded else norm  # type: ignore[attr-defined]  # a DTensor then

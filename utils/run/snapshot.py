@@ -4,25 +4,18 @@ Names instead of positions make a checkpoint independent of how the parameters w
 wrote, FSDP reads, and the other way round.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
 from utils.errors import InputError
 from utils.files.weights import check_fits
 
 StateDict = dict[str, Tensor]
 Optimizers = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # unsharded, on rank 0
 
 
 @dataclass
@@ -35,7 +28,7 @@ class Resumable:
         sharded: the modules are under FSDP; then all ranks must take part in saving.
     """
 
-    modules: dict[str, nn.Module]
+    modules: Mapping[str, nn.Module]
     optimizers: Optimizers = field(default_factory=dict)
     sharded: bool = False
 
@@ -71,14 +64,18 @@ def take_snapshot(resumable: Resumable) -> Snapshot:
     modules = {name: weights_of(module, resumable.sharded) for name, module in resumable.modules.items()}
     optimizers = resumable.optimizers.items()
     if resumable.sharded:
-        return Snapshot(modules, {name: get_optimizer_state_dict(*both, options=WHOLE) for name, both in optimizers})
+        from utils.run.sharded_state import gather_optimizer
+
+        return Snapshot(modules, {name: gather_optimizer(*both) for name, both in optimizers})
     return Snapshot(modules, {name: _to_host(_by_name(*both)) for name, both in optimizers})
 
 
 def weights_of(module: nn.Module, sharded: bool) -> StateDict:
     """A copy of the weights in host memory; sharded, all ranks must call, and rank 0 alone gets the tensors."""
     if sharded:
-        return cast(StateDict, get_model_state_dict(module, options=WHOLE))
+        from utils.run.sharded_state import gather_weights
+
+        return gather_weights(module)
     return _to_host(module.state_dict())
 
 
@@ -90,7 +87,9 @@ def restore_module(module: nn.Module, saved: StateDict, source: object, sharded:
     """
     check_fits(module, saved, source)
     if sharded:
-        set_model_state_dict(module, dict(saved), options=StateDictOptions(full_state_dict=True))
+        from utils.run.sharded_state import scatter_weights
+
+        scatter_weights(module, saved)
     else:
         module.load_state_dict(saved, strict=True)
 
@@ -109,11 +108,10 @@ def restore_optimizer(
     if sorted(found) != sorted(names):
         differing = sorted(set(found) ^ set(names))
         raise InputError(f"{source}: found another set of parameters; {len(differing)} differ, such as {differing[:1]}")
-    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     if sharded:
-        set_optimizer_state_dict(module, optimizer, saved, options=StateDictOptions(full_state_dict=True))
-        for group, values in zip(optimizer.param_groups, settings, strict=True):
-            group.update(values)
+        from utils.run.sharded_state import scatter_optimizer
+
+        scatter_optimizer(module, optimizer, saved)
         return
     position = {name: i for i, name in enumerate(name for group in _names(module, optimizer) for name in group)}
     state = {position[name]: values for name, values in saved["state"].items()}

@@ -1,7 +1,7 @@
 """What keeps a training run alive, behind one object: the script that holds it computes and updates, nothing else."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -120,7 +120,7 @@ class TrainingRun:
         self.notices = self._start.notices + self.world.from_main(lambda: check_same_run(*check))
         return data
 
-    def begin(self, modules: dict[str, nn.Module], optimizers: Optimizers, sharded: bool = False) -> None:
+    def begin(self, modules: Mapping[str, nn.Module], optimizers: Optimizers, sharded: bool = False) -> None:
         """Load everything in place, on the devices where it is; then prepare the run folder.
 
         Args:

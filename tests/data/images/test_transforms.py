@@ -79,7 +79,8 @@ def test_training_transform_of_a_fitting_tile_is_the_identity() -> None:
 
 
 def test_random_crop_and_flip_are_uniform() -> None:
-    image = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))  # 4 wide, 3 high; every pixel tells its place
+    grey = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))  # 4 wide, 3 high; every pixel tells its place
+    image = grey.convert("RGB")
     transform = training_transform(PreprocessingConfig(3, 2, True, True))
     rng = np.random.default_rng(0)
     seen = {}
