@@ -61,7 +61,6 @@ def load_config(argv: Sequence[str], reads: Sequence[str] | None = None) -> Conf
     check_ranges(config, [key for key in KEYS.values() if key.mark(Follows)])
     if config.model.generator.guidance_scale == 0:
         print("model.generator.guidance_scale=0 is taken as 1: without guidance, as published", file=sys.stderr)
-        config.model.generator.guidance_scale = 1.0
     return config
 
 

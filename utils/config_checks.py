@@ -15,10 +15,7 @@ from utils.schema import Config, GeneratorConfig, TrainingConfig, VQModelConfig
 
 
 class ConfigError(InputError):
-    """What is wrong with a config, in one line: the source, the key, the value found and the value expected."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message.replace("\n", "\\n"))
+    """What is wrong with a config: the source, the key, the value found and the value expected."""
 
 
 def check_ranges(config: Config, keys: Sequence[Key]) -> None:

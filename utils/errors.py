@@ -16,7 +16,11 @@ OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # of Python and of torch, w
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message names the file, key or index, what was found and expected."""
+    """Something the user gave is wrong. The message, one line, names the file, key or index, what was found and what is
+    expected."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("\n", "\\n"))  # names of files and values may hold any character
 
 
 class NonFiniteError(InputError):

@@ -70,7 +70,7 @@ def class_folders(root: Path, left_out: LeftOut | None = None) -> list[str]:
 def _image_names(root: Path, folder: str, left_out: LeftOut) -> list[str]:
     """Paths of the images in a class folder, relative to it, sorted."""
     names = []
-    for path, is_image in _files(root / folder, "", ()):
+    for path, is_image in _files(root / folder, "", (_identity(root),)):
         if is_image:
             names.append(path)
         else:
@@ -83,8 +83,7 @@ def _image_names(root: Path, folder: str, left_out: LeftOut) -> list[str]:
 def _files(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, bool]]:
     """Paths of all files and whether their names are those of images. What is called like an image but is a folder or
     a link to nowhere counts as an image: reading it is an error, as for any image that cannot be read."""
-    status = folder.stat()
-    identity = (status.st_dev, status.st_ino)
+    identity = _identity(folder)
     if identity in above:  # a link to a folder around it
         return
     with os.scandir(folder) as entries:
@@ -96,3 +95,8 @@ def _files(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Ite
                 yield from _files(folder / entry.name, f"{prefix}{entry.name}/", (*above, identity))
             else:
                 yield prefix + entry.name, is_image
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino

@@ -119,5 +119,6 @@ def to_text(name: bytes) -> str:
 
 
 def printable(name: str) -> str:
-    """Bytes that are no UTF-8 become \\xNN."""
-    return to_bytes(name).decode("utf-8", "backslashreplace")
+    """Bytes that are no UTF-8 become \\xNN, and control characters such as the end of a line their escapes."""
+    text = to_bytes(name).decode("utf-8", "backslashreplace")
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
