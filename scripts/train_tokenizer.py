@@ -31,6 +31,7 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
     CONFIG = load_config_or_exit(__doc__, READS)
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -60,6 +61,7 @@ from utils.optim import build_optimizer, set_learning_rate
 from utils.precision import matmul_precision
 from utils.randomness import dropout_seed
 from utils.ranks import World
+from utils.run.folder import going_on
 from utils.run.snapshot import Optimizers
 from utils.run.training_run import EXIT_STATUS, TrainingRun
 
@@ -231,12 +233,14 @@ def average_gradients(module: nn.Module, world: World) -> None:
 
 
 def report(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config, run: TrainingRun) -> dict[str, float]:
-    """Write the weights, and figures and a grid of the held-out images; the figures for the log."""
+    """Write the weights, and figures and a grid of the held-out images; the figures for the log. A full disk ends the
+    run only where it costs the final ones."""
     step, folder = run.steps_done, run.output_dir
-    export(tokenizer, folder / "tokenizer.safetensors", run.record())
     figures, grid = evaluate(tokenizer, heldout_set, config)
-    write_text(folder / "metrics.json", json.dumps({"step": step, **figures}, indent=1) + "\n")
-    write_png(folder / "reconstructions.png", grid)
+    with nullcontext() if run.is_last else going_on(run.logger, f"weights and figures of step {step}"):
+        export(tokenizer, folder / "tokenizer.safetensors", run.record())
+        write_text(folder / "metrics.json", json.dumps({"step": step, **figures}, indent=1) + "\n")
+        write_png(folder / "reconstructions.png", grid)
     run.log_image("reconstructions", grid)
     run.logger.info(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     return {f"heldout/{name}": value for name, value in figures.items()}

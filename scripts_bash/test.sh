@@ -8,6 +8,5 @@ export OMP_NUM_THREADS=1 # as torchrun sets it: runs are compared bit for bit, a
 ruff check .
 ruff format --check .
 mypy
-# A file stays in one process, for its fixtures. Files start in the order of their names: the order of xdist, by number
-# of tests, would leave the longest single test for the end.
-python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# Each process begins with a half of the files in the order of their names, and takes tests from the other at its end.
+python -m pytest -m "not slow" -n 2 --dist worksteal "$@"

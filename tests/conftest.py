@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny model, a tiny project on disk."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 
 from modeling.rear import ReAR
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
+from tests.processes import kill_started
 from utils.config import load_config, save_config
 from utils.files.weights import save_weights
 from utils.schema import GeneratorConfig, ModelConfig, VQModelConfig
@@ -44,6 +46,12 @@ def tiny_model(tiny_config: ModelConfig) -> ReAR:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_a_test() -> Iterator[None]:
+    yield
+    kill_started()
 
 
 @pytest.fixture(scope="session")

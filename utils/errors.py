@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -48,9 +49,8 @@ def input_errors_exit() -> Iterator[None]:
         except Exception as error:
             line = environment_error(error)
             if line is None:
-                error.add_note(REPORT)
-                raise
-            print(f"error: {line}", file=sys.stderr, flush=True)
+                traceback.print_exception(error)
+            print(REPORT if line is None else f"error: {line}", file=sys.stderr, flush=True)
             raise SystemExit(1) from None
 
 

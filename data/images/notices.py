@@ -65,8 +65,9 @@ class ImageNotes:
             self.add_one(index, Note(note))
 
     def add_one(self, index: int, note: Note) -> None:
-        for kind in note:
-            self._add(index, kind)
+        for kind in Note:
+            if kind & note:
+                self._add(index, kind)
 
     def _add(self, index: int, kind: Note) -> None:
         seen = self._seen.setdefault(kind, set())

@@ -1,25 +1,22 @@
 """The evaluator as a whole: what it prints and writes, faults, and what its numbers do not depend on."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from evaluation import evaluator, moments
 from evaluation.inputs import POOL_DIM, SPATIAL_DIM, STATISTICS, WEIGHTS, check_statistics, open_input
 from tests.evaluation.made_up import StubExtractor, blocky_images
+from tests.processes import run_ranks, run_script
 from utils.errors import InputError
 from utils.files.made_from import write_record
 from utils.ranks import World, join_world
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = "evaluation/evaluator.py"
 ADM_METRICS = {
     "inception_score": "Inception Score",
     "fid": "FID",
@@ -67,13 +64,10 @@ def test_order_of_the_samples_matters_for_the_inception_score_only(files: dict[s
     assert shuffled == pytest.approx(metrics, rel=1e-9)
 
 
-def worker(rank: int, processes: int, port: int, files: dict[str, Path], output: Path) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def worker(files: dict[str, Path], output: Path) -> None:
     with join_world() as world:
         metrics = stub_metrics(files, world)
-    (output / f"{rank}.json").write_text(json.dumps(metrics))
+    (output / f"{world.rank}.json").write_text(json.dumps(metrics))
 
 
 @pytest.mark.multiprocess
@@ -81,10 +75,7 @@ def worker(rank: int, processes: int, port: int, files: dict[str, Path], output:
 def test_number_of_processes_does_not_matter(
     files: dict[str, Path], alone: World, tmp_path: Path, processes: int
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(worker, (processes, port, files, tmp_path), processes)
+    run_ranks(worker, files, tmp_path, processes=processes)
     metrics = stub_metrics(files, alone)
     for rank in range(processes):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(metrics, rel=1e-9)
@@ -150,19 +141,12 @@ def test_statistics_of_other_weights_are_refused(tmp_path: Path) -> None:
         check_statistics(opened, "b" * 64)
 
 
-def run(*arguments: Any, torchrun: int = 0) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={torchrun}"] if torchrun else []
-    command = [sys.executable, *launcher, str(ROOT / "evaluation/evaluator.py"), *map(str, arguments)]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-
-
 def test_packaged_back_end_needs_no_weights(tmp_path: Path) -> None:
     random = np.random.RandomState(0)
     paths = [tmp_path / "reference.npz", tmp_path / "samples.npz"]
     for path, n in zip(paths, (16, 12), strict=True):
         np.savez(path, arr_0=blocky_images(random, n, 16))
-    result = run(*paths, "--backend", "efficientnet_lite0", "--batch-size", 4)
+    result = run_script([SCRIPT, *map(str, paths), "--backend=efficientnet_lite0", "--batch-size=4"], tmp_path)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "samples.efficientnet_lite0.json").read_text())
     distance = report["metrics"]["frechet_distance"]
@@ -184,7 +168,7 @@ def test_faults_are_one_line_and_no_number(files: dict[str, Path], tmp_path: Pat
         ((files["reference"], cut, *lite), f"error: {cut}: damaged or not an npz file"),
         ((files["reference"], files["samples"], *lite, "--inception", "x.pth"), "error: --inception x.pth: not used"),
     ):
-        result = run(*arguments)
+        result = run_script([SCRIPT, *map(str, arguments)], tmp_path)
         assert result.returncode == 1
         assert result.stdout == ""
         assert result.stderr.splitlines()[-1].startswith(problem)
@@ -192,8 +176,9 @@ def test_faults_are_one_line_and_no_number(files: dict[str, Path], tmp_path: Pat
 
 
 @pytest.mark.multiprocess
-def test_faults_are_told_once_by_several_processes(files: dict[str, Path]) -> None:
-    result = run(files["reference"], files["samples"], "--inception", "missing.pth", torchrun=2)
+def test_faults_are_told_once_by_several_processes(files: dict[str, Path], tmp_path: Path) -> None:
+    pair = [str(files["reference"]), str(files["samples"])]
+    result = run_script([SCRIPT, *pair, "--inception=missing.pth"], tmp_path, processes=2)
     assert result.returncode != 0
     assert result.stderr.count("error: missing.pth: no such weights file") == 1
 

@@ -1,19 +1,12 @@
 """The uninterrupted runs that all others must equal, each made once."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import NO_DROPOUT, Run, kill_started
+from tests.faults.runs import NO_DROPOUT, Run
 
 STEPS = ["training.max_train_steps=12", "experiment.save_every=4"]
-
-
-@pytest.fixture(autouse=True)
-def no_process_outlives_a_test() -> Iterator[None]:
-    yield
-    kill_started()
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """Starting training runs that may die, and comparing what is left of them."""
 
 import json
-import multiprocessing
 import os
-import socket
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -12,18 +10,13 @@ import torch
 from safetensors.torch import load_file
 
 from tests.faults import worker
+from tests.processes import SERVER, STARTED, WAIT_S, rank_environments
 from utils.run.checkpoint import checkpoint_folders
 from utils.run.status import Status, read_status
 from utils.run.tracking import read_metrics
 
 CURVES = ["train/loss", "train/ar_loss", "train/proj_loss", "train/correct_tokens", "grad_norm", "lr"]
 NO_DROPOUT = ["model.generator.dropout=0", "model.generator.attn_drop=0"]
-WAIT_S = 90  # no test relies on it; it keeps a hanging run from hanging the suite
-
-STARTED: list[BaseProcess] = []  # by the test in progress
-
-SERVER = multiprocessing.get_context("forkserver")  # its children start with all imports done
-SERVER.set_forkserver_preload(["tests.faults.worker"])
 
 
 class Run:
@@ -37,15 +30,12 @@ class Run:
     def start(self, *overrides: str, processes: int = 1, per_rank: dict[int, list[str]] | None = None, **env: str):
         """Start all ranks; `per_rank` has further arguments of some."""
         common = {"TEST_RECORD": str(self.new_record()), **env}
-        if processes > 1:
-            common |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.processes = []
-        for rank in range(processes):
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+        for rank, address in enumerate(rank_environments(processes) if processes > 1 else [{}]):
             arguments = [*self.arguments, *overrides, *(per_rank or {}).get(rank, [])]
             output = f"{self.folder}.out{rank}"
             Path(output).write_text("")
-            process = SERVER.Process(target=worker.train_in_child, args=(arguments, common | ranks, output))
+            process = SERVER.Process(target=worker.train_in_child, args=(arguments, common | address, output))
             process.start()
             self.processes.append(process)
             STARTED.append(process)
@@ -123,14 +113,6 @@ class Run:
         return tensors
 
 
-def kill_started() -> None:
-    """End what a failed test has left: a rank that hangs would keep pytest from ending."""
-    while STARTED:
-        process = STARTED.pop()
-        process.kill()
-        process.join()
-
-
 def assert_equal_runs(run: Run, oracle: Run) -> None:
     """Bit for bit: losses and rates per step, sample ids, final weights, optimizer state."""
     assert run.curves() == oracle.curves()
@@ -139,12 +121,6 @@ def assert_equal_runs(run: Run, oracle: Run) -> None:
     assert ours.keys() == theirs.keys()
     differing = [key for key in ours if not torch.equal(ours[key], theirs[key])]
     assert differing == []
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def children_of(pid: int) -> list[int]:

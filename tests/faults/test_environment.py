@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from scripts import train_rear
-from tests.faults.runs import WAIT_S, Run, assert_equal_runs
+from tests.faults.runs import Run, assert_equal_runs
+from tests.processes import WAIT_S
 from utils.config import load_config
 from utils.errors import InputError
 from utils.ranks import ignored_launcher_settings, launch_environment

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import NO_DROPOUT, WAIT_S, Run, launch_environment
+from tests.faults.runs import NO_DROPOUT, Run, launch_environment
+from tests.processes import WAIT_S
 
 ROOT = Path(__file__).parents[2]
 SRUN = '#!/usr/bin/env bash\n[[ "$1" == --kill-on-bad-exit=1 ]] && shift\nexec "$@"\n'

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults import worker
-from tests.faults.runs import WAIT_S, Run, assert_equal_runs, children_of, launch_environment
+from tests.faults.runs import Run, assert_equal_runs, children_of, launch_environment
+from tests.processes import WAIT_S
 from utils.run.status import EXIT_PREEMPTED, read_status
 
 

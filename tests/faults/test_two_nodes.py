@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.runs import NO_DROPOUT, WAIT_S, Run, children_of, free_port, launch_environment
+from tests.faults.runs import NO_DROPOUT, Run, children_of, launch_environment
+from tests.processes import WAIT_S, free_port
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.multiprocess

@@ -1,11 +1,6 @@
 """Two commands at the same time in one folder: one goes on, the other names it; the result is that of one alone."""
 
-import multiprocessing
-import os
 import re
-import runpy
-import sys
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +10,10 @@ from PIL import Image
 from safetensors.torch import load_file, save
 
 from modeling.rear import ReAR
-from tests.faults.runs import SERVER, STARTED, WAIT_S
+from tests.processes import WAIT_S, start_script
 from utils.config import load_config
 from utils.files.weights import save_weights
 
-ROOT = Path(__file__).parents[2]
 RESULTS = {"train": "out/model.safetensors", "sample": "out.npz", "convert": "out.tokens/tokens.npy"}
 RESULTS["pretokenize"] = "out.tokens/tokens.npy"
 
@@ -29,11 +23,11 @@ def command_of(kind: str, arguments: list[str], images: Path, weights: Path, fol
     output, project = f"experiment.output_dir={folder / 'out'}", Path(arguments[0].removeprefix("config=")).parent
     sizes = ["--codebook-size", "24", "--image-seq-len", "16", "--num-classes", "5", "--processes", "1"]
     return {
-        "train": ["train_rear.py", *arguments, output, "training.max_train_steps=3"],
-        "sample": ["sample_imagenet_rear.py", *arguments, output, f"experiment.generator_checkpoint={weights}"],
-        "convert": ["convert_tokens.py", str(project / "codes.jsonl"), str(folder / "out.tokens"), *sizes],
+        "train": ["scripts/train_rear.py", *arguments, output, "training.max_train_steps=3"],
+        "sample": ["scripts/sample_imagenet_rear.py", *arguments, output, f"experiment.generator_checkpoint={weights}"],
+        "convert": ["scripts/convert_tokens.py", str(project / "codes.jsonl"), str(folder / "out.tokens"), *sizes],
         "pretokenize": [
-            "pretokenize.py",
+            "scripts/pretokenize.py",
             *arguments,
             f"dataset.params.train_shards_path_or_url={images}",
             f"dataset.params.pretokenization={folder / 'out.tokens'}",
@@ -41,22 +35,8 @@ def command_of(kind: str, arguments: list[str], images: Path, weights: Path, fol
     }[kind]
 
 
-def script_in_child(command: list[str], output: str) -> None:
-    """A script as a process of its own, started from a server that has the imports done already."""
-    multiprocessing.set_start_method("fork", force=True)  # as in a script on Linux
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    sys.argv = command
-    torch.set_num_threads(1)
-    runpy.run_path(str(ROOT / "scripts" / command[0]), run_name="__main__")
-
-
-def start(command: list[str], output: Path) -> BaseProcess:
-    process = SERVER.Process(target=script_in_child, args=(command, str(output)))
-    process.start()
-    STARTED.append(process)
-    return process
+def said(output: Path) -> str:
+    return Path(f"{output}.err").read_text()
 
 
 def content(result: Path) -> bytes:
@@ -73,10 +53,10 @@ def rounds(kind: str, number: int, arguments: list[str], images: Path, folder: P
         place = folder / str(i)
         place.mkdir()
         outputs = [place / f"output{k}" for k in range(2 if i else 1)]
-        processes = [start(command_of(kind, arguments, images, weights, place), output) for output in outputs]
+        processes = [start_script(command_of(kind, arguments, images, weights, place), output) for output in outputs]
         for process in processes:
             process.join(WAIT_S)
-        codes, errors = [process.exitcode for process in processes], [output.read_text() for output in outputs]
+        codes, errors = [process.exitcode for process in processes], list(map(said, outputs))
         refused = [error for error, code in zip(errors, codes, strict=True) if code]
         assert 0 in codes, errors
         for error in refused:
@@ -86,15 +66,15 @@ def rounds(kind: str, number: int, arguments: list[str], images: Path, folder: P
         results.add(content(place / RESULTS[kind]))
     assert len(results) == 1
     command, output = command_of(kind, arguments, images, weights, place := folder / "killed"), folder / "output"
-    killed = start(command, output)
+    killed = start_script(command, output)
     lock = {"train": "out/.lock", "sample": "out.lock"}.get(kind, "out.tokens.lock")
     while not (place / lock).exists() and killed.is_alive():
         pass
     killed.kill()
     killed.join()
-    again = start(command, output)
+    again = start_script(command, output)
     again.join(WAIT_S)
-    assert again.exitcode == 0, output.read_text()
+    assert again.exitcode == 0, said(output)
     assert {content(place / RESULTS[kind])} == results
 
 

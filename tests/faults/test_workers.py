@@ -13,9 +13,9 @@ from PIL import Image
 
 from data.codes.token_store import TokenStore, open_tokens
 from tests.faults.runs import Run
+from tests.processes import ROOT, run_script
 from utils.run.status import EXIT_PREEMPTED
 
-ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 300  # no test relies on it
 
 
@@ -89,6 +89,9 @@ def start(script: str, images: Path, tiny_arguments: list[str], workers: int, *b
     arguments = [*tiny_arguments, *on_images(images, workers), f"experiment.output_dir={out}"]
     arguments += ["training.max_train_steps=4", f"dataset.params.pretokenization={images.parent / 'c.tokens'}"]
     arguments = [a for a in arguments if not (script == "train_tokenizer" and "pretokenization=/" in a)]
+    if not before:
+        done = run_script([f"scripts/{script}.py", *arguments], images.parent)
+        return done.returncode, done.stderr
     command = [*before, sys.executable, str(ROOT / f"scripts/{script}.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S)

@@ -1,10 +1,7 @@
 """Folder to shards: what is inside, the same bytes after any kill and with any number of processes, named errors."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +12,9 @@ from data.images.reading import open_images
 from data.images.shard_index import index_path, read_index
 from data.images.tar_shards import TarShards, find_shards
 from scripts import make_shards
+from tests.processes import run_script
 from utils.errors import InputError
 from utils.files.hashing import file_sha256
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -80,11 +76,10 @@ def test_webdataset_reads_them(images: Path, tmp_path: Path) -> None:
 def test_kills_and_processes_change_nothing(images: Path, tmp_path: Path) -> None:
     expected = make(images, "one", "--processes", "1")
     assert make(images, "three", "--processes", "3") == expected
-    command = [sys.executable, str(ROOT / "scripts/make_shards.py"), str(images), str(tmp_path / "killed")]
+    command = ["scripts/make_shards.py", str(images), str(tmp_path / "killed")]
     command += ["--samples-per-shard", "5", "--processes", "1"]
     for fault in ("part.begin.0", "part.rename.1", "part.begin.3", "join.begin", "join.end"):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "REAR_FAULT": fault}
-        assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+        assert run_script(command, tmp_path, REAR_FAULT=fault).returncode == -signal.SIGKILL
         assert not (tmp_path / "killed").exists()
     written = {path.name: path.stat().st_ino for path in (tmp_path / "killed.parts/shards").glob("*.tar")}
     assert make(images, "killed") == expected

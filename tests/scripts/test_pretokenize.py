@@ -18,11 +18,12 @@ from data.images.reading import open_images
 from data.images.transforms import ten_crop
 from modeling.tokenizers.registry import load_tokenizer
 from scripts import pretokenize
+from tests.processes import ROOT, run_script
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.weights import weights_sha256
 
-ROOT = Path(__file__).parents[2]
+SCRIPT = "scripts/pretokenize.py"
 
 
 @pytest.fixture
@@ -70,16 +71,6 @@ def test_codes_are_those_of_the_crops_in_order(
     np.testing.assert_array_equal(store.codes, torch.stack(expected))
 
 
-def encoded(arguments: list[str], processes: int, fault: str = "") -> int:
-    """Exit status of the script, of torchrun if there are several processes; `fault` as in `utils.faults`."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(launcher if processes > 1 else []), str(ROOT / "scripts/pretokenize.py"), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "REAR_FAULT": fault}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert fault or result.returncode == 0, result.stderr
-    return result.returncode
-
-
 def store_files(output: Path) -> dict[str, bytes]:
     """Everything but the time stamp of the jsonl."""
     files = {path.name: path.read_bytes() for path in output.with_suffix(".tokens").iterdir()}
@@ -107,16 +98,17 @@ def test_any_number_of_processes_and_kills_give_the_same_bytes(
     alone = arguments_of("alone")
     pretokenize.main(load_config(alone))
     expected = store_files(tmp_path / "alone/codes.jsonl")
-    assert encoded(arguments_of("three"), processes=3) == 0
+    done = run_script([SCRIPT, *arguments_of("three")], tmp_path, processes=3)
+    assert done.returncode == 0, done.stderr
     assert store_files(tmp_path / "three/codes.jsonl") == expected
 
     killed, folder = arguments_of("killed"), tmp_path / "killed"
-    assert encoded(killed, processes=2, fault="part.rename.1") == 1
+    assert run_script([SCRIPT, *killed], tmp_path, processes=2, REAR_FAULT="part.rename.1").returncode == 1
     assert not (folder / "codes.jsonl").exists()
     first = folder / "codes.tokens.parts/000000000000.npy"
     written = first.stat().st_mtime_ns if first.exists() else None
     for fault in ("part.begin.1", "join.begin", "join.end"):
-        assert encoded(killed, processes=1, fault=fault) == -9
+        assert run_script([SCRIPT, *killed], tmp_path, REAR_FAULT=fault).returncode == -9
         assert not (folder / "codes.tokens").exists()
         assert written in (None, first.stat().st_mtime_ns)  # finished parts are not made again
     pretokenize.main(load_config(killed))

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 
 from data.codes.token_writer import StoreMeta, new_token_store
 from scripts import train_rear
+from tests.processes import ROOT, run_script
 from utils.config import Config, load_config
 from utils.errors import InputError
 from utils.run.tracking import read_metrics
 
-ROOT = Path(__file__).parents[2]
 LOSSES = ["train/loss", "train/ar_loss", "train/proj_loss", "train/correct_tokens", "grad_norm", "lr"]
 NO_DROPOUT = ["model.generator.dropout=0", "model.generator.attn_drop=0"]
 
@@ -202,10 +202,9 @@ def test_bad_codes_are_named_and_leave_nothing_behind(tiny_arguments: list[str],
 
 
 def test_user_errors_are_one_line_and_a_status(tiny_arguments: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts/train_rear.py"), *tiny_arguments]
+    command = ["scripts/train_rear.py", *tiny_arguments]
     command += [f"experiment.output_dir={tmp_path / 'run'}", "experiment.tokenizer_checkpoint=absent.safetensors"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = run_script(command, tmp_path)
     assert result.returncode == 1
     assert result.stderr.strip().startswith("error: ")
     assert "absent.safetensors" in result.stderr

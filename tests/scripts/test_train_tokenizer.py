@@ -1,10 +1,9 @@
 """Training and evaluating a tiny tokenizer on a few made-up images."""
 
+import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,14 @@ from safetensors.torch import load_file
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from modeling.tokenizers.registry import load_tokenizer
 from scripts import train_tokenizer
+from tests.processes import run_script
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.weights import load_state_dict
 from utils.ranks import World
 from utils.run.tracking import read_metrics
 
-ROOT = Path(__file__).parents[2]
+SCRIPT = "scripts/train_tokenizer.py"
 
 
 @pytest.fixture
@@ -85,6 +85,27 @@ def test_training_goes_on_from_given_weights(tiny_arguments: list[str], images: 
         train_tokenizer.main(load_config(absent))
 
 
+def test_a_full_disk_costs_figures_on_the_way_but_not_the_run(
+    tiny_arguments: list[str], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["training.max_train_steps=2", "experiment.save_every=1"]
+
+    def run(name: str, number_of_failures: int) -> str:
+        failures = iter(range(number_of_failures))
+
+        def write(path: Path, image: Image.Image) -> None:
+            if next(failures, None) is not None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        monkeypatch.setattr(train_tokenizer, "write_png", write)
+        return train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / name, *more)))
+
+    assert run("first", 1) == "completed"
+    assert "weights and figures of step 1: " in (tmp_path / "first/log.txt").read_text()
+    with pytest.raises(OSError, match="No space left"):
+        run("last", 2)
+
+
 def test_same_seed_same_weights(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     weights = []
     for name in ("a", "b"):
@@ -95,16 +116,6 @@ def test_same_seed_same_weights(tiny_arguments: list[str], images: Path, tmp_pat
     assert weights[0] == weights[1]
 
 
-def launch(command: list[str], processes: int = 1, **environment: str) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "scripts/train_tokenizer.py"), *command],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize("fault", ["step.7", "save.discriminator.8"])
 def test_a_killed_run_continues_bit_for_bit(
     tiny_arguments: list[str], images: Path, tmp_path: Path, fault: str
@@ -113,9 +124,9 @@ def test_a_killed_run_continues_bit_for_bit(
     more = ["vq_training.adversarial_weight=0.5", "training.max_train_steps=12", "experiment.save_every=4"]
     train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / "whole", *more)))
     command = arguments(tiny_arguments, images, tmp_path / "killed", *more)
-    assert launch(command, REAR_FAULT=fault).returncode == -signal.SIGKILL
+    assert run_script([SCRIPT, *command], tmp_path, REAR_FAULT=fault).returncode == -signal.SIGKILL
     assert read_metrics(tmp_path / "killed/metrics.jsonl")[-1]["step"] >= 6
-    again = launch(command)
+    again = run_script([SCRIPT, *command], tmp_path)
     assert again.returncode == 0, again.stderr
     assert "steps 4 to 12" in (tmp_path / "killed/log.txt").read_text()
     for file in ("tokenizer.safetensors", "checkpoint-12/model.safetensors", "checkpoint-12/discriminator.safetensors"):
@@ -135,7 +146,7 @@ def test_two_processes_train_as_one_does(tiny_arguments: list[str], images: Path
     more.append(f"vq_training.init_from={init / 'tokenizer.safetensors'}")
     train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / "one", *more)))
     command = arguments(tiny_arguments, images, tmp_path / "two", *more, "training.per_gpu_batch_size=4")
-    result = launch(command, processes=2)
+    result = run_script([SCRIPT, *command], tmp_path, processes=2)
     assert result.returncode == 0, result.stderr
     one, two = (read_metrics(tmp_path / run / "metrics.jsonl") for run in ("one", "two"))
     for name in ("train/l1", "train/commitment", "train/discriminator"):  # later a rounding makes a code another one

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.faults.runs import free_port
+from tests.processes import free_port
 from utils.errors import InputError
 from utils.ranks import World, join_world, launch_environment
 
