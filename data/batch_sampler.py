@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from utils.randomness import Stream, philox
+from utils.randomness import Stream, permutation, philox
 
 
 class Visit(NamedTuple):
@@ -73,13 +73,11 @@ class GlobalBatchSampler(Sampler[list[Visit]]):
             for sample_number in range(first, first + self.micro_batch_size):
                 pass_number, position = divmod(sample_number, self.num_samples)
                 if pass_number != current_pass:
-                    current_pass, order = pass_number, permutation(self.num_samples, self.seed, pass_number)
+                    current_pass, order = pass_number, order_of_pass(self.num_samples, self.seed, pass_number)
                 visits.append(Visit(int(order[position]), pass_number))
             yield visits
 
 
-def permutation(num_samples: int, seed: int, pass_number: int) -> np.ndarray:
+def order_of_pass(num_samples: int, seed: int, pass_number: int) -> np.ndarray:
     """Order of the samples in a pass: (num_samples,) uint32."""
-    order = np.arange(num_samples, dtype=np.uint32)
-    np.random.Generator(philox(Stream.DATA_ORDER, seed, pass_number)).shuffle(order)
-    return order
+    return permutation(philox(Stream.DATA_ORDER, seed, pass_number), num_samples)

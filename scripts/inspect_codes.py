@@ -36,6 +36,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from data.batch_sampler import order_of_pass
 from data.codes.code_statistics import CodeStatistics, code_statistics
 from data.codes.token_store import TokenStore
 from data.training_batches import check_tokenizer, open_codes
@@ -86,8 +87,8 @@ def choose_rows(store: TokenStore, config: Config) -> list[int]:
     rows = config.inspection.rows
     if rows is None:
         count = min(config.inspection.num_images, len(store))
-        rng = np.random.default_rng(config.training.seed)
-        return sorted(rng.choice(len(store), count, replace=False, shuffle=False).tolist())
+        order = order_of_pass(len(store), config.training.seed, pass_number=0)
+        return sorted(order[:count].tolist())
     for row in rows:
         if not 0 <= row < len(store):
             raise InputError(f"inspection.rows: found {row}, expected 0 to {len(store) - 1}")

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.batch_sampler import permutation
+from data.batch_sampler import order_of_pass
 from data.images.decoding import Decoding, Note
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import training_transform
@@ -163,7 +163,7 @@ class HeldoutImages:
 
 def order_by_turns(class_ids: np.ndarray, seed: int) -> np.ndarray:
     """Indices (n,) of all images: one of each class, another of each class, ..., shuffled within the class."""
-    shuffled = permutation(len(class_ids), seed, pass_number=0)
+    shuffled = order_of_pass(len(class_ids), seed, pass_number=0)
     shuffled = shuffled[np.argsort(class_ids[shuffled], kind="stable")]  # class by class
     grouped = class_ids[shuffled]
     turn = np.arange(len(grouped)) - np.searchsorted(grouped, grouped)  # rank within the class

@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from data.batch_sampler import permutation
+from data.batch_sampler import order_of_pass
 from data.images.decoding import Decoding, Note
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import training_transform
@@ -256,7 +256,7 @@ def evaluate(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config) ->
     """Figures over the held-out images, and a grid: rows of originals, each above its row of reconstructions."""
     device = next(tokenizer.parameters()).device
     metrics = ReconstructionMetrics(tokenizer.codebook_size)
-    order = permutation(len(heldout_set), seed=0, pass_number=0).tolist()  # mixed classes in the grid
+    order = order_of_pass(len(heldout_set), seed=0, pass_number=0).tolist()  # mixed classes in the grid
     columns = min(GRID_COLUMNS, len(heldout_set))
     shown: list[np.ndarray] = []
     for batch in Batches(heldout_set, [order[i : i + columns] for i in range(0, len(order), columns)], num_workers=0):

@@ -25,10 +25,10 @@ WAIT_S = 90  # no test relies on it; it keeps a hanging process from hanging the
 STARTED: list[BaseProcess] = []  # by the test in progress
 
 SERVER = multiprocessing.get_context("forkserver")
+SCRIPTS = ("sample_imagenet_rear", "pretokenize", "reconstruct", "train_tokenizer", "make_shards", "convert_tokens")
+IMPORTED_LATE = ("torch._dynamo", "torch.distributed.fsdp", "utils.run.sharded_state", "matplotlib.figure")
 SERVER.set_forkserver_preload(
-    ["tests.faults.worker", "evaluation.evaluator"]
-    + [f"scripts.{name}" for name in ("sample_imagenet_rear", "pretokenize", "reconstruct", "train_tokenizer")]
-    + [f"scripts.{name}" for name in ("make_shards", "convert_tokens")]
+    ["tests.faults.worker", "evaluation.evaluator", *(f"scripts.{name}" for name in SCRIPTS), *IMPORTED_LATE]
 )
 
 

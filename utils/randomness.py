@@ -1,6 +1,7 @@
 """Counter-based randomness: what is drawn depends on keys only, never on ranks, batch sizes or earlier draws.
 
-Philox is a counter-based generator (Salmon et al., SC 2011), so a slice of a long stream is reached in O(1).
+Philox is a counter-based generator (Salmon et al., SC 2011), so a slice of a long stream is reached in O(1). All
+numbers are made here from its bits: those of the methods of NumPy's Generator may change from release to release.
 """
 
 from enum import IntEnum
@@ -16,11 +17,22 @@ class Stream(IntEnum):
     DATA_ORDER = 1
     AUGMENTATION = 2
     SAMPLING = 3
+    SHARDS = 4
 
 
 def philox(stream: Stream, seed: int, key: int) -> np.random.Philox:
     """The bit generator of (stream, seed, key); the stream is the highest word of the 256-bit counter."""
     return np.random.Philox(key=[seed, key], counter=[0, 0, 0, stream])
+
+
+def uniforms(bits: np.random.Philox, count: int) -> np.ndarray:
+    """(count,) float64 in [0, 1)."""
+    return (bits.random_raw(count) >> np.uint64(11)) * 2.0**-53
+
+
+def permutation(bits: np.random.Philox, count: int) -> np.ndarray:
+    """The numbers from 0 to count - 1 in a random order: (count,) uint32."""
+    return np.argsort(bits.random_raw(count), kind="stable").astype(np.uint32)
 
 
 def sample_uniforms(seed: int, step: int, first: int, count: int, width: int) -> torch.Tensor:
@@ -31,7 +43,7 @@ def sample_uniforms(seed: int, step: int, first: int, count: int, width: int) ->
     """
     row = -(-width // 4) * 4  # Philox advances in blocks of 4 doubles
     bits = philox(Stream.TRAINING_NOISE, seed, step).advance(first * row // 4)
-    return _to_float32(np.random.Generator(bits).random((count, row))[:, :width])
+    return _to_float32(uniforms(bits, count * row).reshape(count, row)[:, :width])
 
 
 def image_uniforms(seed: int, indices: list[int], width: int) -> torch.Tensor:
@@ -40,7 +52,7 @@ def image_uniforms(seed: int, indices: list[int], width: int) -> torch.Tensor:
     Returns:
         (len(indices), width) float32 in [0, 1).
     """
-    draws = [np.random.Generator(philox(Stream.SAMPLING, seed, index)).random(width) for index in indices]
+    draws = [uniforms(philox(Stream.SAMPLING, seed, index), width) for index in indices]
     return _to_float32(np.stack(draws))
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from data.images.shard_writer import ShardSample, write_shard
 from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE
 from utils.files.atomic import complete_folder
+from utils.randomness import Stream, permutation, philox
 
 PIXELS_PER_DEGREE = 15
 TILE, STRIDE = 64, 16  # pixels
@@ -111,7 +112,7 @@ def build_shards(output_dir: Path) -> None:
 
 def _write_shards(pattern: Path, tiles: list[Tile], picture: Image.Image) -> dict[str, int]:
     """Returns the number of tiles in each shard, by its name."""
-    shuffled = np.random.Generator(np.random.Philox(key=0)).permutation(len(tiles))  # every shard holds all classes
+    shuffled = permutation(philox(Stream.SHARDS, 0, 0), len(tiles))  # every shard holds all classes
     counts = {}
     for number, first in enumerate(range(0, len(tiles), TILES_PER_SHARD)):
         samples = (_sample(tiles[i], picture) for i in shuffled[first : first + TILES_PER_SHARD])

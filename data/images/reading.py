@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
@@ -13,9 +12,9 @@ from data.images.image_folder import ImageFolder
 from data.images.image_source import ImageSource
 from data.images.notices import ImageNotes
 from data.images.tar_shards import TarShards
-from data.images.transforms import Transform
+from data.images.transforms import NUM_DRAWS, Transform
 from utils.errors import InputError
-from utils.randomness import Stream, philox
+from utils.randomness import Stream, philox, uniforms
 from utils.schema import DatasetParams
 
 
@@ -84,9 +83,9 @@ class ImageDataset(Dataset):
         """
         index, pass_number = as_visit(item)
         image, there, note = self._readable(index)
-        rng = np.random.Generator(philox(Stream.AUGMENTATION, self.seed, pass_number * len(self) + index))
+        draws = uniforms(philox(Stream.AUGMENTATION, self.seed, pass_number * len(self) + index), NUM_DRAWS)
         class_id = int(self.source.class_ids[there])
-        return {"image": self.transform(image, rng), "class_labels": class_id, "index": index, "notes": int(note)}
+        return {"image": self.transform(image, draws), "class_labels": class_id, "index": index, "notes": int(note)}
 
     def _readable(self, index: int) -> tuple[Image.Image, int, Note]:
         for step in range(len(self)):

@@ -22,8 +22,8 @@ from utils.files.atomic import complete_file, publish, write_text
 from utils.files.hashing import file_sha256
 from utils.files.parts import Parts
 from utils.processes import in_processes
+from utils.randomness import Stream, permutation, philox
 
-ORDER_SEED = 0
 FILE_MODE = 0o444
 HELDOUT_PREFIX = "heldout"
 
@@ -49,7 +49,7 @@ def plan_shards(source: ImageFolder, prefix: str, samples_per_shard: int, heldou
     Raises:
         InputError: a class of one image, none of which can be held out.
     """
-    order = np.random.Generator(np.random.Philox(key=ORDER_SEED)).permutation(len(source))
+    order = permutation(philox(Stream.SHARDS, 0, 0), len(source))
     by_class = order[np.argsort(source.class_ids[order], kind="stable")]  # grouped, shuffled within a class
     counts = np.bincount(source.class_ids)
     rank = np.empty(len(source), dtype=np.int64)  # within the class

@@ -1,8 +1,9 @@
 """Crops: how an image of any size becomes the square that the tokenizer reads.
 
-A transform is a function of (image, rng) and gets a fresh generator for every image, so that its result does not depend
-on workers. The centre crop is that of ADM (openai/guided-diffusion, guided_diffusion/image_datasets.py), the ten crops
-are those of LlamaGen and RAR: ADM centre crop to 1.1 times the size, then five crops and their mirror images.
+A transform is a function of (image, draws): `NUM_DRAWS` uniforms in [0, 1) that belong to the image and the pass, so
+that its result does not depend on workers. The centre crop is that of ADM (openai/guided-diffusion,
+guided_diffusion/image_datasets.py), the ten crops are those of LlamaGen and RAR: ADM centre crop to 1.1 times the size,
+then five crops and their mirror images.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from utils.schema import PreprocessingConfig
 
 TEN_CROP_RATIO = 1.1
 
-Transform = Callable[[Image.Image, np.random.Generator], Tensor]
+NUM_DRAWS = 3  # left, top, mirrored or not
+Transform = Callable[[Image.Image, np.ndarray], Tensor]
 
 
 def resize_shorter_edge(image: Image.Image, edge: int) -> Image.Image:
@@ -72,20 +74,20 @@ def pretokenize_transform(preprocessing: PreprocessingConfig) -> Transform:
     return partial(_fixed_views, preprocessing=preprocessing)
 
 
-def _random_view(image: Image.Image, rng: np.random.Generator, preprocessing: PreprocessingConfig) -> Tensor:
+def _random_view(image: Image.Image, draws: np.ndarray, preprocessing: PreprocessingConfig) -> Tensor:
     size, resize_to = preprocessing.crop_size, preprocessing.resize_shorter_edge
     if preprocessing.random_crop:
         image = resize_shorter_edge(image, resize_to)
-        left, top = rng.integers(0, [image.width - size + 1, image.height - size + 1])
-        image = _crop(image, int(left), int(top), size)
+        left, top = int(draws[0] * (image.width - size + 1)), int(draws[1] * (image.height - size + 1))
+        image = _crop(image, left, top, size)
     else:
         image = adm_center_crop(image, size, resize_to)
-    if preprocessing.random_flip and rng.random() < 0.5:
+    if preprocessing.random_flip and draws[2] < 0.5:
         image = ImageOps.mirror(image)
     return _to_tensor(image)
 
 
-def _fixed_views(image: Image.Image, rng: np.random.Generator, preprocessing: PreprocessingConfig) -> Tensor:
+def _fixed_views(image: Image.Image, draws: np.ndarray, preprocessing: PreprocessingConfig) -> Tensor:
     size, resize_to = preprocessing.crop_size, preprocessing.resize_shorter_edge
     if preprocessing.pretokenize_crops == "ten_crop":
         crops = ten_crop(image, size)

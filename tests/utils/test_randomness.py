@@ -1,6 +1,32 @@
+import numpy as np
 import torch
 
-from utils.randomness import dropout_seed, image_uniforms, sample_uniforms
+from utils.randomness import Stream, dropout_seed, image_uniforms, permutation, philox, sample_uniforms, uniforms
+
+
+def test_golden_values() -> None:
+    """Other numbers would change running trainings and published samples: on every version of NumPy the same."""
+    assert uniforms(philox(Stream.SAMPLING, 3, 4), 3).tolist() == [
+        0.2365416296134677,
+        0.8460626445297484,
+        0.24064143887619815,
+    ]
+    assert permutation(philox(Stream.DATA_ORDER, 42, 0), 10).tolist() == [0, 2, 6, 9, 3, 5, 4, 8, 7, 1]
+    assert sample_uniforms(1, 7, 2, 1, 3).tolist() == [[0.3248571753501892, 0.715986967086792, 0.21479520201683044]]
+    assert image_uniforms(1, [5], 3).tolist() == [[0.661202609539032, 0.7313018441200256, 0.14237354695796967]]
+    assert dropout_seed(1, 2, 3, 4) == 7661749924751933381
+
+
+def test_a_permutation_holds_every_number_once() -> None:
+    order = permutation(philox(Stream.DATA_ORDER, 0, 0), 1000)
+    assert order.dtype == np.uint32
+    assert sorted(order) == list(range(1000))
+    assert abs(np.corrcoef(order, np.arange(1000))[0, 1]) < 0.1
+
+
+def test_uniforms_are_those_of_numpys_generator() -> None:
+    numpys = np.random.Generator(philox(Stream.SAMPLING, 3, 4)).random(1000)
+    np.testing.assert_array_equal(uniforms(philox(Stream.SAMPLING, 3, 4), 1000), numpys)
 
 
 def test_sample_uniforms_do_not_depend_on_how_the_batch_is_cut() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from utils.errors import InputError
 from utils.keys import KEYS
 from utils.marks import MAY_CHANGE, SILENT
-from utils.run.manifest import Provenance, read_manifest
+from utils.run.manifest import Provenance, read_manifest, versions
 from utils.run.resume import Start
 from utils.schema import Config
 
@@ -54,6 +54,7 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
     notices = [line for key, line in changes.items() if SILENT not in KEYS[key].marks]
     if manifest.provenance.code_hash != provenance.code_hash:
         notices.append("the code has changed")
+    notices += differences(manifest.versions, versions()).values()
     return [f"since {Path(start.checkpoint).name}: {notice}" for notice in notices]
 
 

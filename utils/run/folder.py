@@ -14,7 +14,7 @@ import torch
 
 from utils.config import Config, save_config
 from utils.errors import environment_error
-from utils.run.manifest import VERSIONED_PACKAGES
+from utils.run.manifest import VERSIONED_PACKAGES, versions
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = [*VERSIONED_PACKAGES, "omegaconf", "webdataset"]
@@ -49,8 +49,7 @@ def commit() -> str:
 
 def code_facts() -> dict[str, str]:
     """Hash of the Python sources and the versions that change numbers."""
-    versions = {name: version(name) for name in VERSIONED_PACKAGES}
-    return {"code": source_hash(), "python": platform.python_version(), **versions}
+    return {"code": source_hash(), **versions()}
 
 
 def source_hash() -> str:

@@ -64,13 +64,18 @@ class Manifest:
     files: dict[str, FileRecord]
 
 
+def versions() -> dict[str, str]:
+    """Of Python and the packages that change numbers."""
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED_PACKAGES}}
+
+
 def write_manifest(folder: Path, state: TrainingState, provenance: Provenance) -> None:
     """Describe all files of `folder` in its manifest.json, which also holds the hash of its own content."""
     manifest = Manifest(
         state=state,
         provenance=provenance,
         config_hash=hash_of(provenance.config),
-        versions={"python": platform.python_version(), **{name: version(name) for name in VERSIONED_PACKAGES}},
+        versions=versions(),
         files={path.name: FileRecord(path.stat().st_size, file_sha256(path)) for path in sorted(folder.iterdir())},
     )
     content = asdict(manifest)
