@@ -1,7 +1,7 @@
 """Scripts as processes of their own that start in a moment: forked from a server that has the imports done already.
 
 What runs is the script itself, as `__main__`, with an environment, output and exit status of its own. Launchers and
-the start from nothing are tested where they matter: tests/scripts/test_help.py, test_launch_scripts.py,
+the start from nothing are tested where they matter: tests/scripts/test_help.py, test_published_commands.py,
 test_quickstart.py and tests/faults/test_two_nodes.py.
 """
 

@@ -209,11 +209,17 @@ def launch_environment() -> tuple[int, int, int]:
 
 def ignored_launcher_settings() -> list[str]:
     """A line for each setting of the launcher that has no effect here."""
-    return [
+    lines = [
         f"{name}={os.environ[name]} in the environment (from accelerate) has no effect: {what}"
         for name, (default, what) in LAUNCHER_SETTINGS.items()
         if os.environ.get(name, default).lower() != default
     ]
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        lines.append(
+            "accelerate was asked for several processes and has started this one alone, as it does without GPUs; "
+            "--multi_gpu makes it start all of them"
+        )
+    return lines
 
 
 def _variable(name: str, default: int) -> int:

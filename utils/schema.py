@@ -50,7 +50,7 @@ class ExperimentConfig:
     # auto: continue if there is a checkpoint; true: there must be one; false: none; or a path
     resume: Silent[Annotated[str, Words(("auto", "true", "false"))]] = "auto"
     # .bin, .safetensors or hf://OWNER/REPO/FILE
-    tokenizer_checkpoint: Silent[str] = "maskgit-vqgan-imagenet-f16-256.bin"
+    tokenizer_checkpoint: Silent[str] = "ckpt/maskgitvq.bin"
     allow_other_tokenizer: Silent[bool] = False  # sample or train on with another tokenizer than the weights remember
     generator_checkpoint: Silent[str | None] = None  # to sample from: a file (or hf://...), checkpoint or run folder
 

@@ -1,7 +1,7 @@
 """Every command of the documentation could be typed: its files, config keys, options and variables exist.
 
 Run they are in tests/scripts: the quick start by test_quickstart.py, the way from one's own images by
-test_make_config.py, sampling and scoring by test_launch_scripts.py.
+test_make_config.py, training, sampling and scoring by test_published_commands.py.
 """
 
 import argparse
@@ -88,6 +88,8 @@ def check_arguments(script: str, arguments: list[str], monkeypatch: pytest.Monke
         paths = [word.replace("config=", f"config={ROOT}/") for word in overrides]
         load_config(["experiment.output_dir=unused", *paths])
     others = [word for word in arguments if word not in overrides]
+    if script == "scripts_bash/download.sh":
+        script = "scripts/download.py"
     if script.endswith(".py") and not overrides:
         parse(script, others, monkeypatch)
     elif script == "scripts_bash/test.sh":

@@ -11,7 +11,7 @@ import pytest
 from tests.docs.pages import PAGES, ROOT, page_name, prose
 from utils.schema import Config
 
-MADE_ELSEWHERE = ("outputs/", "train_generated_images/")  # by runs
+MADE_ELSEWHERE = ("outputs/", "train_generated_images/", "ckpt/", "dataset/")  # by runs, or brought
 PACKAGES = ("modeling", "data", "evaluation", "scripts", "utils")
 
 

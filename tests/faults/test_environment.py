@@ -147,6 +147,14 @@ def test_settings_of_the_launcher_without_effect_are_named(monkeypatch: pytest.M
     ]
 
 
+def test_one_process_where_more_were_asked_for_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"):  # as `accelerate launch --num_processes=2` sets them
+        monkeypatch.setenv(name, "no")
+    assert [line for line in ignored_launcher_settings() if "--multi_gpu makes it start all of them" in line]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert ignored_launcher_settings() == []
+
+
 @pytest.mark.multiprocess
 def test_a_hang_shows_where_it_stands(pair: Run) -> None:
     pair.start("training.process_group_timeout=4", processes=2, REAR_FAULT="step.6@1:sleep")

@@ -223,6 +223,14 @@ def test_what_may_change_in_a_run_is_marked_beside_the_key() -> None:
     assert SILENT not in KEYS["training.seed"].marks
 
 
+def test_the_published_place_of_a_config_is_understood(capsys: pytest.CaptureFixture) -> None:
+    published = ROOT / "configs/training/generator/rear_l.yaml"
+    assert load_config([f"config={published}", OUT]) == load_config([f"config={ROOT / 'configs/rear_l.yaml'}", OUT])
+    assert capsys.readouterr().err == f"config={published}: no such file, {ROOT / 'configs/rear_l.yaml'} is used\n"
+    with pytest.raises(ConfigError, match=r"generator/absent\.yaml: no such file"):
+        load_config([f"config={published.with_name('absent.yaml')}", OUT])
+
+
 def test_a_guidance_of_0_is_none(capsys: pytest.CaptureFixture) -> None:
     load_config([OUT, "model.generator.guidance_scale=0"])
     assert capsys.readouterr().err == "model.generator.guidance_scale=0 is taken as 1: without guidance, as published\n"
