@@ -133,9 +133,10 @@ class HeldoutImages:
         transform = training_transform(dataclasses.replace(preprocessing, random_crop=False, random_flip=False))
         self.dataset = ImageDataset(source, transform, 0, allowed_bad_fraction(params))
         self.batch_size, self.num_workers = sampling.per_gpu_batch_size, params.num_workers_per_gpu
-        order = order_by_turns(source.class_ids, sampling.seed)
+        shuffled = order_of_pass(len(source), sampling.seed, pass_number=0)
+        order = by_turns(shuffled, source.class_ids)
         if allowed_bad_fraction(params) > 0:  # their number must be known before the files are begun: read all
-            order = order[~self._unreadable(order)]
+            order = by_turns(order[~self._unreadable(order)], source.class_ids)
         self.order = order[: sampling.num_fid_samples]
         self.labels = source.class_ids[self.order].astype(np.int64)
 
@@ -161,13 +162,12 @@ class HeldoutImages:
         return np.concatenate(found)
 
 
-def order_by_turns(class_ids: np.ndarray, seed: int) -> np.ndarray:
-    """Indices (n,) of all images: one of each class, another of each class, ..., shuffled within the class."""
-    shuffled = order_of_pass(len(class_ids), seed, pass_number=0)
-    shuffled = shuffled[np.argsort(class_ids[shuffled], kind="stable")]  # class by class
-    grouped = class_ids[shuffled]
+def by_turns(order: np.ndarray, class_ids: np.ndarray) -> np.ndarray:
+    """The indices of `order` (n,): one of each class, another of each class, ..., within a class in their order."""
+    order = order[np.argsort(class_ids[order], kind="stable")]  # class by class
+    grouped = class_ids[order]
     turn = np.arange(len(grouped)) - np.searchsorted(grouped, grouped)  # rank within the class
-    return shuffled[np.argsort(turn, kind="stable")]
+    return order[np.argsort(turn, kind="stable")]
 
 
 @torch.inference_mode()

@@ -285,7 +285,7 @@ def test_a_kill_after_the_last_file_is_no_obstacle(
     few = ["sampling.num_fid_samples=8"]
     for moment in ("write_record", "shutil.rmtree"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"scripts.sample_imagenet_rear.{moment}", lambda *arguments: 1 / 0)
+            patch.setattr(f"scripts.sample_imagenet_rear.{moment}", lambda *arguments, **more: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 sample(tiny_arguments, checkpoint, tmp_path / moment, *few)
         npz = sample(tiny_arguments, checkpoint, tmp_path / moment, *few)
