@@ -58,7 +58,7 @@ def image_uniforms(seed: int, indices: list[int], width: int) -> torch.Tensor:
 
 def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     """Seed of the default generators for one forward pass, so that dropout needs no saved generator state."""
-    return int(np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed, step, micro_step, rank]).generate_state(1, np.uint64)[0]) >> 1
 
 
 def _to_float32(draws: np.ndarray) -> torch.Tensor:

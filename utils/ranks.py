@@ -5,6 +5,7 @@ small key-value server of rank 0 or of torchrun): a process group can only time 
 that is missing is known by its number.
 """
 
+import ctypes
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -183,8 +184,20 @@ def join_world(
     store = _meet(rank, size, launch_timeout)
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=group_timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    yield World(rank, size, device, dist.new_group(backend="gloo", timeout=NO_LIMIT))
+    patient_group = dist.new_group(backend="gloo", timeout=NO_LIMIT)
+    for group in (dist.group.WORLD, patient_group):
+        _keep_to_the_end(group)
+    yield World(rank, size, device, patient_group)
     dist.destroy_process_group()  # not after an error: it may wait for the rank that is gone
+
+
+def _keep_to_the_end(group: object) -> None:
+    """Take a reference that is never given back, so that the process ends with the group still in memory.
+
+    torch (2.6 at least) frees a gloo group while it holds the GIL and waits for the threads of the group, one of which
+    may wait for the GIL to free the tensor of its last reduction: now and then a process would not end.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def launch_environment() -> tuple[int, int, int]:

@@ -73,6 +73,7 @@ class Run:
         metrics = self.folder / "metrics.jsonl"
         while not metrics.is_file() or len(metrics.read_text().splitlines()) < step:
             assert time.monotonic() < deadline, self.output()
+            assert not self.processes or any(process.is_alive() for process in self.processes), self.output()
             time.sleep(0.02)
 
     def output(self, rank: int | None = None) -> str:

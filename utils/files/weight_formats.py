@@ -57,7 +57,8 @@ def read_contents(path: Path) -> Any:
             _check_zip(path)
         elif head[:1] != b"\x80":  # not a pickle
             raise InputError(f"{path}: found {_other_format(head)}; {EXPECTED}")
-        with path.open("rb") as file, warnings.catch_warnings(action="ignore"):  # of a path it would heed the suffix
+        with path.open("rb") as file, warnings.catch_warnings():  # of a path it would heed the suffix
+            warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
