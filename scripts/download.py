@@ -71,8 +71,8 @@ def check(path: Path, remote: RepoFile) -> None:
     Raises:
         InputError: another size or, where the Hub tells one, another sha256; the file is deleted.
     """
-    found = {"size": path.stat().st_size}
-    expected = {"size": remote.size}
+    found: dict[str, int | str] = {"size": path.stat().st_size}
+    expected: dict[str, int | str] = {"size": remote.size}
     if remote.lfs is not None:
         found["sha256"], expected["sha256"] = file_sha256(path, progress=True), remote.lfs.sha256
     if found != expected:
