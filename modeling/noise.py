@@ -67,6 +67,8 @@ def add_noise(codes: Tensor, uniforms: Tensor, max_ratio: float, config: ModelCo
         perturbed_codes: (B, N) int.
         perturbation_mask: (B, N) bool, true where a code was replaced.
     """
+    if config.generator.perturb_ratio_fixed:
+        uniforms = torch.cat([torch.ones_like(uniforms[:, :1]), uniforms[:, 1:]], dim=1)
     return NOISES[config.generator.perturb_mode](codes, uniforms, max_ratio, config.vq_model.codebook_size)
 
 
@@ -81,7 +83,8 @@ def perturbation_ratio_at(step: int, anneal_start: int, anneal_end: int) -> floa
 
 
 def perturbation_ratio(step: int, generator: GeneratorConfig) -> float:
-    """`perturbation_ratio_at` as the config says; 0 for the plain AR model."""
+    """`perturbation_ratio_at` as the config says, times `perturb_ratio_max`; 0 for the plain AR model."""
     if generator.perturb_mode == "none":
         return 0.0
-    return perturbation_ratio_at(step, generator.randomness_anneal_start, generator.randomness_anneal_end)
+    ratio = perturbation_ratio_at(step, generator.randomness_anneal_start, generator.randomness_anneal_end)
+    return generator.perturb_ratio_max * ratio

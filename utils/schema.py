@@ -89,7 +89,9 @@ class GeneratorConfig:
     use_checkpoint: MayChange[bool] = False  # activation checkpointing: less memory, about a third more time
     # noised context: switch (random codes), mask (the mask token) or none
     perturb_mode: MayChange[Literal["switch", "mask", "none"]] = "switch"
-    # step at which the largest noise ratio starts to fall from 1
+    perturb_ratio_max: MayChange[Share] = 1.0  # largest share of codes that are replaced in a sequence, at the start
+    perturb_ratio_fixed: MayChange[bool] = False  # that share in every sequence, instead of one drawn from U(0, it)
+    # step at which the largest share starts to fall from perturb_ratio_max
     randomness_anneal_start: MayChange[NumberFrom0] = 0
     randomness_anneal_end: MayChange[NumberFrom0] = 187_500  # step from which on it is 0
     transition_alignment: bool = True  # the embedding regularization as a whole; logged as train/proj_loss

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.pages import PAGES, ROOT, page_name, prose
+from utils.config import load_config
 from utils.schema import Config
 
 MADE_ELSEWHERE = ("outputs/", "train_generated_images/", "ckpt/", "dataset/")  # by runs, or brought
@@ -96,3 +97,14 @@ def test_no_sentence_stands_in_two_places() -> None:
             words = re.findall(r"\w+", piece.lower())
             sentences[" ".join(words)] += len(words) >= 6
     assert [sentence for sentence, count in sentences.items() if count > 1] == []
+
+
+def test_overrides_in_tables_load() -> None:
+    """Keys with values, as in the paper's ablations."""
+    rows = [
+        words.split() for page in PAGES for words in in_backticks(page) if re.fullmatch(r"([a-z_.]+=\S+ ?)+", words)
+    ]
+    known = [row for row in rows if all(argument.partition("=")[0] in keys_of(Config) for argument in row)]
+    assert len(known) >= 10
+    for row in known:
+        load_config(["experiment.output_dir=unused", *row])

@@ -46,6 +46,21 @@ def test_the_mode_chooses_the_noise() -> None:
     assert torch.equal(noised["none"], codes)
 
 
+def test_the_noises_that_the_paper_compares() -> None:
+    """A fixed ratio of 0.25, and U(0, 0.5), both at every step."""
+    codes, uniforms = torch.zeros(1000, 64, dtype=torch.int64), torch.rand(1000, 129, generator=torch.manual_seed(0))
+    always = {"randomness_anneal_start": 10, "randomness_anneal_end": 10, "perturb_mode": "mask"}
+    for maximum, fixed in ((0.25, True), (0.5, False)):
+        generator = GeneratorConfig(perturb_ratio_max=maximum, perturb_ratio_fixed=fixed, **always)
+        ratio = perturbation_ratio(9, generator)
+        _, mask = add_noise(codes, uniforms, ratio, ModelConfig(VQModelConfig(codebook_size=24), generator))
+        share = mask.float().mean(dim=1)
+        assert ratio == maximum
+        assert abs(share.mean() - 0.25) < 0.01
+        assert (share.std() < 0.06) == fixed  # of 64 codes; a drawn ratio adds to it
+        assert perturbation_ratio(10, generator) == 0
+
+
 def test_the_config_names_the_noises_of_the_table() -> None:
     for mode in NOISES:
         config = load_config(["experiment.output_dir=unused", f"model.generator.perturb_mode={mode}"])
