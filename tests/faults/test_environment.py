@@ -1,20 +1,22 @@
 """Kinds of trouble from outside: the console, the disk, signals of a terminal, a second launch, the environment."""
 
+import json
 import os
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from scripts import train_rear
 from tests.faults.runs import Run, assert_equal_runs
 from tests.processes import WAIT_S
 from utils.config import load_config
 from utils.errors import InputError
-from utils.ranks import ignored_launcher_settings, launch_environment
+from utils.ranks import World, ignored_launcher_settings, launch_environment
 from utils.run import folder, training_run
-from utils.run.status import EXIT_PREEMPTED, Status, read_status, write_status
+from utils.run.status import EXIT_PREEMPTED, Status, StatusKeeper, read_status, write_status
 from utils.run.tracking import Tracker, read_metrics
 
 
@@ -136,6 +138,19 @@ def test_variables_of_a_launch(variables: dict[str, str], message: str, monkeypa
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
         launch_environment()
+
+
+def test_a_rank_that_outlives_its_launch_leaves_the_status_of_the_next(tmp_path: Path) -> None:
+    """Rank 0 was killed, and a new launch has begun before rank 1 notices."""
+    world = World(1, 1, torch.device("cpu"))  # of size 1, so that it asks nobody
+    for owner, expected in ((os.getpid(), "failed"), (1, "running")):
+        (tmp_path / ".lock.owner").write_text(json.dumps({"pid": owner}))
+        keeper = StatusKeeper(tmp_path, world, group_timeout=1)
+        keeper.has_begun = True
+        keeper._owner = os.getpid()
+        write_status(tmp_path, Status("running", 3))
+        keeper.note_end(ValueError, ValueError("lost"), None)
+        assert read_status(tmp_path).status == expected
 
 
 def test_settings_of_the_launcher_without_effect_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,14 @@ def only_writer(path: Path, inside: bool = False) -> Iterator[None]:
                 path.rmdir()
 
 
+def owner_inside(folder: Path) -> int | None:
+    """Number of the process that holds the lock in `folder`, or held it when it was killed; None: nobody."""
+    try:
+        return int(json.loads((folder / f"{LOCK}.owner").read_text())["pid"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
 def _acquire(lock: SoftFileLease, path: Path, owner_path: Path) -> None:
     first_touch, told, emptiness = None, False, _Emptiness(Path(lock.lock_file))
     deadline = time.monotonic() + LEASE_S + 2 * HEARTBEAT_S

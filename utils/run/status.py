@@ -4,6 +4,7 @@ The exit status cannot tell: torchrun returns 1 whether the workers saved and st
 """
 
 import json
+import os
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from utils.errors import InputError, TrainingError, environment_error, first_line
 from utils.files.atomic import complete_file
 from utils.files.json_file import read_json
+from utils.files.lock import owner_inside
 from utils.ranks import World
 from utils.run.signals import StoppedWaitingError, StopSignals
 
@@ -46,6 +48,7 @@ class StatusKeeper:
     def __init__(self, output_dir: Path, world: World, group_timeout: int) -> None:
         self.output_dir, self.world, self.group_timeout = output_dir, world, group_timeout
         self.has_begun, self.now = False, Status("running", 0)
+        self._owner = world.from_main(os.getpid)  # of the lock
 
     def begin(self, step: int) -> list[str]:
         """From now on the run is running; a line for the log if the run before ended without a word."""
@@ -88,8 +91,9 @@ class StatusKeeper:
         if not isinstance(error, SystemExit):  # of a rank that leaves what is to be said to rank 0
             reason = reason_of(meaning) if meaning is not error else f"rank {self.world.rank}: {reason_of(error)}"
             self.now.status, self.now.reason = "failed", reason
-            with suppress(OSError):  # the error itself is what to tell
-                write_status(self.output_dir, self.now, self.world.rank)
+            if self.world.is_main or owner_inside(self.output_dir) in (None, self._owner):  # not yet another launch's
+                with suppress(OSError):  # the error itself is what to tell
+                    write_status(self.output_dir, self.now, self.world.rank)
         if meaning is not error:
             raise meaning from error
 
