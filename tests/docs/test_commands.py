@@ -69,6 +69,7 @@ def test_a_command_names_what_exists(command: str, monkeypatch: pytest.MonkeyPat
     script = next(word for word in words if re.fullmatch(r"[\w/]+\.(py|sh|sbatch)|utils\.config", word))
     if script.endswith((".sh", ".sbatch")):
         text = (ROOT / script).read_text()
+        text += (ROOT / "scripts_bash/environment.sh").read_text() if "environment.sh" in text else ""
         assert all(re.search(rf"\b{name}\b", text) for name in variables), variables
     check_arguments(script, words[words.index(script) + 1 :], monkeypatch)
 
