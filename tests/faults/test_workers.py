@@ -51,20 +51,23 @@ def test_a_broken_image_ends_training(run: Run, images: Path, workers: int) -> N
 @pytest.mark.multiprocess
 def test_a_broken_image_ends_all_ranks(pair: Run, images: Path) -> None:
     (images / "dog/5.png").write_bytes(b"broken")
-    assert pair(*on_images(images, 2), processes=2) == [1, 1]
+    assert pair(*on_images(images, 12), processes=2) == [1, 1]
     assert "dog/5.png: cannot decode" in pair.status().reason
 
 
-def test_a_truncated_store_ends_training(run: Run, tiny_config_file: Path, tmp_path: Path) -> None:
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_truncated_store_ends_training(run: Run, tiny_config_file: Path, tmp_path: Path, ranks: int) -> None:
     shutil.copy(tiny_config_file.parent / "codes.jsonl", tmp_path)
     open_tokens(tmp_path / "codes.jsonl", 24, 16, 5)
     assert len(TokenStore(tmp_path / "codes.tokens")) == 50
     store = f"dataset.params.pretokenization={tmp_path}/codes.tokens"
-    run.start(store, "dataset.params.num_workers_per_gpu=1", "training.max_train_steps=100000", TEST_SLOW="0.1")
+    endless = ("dataset.params.num_workers_per_gpu=1", "training.max_train_steps=100000")
+    run.start(store, *endless, processes=ranks, TEST_SLOW="0.1")
     run.wait_for_step(2)
     os.truncate(tmp_path / "codes.tokens/tokens.npy", 200)
-    assert run.wait() == [1]
-    assert "tokens.npy: ends before sample" in run.output().splitlines()[-1]
+    assert run.wait() == [1] * ranks
+    assert "tokens.npy: ends before sample" in run.output()
     assert run.status().status == "failed"
 
 
@@ -80,17 +83,16 @@ def test_a_stop_signal_acts_while_waiting_for_data(run: Run, images: Path) -> No
     assert (run.folder / f"checkpoint-{status.step}/manifest.json").is_file()
 
 
-SCRIPTS = ("pretokenize", "reconstruct", "train_tokenizer")
-
-
-def start(script: str, images: Path, tiny_arguments: list[str], workers: int, *before: str) -> tuple[int, str]:
+def start(
+    script: str, images: Path, tiny_arguments: list[str], workers: int, *before: str, ranks: int = 1
+) -> tuple[int, str]:
     """Exit status and stderr of a script on these images."""
     out = images.parent / "out"
     arguments = [*tiny_arguments, *on_images(images, workers), f"experiment.output_dir={out}"]
     arguments += ["training.max_train_steps=4", f"dataset.params.pretokenization={images.parent / 'c.tokens'}"]
     arguments = [a for a in arguments if not (script == "train_tokenizer" and "pretokenization=/" in a)]
     if not before:
-        done = run_script([f"scripts/{script}.py", *arguments], images.parent)
+        done = run_script([f"scripts/{script}.py", *arguments], images.parent, processes=ranks)
         return done.returncode, done.stderr
     command = [*before, sys.executable, str(ROOT / f"scripts/{script}.py"), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -98,13 +100,17 @@ def start(script: str, images: Path, tiny_arguments: list[str], workers: int, *b
     return result.returncode, result.stderr
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_broken_image_ends_every_script(script: str, images: Path, tiny_arguments: list[str]) -> None:
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(
+    ("script", "ranks"),
+    [("reconstruct", 1), *((name, n) for name in ("pretokenize", "train_tokenizer") for n in (1, 2))],
+)
+def test_a_broken_image_ends_every_script(script: str, ranks: int, images: Path, tiny_arguments: list[str]) -> None:
     (images / "dog/5.png").unlink()
     (images / "dog/5.png").symlink_to("nowhere.png")
-    status, output = start(script, images, tiny_arguments, 2)
+    status, output = start(script, images, tiny_arguments, 12, ranks=ranks)
     assert status == 1
-    assert output.splitlines()[-1] == f"error: {images}/dog/5.png: cannot be read: No such file or directory"
+    assert f"error: {images}/dog/5.png: cannot be read: No such file or directory" in output.splitlines()
     assert "Traceback" not in output
 
 

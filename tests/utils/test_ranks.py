@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import time
 from collections.abc import Callable
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from tests.processes import free_port
-from utils.errors import InputError
+from utils.errors import InputError, TrainingError
 from utils.ranks import World, join_world, launch_environment
 
 
@@ -43,6 +44,18 @@ def fail_on(rank: int, world: World) -> str:
     if world.rank == rank:
         raise InputError(f"bad file on {rank}")
     return "fine"
+
+
+def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(TrainingError, match=rf"127\.0\.0\.1:{port} .*expected a free MASTER_PORT"), join_world(2):
+            pass
 
 
 @pytest.mark.multiprocess
