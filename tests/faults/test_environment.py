@@ -11,7 +11,7 @@ import torch
 
 from scripts import train_rear
 from tests.faults.runs import Run, assert_equal_runs
-from tests.processes import WAIT_S
+from tests.processes import WAIT_S, start_script
 from utils.config import load_config
 from utils.errors import InputError
 from utils.ranks import World, ignored_launcher_settings, launch_environment
@@ -102,6 +102,17 @@ def test_metrics_wait_for_room_on_the_disk(run: Run, tmp_path: Path, monkeypatch
     tracker.path = path
     tracker.log({"lr": 2.0}, 2)
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
+
+
+def test_a_full_disk_behind_the_console_costs_no_training(fault_arguments: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "console"
+    for kind in (".out", ".err"):
+        Path(f"{output}{kind}").symlink_to("/dev/full")
+    folder = tmp_path / "run"
+    process = start_script(["scripts/train_rear.py", *fault_arguments, f"experiment.output_dir={folder}"], output)
+    process.join(WAIT_S)
+    assert process.exitcode == 0
+    assert read_status(folder) == Status("completed", 12)
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

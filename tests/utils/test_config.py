@@ -57,6 +57,13 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         (["lr_scheduler.params.learning_rate=1"], "=1.0: expected optimizer.params.learning_rate=0.0004"),
         (["training.per_gpu_batch_size=0"], "training.per_gpu_batch_size=0: expected at least 1"),
         (["vq_training.revive_every=0"], "vq_training.revive_every=0: expected at least 1"),
+        (["model.generator.num_attention_heads=0"], "model.generator.num_attention_heads=0: expected at least 1"),
+        (
+            ["sampling.seed=18446744073709551615"],
+            "sampling.seed=18446744073709551615: expected 0 to 9223372036854775807",
+        ),
+        (["training.max_grad_norm=0"], "training.max_grad_norm=0.0: expected above 0"),
+        (["training.ema_decay=nan"], "training.ema_decay=nan: expected a finite number"),
         (["vq_training.adversarial_weight=-1"], "vq_training.adversarial_weight=-1.0: expected at least 0"),
         (["seed"], "'seed' is not of the form key=value"),
         (

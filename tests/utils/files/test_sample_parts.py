@@ -62,3 +62,11 @@ def test_parts_without_a_fingerprint(parts: SampleParts) -> None:
     (parts.folder / FINGERPRINT).unlink()
     with pytest.raises(InputError, match=r"holds parts but no fingerprint\.json"):
         parts.claim(FINGERPRINT_A)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{"])
+def test_a_damaged_fingerprint_is_one_line(parts: SampleParts, content: str) -> None:
+    (parts.folder / FINGERPRINT).write_text(content)
+    with pytest.raises(InputError, match=r"fingerprint\.json: (found no JSON|damaged)") as error:
+        parts.claim(FINGERPRINT_A)
+    assert "\n" not in str(error.value)
