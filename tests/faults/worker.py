@@ -2,8 +2,8 @@
 
 Started by `tests.faults.runs` from a server that has the imports done already, or by torchrun as a script. Environment:
 TEST_RECORD: file that gets a line {step, rank, ids} per micro-batch; TEST_SLOW: seconds per step; TEST_POISON:
-`<step>@<rank>` or `<step>+@<rank>` (from that step on): the loss is NaN there; TEST_SIGNAL_IN_SAVE: a SIGTERM comes
-while a checkpoint is written; TEST_CWD: working folder, with {rank};
+`<step>@<rank>` or `<step>+@<rank>` (from that step on): the loss is NaN there; TEST_HOLD: step that lasts until a stop
+signal comes; TEST_SIGNAL_IN_SAVE: a SIGTERM comes while a checkpoint is written; TEST_CWD: working folder, with {rank};
 TEST_SHARDS: print how many parameters this rank holds.
 """
 
@@ -12,8 +12,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +23,7 @@ from scripts import train_rear
 from utils.config import load_config
 from utils.errors import input_errors_exit
 from utils.run import checkpoint, training_run
+from utils.run.signals import StopSignals
 from utils.run.status import EXIT_PREEMPTED
 
 
@@ -30,8 +33,18 @@ def observe() -> None:
     original_fault_point, original_step = training_run.fault_point, train_rear.training_step
     poison, _, poisoned_rank = os.environ.get("TEST_POISON", "").partition("@")
 
+    received, original_receive = threading.Event(), StopSignals._receive
+
+    def receive(signals: StopSignals, *of_signal: Any) -> None:
+        original_receive(signals, *of_signal)
+        received.set()
+
+    StopSignals._receive = receive
+
     def fault_point(name: str, step: int) -> None:
         at["step"] = step
+        if step == int(os.environ.get("TEST_HOLD", -1)):
+            received.wait()
         time.sleep(float(os.environ.get("TEST_SLOW", 0)))
         original_fault_point(name, step)
 
