@@ -100,6 +100,13 @@ class Run:
                 by_step[step] = [row for rank in sorted(by_rank) for row in by_rank[rank]]
         return by_step
 
+    def dropout_seeds(self) -> dict[int, list[int]]:
+        """Of all micro-batches by step, in the last start."""
+        by_step: dict[int, list[int]] = {}
+        for line in map(json.loads, self.records[-1].read_text().splitlines()):
+            by_step.setdefault(line["step"], []).append(line["dropout"])
+        return by_step
+
     def curves(self) -> list[list[float]]:
         return [[row["step"], *(row[name] for name in CURVES)] for row in read_metrics(self.folder / "metrics.jsonl")]
 

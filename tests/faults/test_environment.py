@@ -115,6 +115,18 @@ def test_a_full_disk_behind_the_console_costs_no_training(fault_arguments: list[
     assert read_status(folder) == Status("completed", 12)
 
 
+def test_the_script_exits_with_75_after_a_signal(fault_arguments: list[str], tmp_path: Path) -> None:
+    endless = [*fault_arguments, "training.max_train_steps=100000", f"experiment.output_dir={tmp_path / 'run'}"]
+    process = start_script(["scripts/train_rear.py", *endless], tmp_path / "console")
+    deadline = time.monotonic() + WAIT_S
+    while not (tmp_path / "run/metrics.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(WAIT_S)
+    assert process.exitcode == EXIT_PREEMPTED == 75
+    assert read_status(tmp_path / "run").status == "preempted"
+
+
 def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert folder.describe_environment().startswith("commit unknown\n")

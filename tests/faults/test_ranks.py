@@ -38,6 +38,14 @@ def test_row_3_a_hanging_rank_ends_with_the_name_of_the_timeout(pair: Run, pair_
 
 
 @pytest.mark.multiprocess
+def test_every_micro_batch_has_dropout_of_its_own(pair: Run) -> None:
+    more = ["training.per_gpu_batch_size=2", "training.gradient_accumulation_steps=2", "training.max_train_steps=3"]
+    seeds = pair.completed(*more, processes=2).dropout_seeds()
+    assert [len(of_step) for of_step in seeds.values()] == [4, 4, 4]  # two ranks, two micro-steps
+    assert len({seed for of_step in seeds.values() for seed in of_step}) == 12
+
+
+@pytest.mark.multiprocess
 def test_row_4_sigterm_to_the_launcher(pair: Run, pair_oracle: Run) -> None:
     """With a second SIGTERM to every worker while it saves."""
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker.__file__, *pair.arguments]

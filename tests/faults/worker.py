@@ -1,7 +1,7 @@
 """One rank of a training run under observation: records what it consumes, and can be slow or be poisoned.
 
 Started by `tests.faults.runs` from a server that has the imports done already, or by torchrun as a script. Environment:
-TEST_RECORD: file that gets a line {step, rank, ids} per micro-batch; TEST_SLOW: seconds per step; TEST_POISON:
+TEST_RECORD: file that gets a line {step, rank, ids, dropout} per micro-batch; TEST_SLOW: seconds per step; TEST_POISON:
 `<step>@<rank>` or `<step>+@<rank>` (from that step on): the loss is NaN there; TEST_HOLD: step that lasts until a stop
 signal comes; TEST_SIGNAL_IN_SAVE: a SIGTERM comes while a checkpoint is written; TEST_CWD: working folder, with {rank};
 TEST_SHARDS: print how many parameters this rank holds.
@@ -50,7 +50,9 @@ def observe() -> None:
 
     def training_step(model, tokenizer, batch, *rest):
         if "TEST_RECORD" in os.environ:
-            line = json.dumps({"step": at["step"], "rank": rank, "ids": batch["index"].tolist()})
+            line = json.dumps(
+                {"step": at["step"], "rank": rank, "ids": batch["index"].tolist(), "dropout": torch.initial_seed()}
+            )
             with Path(os.environ["TEST_RECORD"]).open("a") as file:
                 file.write(line + "\n")
         terms = original_step(model, tokenizer, batch, *rest)
