@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from tests.faults.runs import NO_DROPOUT, Run, assert_equal_runs
+from utils.errors import InputError
+from utils.ranks import World
+from utils.run import sharding
 from utils.run.status import EXIT_PREEMPTED
 
 pytestmark = pytest.mark.multiprocess
+ON_CPU = pytest.mark.skipif(not sharding.SHARDS_ON_CPU, reason="this torch shards on GPUs only")
 
 
 def assert_close(run: Run, oracle: Run) -> None:
@@ -21,6 +25,13 @@ def assert_close(run: Run, oracle: Run) -> None:
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
 
 
+def test_a_torch_that_cannot_shard_on_a_cpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharding, "SHARDS_ON_CPU", False)
+    with pytest.raises(InputError, match=r"training\.fsdp=true: torch .* shards on GPUs only, found a CPU"):
+        sharding.parallelize(torch.nn.Linear(1, 1), [], World(0, 1, torch.device("cpu")), fsdp=True)
+
+
+@ON_CPU
 def test_sharded_training_resumes_and_equals_replicated_training(
     pair_arguments: list[str], plain_oracle: Run, tmp_path: Path
 ) -> None:
@@ -37,6 +48,7 @@ def test_sharded_training_resumes_and_equals_replicated_training(
     assert_equal_runs(parts, whole)
 
 
+@ON_CPU
 def test_a_run_moves_between_sharded_and_replicated(
     pair_arguments: list[str], plain_oracle: Run, tmp_path: Path
 ) -> None:
@@ -53,6 +65,7 @@ def test_a_run_moves_between_sharded_and_replicated(
     assert_close(run, plain_oracle)
 
 
+@ON_CPU
 def test_a_signal_stops_sharded_training_too(pair_arguments: list[str], tmp_path: Path) -> None:
     run = Run([*pair_arguments, *NO_DROPOUT, "training.fsdp=true"], tmp_path / "run")
     run.start(processes=2, TEST_SLOW="0.2")

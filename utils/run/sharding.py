@@ -12,7 +12,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.errors import InputError
 from utils.ranks import World
+
+SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 
 def parallelize(model: nn.Module, blocks: Iterable[nn.Module], world: World, fsdp: bool) -> nn.Module:
@@ -21,7 +24,12 @@ def parallelize(model: nn.Module, blocks: Iterable[nn.Module], world: World, fsd
     Args:
         blocks: units of FSDP: one after another, each has its whole parameters on every device for a moment.
         fsdp: shard parameters, gradients and optimizer state over all processes, in place; else average the gradients.
+
+    Raises:
+        InputError: sharding on a CPU by a torch that cannot (2.6).
     """
+    if fsdp and world.device.type == "cpu" and not SHARDS_ON_CPU:
+        raise InputError(f"training.fsdp=true: torch {torch.__version__} shards on GPUs only, found a CPU")
     if fsdp:
         from torch.distributed.device_mesh import init_device_mesh  # here, for both take a while
         from torch.distributed.fsdp import fully_shard
