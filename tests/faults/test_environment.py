@@ -119,7 +119,8 @@ def test_the_script_exits_with_75_after_a_signal(fault_arguments: list[str], tmp
     endless = [*fault_arguments, "training.max_train_steps=100000", f"experiment.output_dir={tmp_path / 'run'}"]
     process = start_script(["scripts/train_rear.py", *endless], tmp_path / "console")
     deadline = time.monotonic() + WAIT_S
-    while not (tmp_path / "run/metrics.jsonl").is_file() and time.monotonic() < deadline:
+    metrics = tmp_path / "run/metrics.jsonl"
+    while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGTERM)
     process.join(WAIT_S)
