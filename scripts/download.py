@@ -51,14 +51,13 @@ def download(published: Published) -> None:
         return
     partial = target.with_name(target.name + ".download")  # a folder, in which a cut download goes on
     try:
-        info = HfApi().get_paths_info(repository, file)
+        (remote,) = HfApi().get_paths_info(repository, file)
         hf_hub_download(repository, file, local_dir=partial)
     except Exception as error:  # whatever the network library of this release of huggingface_hub raises
         raise InputError(f"{target}: no answer for {file} of {repository} on the Hub: {first_line(error)}") from error
     path = partial / file
-    for remote in info:
-        if isinstance(remote, RepoFile):
-            check(path, remote)
+    assert isinstance(remote, RepoFile), "no folder"
+    check(path, remote)
     publish(path, target)
     for rest in sorted(partial.rglob("*"), reverse=True):
         rest.rmdir() if rest.is_dir() else rest.unlink()

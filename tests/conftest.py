@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from modeling.rear import ReAR
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
@@ -105,6 +106,17 @@ def make_tiny_project(folder: Path) -> Path:
         for i in range(50):
             file.write(json.dumps({"class_id": i % 5, "tokens": rng.integers(0, 24, 16).tolist()}) + "\n")
     return folder / "tiny.yaml"
+
+
+def make_noise_images(folder: Path, per_class: int, height: int, width: int) -> Path:
+    """Classes cat and dog of noise images, as PNG files 0, 1, ..."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,12 @@
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save
 
 from modeling.rear import ReAR
+from tests.conftest import make_noise_images
 from tests.processes import WAIT_S, start_script
 from utils.config import load_config
 from utils.files.weights import save_weights
@@ -80,12 +79,7 @@ def rounds(kind: str, number: int, arguments: list[str], images: Path, folder: P
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(4):
-            Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / f"images/{name}/{i}.png")
-    return tmp_path / "images"
+    return make_noise_images(tmp_path / "images", 4, 16, 16)
 
 
 @pytest.mark.multiprocess

@@ -7,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from data.codes.token_store import TokenStore, open_tokens
+from tests.conftest import make_noise_images
 from tests.faults.runs import Run
 from tests.processes import ROOT, run_script
 from utils.run.status import EXIT_PREEMPTED
@@ -21,13 +20,7 @@ TIMEOUT_S = 300  # no test relies on it
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(8):
-            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
-    return tmp_path / "images"
+    return make_noise_images(tmp_path / "images", 8, 16, 16)
 
 
 def on_images(images: Path, workers: int) -> list[str]:

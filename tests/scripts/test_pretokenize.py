@@ -18,6 +18,7 @@ from data.images.reading import open_images
 from data.images.transforms import ten_crop
 from modeling.tokenizers.registry import load_tokenizer
 from scripts import pretokenize
+from tests.conftest import make_noise_images
 from tests.processes import ROOT, run_script
 from utils.config import load_config
 from utils.errors import InputError
@@ -28,14 +29,7 @@ SCRIPT = "scripts/pretokenize.py"
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Two classes with three noise images each, 24 x 20 pixels."""
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for i in range(3):
-            pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{i}.png")
-    return tmp_path / "images"
+    return make_noise_images(tmp_path / "images", 3, 20, 24)
 
 
 def arguments(tiny_arguments: list[str], images: Path, output: Path, *more: str) -> list[str]:
