@@ -30,7 +30,9 @@ def check_statistics(npz: Npz, weights_sha256: str) -> None:
     record = npz.images.path.with_suffix(".json")
     if npz.statistics is None or not record.is_file():
         return
-    found = read_json(record).get("made_from", {}).get(WEIGHTS)
+    content = read_json(record)
+    made_from = content.get("made_from") if isinstance(content, dict) else None
+    found = made_from.get(WEIGHTS) if isinstance(made_from, dict) else None
     if found not in (None, weights_sha256):
         raise InputError(
             f"{npz.images.path}: holds statistics by Inception weights of sha256 {found[:12]}..., expected those of "
