@@ -84,7 +84,7 @@ def main(config: Config) -> str:
         if vq_training.init_from is not None:
             load_strict(tokenizer, load_state_dict(local_file(vq_training.init_from)), vq_training.init_from)
         tokenizer.to(device)
-        features = PerceptualFeatures().to(device).to(memory_format=torch.channels_last)
+        features = PerceptualFeatures().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # older stubs lack it
         optimizer = build_optimizer(tokenizer, config)
         discriminator = FeatureDiscriminator(features.feature_channels).to(device)
         discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), betas=(0.5, 0.99))

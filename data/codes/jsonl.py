@@ -121,7 +121,10 @@ class LineParser:
         self.sizes = sizes
         class_id = Annotated[int, msgspec.Meta(ge=0, lt=sizes.num_classes)]
         token = Annotated[int, msgspec.Meta(ge=0, lt=sizes.codebook_size)]
-        fields = [("class_id", class_id), ("tokens", GenericAlias(tuple, (token,) * sizes.image_seq_len))]
+        fields: list[tuple[str, Any]] = [
+            ("class_id", class_id),
+            ("tokens", GenericAlias(tuple, (token,) * sizes.image_seq_len)),
+        ]
         self._decode = msgspec.json.Decoder(msgspec.defstruct("Line", fields)).decode
 
     def parse(self, line: bytes) -> tuple[int, tuple[int, ...]]:

@@ -73,7 +73,8 @@ class Decoding:
         image.load()
         if _orientation(image) in range(2, 9):
             note |= Note.TURNED if self.exif_orientation else Note.NOT_TURNED
-            image = ImageOps.exif_transpose(image) if self.exif_orientation else image
+            if self.exif_orientation:
+                ImageOps.exif_transpose(image, in_place=True)
         if image.mode in ("F", "I") or image.mode.startswith("I;"):
             image, note = _upper_8_bits(image), note | Note.DEEP
         if image.mode in TRANSPARENT_MODES or "transparency" in image.info:
