@@ -102,8 +102,7 @@ def main(config: Config) -> str:
                 metrics = world.mean([terms.metrics for terms in step_terms])
                 metrics |= {"lr": lr, "perturbation_ratio": max_ratio}
                 metrics |= passes_done(config, run.samples_seen, len(dataset)) | batches.skipped(world)
-                if step == 0 or run.is_due(experiment.log_grad_norm_every):
-                    metrics["grad_norm"] = float(grad_norm)
+                metrics["grad_norm"] = float(grad_norm)
                 run.log(metrics)
             if run.save_due:
                 run.save()

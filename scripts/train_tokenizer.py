@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 READS = (
-    *("experiment", "-experiment.max_train_examples", "-experiment.generate_every", "-experiment.log_grad_norm_every"),
+    *("experiment", "-experiment.max_train_examples", "-experiment.generate_every"),
     *("-experiment.init_from", "-experiment.tokenizer_checkpoint", "-experiment.generator_checkpoint"),
     *("model.vq_model", "dataset", "-dataset.params.pretokenization", "-dataset.params.verify_hashes"),
     *("-dataset.preprocessing.pretokenize_crops", "optimizer", "lr_scheduler", "training", "-training.use_ema"),
@@ -84,7 +84,7 @@ def main(config: Config) -> str:
         if vq_training.init_from is not None:
             load_strict(tokenizer, load_state_dict(local_file(vq_training.init_from)), vq_training.init_from)
         tokenizer.to(device)
-        features = PerceptualFeatures().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # older stubs lack it
+        features = PerceptualFeatures().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = build_optimizer(tokenizer, config)
         discriminator = FeatureDiscriminator(features.feature_channels).to(device)
         discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), betas=(0.5, 0.99))

@@ -65,7 +65,6 @@ def make_tiny_project(folder: Path) -> Path:
     arguments = [
         f"experiment.tokenizer_checkpoint={folder / 'tokenizer.safetensors'}",
         "experiment.log_every=1",
-        "experiment.log_grad_norm_every=1",
         "experiment.generate_every=1000",
         "model.vq_model.codebook_size=24",
         "model.vq_model.token_size=8",

@@ -40,7 +40,7 @@ def check_generator_ranges(generator: GeneratorConfig) -> None:
 def _check_range(key: Key, value: Any) -> None:
     numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     allowed = key.mark(Range)
-    if not numbers:
+    if allowed and not numbers:
         raise ConfigError(f"{key.name}=[]: expected at least one value")
     for number in numbers:
         if isinstance(number, float) and not math.isfinite(number):

@@ -37,15 +37,20 @@ class ExperimentConfig:
     project: Silent[str] = "rear"  # wandb project
     name: Silent[str] = "rear"  # wandb run name
     entity: Silent[str | None] = None  # wandb entity (user or team); null: wandb's default
+    group: Silent[str | None] = None  # wandb group, under which runs of one study stand together
+    tags: Silent[list[str]] = field(default_factory=list)  # wandb tags
     output_dir: Silent[str] = MISSING  # run folder; the sampler writes <output_dir>.npz
     max_train_examples: Count = 1_281_167  # images in one epoch, to tell epochs in images (ten crops count once)
     save_every: Silent[Count] = 50_000  # steps between checkpoints
     keep_last: Silent[Annotated[int, Range(at_least=2)]] = 2  # newest checkpoints that are kept
     keep_every: Silent[NumberFrom0] = 0  # checkpoints at multiples of this step are kept for good; 0: none
+    save_weights_every: Silent[NumberFrom0] = 0  # steps between weights alone, kept for good; 0: none
     max_save_failures: Silent[Count] = 3  # end the run after this many failed saves in a row
     generate_every: Silent[Count] = 5_000  # steps between sample grids
-    log_every: Silent[Count] = 50  # steps between log lines
-    log_grad_norm_every: Silent[Count] = 1_000  # steps between logged gradient norms
+    log_every: Silent[Count] = 50  # steps between log lines, each the mean of the steps since the last one
+    eval_every: Silent[NumberFrom0] = 0  # steps between held-out losses (dataset.params.eval_...); 0: none
+    # samples for a Frechet distance to the held-out images, with each held-out loss; 0: none
+    eval_samples: Silent[NumberFrom0] = 0
     init_from: str | None = None  # fine-tuning: start from these weights, as generator_checkpoint, with new classes
     # auto: continue if there is a checkpoint; true: there must be one; false: none; or a path
     resume: Silent[Annotated[str, Words(("auto", "true", "false"))]] = "auto"
@@ -116,7 +121,8 @@ class ModelConfig:
 class DatasetParams:
     pretokenization: str | None = None  # codes: a .jsonl (converted once beside itself) or a .tokens store
     train_shards_path_or_url: str | None = None  # images: tar shards ("a-{000..252}.tar", glob) or a folder per class
-    eval_shards_path_or_url: str | None = None  # held-out images, in the same forms; not for train_rear.py
+    eval_pretokenization: str | None = None  # held-out codes, in the same forms
+    eval_shards_path_or_url: str | None = None  # held-out images, in the same forms
     num_workers_per_gpu: Silent[NumberFrom0] = 12  # data loader processes per rank; 0: in the main process
     # bad lines of a jsonl, images that cannot be read: end, or leave them out with a count
     on_bad_sample: Literal["error", "skip"] = "error"

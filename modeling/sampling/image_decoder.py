@@ -56,7 +56,7 @@ class ImageDecoder:
         if dtype != torch.float32:
             self.decoder = tokenizer.fast_decoder().to(dtype)
         if device.type == "cuda":
-            self.decoder = self.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # older stubs lack it
+            self.decoder = self.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.stream = torch.cuda.Stream()
             image_bytes = tokenizer.decoder_activations * dtype.itemsize
             memory = torch.cuda.get_device_properties(device).total_memory

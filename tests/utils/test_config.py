@@ -121,7 +121,7 @@ def test_a_bare_no_means_the_word(tmp_path: Path) -> None:
 def test_keys_that_published_files_hold_and_nothing_reads(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "published.yaml"
     path.write_text(
-        "experiment: {eval_every: 50_000, output_dir: x, save_every: 50_000}\n"
+        "experiment: {log_grad_norm_every: 1_000, output_dir: x, save_every: 50_000}\n"
         "model:\n  vq_model: {finetune_decoder: False, pretrained_tokenizer_weight: a.bin}\n"
         "  generator: {kv_cache: True, randomness_anneal_end: 187_500}\n"
         "optimizer: {name: adamw, params: {learning_rate: 4e-4}}\n"
@@ -131,12 +131,12 @@ def test_keys_that_published_files_hold_and_nothing_reads(tmp_path: Path, capsys
     assert config.lr_scheduler.params.learning_rate == 4e-4
     notices = capsys.readouterr().err.splitlines()
     assert len(notices) == 4
-    assert f"{path}: experiment.eval_every has no effect and is ignored" in notices
+    assert f"{path}: experiment.log_grad_norm_every has no effect and is ignored" in notices
 
 
 PUBLISHED_KEYS = {
-    "experiment": "project name entity output_dir max_train_examples save_every generate_every log_every "
-    "log_grad_norm_every resume tokenizer_checkpoint generator_checkpoint",
+    "experiment": "project name entity output_dir max_train_examples save_every generate_every log_every eval_every "
+    "resume tokenizer_checkpoint generator_checkpoint",
     "model.vq_model": "model_type codebook_size token_size num_latent_tokens",
     "model.generator": "hidden_size num_hidden_layers num_attention_heads intermediate_size dropout attn_drop "
     "class_label_dropout image_seq_len condition_num_classes randomize_temperature guidance_scale guidance_scale_pow "
