@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from data.batch_sampler import GlobalBatchSampler
@@ -18,7 +17,6 @@ from data.images.transforms import training_transform
 from data.loading import Batches
 from utils.errors import InputError
 from utils.ranks import World
-from utils.schedules import schedule_warnings
 from utils.schema import Config
 
 TrainingSet = TokenStore | ImageDataset
@@ -100,20 +98,19 @@ def check_tokenizer(store: TokenStore, tokenizer_sha256: str) -> None:
         )
 
 
-def describe_length(config: Config, global_batch_size: int, num_samples: int) -> list[str]:
-    """Lines for the log: how long the whole run is, and which schedules do not end within it. An epoch is told in
-    images, and a sample may be one crop of many."""
+def describe_length(config: Config, global_batch_size: int, num_samples: int) -> str:
+    """For the log: how long the whole run is. An epoch is told in images, and a sample may be one crop of many."""
     steps, epoch = config.training.max_train_steps, config.experiment.max_train_examples
     images = steps * global_batch_size
     passes = f"{images / num_samples:.4g} dataset passes"
-    return [f"{steps} steps are {images / epoch:.4g} epochs of {epoch} images, {passes}", *schedule_warnings(config)]
+    return f"{steps} steps are {images / epoch:.4g} epochs of {epoch} images, {passes}"
 
 
 def passes_done(config: Config, samples_seen: int, num_samples: int) -> dict[str, float]:
-    """For the log: `epoch` in images, `dataset_passes` in samples."""
+    """For the log: epochs in images, passes in samples."""
     return {
-        "epoch": samples_seen / config.experiment.max_train_examples,
-        "dataset_passes": samples_seen / num_samples,
+        "train/epoch": samples_seen / config.experiment.max_train_examples,
+        "train/dataset_passes": samples_seen / num_samples,
     }
 
 
@@ -163,10 +160,10 @@ class TrainingBatches:
             self.notes.add(batch["index"], batch.pop("notes"))
         return {key: values.to(self.device, non_blocking=True) for key, values in batch.items()}
 
-    def skipped(self, world: World) -> dict[str, int]:
-        """For the log: visits of images that could not be decoded, by all ranks since their start."""
-        mine = self.notes.num_skipped if self.notes is not None else 0
-        return {"skipped_images": int(world.sum(torch.tensor(mine)))}
+    @property
+    def num_skipped(self) -> int:
+        """Visits of images that could not be decoded, by this rank since its start."""
+        return self.notes.num_skipped if self.notes is not None else 0
 
     def tell_notes(self) -> None:
         """How many images this process had to leave out or to change."""

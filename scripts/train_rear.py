@@ -33,6 +33,7 @@ from functools import partial
 import torch
 
 from data.training_batches import TrainingBatches, describe_length, open_training_data, passes_done
+from modeling.cost import training_cost
 from modeling.noise import perturbation_ratio
 from modeling.rear import ReAR, init_from
 from modeling.sampling.sample_grid import save_sample_grid
@@ -41,7 +42,6 @@ from modeling.training_step import num_uniforms, training_step
 from utils.config import Config
 from utils.errors import input_errors_exit
 from utils.optim import MovingAverage, build_optimizer, set_learning_rate
-from utils.precision import matmul_precision
 from utils.randomness import dropout_seed, sample_uniforms
 from utils.run.sharding import accumulating, clip_gradients, parallelize
 from utils.run.training_run import EXIT_STATUS, TrainingRun
@@ -51,7 +51,7 @@ def main(config: Config) -> str:
     """Train until the last step or a stop signal; returns what `status.json` says then."""
     training, experiment = config.training, config.experiment
     tokenizer = load_tokenizer(config)
-    with TrainingRun(config) as run, matmul_precision(training.enable_tf32):
+    with TrainingRun(config) as run:
         world, device = run.world, run.world.device
 
         # Data, model, optimizer
@@ -68,10 +68,10 @@ def main(config: Config) -> str:
         optimizer = build_optimizer(model, config)
         averaged = ema.module if ema else model
         modules = {"model": model} | ({"ema": averaged} if ema else {})
-        run.begin(modules, {"optimizer": (model, optimizer)}, sharded=training.fsdp)
-        for line in describe_length(config, run.global_batch_size, len(dataset)):
-            run.logger.info(line)
-        work = (run.micro_steps, run.remaining, run.samples_seen)
+        cost = training_cost(model, config)
+        run.notices.append(describe_length(config, run.global_batch_size, len(dataset)))
+        run.begin(modules, {"optimizer": (model, optimizer)}, training.fsdp, cost.flops, cost.activation_bytes)
+        work = (run.micro_steps, run.remaining, run.state.samples_seen)
         batches = TrainingBatches(dataset, config, world, *work, run.stop_requested)
 
         # The training loop
@@ -82,7 +82,7 @@ def main(config: Config) -> str:
             max_ratio = perturbation_ratio(step, config.model.generator)
             step_terms = []
             for micro_step in range(run.micro_steps):
-                batch = next(batches)
+                batch = run.measured.next_batch(batches)
                 first = (world.rank * run.micro_steps + micro_step) * training.per_gpu_batch_size  # in the global batch
                 uniforms = sample_uniforms(training.seed, step, first, training.per_gpu_batch_size, width)
                 torch.manual_seed(dropout_seed(training.seed, step, micro_step, world.rank))
@@ -95,18 +95,18 @@ def main(config: Config) -> str:
                 optimizer.step()
                 if ema:
                     ema.update(model)
+                run.measured.add([terms.metrics for terms in step_terms], grad_norm)
             optimizer.zero_grad(set_to_none=True)
             run.count_step()
 
-            if run.log_due:
-                metrics = world.mean([terms.metrics for terms in step_terms])
-                metrics |= {"lr": lr, "perturbation_ratio": max_ratio}
-                metrics |= passes_done(config, run.samples_seen, len(dataset)) | batches.skipped(world)
-                metrics["grad_norm"] = float(grad_norm)
-                run.log(metrics)
-            if run.save_due:
+            if run.due.log:
+                at_step = {"train/lr": lr, "train/perturbation_ratio": max_ratio}
+                run.log_interval(at_step | passes_done(config, run.state.samples_seen, len(dataset)))
+            if run.due.save:
                 run.save()
-            if run.grid_due and not training.fsdp:  # generation reads the parameters outside a forward pass
+            if run.due.weights:
+                run.keep_weights("ema" if ema else "model")
+            if run.due.grid and not training.fsdp:  # generation reads the parameters outside a forward pass
                 run.draw("samples", partial(save_sample_grid, averaged, tokenizer, config, step + 1))
 
         batches.tell_notes()

@@ -58,7 +58,6 @@ from utils.files.hub import local_file
 from utils.files.weights import load_state_dict, load_strict, save_weights
 from utils.images import make_grid, to_uint8, write_png
 from utils.optim import build_optimizer, set_learning_rate
-from utils.precision import matmul_precision
 from utils.randomness import dropout_seed
 from utils.ranks import World
 from utils.run.folder import going_on
@@ -71,7 +70,7 @@ GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their recon
 def main(config: Config) -> str:
     """Train until the last step or a stop signal; returns what `status.json` says then."""
     training, vq_training = config.training, config.vq_training
-    with TrainingRun(config) as run, matmul_precision(training.enable_tf32):
+    with TrainingRun(config) as run:
         world, device = run.world, run.world.device
         if run.micro_steps != 1:
             raise InputError(f"training.gradient_accumulation_steps: found {run.micro_steps} micro-batches, expected 1")
@@ -93,14 +92,14 @@ def main(config: Config) -> str:
         optimizers: Optimizers = {"optimizer": (tokenizer, optimizer)}
         optimizers["discriminator_optimizer"] = (discriminator, discriminator_optimizer)
         run.begin(modules, optimizers)
-        work = (run.micro_steps, run.remaining, run.samples_seen)
+        work = (run.micro_steps, run.remaining, run.state.samples_seen)
         batches = TrainingBatches(train_set, config, world, *work, run.stop_requested)
 
         # The training loop
         for step in run.steps():
             lr = set_learning_rate(optimizer, step, config)
             torch.manual_seed(dropout_seed(training.seed, step, 0, rank=0))  # of the features that codes are set to
-            images = next(batches)["image"]
+            images = run.measured.next_batch(batches)["image"]
             if step == 0 and vq_training.init_from is None:
                 usage.replace(tokenizer, torch.arange(tokenizer.codebook_size, device=device), images, world)
             terms, codes = training_step(tokenizer, features, discriminator, images, config)
@@ -110,6 +109,7 @@ def main(config: Config) -> str:
             updates = run.may_update(torch.stack([terms["train/loss"].detach(), grad_norm]))
             if updates:
                 optimizer.step()
+                run.measured.add([{name: value.detach() for name, value in terms.items()}], grad_norm)
             optimizer.zero_grad(set_to_none=True)
             if "train/discriminator" in terms:
                 discriminator_optimizer.zero_grad(set_to_none=True)  # the generator's loss left gradients here too
@@ -120,17 +120,15 @@ def main(config: Config) -> str:
             usage.count(codes, world)
             run.count_step()
 
-            metrics: dict[str, float] = {}
-            if run.is_due(vq_training.revive_every) and not run.is_last:
-                metrics["revived_codes"] = usage.revive(tokenizer, images, world)
-            if run.log_due:
-                metrics |= world.mean([{name: value.detach() for name, value in terms.items()}])
-                metrics |= {"lr": lr} | batches.skipped(world)
-            if run.is_due(config.experiment.save_every) or run.is_last:
-                metrics |= world.from_main(lambda: report(tokenizer, heldout_set, config, run))
-            if metrics:
-                run.log(metrics)
-            if run.save_due:
+            at_step: dict[str, float] = {"train/lr": lr}
+            if run.due.every(vq_training.revive_every) and not run.due.is_last:
+                at_step["train/revived_codes"] = usage.revive(tokenizer, images, world)
+            if run.due.log:
+                run.log_interval(at_step)
+            if run.due.every(config.experiment.save_every) or run.due.is_last:
+                with run.measured.clock.pause():
+                    run.reporter.log(world.from_main(lambda: report(tokenizer, heldout_set, config, run)))
+            if run.due.save:
                 run.save()
         batches.tell_notes()
         run.finish()
@@ -235,13 +233,13 @@ def average_gradients(module: nn.Module, world: World) -> None:
 def report(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config, run: TrainingRun) -> dict[str, float]:
     """Write the weights, and figures and a grid of the held-out images; the figures for the log. A full disk ends the
     run only where it costs the final ones."""
-    step, folder = run.steps_done, run.output_dir
+    step, folder = run.state.global_step, run.output_dir
     figures, grid = evaluate(tokenizer, heldout_set, config)
-    with nullcontext() if run.is_last else going_on(run.logger, f"weights and figures of step {step}"):
+    with nullcontext() if run.due.is_last else going_on(run.logger, f"weights and figures of step {step}"):
         export(tokenizer, folder / "tokenizer.safetensors", run.record())
         write_text(folder / "metrics.json", json.dumps({"step": step, **figures}, indent=1) + "\n")
         write_png(folder / "reconstructions.png", grid)
-    run.log_image("reconstructions", grid)
+    run.reporter.log_image("reconstructions", grid)
     run.logger.info(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     return {f"heldout/{name}": value for name, value in figures.items()}
 

@@ -15,6 +15,7 @@ HUB=${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}
 for file in "$HUB"/accelerate/default_config.{json,yaml}; do
   if [[ -f "$file" ]]; then echo "note: $file is not used: of accelerate, training takes the launcher alone; its settings are training.*" >&2; fi
 done
-LAUNCH=(accelerate launch --config_file scripts_bash/accelerate.yaml --num_machines 1 --num_processes "$NUM_GPUS" --mixed_precision no --dynamo_backend no)
+PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') # free: 29500 may be another run's
+LAUNCH=(accelerate launch --config_file scripts_bash/accelerate.yaml --num_machines 1 --num_processes "$NUM_GPUS" --main_process_port "$PORT" --mixed_precision no --dynamo_backend no)
 if ((NUM_GPUS > 1)); then LAUNCH+=(--multi_gpu); fi # on a machine without GPUs: processes on the CPU, with gloo
 "${LAUNCH[@]}" scripts/train_rear.py config="$CONFIG" experiment.output_dir="$OUTPUT_DIR" "$@"

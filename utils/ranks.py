@@ -255,7 +255,7 @@ def _meet(rank: int, size: int, timeout_s: int) -> dist.Store:
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
         )
-    except dist.DistError as error:
+    except RuntimeError as error:  # DistError, or in torch 2.6 no more than this
         expected = "a free MASTER_PORT" if rank == 0 and not torchrun_hosts else "rank 0 there"
         reason = str(error).splitlines()[0]
         raise TrainingError(

@@ -31,7 +31,7 @@ def schedule_warnings(config: Config) -> list[str]:
     if generator.perturb_mode != "none":
         steps["model.generator.randomness_anneal_end"] = generator.randomness_anneal_end
     return [
-        f"warning: {key}={value} is beyond training.max_train_steps={end}: this schedule does not end within the run"
+        f"{key}={value} is beyond training.max_train_steps={end}: this schedule does not end within the run"
         for key, value in steps.items()
         if value > end > 0
     ]

@@ -15,7 +15,7 @@ from utils.run.checkpoint import checkpoint_folders
 from utils.run.status import Status, read_status
 from utils.run.tracking import read_metrics
 
-CURVES = ["train/loss", "train/ar_loss", "train/proj_loss", "train/correct_tokens", "grad_norm", "lr"]
+CURVES = ["train/loss", "train/ar_loss", "train/proj_loss", "train/correct_tokens", "train/grad_norm", "train/lr"]
 NO_DROPOUT = ["model.generator.dropout=0", "model.generator.attn_drop=0"]
 
 

@@ -188,7 +188,7 @@ def test_row_23_skip_leaves_out_undecodable_images_up_to_a_fraction(run: Run, sh
     assert f"error: {message}{shards}/a-1.tar, sample '1-2'" in run.output()
     run.completed(*images, *skip, "dataset.params.max_bad_fraction=0.2", "dataset.params.num_workers_per_gpu=2")
     assert run.output().count("a-1.tar, sample '1-2': cannot be decoded") == 1
-    assert [row["skipped_images"] for row in read_metrics(run.folder / "metrics.jsonl")] == [1, 2]
+    assert [row["train/skipped_images"] for row in read_metrics(run.folder / "metrics.jsonl")] == [1, 2]
     assert sorted(run.ids()[1]) == [*range(8)]
 
 

@@ -31,7 +31,7 @@ def test_row_19_one_rank_is_skipped_on_all(pair: Run) -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert not torch.equal(after["lm_head.weight"], later["lm_head.weight"])
     assert all(torch.isfinite(value).all() for value in later.values())
-    assert [row["nonfinite_steps"] for row in read_metrics(pair.folder / "metrics.jsonl")] == [0] * 6 + [1] * 6
+    assert [row["train/nonfinite_steps"] for row in read_metrics(pair.folder / "metrics.jsonl")] == [0] * 6 + [1] * 6
     assert read_manifest(pair.folder / "checkpoint-12").state.nonfinite_steps == 1
     assert pair.log().count("loss or gradient not finite, update skipped (1 in a row)") == 1
 
@@ -78,4 +78,4 @@ def test_row_19_nothing_poisoned_is_saved(tmp_path: Path) -> None:
 
 
 def test_the_oracle_has_no_skipped_step(oracle: Run) -> None:
-    assert read_metrics(oracle.folder / "metrics.jsonl")[-1]["nonfinite_steps"] == 0
+    assert read_metrics(oracle.folder / "metrics.jsonl")[-1]["train/nonfinite_steps"] == 0

@@ -1,6 +1,6 @@
 import torch
 
-from modeling.losses import alignment_loss, drop_class_labels, next_token_loss, rear_loss
+from modeling.losses import alignment_loss, cosine_to_codes, drop_class_labels, next_token_loss, rear_loss
 from modeling.rear import ReAROutput
 from utils.schema import GeneratorConfig
 
@@ -21,11 +21,12 @@ def test_next_token_loss_of_known_logits() -> None:
 
 def test_alignment_loss_bounds_and_divisor() -> None:
     vectors = torch.randn(2, 4, 8)
-    torch.testing.assert_close(alignment_loss(3 * vectors, vectors), torch.tensor(-1.0))
-    torch.testing.assert_close(alignment_loss(-vectors, vectors), torch.tensor(1.0))
+    cosine = cosine_to_codes(3 * vectors, vectors)
+    torch.testing.assert_close(alignment_loss(cosine), torch.tensor(-1.0))
+    torch.testing.assert_close(alignment_loss(cosine_to_codes(-vectors, vectors)), torch.tensor(1.0))
     excluded = torch.zeros(2, 4, dtype=torch.bool)
     excluded[0] = True
-    torch.testing.assert_close(alignment_loss(vectors, vectors, excluded), torch.tensor(-0.5))
+    torch.testing.assert_close(alignment_loss(cosine, excluded), torch.tensor(-0.5))
 
 
 def test_rear_loss_puts_the_terms_together() -> None:
@@ -39,10 +40,13 @@ def test_rear_loss_puts_the_terms_together() -> None:
         terms.metrics["train/proj_loss"], torch.tensor(-0.5 + 1.0)
     )  # encode at clean positions only
     torch.testing.assert_close(terms.loss, next_token_loss(logits, codes) + 0.25)
+    encode_cos = terms.metrics["train/encode_cos"]
+    torch.testing.assert_close(encode_cos.total / encode_cos.number, torch.tensor(1.0))  # of clean positions alone
+    torch.testing.assert_close(terms.metrics["train/decode_cos"], torch.tensor(-1.0))
     config.mask_perturbed_encode = False
     terms = rear_loss(ReAROutput(logits, vectors, -vectors), codes, vectors, mask, config)
     torch.testing.assert_close(terms.metrics["train/proj_loss"], torch.tensor(0.0))
     plain = rear_loss(ReAROutput(logits, None, None), codes, vectors, mask, config)
     assert torch.equal(plain.loss, next_token_loss(logits, codes))
-    assert not any(value.requires_grad for value in terms.metrics.values())
+    assert not any(getattr(value, "requires_grad", False) for value in terms.metrics.values())
     assert torch.equal(terms.metrics["train/loss"], terms.loss)

@@ -1,6 +1,6 @@
 import torch
 
-from modeling.losses import alignment_loss, next_token_loss
+from modeling.losses import alignment_loss, cosine_to_codes, next_token_loss
 from modeling.noise import switch_codes
 from modeling.rear import ReAR, ReAROutput
 from modeling.tokenizers.registry import load_tokenizer
@@ -28,7 +28,8 @@ def test_a_training_step_noises_the_context_and_keeps_targets_and_embeddings_cle
     assert torch.equal(fed[1], torch.where(uniforms[:, 0] < 0.5, 5, labels))
     assert torch.equal(terms.metrics["train/ar_loss"], next_token_loss(logits, codes))
     vectors = tokenizer.embed(codes)
-    assert torch.equal(terms.metrics["train/proj_loss"], alignment_loss(z, vectors, mask) + alignment_loss(-z, vectors))
+    cosines = [cosine_to_codes(vector, vectors) for vector in (z, -z)]
+    assert torch.equal(terms.metrics["train/proj_loss"], alignment_loss(cosines[0], mask) + alignment_loss(cosines[1]))
 
 
 def test_images_train_as_their_codes_do(tiny_arguments: list[str]) -> None:

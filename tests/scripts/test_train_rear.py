@@ -19,7 +19,7 @@ from utils.config import Config, load_config
 from utils.errors import InputError
 from utils.run.tracking import read_metrics
 
-LOSSES = ["train/loss", "train/ar_loss", "train/proj_loss", "train/correct_tokens", "grad_norm", "lr"]
+LOSSES = ["train/loss", "train/ar_loss", "train/proj_loss", "train/correct_tokens", "train/grad_norm", "train/lr"]
 NO_DROPOUT = ["model.generator.dropout=0", "model.generator.attn_drop=0"]
 
 
@@ -166,7 +166,7 @@ def test_fine_tuning_begins_with_trained_weights_and_continues_by_itself(
 
 def test_the_log_tells_epochs_in_images_and_passes(tiny_arguments: list[str], tmp_path: Path) -> None:
     rows = run(tiny_arguments, tmp_path / "run", "training.max_train_steps=10", "experiment.max_train_examples=5")
-    assert (rows[-1]["epoch"], rows[-1]["dataset_passes"], rows[-1]["skipped_images"]) == (16.0, 1.6, 0)
+    assert tuple(rows[-1][f"train/{name}"] for name in ("epoch", "dataset_passes", "skipped_images")) == (16.0, 1.6, 0)
     log = (tmp_path / "run/log.txt").read_text()
     assert "10 steps are 16 epochs of 5 images, 1.6 dataset passes" in log
 

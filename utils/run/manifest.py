@@ -22,6 +22,8 @@ class TrainingState:
     global_batch_size: int  # images per optimizer step
     samples_seen: int  # images consumed; global_step * global_batch_size unless the batch was changed on the way
     nonfinite_steps: int = 0  # steps whose update was skipped
+    skipped_images: int = 0  # visits of images that could not be decoded
+    trained_s: float = 0.0  # seconds of training, pauses included
     started_from: str | None = None  # the PATH of experiment.resume=PATH with which this line of checkpoints began
 
 

@@ -8,6 +8,7 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
 
@@ -30,6 +31,12 @@ class Status:
     status: str  # running, completed, preempted or failed
     step: int  # optimizer steps done
     reason: str = ""  # the signal or the error
+    time: str = ""  # when this was written, UTC
+    eta_s: float | None = None  # seconds to the last step; null while not known
+    trained_s: float = 0.0  # seconds of training, pauses and earlier starts included
+    last_checkpoint: str | None = None
+    warning: str = ""  # the last one
+    url: str | None = None  # of the dashboard
 
     def __str__(self) -> str:
         return f"{self.status} at step {self.step} ({self.reason or 'all steps'})"
@@ -107,7 +114,8 @@ class StatusKeeper:
 
 def write_status(output_dir: Path, status: Status, rank: int = 0) -> None:
     """Replace the file in one go. The first failure stays: other ranks only report that they lost the failed one."""
-    path, text = output_dir / STATUS_FILE, json.dumps(asdict(status)) + "\n"
+    status.time = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    path, text = output_dir / STATUS_FILE, json.dumps(asdict(status), indent=1) + "\n"
     if status.status == "failed" and rank > 0:
         before = read_status_or_none(output_dir)
         if before is not None and before.status == "failed":
@@ -130,7 +138,7 @@ def read_status(output_dir: Path) -> Status:
     try:
         return Status(**read_json(path))
     except TypeError as error:
-        raise InputError(f"{path}: found other keys than status, step and reason: {error}") from error
+        raise InputError(f"{path}: found other keys than those of a run: {error}") from error
 
 
 def read_status_or_none(output_dir: Path) -> Status | None:

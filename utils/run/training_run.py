@@ -1,8 +1,7 @@
 """What keeps a training run alive, behind one object: the script that holds it computes and updates, nothing else."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.config import Config
 from utils.config_checks import accumulation_steps
@@ -18,19 +18,21 @@ from utils.errors import TrainingError
 from utils.faults import fault_point
 from utils.files.lock import only_writer
 from utils.files.weights import save_weights
+from utils.precision import matmul_precision
 from utils.ranks import ignored_launcher_settings, join_world
-from utils.run.checkpoint import MODEL
 from utils.run.compatibility import check_same_run, flatten
-from utils.run.curves import save_training_curves
-from utils.run.folder import code_facts, going_on, make_logger, prepare_run_folder
+from utils.run.due import Due
+from utils.run.folder import code_facts, going_on, prepare_run_folder
 from utils.run.guard import StepGuard
 from utils.run.manifest import Provenance, TrainingData
+from utils.run.measurements import Measurements
+from utils.run.plan import MemoryPlan
+from utils.run.reporter import Reporter
 from utils.run.resume import find_start, last_step, load_start, set_aside, starting_state
 from utils.run.saver import CheckpointSaver
 from utils.run.signals import StoppedWaitingError, StopSignals, stacks_of_a_hang
 from utils.run.snapshot import Optimizers, Resumable, take_snapshot, weights_of
 from utils.run.status import EXIT_PREEMPTED, StatusKeeper
-from utils.run.tracking import Tracker
 from utils.run.trained_weights import FINAL_FILE
 
 EXIT_STATUS = {"completed": 0, "preempted": EXIT_PREEMPTED}
@@ -50,8 +52,8 @@ class TrainingRun:
        for a save, and status.json says `running`.
     4. `steps`: those that are left, until the last one or until a stop signal has reached any rank. In each of them
     5. `may_update`: losses and gradients are finite on all ranks, else none of them makes the update;
-    6. `count_step`: the step is done: it can be logged (`log_due`, `log`) and saved in the background (`save_due`,
-       `save`).
+    6. `count_step`: the step is done. What is then `due`: the means of the steps since the last line in the log
+       (`log_interval`), a save in the background (`save`), a picture (`draw`), weights alone (`keep_weights`).
     7. `finish`: the last checkpoint is on disk, or the run has failed.
     8. At the end of the block status.json says `completed`, `preempted` or `failed`, with step and reason.
 
@@ -60,9 +62,12 @@ class TrainingRun:
         is_new: nothing to start from.
         micro_steps: micro-batches per step on each rank.
         global_batch_size: images per step.
+        due: what is to be done after a step.
+        measured: what the steps are measured by; `measured.clock.pause` is for what takes time between them.
+        reporter: tells all who listen; silent on other ranks than 0, as `logger` is.
         remaining: numbers of the steps that are left.
-        samples_seen: images of the steps that are done.
-        output_dir, logger: the run folder and its log, silent on other ranks than 0.
+        state: where the run stands.
+        output_dir, logger: the run folder and its log.
         notices: lines for the log, written when the run begins.
 
     Raises:
@@ -71,7 +76,6 @@ class TrainingRun:
 
     def __init__(self, config: Config) -> None:
         self.config, self.output_dir = config, Path(config.experiment.output_dir)
-        self._tracker: Tracker | None = None  # rank 0 alone
 
     def __enter__(self) -> "TrainingRun":
         training, experiment = self.config.training, self.config.experiment
@@ -83,7 +87,9 @@ class TrainingRun:
             self._code = facts["code"]
             self.world.from_main(lambda: exits.enter_context(only_writer(self.output_dir, inside=True)))
             self._status = StatusKeeper(self.output_dir, self.world, training.process_group_timeout)
+            exits.callback(self._end_reports)
             exits.push(self._status.note_end)
+            exits.enter_context(matmul_precision(training.enable_tf32))
             self._start = self.world.from_main(lambda: find_start(self.output_dir, experiment.resume))
             self.micro_steps = accumulation_steps(training, self.world.size)
             self.global_batch_size = training.per_gpu_batch_size * self.micro_steps * self.world.size
@@ -96,15 +102,7 @@ class TrainingRun:
 
     @property
     def remaining(self) -> range:
-        return range(self._state.global_step, last_step(self.config.training))
-
-    @property
-    def steps_done(self) -> int:
-        return self._state.global_step
-
-    @property
-    def samples_seen(self) -> int:
-        return self._state.samples_seen
+        return range(self.state.global_step, last_step(self.config.training))
 
     def open_data(self, open_it: Callable[[], D], tokenizer_sha256: str | None = None) -> D:
         """What `open_it` gives: on rank 0, which may convert and verify files, and then on the others.
@@ -114,13 +112,20 @@ class TrainingRun:
         """
         data = self.world.main_first(open_it)
         self.world.agree("data", {"hash": data.fingerprint, "samples": len(data)})
-        self._num_samples = len(data)
+        self._facts = {"processes": self.world.size, "global_batch_size": self.global_batch_size, "samples": len(data)}
         self._provenance = Provenance(asdict(self.config), data.fingerprint, self._code, tokenizer_sha256)
         check = (self._start, self.config, self._provenance, self.global_batch_size)
         self.notices = self._start.notices + self.world.from_main(lambda: check_same_run(*check))
         return data
 
-    def begin(self, modules: Mapping[str, nn.Module], optimizers: Optimizers, sharded: bool = False) -> None:
+    def begin(
+        self,
+        modules: Mapping[str, nn.Module],
+        optimizers: Optimizers,
+        sharded: bool = False,
+        flops_per_image: float | None = None,
+        activation_bytes: float | None = None,
+    ) -> None:
         """Load everything in place, on the devices where it is; then prepare the run folder.
 
         Args:
@@ -128,40 +133,42 @@ class TrainingRun:
                 `model`, and perhaps `ema`, are what weights alone are loaded into.
             optimizers: by name, each with the module whose parameters it updates.
             sharded: the modules are under FSDP.
+            flops_per_image: of forward and backward pass; None: not told.
+            activation_bytes: of an image, estimated; None: not told.
         """
         experiment, training = self.config.experiment, self.config.training
         self._resumable = Resumable(modules, optimizers, sharded)
         self.notices += load_start(self._start, self._resumable)
-        self._state = starting_state(self._start, self.config, self.global_batch_size)
-        self.notices += self._status.begin(self._state.global_step) + ignored_launcher_settings()
+        self.state = starting_state(self._start, self.config, self.global_batch_size)
+        self.notices += self._status.begin(self.state.global_step) + ignored_launcher_settings()
         if self.world.is_main:
             prepare_run_folder(self.config)
             set_aside(self._start)
-            self._tracker = Tracker(self.config, self.output_dir, self._state.global_step)
         self.world.barrier()
-        self.logger = make_logger(self.output_dir, self.world.is_main)
-        for notice in self.notices:
-            self.logger.info(notice)
-        millions = sum(p.numel() for p in modules[MODEL].parameters()) / 1e6
-        self.logger.info(
-            f"{millions:.1f} M parameters, {self._num_samples} samples, {self.global_batch_size} per step on "
-            f"{self.world.size} processes, steps {self.remaining.start} to {self.remaining.stop}"
-        )
+        of_micro_batch = activation_bytes and activation_bytes * training.per_gpu_batch_size
+        plan = MemoryPlan.of(modules, optimizers, self.world.size if sharded else 1, of_micro_batch)
+        self.reporter = Reporter(self.config, self.world, self._status, self.state, plan)
+        self.logger = self.reporter.logger
+        self.reporter.begin(self._facts | self.record(), self.notices)
+        so_far = self.state.skipped_images, self.state.trained_s
+        self.measured = Measurements(self.world, self.global_batch_size, *so_far, flops_per_image)
         saver = CheckpointSaver(experiment, self._provenance, self._start.checkpoint, self.logger)
         self._saver = self._exits.enter_context(saver)
-        limits = self._state.nonfinite_steps, training.max_nonfinite_steps
+        limits = self.state.nonfinite_steps, training.max_nonfinite_steps
         signals = self._exits.enter_context(StopSignals())
         self._guard = StepGuard(self.world, *limits, signals, self._saver, self.logger)
+        self.due = Due(experiment, self.state, self.remaining.stop, self._guard)
         self._status.write()
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, with a progress bar."""
+        """The steps that are left, with a progress bar on a terminal."""
         remaining = self.remaining
-        options = {"initial": remaining.start, "total": remaining.stop, "disable": not self.world.is_main}
-        self._timer, self._timed_from = time.perf_counter(), remaining.start
+        options = {"initial": remaining.start, "total": remaining.stop}
+        bar = tqdm(remaining, **options, disable=None if self.world.is_main else True)
         hang = stacks_of_a_hang(self.config.training.process_group_timeout)
-        with tqdm(remaining, **options) as self._progress, hang as rearm:
-            for step in self._progress:
+        with bar, hang as rearm, nullcontext() if bar.disable else logging_redirect_tqdm([self.logger]):
+            self.measured.clock.start()
+            for step in bar:
                 rearm()
                 fault_point("step", step)
                 yield step
@@ -174,73 +181,60 @@ class TrainingRun:
         Raises:
             TrainingError: too many steps in a row that are not finite, or too many failed saves.
         """
-        return self._guard.allows_update(self._state.global_step, losses_and_norm)
+        return self._guard.allows_update(self.state.global_step, losses_and_norm)
 
     def count_step(self) -> None:
-        self._state.global_step += 1
-        self._state.samples_seen += self.global_batch_size
-        self._state.nonfinite_steps = self._guard.nonfinite_steps
-        self._status.now.step = self._state.global_step
+        self.measured.clock.step_done()
+        self.state.global_step += 1
+        self.state.samples_seen += self.global_batch_size
+        self.state.nonfinite_steps = self._guard.nonfinite_steps
+        self._status.now.step = self.state.global_step
 
     def stop_requested(self) -> bool:
         """A stop signal has reached this process: for what waits within a step."""
         return self._guard.signals.requested()
 
-    def is_due(self, every: int) -> bool:
-        """The number of steps that are done is a multiple of `every`."""
-        return self.steps_done % every == 0
+    def log_interval(self, values: dict[str, float]) -> None:
+        """The means of the steps since the last line of the log, with their speed; all ranks call.
 
-    @property
-    def is_last(self) -> bool:
-        return self._state.global_step == self.remaining.stop
+        Args:
+            values: of the step that is done.
+        """
+        metrics = self.measured.take() | values
+        metrics["train/nonfinite_steps"] = self._guard.nonfinite_steps
+        self._update_status()
+        self.reporter.log(metrics)
+        self.reporter.alerts.examine(metrics)
 
-    @property
-    def log_due(self) -> bool:
-        return self._state.global_step == 1 or self.is_due(self.config.experiment.log_every)
-
-    @property
-    def save_due(self) -> bool:
-        return self.is_due(self.config.experiment.save_every) and not self.is_last and not self._guard.stop
-
-    @property
-    def grid_due(self) -> bool:
-        return (self.is_due(self.config.experiment.generate_every) or self.is_last) and not self._guard.stop
-
-    def log(self, metrics: dict[str, float]) -> None:
-        """Write the metrics of the step that is done, with speed and number of skipped updates; rank 0 alone does."""
-        if self._tracker is None:
-            return
-        now, steps = time.perf_counter(), self.steps_done - self._timed_from
-        metrics["samples/sec/gpu"] = steps * self.global_batch_size / self.world.size / (now - self._timer)
-        metrics["nonfinite_steps"] = self._guard.nonfinite_steps
-        self._timer, self._timed_from = now, self.steps_done
-        self._tracker.log(metrics, self._state.global_step)
-        self._status.update()
-        losses = {name.removeprefix("train/"): value for name, value in metrics.items() if name.endswith("loss")}
-        self._progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
+    def _update_status(self) -> None:
+        now, clock = self._status.now, self.measured.clock
+        if clock.seconds_per_step is not None:
+            now.eta_s = round(clock.seconds_per_step * len(self.remaining), 1)
+        now.trained_s, now.last_checkpoint = round(clock.trained_s, 1), self._saver.last_good
 
     def draw(self, name: str, make: Callable[[], Image.Image]) -> None:
-        """Make a picture on rank 0, which may take its time, and send it to the dashboard."""
+        """Make a picture on rank 0, which may take its time, and send it to the dashboard; draw the curves."""
 
         def draw() -> None:
-            with going_on(self.logger, f"{name} at step {self.steps_done}"):
-                self.log_image(name, make())
+            with going_on(self.logger, f"{name} at step {self.state.global_step}"):
+                self.reporter.log_image(name, make())
+            self.reporter.draw_curves()
 
-        self.world.from_main(draw)
-
-    def log_image(self, name: str, image: Image.Image) -> None:
-        """Send a picture to the dashboard, on rank 0; the caller keeps the file."""
-        if self._tracker is not None:
-            self._tracker.log_image(name, image, self._state.global_step)
+        with self.measured.clock.pause():
+            self.world.from_main(draw)
 
     def save(self) -> None:
         """Copy the state to host memory and write it as a checkpoint while training goes on."""
-        self._saver.wait()
-        self.world.barrier()  # without a limit, which the save before this one may exceed
-        if self.world.is_main:
-            self._saver.start(self._state, take_snapshot(self._resumable))
-        elif self._resumable.sharded:
-            take_snapshot(self._resumable)  # all ranks send their slices to rank 0
+        with self.measured.clock.pause():
+            self._saver.wait()
+            self.world.barrier()  # without a limit, which the save before this one may exceed
+            self.state.skipped_images = self.measured.count_skipped()
+            self.state.trained_s = self.measured.clock.trained_s
+            if self.world.is_main:
+                self.reporter.check_disk()
+                self._saver.start(self.state, take_snapshot(self._resumable))
+            elif self._resumable.sharded:
+                take_snapshot(self._resumable)  # all ranks send their slices to rank 0
 
     def finish(self) -> bool:
         """Save where the run stands and wait for it; draw the curves.
@@ -251,30 +245,36 @@ class TrainingRun:
         Raises:
             TrainingError: the save failed.
         """
-        done = self._state.global_step
+        done = self.state.global_step
         if self._start.checkpoint != str(self.output_dir / f"checkpoint-{done}"):
             self.save()
             self._saver.wait()
         failed = self.world.from_main(lambda: self._saver.failures_in_a_row > 0)
         if failed:
             raise TrainingError(f"step {done}: the save failed at the end; {self._saver.describe_last_good()}")
-        self._status.end(self.is_last, self._guard.signals)
-        if self._tracker is not None:
-            self._tracker.flush()
-            if self.is_last:
-                with going_on(self.logger, "training curves"):
-                    save_training_curves(self.output_dir / "metrics.jsonl", self.output_dir / "training_curves.png")
-        return self.is_last
+        self._status.end(self.due.is_last, self._guard.signals)
+        self._update_status()
+        self.reporter.flush()
+        if self.due.is_last:
+            self.reporter.draw_curves()
+        return self.due.is_last
 
-    def export(self, name: str) -> None:
-        """Write the weights of a module to `<output_dir>/model.safetensors`, the file that others sample from."""
+    def keep_weights(self, name: str) -> None:
+        """Write the weights of a module to `<output_dir>/weights/<step>.safetensors`; nothing deletes them."""
+        with self.measured.clock.pause(), going_on(self.logger, f"weights of step {self.state.global_step}"):
+            self.export(name, f"weights/{self.state.global_step:07d}.safetensors")
+
+    def export(self, name: str, file: str = FINAL_FILE) -> None:
+        """Write the weights of a module to a file in the run folder, for sampling; rank 0 does."""
         weights = weights_of(self._resumable.modules[name], self._resumable.sharded)
         if self.world.is_main:
-            save_weights(weights, self.output_dir / FINAL_FILE, self.record())
+            path = self.output_dir / file
+            path.parent.mkdir(exist_ok=True)
+            save_weights(weights, path, self.record())
 
     def record(self) -> dict[str, Any]:
         """What weights of this step remember."""
-        return self._provenance.record(self.steps_done)
+        return self._provenance.record(self.state.global_step)
 
     @property
     def status(self) -> str:
@@ -293,7 +293,9 @@ class TrainingRun:
         with self._exits:
             self.world.barrier()  # without a limit: rank 0 may still be writing
             self._status.write()
-            if self._tracker is not None:
-                self._tracker.finish()
             self.logger.info(f"{self._status.now}: {self.output_dir}")
         return stopped
+
+    def _end_reports(self) -> None:
+        if hasattr(self, "reporter"):  # the run has begun
+            self.reporter.finish(EXIT_STATUS.get(self.status, 1), preempted=self.status == "preempted")

@@ -1,0 +1,64 @@
+"""The estimates of what training costs, beside counts."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from modeling.cost import training_cost
+from modeling.losses import next_token_loss
+from modeling.rear import ReAR
+from utils.config import load_config
+from utils.schema import Config
+
+BATCH = 16
+
+
+def config_of(*overrides: str) -> Config:
+    generator = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 512}
+    sizes = [f"model.generator.{name}={value}" for name, value in generator.items()]
+    others = ["model.generator.decode_align_layer_idx=3", "model.vq_model.resolution=128", "experiment.output_dir=x"]
+    return load_config([*sizes, *others, "model.generator.transition_alignment=false", *overrides])
+
+
+def forward_loss(model: ReAR, config: Config) -> torch.Tensor:
+    codes = torch.randint(0, 1024, (BATCH, 64))
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.training.mixed_precision == "bf16"):
+        output = model.train()(codes, torch.zeros(BATCH, dtype=torch.long))
+    return next_token_loss(output.logits, codes)
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    config = config_of("training.mixed_precision=no")
+    model = ReAR(config.model)
+    with FlopCounterMode(display=False) as counter:
+        forward_loss(model, config).backward()
+    assert training_cost(model, config).flops * BATCH == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
+def kept_bytes(model: ReAR, config: Config) -> int:
+    """By the forward pass for the backward pass."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward_loss(model, config)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "no"])
+def test_activations_are_about_what_the_backward_pass_needs(precision: str) -> None:
+    whole = config_of(f"training.mixed_precision={precision}")
+    model = ReAR(whole.model)
+    estimate = training_cost(model, whole).activation_bytes * BATCH
+    assert estimate == pytest.approx(kept_bytes(model, whole), rel=0.25)
+    checkpointed = config_of(f"training.mixed_precision={precision}", "model.generator.use_checkpoint=true")
+    model = ReAR(checkpointed.model)
+    with_a_block = training_cost(model, checkpointed).activation_bytes * BATCH
+    assert (
+        kept_bytes(model, checkpointed) < with_a_block < estimate / 2
+    )  # that of the block in work comes to what is kept

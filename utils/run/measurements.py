@@ -1,0 +1,66 @@
+"""All that is measured of training between two lines of the log, joined over the ranks."""
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from torch import Tensor, tensor
+
+from utils.ranks import World
+from utils.run.clock import StepClock
+from utils.run.interval import IntervalMeans, Metrics
+from utils.run.performance import Performance
+
+B = TypeVar("B", covariant=True)
+
+
+class DataIterator(Protocol[B]):
+    @property
+    def num_skipped(self) -> int: ...  # visits of images that this process could not decode
+
+    def __next__(self) -> B: ...
+
+
+class Measurements:
+    """
+    Args:
+        skipped_images, trained_s: before this start.
+        flops_per_image: of forward and backward pass; None: not told.
+
+    Attributes:
+        skipped_images: by all ranks and starts, up to the last `take` or `count_skipped`.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        global_batch_size: int,
+        skipped_images: int,
+        trained_s: float,
+        flops_per_image: float | None,
+    ) -> None:
+        self.world, self.clock, self.skipped_images = world, StepClock(trained_s), skipped_images
+        self._means, self._performance = IntervalMeans(world), Performance(world, global_batch_size, flops_per_image)
+        self._skipped_before, self._skipped_here = skipped_images, 0
+
+    def next_batch(self, batches: DataIterator[B]) -> B:
+        with self.clock.waiting():
+            batch = next(batches)
+        self._skipped_here = batches.num_skipped
+        return batch
+
+    def add(self, micro_batches: Sequence[Metrics], grad_norm: Tensor) -> None:
+        """A step whose losses and gradients are finite."""
+        self._means.add(micro_batches, grad_norm)
+
+    def take(self) -> dict[str, float]:
+        """The line of the log for the steps since the last one, equal on all ranks but for the times."""
+        times = self.clock.take()
+        metrics, of_ranks = self._means.take([self._skipped_here, *self._performance.of_rank(times)])
+        self.skipped_images = self._skipped_before + int(sum(numbers[0] for numbers in of_ranks))
+        metrics["train/skipped_images"] = self.skipped_images
+        return metrics | self._performance.metrics(times, [numbers[1:] for numbers in of_ranks])
+
+    def count_skipped(self) -> int:
+        """`skipped_images` as of now; all ranks call."""
+        self.skipped_images = self._skipped_before + int(self.world.sum(tensor(self._skipped_here)))
+        return self.skipped_images

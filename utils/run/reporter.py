@@ -1,0 +1,133 @@
+"""What a run tells of itself while it goes on, in one place for all who listen."""
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from utils.config import Config
+from utils.ranks import World
+from utils.run.alerts import Alerts
+from utils.run.curves import save_training_curves
+from utils.run.folder import going_on, make_logger
+from utils.run.manifest import TrainingState
+from utils.run.metrics_file import MetricsFile
+from utils.run.plan import MemoryPlan
+from utils.run.resume import last_step
+from utils.run.status import StatusKeeper
+from utils.run.tracking import Dashboard
+
+IN_THE_LOG = {  # of a line of metrics, what the log tells in short
+    "train/loss": "loss {:.4f}",
+    "train/ar_loss": "ar_loss {:.4f}",
+    "train/correct_tokens": "correct_tokens {:.4f}",
+    "train/grad_norm": "grad_norm {:.3g}",
+    "train/lr": "lr {:.3g}",
+    "perf/images_per_s": "{:.1f} images/s",
+    "val/ar_loss": "held-out ar_loss {:.4f}",
+    "val/ar_loss_noisy": "with noise {:.4f}",
+    "val/correct_tokens": "correct_tokens {:.4f}",
+}
+
+
+class Reporter:
+    """Metrics go to log.txt, metrics.jsonl, status.json and, where it works, to wandb; warnings too. Only rank 0 tells.
+
+    Args:
+        state: from which this start goes on, and then where the run stands.
+
+    Attributes:
+        logger: of log.txt and the console, silent on other ranks than 0.
+        alerts: warnings.
+    """
+
+    def __init__(
+        self, config: Config, world: World, status: StatusKeeper, state: TrainingState, plan: MemoryPlan
+    ) -> None:
+        self.config, self.output_dir, self._tells = config, Path(config.experiment.output_dir), world.is_main
+        self._status, self._state, self._plan = status, state, plan
+        self.logger = make_logger(self.output_dir, world.is_main)
+        self.alerts = Alerts(self._warn, state.nonfinite_steps)
+        self._metrics = MetricsFile(self.output_dir / "metrics.jsonl")
+        self._dashboard: Dashboard | None = None
+
+    def begin(self, facts: dict[str, Any], notices: list[str]) -> None:
+        """What will run, to all who listen.
+
+        Args:
+            facts: of the run, for the dashboard.
+            notices: lines for the log.
+        """
+        if not self._tells:
+            return
+        step = self._state.global_step
+        self._metrics.begin(step)
+        if self.config.training.enable_wandb:
+            facts = facts | {"parameters": self._plan.parameters}
+            self._dashboard = Dashboard(self.config, self.output_dir, step, facts)
+            self._status.now.url = self._dashboard.url
+        for line in notices:
+            self.logger.info(line)
+        self.logger.info(
+            f"{facts['samples']} samples, {facts['global_batch_size']} per step on {facts['processes']} processes, "
+            f"steps {step} to {last_step(self.config.training)}"
+        )
+        self.logger.info(str(self._plan))
+        if self._status.now.url is not None:
+            self.logger.info(f"wandb: {self._status.now.url}")
+        self.check_disk()
+        self.alerts.check_schedules(self.config)
+
+    def check_disk(self) -> None:
+        """Warn if the next checkpoints may not fit."""
+        self.alerts.check_disk(self.output_dir, self._plan.checkpoint_bytes)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """A line of metrics, of the steps up to now or of the state that they led to."""
+        if not self._tells:
+            return
+        self._metrics.append(self._state.global_step, metrics)
+        if self._dashboard is not None:
+            self._dashboard.log(metrics, self._state.global_step)
+        parts = [form.format(metrics[name]) for name, form in IN_THE_LOG.items() if name in metrics]
+        if self._status.now.eta_s is not None and "train/loss" in metrics:
+            parts.append(f"{timedelta(seconds=round(self._status.now.eta_s))} left")
+        self.logger.info(f"step {self._state.global_step}: {', '.join(parts)}")
+        self._status.update()
+
+    def log_image(self, name: str, image: Image.Image) -> None:
+        """To the dashboard only; the caller keeps the file."""
+        if self._dashboard is not None:
+            self._dashboard.log_image(name, image, self._state.global_step)
+
+    def draw_curves(self) -> None:
+        """All metrics up to now as training_curves.png."""
+        if self._tells:
+            with going_on(self.logger, "training curves"):
+                save_training_curves(self._metrics.path, self.output_dir / "training_curves.png")
+
+    def flush(self) -> None:
+        """
+        Raises:
+            OSError: metrics are still not written.
+        """
+        if self._tells:
+            self._metrics.flush()
+
+    def finish(self, exit_code: int, preempted: bool = False) -> None:
+        """End the dashboard's run, in a bounded time."""
+        if self._dashboard is None:
+            return
+        self._dashboard.finish(exit_code, preempted)
+        if self._dashboard.sync_command is not None:
+            self.logger.info(f"wandb was offline; to upload: {self._dashboard.sync_command}")
+
+    def _warn(self, title: str, text: str) -> None:
+        if not self._tells:
+            return
+        self.logger.warning(f"warning: {title}: {text}")
+        self._status.now.warning = f"step {self._state.global_step}: {title}: {text}"
+        self._status.update()
+        if self._dashboard is not None:
+            self._dashboard.alert(title, text)
