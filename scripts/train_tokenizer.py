@@ -120,11 +120,10 @@ def main(config: Config) -> str:
             usage.count(codes, world)
             run.count_step()
 
-            at_step: dict[str, float] = {"train/lr": lr}
-            if run.due.every(vq_training.revive_every) and not run.due.is_last:
-                at_step["train/revived_codes"] = usage.revive(tokenizer, images, world)
             if run.due.log:
-                run.log_interval(at_step)
+                run.log_interval({"train/lr": lr})
+            if run.due.every(vq_training.revive_every) and not run.due.is_last:
+                run.reporter.log({"train/revived_codes": usage.revive(tokenizer, images, world)})
             if run.due.every(config.experiment.save_every) or run.due.is_last:
                 with run.measured.clock.pause():
                     run.reporter.log(world.from_main(lambda: report(tokenizer, heldout_set, config, run)))

@@ -14,6 +14,7 @@ REPORT = (
     "you got the program from (CONTRIBUTING.md)."
 )
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # of Python and of torch, which is not imported for it
+CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"  # in torch's message
 
 
 class InputError(ValueError):
@@ -61,9 +62,14 @@ def environment_error(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return ": ".join([*names, error.strerror or first_line(error)])
-    if type(error).__name__ in OUT_OF_MEMORY:
+    if is_out_of_memory(error):
         return f"out of memory: {first_line(error)}; a smaller batch needs less"
     return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU or of this machine."""
+    return type(error).__name__ in OUT_OF_MEMORY or (isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error))
 
 
 def first_line(error: BaseException) -> str:

@@ -93,7 +93,8 @@ class Reporter:
         parts = [form.format(metrics[name]) for name, form in IN_THE_LOG.items() if name in metrics]
         if self._status.now.eta_s is not None and "train/loss" in metrics:
             parts.append(f"{timedelta(seconds=round(self._status.now.eta_s))} left")
-        self.logger.info(f"step {self._state.global_step}: {', '.join(parts)}")
+        if parts:
+            self.logger.info(f"step {self._state.global_step}: {', '.join(parts)}")
         self._status.update()
 
     def log_image(self, name: str, image: Image.Image) -> None:

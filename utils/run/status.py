@@ -14,7 +14,7 @@ from types import TracebackType
 
 import torch.distributed as dist
 
-from utils.errors import InputError, TrainingError, environment_error, first_line
+from utils.errors import InputError, TrainingError, environment_error, first_line, is_out_of_memory
 from utils.files.atomic import complete_file
 from utils.files.json_file import read_json
 from utils.files.lock import owner_inside
@@ -153,6 +153,12 @@ def explain(error: BaseException, step: int, world: World, group_timeout: int) -
         return TrainingError(
             f"rank {world.rank}: step {step}: a stop signal came while this rank waited for data; the same command "
             "continues from the last checkpoint"
+        )
+    if is_out_of_memory(error):
+        return TrainingError(
+            f"rank {world.rank}: step {step}: out of memory ({first_line(error)}): lower training.per_gpu_batch_size "
+            "and give training.global_batch_size, whose accumulation follows, or set model.generator.use_checkpoint="
+            "true or training.fsdp=true"
         )
     is_of_library = isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and not isinstance(error, TrainingError) and LOST_RANK.search(str(error))
