@@ -29,9 +29,9 @@ def find_step(samples: Path, run: Path) -> int:
             f"{record}: does not tell 'step', that of the weights; sample from a run folder or a checkpoint, which "
             "tell it, into another output"
         )
-    if found["bytes"] != (size := samples.stat().st_size):
-        raise InputError(f"{record}: tells of a file of {found['bytes']} bytes, found {size} in {samples}")
-    run_of_weights = next((p for p in Path(found["weights"]).parents if (p / METRICS_FILE).is_file()), run)
+    if found.get("bytes") != (size := samples.stat().st_size):
+        raise InputError(f"{record}: tells of a file of {found.get('bytes')} bytes, found {size} in {samples}")
+    run_of_weights = next((p for p in Path(found.get("weights", "")).parents if (p / METRICS_FILE).is_file()), run)
     if not run_of_weights.samefile(run):
         raise InputError(f"--log-to {run}: the weights of {samples} are of another run, {run_of_weights}")
     return found["step"]
@@ -50,9 +50,9 @@ def log_scores(run: Path, step: int, scores: dict[str, float]) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """In one piece, behind the end of a line that was cut off by a kill or a full disk."""
+    """In one piece; behind a line that a kill or a full disk has cut off, an empty one stands first."""
     text = path.read_bytes()
-    start = "" if text.endswith(b"\n") or not text else "\n"
+    start = "" if text.endswith(b"\n") or not text else "\n\n"
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
     try:
         os.write(descriptor, f"{start}{line}\n".encode())

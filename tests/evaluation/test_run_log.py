@@ -106,7 +106,7 @@ def test_no_feature_is_computed_for_a_step_that_is_not_told(files: dict[str, Pat
 
 def test_a_torn_line_is_ended_first(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    for before, after in (("", "new\n"), (LINE, f"{LINE}new\n"), (f'{LINE}{{"st', f'{LINE}{{"st\nnew\n')):
+    for before, after in (("", "new\n"), (LINE, f"{LINE}new\n"), (f'{LINE}{{"st', f'{LINE}{{"st\n\nnew\n')):
         path.write_text(before)
         append_line(path, "new")
         assert path.read_text() == after

@@ -38,19 +38,19 @@ def save_training_curves(metrics_path: Path, picture_path: Path) -> None:
     rows = read_metrics(metrics_path)
     names = dict.fromkeys(name for row in rows for name in row if name not in NOT_DRAWN)
     curves = {name: points for name in names if changes(points := points_of(rows, name))}
-    groups = [[name for name in group if name in curves] for group in PANELS.values()]
-    grouped = {name for group in groups for name in group}
-    titles = [title if len(group) > 1 else "".join(group) for title, group in zip(PANELS, groups, strict=True)]
-    panels = {title: group for title, group in zip(titles, groups, strict=True) if group}
-    panels |= {name: [name] for name in curves if name not in grouped}
+    panels: dict[str, list[str]] = {}
+    for title, group in PANELS.items():
+        if there := [name for name in group if name in curves]:
+            panels[title if len(there) > 1 else there[0]] = there
+    panels |= {name: [name] for name in curves if not any(name in group for group in PANELS.values())}
     if not panels:
         return
     figure, grid = panel_grid(len(panels))
-    for axes, (title, group) in zip(grid, panels.items(), strict=True):
+    for axes, (title, there) in zip(grid, panels.items(), strict=True):
         axes.set_title(title)
-        for name in group:
+        for name in there:
             draw_curve(axes, name, curves[name], label=name)
-        if len(group) > 1:
+        if len(there) > 1:
             axes.legend()
     save_figure(figure, picture_path)
 
