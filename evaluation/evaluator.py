@@ -11,7 +11,8 @@ package ships: it is no FID, and comparable at equal N only.
 
 Writes <SAMPLES>.<backend>.json beside the samples: the numbers, N, hashes of the files and of the weights, versions. A
 second reference for the same samples gets a report of its own, <SAMPLES>.<REF>.<backend>.json. What a report tells of
-the same files, weights, device, code and versions is not computed again.
+the same files, weights, device, code and versions is not computed again. `--log-to RUN` writes the numbers to the
+metrics of the training run too, at the step of the weights that were sampled.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from evaluation.report import (
     print_metrics,
     write_report,
 )
+from evaluation.run_log import find_step, log_scores
 from utils.errors import InputError, input_errors_exit
 from utils.files.npz import Npz
 from utils.ranks import World, join_world
@@ -155,13 +157,19 @@ def main() -> None:
     parser.add_argument(
         "--distance", choices=tuple(FEATURE_DTYPES), default=USUAL_DISTANCE, help="of precision and recall"
     )
+    parser.add_argument("--log-to", type=Path, metavar="RUN", help="run folder whose metrics.jsonl gets the numbers")
     add_feature_options(parser)
     args = vars(parser.parse_args())
+    run = args.pop("log_to")
     with join_world() as world:
+        step = world.from_main(lambda: find_step(args["samples"], run)) if run else None
         report = evaluate(world=world, **args)
         if world.is_main:
             print_metrics(report)
             print(f"report: {write_report(report, args['samples'])}", file=sys.stderr)
+            if step is not None:
+                log_scores(run, step, report["metrics"])
+                print(f"in the metrics of {run} at step {step}", file=sys.stderr)
 
 
 if __name__ == "__main__":

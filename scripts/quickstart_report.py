@@ -38,7 +38,7 @@ def main(folder: Path) -> None:
 
 def rows(folder: Path) -> list[tuple[str, str]]:
     tokenizer = read_json(folder / "tokenizer/reconstruct.json")
-    steps = read_metrics(folder / "rear/metrics.jsonl")
+    steps = [row for row in read_metrics(folder / "rear/metrics.jsonl") if "train/loss" in row]
     first, last = steps[0], steps[-1]
     reference = folder / "tokenizer/reference.npz"
     distances = {

@@ -7,9 +7,10 @@ Image i has class i mod C and depends on (weights, config, sampling.seed, i) onl
 same images, and no block of the file is sorted by class (the Inception Score needs that).
 
 Writes `<output_dir>.npz` (arr_0: uint8 NHWC images, arr_1: int64 labels), `<output_dir>.png` (a grid of some),
-`<output_dir>.yaml` (the resolved config), `<output_dir>.json` (all that the images depend on) and, with
-`sampling.save_png`, `<output_dir>.images/`. While it runs, finished batches lie in `<output_dir>.parts/`: the same
-command continues a killed run from there, with any number of processes. What is complete is not made again.
+`<output_dir>.yaml` (the resolved config), `<output_dir>.json` (all that the images depend on, and the step
+of the weights) and, with `sampling.save_png`, `<output_dir>.images/`. While it runs, finished batches lie in
+`<output_dir>.parts/`: the same command continues a killed run from there, with any number of processes. What is
+complete is not made again.
 """
 
 import sys
@@ -45,7 +46,7 @@ from modeling.sampling.image_decoder import ImageDecoder, PendingImages
 from modeling.sampling.image_inputs import class_labels_of, image_inputs
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.config import Config, save_config
+from utils.config import Config, flat, save_config
 from utils.errors import InputError, NonFiniteError, input_errors_exit
 from utils.files.atomic import complete_file
 from utils.files.lock import only_writer
@@ -100,7 +101,7 @@ def sample(config: Config, held: ExitStack) -> None:
             writer.write(block, images)
     if world.is_main:
         parts.wait()
-        pack(parts, output, config, fingerprint)
+        pack(parts, output, config, fingerprint, {"step": weights.step, "weights": str(weights.path.resolve())})
 
 
 def check_tokenizer_of(weights: TrainedWeights, tokenizer: Tokenizer, config: Config) -> None:
@@ -143,23 +144,15 @@ def check_images_folder(parts: SampleParts, output: Path) -> None:
 
 def fingerprint_of(config: Config, model: ReAR, tokenizer: Tokenizer, device: torch.device) -> dict[str, Any]:
     """All that the images depend on, by config key."""
-    sections: dict[str, Any] = {"model": config.model, "sampling": config.sampling}
+    sections = {"model": dataclasses.asdict(config.model), "sampling": dataclasses.asdict(config.sampling)}
     return {
-        **{key: value for name, section in sections.items() for key, value in flat(name, dataclasses.asdict(section))},
+        **dict(flat(sections)),
         "training.enable_tf32": config.training.enable_tf32,
         "device": device.type,
         "sha256 of experiment.generator_checkpoint": weights_sha256(model),
         "sha256 of experiment.tokenizer_checkpoint": tokenizer.sha256(),
         **code_facts(),
     }
-
-
-def flat(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield name, value
-        return
-    for key, inner in value.items():
-        yield from flat(f"{name}.{key}", inner)
 
 
 def sample_blocks(
@@ -240,8 +233,14 @@ def _write_png(folder: Path, index: int, image: np.ndarray) -> None:
     write_png(folder / f"{index:06d}.png", Image.fromarray(image))
 
 
-def pack(parts: SampleParts, output: Path, config: Config, fingerprint: dict[str, Any]) -> None:
-    """Gather the parts into the npz, a part at a time, and remove them. The npz comes last: with it all is there."""
+def pack(
+    parts: SampleParts, output: Path, config: Config, fingerprint: dict[str, Any], figures: dict[str, Any]
+) -> None:
+    """Gather the parts into the npz, a part at a time, and remove them. The npz comes last: with it all is there.
+
+    Args:
+        figures: what to record beside the fingerprint; other ones make no other samples.
+    """
     n = config.sampling.num_fid_samples
     first_images = parts.first_images(GRID_IMAGES)
     write_png(output.with_name(output.name + ".png"), make_grid(first_images, GRID_COLUMNS))
@@ -257,7 +256,7 @@ def pack(parts: SampleParts, output: Path, config: Config, fingerprint: dict[str
             "arr_1": (labels.shape, np.int64, [labels]),
         },
     )
-    write_record(npz, fingerprint, figures={"bytes": npz.stat().st_size})
+    write_record(npz, fingerprint, figures={"bytes": npz.stat().st_size, **figures})
     shutil.rmtree(parts.folder)
     print(f"{n} images in {npz}")
 

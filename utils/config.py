@@ -46,7 +46,7 @@ def load_config(argv: Sequence[str], reads: Sequence[str] | None = None) -> Conf
     merged = _defaults().copy()
     paths, overrides = _split_arguments(argv)
     for path in paths:
-        _update(merged, _read_yaml(path), str(path))
+        _update(merged, read_yaml(path), str(path))
     for override in overrides:
         _update(merged, _parse_override(override), "command line")
     try:
@@ -121,8 +121,12 @@ def _split_arguments(argv: Sequence[str]) -> tuple[list[Path], list[str]]:
     return paths, overrides
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """The values of a file by dotted key."""
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The values of a file by dotted key, whether they are known or not.
+
+    Raises:
+        ConfigError: no such file, or one that is no YAML of sections.
+    """
     path = _as_published(path)
     if not path.is_file():
         folders = (ROOT / "configs", Path("configs"), path.parent)
@@ -138,7 +142,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}{f', line {mark.line + 1}' if mark else ''}: {problem}") from error
     if not isinstance(loaded, DictConfig):
         raise ConfigError(f"{path}: expected a mapping of sections, found a {type(loaded).__name__}")
-    return dict(_flat(OmegaConf.to_container(loaded)))
+    return dict(flat(OmegaConf.to_container(loaded)))
 
 
 def _as_published(path: Path) -> Path:
@@ -157,7 +161,7 @@ def _parse_override(override: str) -> dict[str, Any]:
         return {name: os.path.expanduser(text)}
     try:
         _check_literals(yaml.compose(text, yaml.SafeLoader), "command line", name)
-        return dict(_flat(OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
+        return dict(flat(OmegaConf.to_container(OmegaConf.from_dotlist([override]))))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"command line: {name}: {_first_line(error)}") from error
 
@@ -180,10 +184,11 @@ def _check_literals(node: yaml.Node | None, source: str, name: str = "") -> None
         raise ConfigError(f"{source}: {name}={node.value}: expected {KEYS[name].kind}")
 
 
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """By dotted key what stands in nested dicts."""
     for key, value in values.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

@@ -77,7 +77,8 @@ def write_parts(output: Path, images: int, arguments: argparse.Namespace, pixels
 
 def pack_parts(output: Path, images: int, arguments: argparse.Namespace) -> None:
     config = load_config([f"experiment.output_dir={output}", f"sampling.num_fid_samples={images}"])
-    pack(SampleParts(output.with_name(output.name + ".parts"), images, arguments.batch), output, config, fingerprint={})
+    parts = SampleParts(output.with_name(output.name + ".parts"), images, arguments.batch)
+    pack(parts, output, config, fingerprint={}, figures={})
 
 
 def png_way(folder: Path, pixels: np.ndarray) -> None:

@@ -203,7 +203,7 @@ def end_to_end(model: ReAR, config: GeneratorConfig, batch: int, arguments: argp
             for block, pixels in sample_blocks(iter(parts.blocks), model, tokenizer, full, notices=True):
                 first_second.append(time.perf_counter())
                 writer.write(block, pixels)
-        pack(parts, output, full, fingerprint={})
+        pack(parts, output, full, fingerprint={}, figures={})
         duration = time.perf_counter() - first_second[0]
     rate = (images - len(parts.blocks[0])) / duration
     print(f"end to end, batch {batch}: {rate:.4g} images/s after the first batch, npz included")

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from data.codes.token_store import TokenStore, open_tokens
 from data.codes.token_writer import StoreMeta, new_token_store
+from evaluation.run_log import find_step
 from scripts import sample_imagenet_rear, train_rear
 from tests.faults.test_resuming import flip_a_bit
 from utils.config import load_config
@@ -119,6 +120,21 @@ def test_weights_remember_their_tokenizer(tiny_arguments: list[str], run: Path, 
     sample(tiny_arguments, run, tmp_path / "x", other, "experiment.allow_other_tokenizer=true")
     with pytest.raises(InputError, match="trained with the tokenizer of sha256"):
         train(tiny_arguments, run, *STEPS, "training.use_ema=true", other)
+
+
+def test_samples_remember_the_step_of_their_weights(
+    tiny_arguments: list[str], run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, weights, step in (("newest", run, 8), ("final", run / "model.safetensors", 4)):
+        sample(tiny_arguments, weights, tmp_path / name)
+        assert find_step(tmp_path / f"{name}.npz", run) == step
+    record = tmp_path / "final.json"
+    there = json.loads(record.read_text())
+    record.write_text(json.dumps({key: there[key] for key in ("bytes", "made_from")}))  # as before steps were recorded
+    sample(tiny_arguments, run / "model.safetensors", tmp_path / "final")
+    assert "made from the same weights and config already" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"final\.json: does not tell 'step'"):
+        find_step(tmp_path / "final.npz", run)
 
 
 def test_resume_takes_the_newest_checkpoint_of_a_run_folder(

@@ -1,31 +1,112 @@
-"""The picture of a run's metrics."""
+"""Pictures of the metrics of runs: panels of values against the step."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from utils.files.atomic import complete_file
 from utils.run.tracking import read_metrics
 
+if TYPE_CHECKING:  # it slows the start of all ranks, and one of them draws
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Points = tuple[list[float], list[float]]  # steps and values
+
 COLUMNS = 4
-LENGTHS = ("step", "epoch", "dataset_passes")  # grow with the step
+PANEL_INCHES = (4.0, 2.8)
+MARKED = 40  # points of a curve, up to which each has a mark; a single one would be invisible without
+# Panels of several metrics, in one unit each, come first; every other metric has a panel of its own.
+PANELS = {
+    "cross-entropy, nats per code": ("train/ar_loss", "val/ar_loss", "val/ar_loss_noisy"),
+    "token accuracy": ("train/correct_tokens", "val/correct_tokens"),
+    "gradient norm before clipping": ("train/grad_norm", "train/grad_norm_max"),
+    "cosine to the codebook vectors": ("train/encode_cos", "train/decode_cos"),
+}
+LOGARITHMIC = ("train/grad_norm", "train/grad_norm_max")
+# They grow with the step, or follow from perf/images_per_s.
+NOT_DRAWN = ("step", "train/epoch", "train/dataset_passes", "perf/images_per_s_per_gpu", "perf/step_ms")
 
 
 def save_training_curves(metrics_path: Path, picture_path: Path) -> None:
-    """Draw the metrics of metrics.jsonl against the step, a panel for each that changes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, for it slows the start of all ranks
-    from matplotlib.figure import Figure
+    """Draw the metrics of a run, one that does not change left out; without any, write nothing.
 
+    Raises:
+        InputError: the metrics cannot be read.
+    """
     rows = read_metrics(metrics_path)
-    names = dict.fromkeys(name for row in rows for name in row if name not in LENGTHS)
-    points = {name: [(row["step"], row[name]) for row in rows if name in row] for name in names}
-    points = {name: pairs for name, pairs in points.items() if len({value for _, value in pairs}) > 1}
-    if not points:
+    names = dict.fromkeys(name for row in rows for name in row if name not in NOT_DRAWN)
+    curves = {name: points for name in names if changes(points := points_of(rows, name))}
+    panels: dict[str, list[str]] = {}
+    for title, group in PANELS.items():
+        if there := [name for name in group if name in curves]:
+            panels[title if len(there) > 1 else there[0]] = there
+    panels |= {name: [name] for name in curves if not any(name in group for group in PANELS.values())}
+    if not panels:
         return
-    lines = math.ceil(len(points) / COLUMNS)
-    figure = Figure(figsize=(4 * COLUMNS, 3 * lines))
+    figure, grid = panel_grid(len(panels))
+    for axes, (title, there) in zip(grid, panels.items(), strict=True):
+        axes.set_title(title)
+        for name in there:
+            draw_curve(axes, name, curves[name], label=name)
+        if len(there) > 1:
+            axes.legend()
+    save_figure(figure, picture_path)
+
+
+def points_of(rows: Sequence[dict[str, float]], name: str) -> Points:
+    """Of the rows that have the metric; NaN stays, and makes a gap in a curve."""
+    pairs = [(row["step"], row[name]) for row in rows if name in row]
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def changes(points: Points) -> bool:
+    """Whether there is something to see: two values, or one that was measured once."""
+    finite = [value for value in points[1] if math.isfinite(value)]
+    return len(set(finite)) > 1 or len(finite) == len(points[1]) == 1
+
+
+def panel_grid(count: int, columns: int = COLUMNS, x_label: str = "step") -> tuple["Figure", list["Axes"]]:
+    """A figure with `count` panels in rows, which share their x axis."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    columns = min(count, columns)
+    lines = math.ceil(count / columns)
+    width, height = PANEL_INCHES[0] * columns, PANEL_INCHES[1] * lines
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    figure.subplots_adjust(0.04, 0.35 / (3 * lines), 0.99, 1 - 0.35 / (3 * lines), hspace=0.3)
-    for place, (name, pairs) in enumerate(points.items(), start=1):
-        axes = figure.add_subplot(lines, COLUMNS, place)
-        axes.plot(*zip(*pairs, strict=True))
-        axes.set_title(name)  # by step
-    figure.savefig(picture_path, dpi=80)
+    figure.subplots_adjust(0.6 / width, 0.5 / height, 1 - 0.1 / width, 1 - 0.3 / height, wspace=0.2, hspace=0.3)
+    panels: list[Axes] = []
+    with rc_context({"axes.titlesize": "medium", "axes.spines.top": False, "axes.spines.right": False}):
+        for place in range(1, count + 1):
+            panels.append(figure.add_subplot(lines, columns, place, sharex=panels[0] if panels else None))
+            panels[-1].grid(alpha=0.3)
+    if x_label == "step":
+        panels[0].xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
+        panels[0].xaxis.set_major_formatter(EngFormatter(sep=""))  # 50k
+    for axes in panels[-columns:]:
+        axes.set_xlabel(x_label)
+    return figure, panels
+
+
+def draw_curve(axes: "Axes", name: str, points: Points, **style: Any) -> None:
+    """Add the curve of a metric to a panel; `style` is matplotlib's."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    marker = "." if len(points[0]) <= MARKED else ""
+    axes.plot(*points, marker=marker, linewidth=1.2, **style)
+    if name in LOGARITHMIC:
+        axes.set_yscale("log", nonpositive="mask")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """As PNG, complete or not at all."""
+    with complete_file(path) as partial:
+        figure.savefig(partial, dpi=80, format="png")
