@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from utils.run.tracking import read_metrics
+from utils.run.metrics_file import read_metrics
 
 COLUMNS = 4
 LENGTHS = ("step", "epoch", "dataset_passes")  # grow with the step

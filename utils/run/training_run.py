@@ -25,17 +25,16 @@ from utils.run.curves import save_training_curves
 from utils.run.folder import code_facts, going_on, make_logger, prepare_run_folder
 from utils.run.guard import StepGuard
 from utils.run.manifest import Provenance, TrainingData
+from utils.run.metrics_file import MetricsFile
 from utils.run.resume import find_start, last_step, load_start, set_aside, starting_state
 from utils.run.saver import CheckpointSaver
 from utils.run.signals import StoppedWaitingError, StopSignals, stacks_of_a_hang
 from utils.run.snapshot import Optimizers, Resumable, take_snapshot, weights_of
 from utils.run.status import EXIT_PREEMPTED, StatusKeeper
-from utils.run.tracking import Tracker
+from utils.run.tracking import Dashboard
 from utils.run.trained_weights import FINAL_FILE
 
 EXIT_STATUS = {"completed": 0, "preempted": EXIT_PREEMPTED}
-
-
 D = TypeVar("D", bound=TrainingData)
 
 
@@ -50,8 +49,7 @@ class TrainingRun:
        for a save, and status.json says `running`.
     4. `steps`: those that are left, until the last one or until a stop signal has reached any rank. In each of them
     5. `may_update`: losses and gradients are finite on all ranks, else none of them makes the update;
-    6. `count_step`: the step is done: it can be logged (`log_due`, `log`) and saved in the background (`save_due`,
-       `save`).
+    6. `count_step`: the step is done: it can be logged and saved in the background (`log_due`, `log`, `save`...).
     7. `finish`: the last checkpoint is on disk, or the run has failed.
     8. At the end of the block status.json says `completed`, `preempted` or `failed`, with step and reason.
 
@@ -62,8 +60,7 @@ class TrainingRun:
         global_batch_size: images per step.
         remaining: numbers of the steps that are left.
         samples_seen: images of the steps that are done.
-        output_dir, logger: the run folder and its log, silent on other ranks than 0.
-        notices: lines for the log, written when the run begins.
+        output_dir, logger, notices: the run folder, its log (silent on other ranks than 0), lines for its beginning.
 
     Raises:
         InputError, TrainingError: whatever keeps the run from starting or from going on, in one line.
@@ -71,7 +68,8 @@ class TrainingRun:
 
     def __init__(self, config: Config) -> None:
         self.config, self.output_dir = config, Path(config.experiment.output_dir)
-        self._tracker: Tracker | None = None  # rank 0 alone
+        self._metrics = MetricsFile(self.output_dir / "metrics.jsonl")
+        self._dashboard: Dashboard | None = None  # rank 0 alone
 
     def __enter__(self) -> "TrainingRun":
         training, experiment = self.config.training, self.config.experiment
@@ -82,6 +80,7 @@ class TrainingRun:
             self.world.agree("config and code", flatten(asdict(self.config)) | facts)
             self._code = facts["code"]
             self.world.from_main(lambda: exits.enter_context(only_writer(self.output_dir, inside=True)))
+            exits.push(lambda kind, *_: self._dashboard.finish(1) if kind and self._dashboard else None)
             self._status = StatusKeeper(self.output_dir, self.world, training.process_group_timeout)
             exits.push(self._status.note_end)
             self._start = self.world.from_main(lambda: find_start(self.output_dir, experiment.resume))
@@ -137,7 +136,10 @@ class TrainingRun:
         if self.world.is_main:
             prepare_run_folder(self.config)
             set_aside(self._start)
-            self._tracker = Tracker(self.config, self.output_dir, self._state.global_step)
+            self._metrics.begin(self.steps_done)
+            facts = {"processes": self.world.size, "global_batch_size": self.global_batch_size, "code": self._code}
+            self._dashboard = Dashboard(self.config, self.output_dir, self.steps_done, facts)
+            self.notices += filter(None, [self._dashboard.url, self._dashboard.sync_command])
         self.world.barrier()
         self.logger = make_logger(self.output_dir, self.world.is_main)
         for notice in self.notices:
@@ -150,8 +152,7 @@ class TrainingRun:
         saver = CheckpointSaver(experiment, self._provenance, self._start.checkpoint, self.logger)
         self._saver = self._exits.enter_context(saver)
         limits = self._state.nonfinite_steps, training.max_nonfinite_steps
-        signals = self._exits.enter_context(StopSignals())
-        self._guard = StepGuard(self.world, *limits, signals, self._saver, self.logger)
+        self._guard = StepGuard(self.world, *limits, self._exits.enter_context(StopSignals()), self._saver, self.logger)
         self._status.write()
 
     def steps(self) -> Iterator[int]:
@@ -208,13 +209,14 @@ class TrainingRun:
 
     def log(self, metrics: dict[str, float]) -> None:
         """Write the metrics of the step that is done, with speed and number of skipped updates; rank 0 alone does."""
-        if self._tracker is None:
+        if self._dashboard is None:
             return
         now, steps = time.perf_counter(), self.steps_done - self._timed_from
         metrics["samples/sec/gpu"] = steps * self.global_batch_size / self.world.size / (now - self._timer)
         metrics["nonfinite_steps"] = self._guard.nonfinite_steps
         self._timer, self._timed_from = now, self.steps_done
-        self._tracker.log(metrics, self._state.global_step)
+        self._metrics.append(self.steps_done, metrics)
+        self._dashboard.log(metrics, self.steps_done)
         self._status.update()
         losses = {name.removeprefix("train/"): value for name, value in metrics.items() if name.endswith("loss")}
         self._progress.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
@@ -230,8 +232,8 @@ class TrainingRun:
 
     def log_image(self, name: str, image: Image.Image) -> None:
         """Send a picture to the dashboard, on rank 0; the caller keeps the file."""
-        if self._tracker is not None:
-            self._tracker.log_image(name, image, self._state.global_step)
+        if self._dashboard is not None:
+            self._dashboard.log_image(name, image, self.steps_done)
 
     def save(self) -> None:
         """Copy the state to host memory and write it as a checkpoint while training goes on."""
@@ -255,12 +257,11 @@ class TrainingRun:
         if self._start.checkpoint != str(self.output_dir / f"checkpoint-{done}"):
             self.save()
             self._saver.wait()
-        failed = self.world.from_main(lambda: self._saver.failures_in_a_row > 0)
-        if failed:
+        if self.world.from_main(lambda: self._saver.failures_in_a_row > 0):
             raise TrainingError(f"step {done}: the save failed at the end; {self._saver.describe_last_good()}")
         self._status.end(self.is_last, self._guard.signals)
-        if self._tracker is not None:
-            self._tracker.flush()
+        if self.world.is_main:
+            self._metrics.flush()
             if self.is_last:
                 with going_on(self.logger, "training curves"):
                     save_training_curves(self.output_dir / "metrics.jsonl", self.output_dir / "training_curves.png")
@@ -293,7 +294,7 @@ class TrainingRun:
         with self._exits:
             self.world.barrier()  # without a limit: rank 0 may still be writing
             self._status.write()
-            if self._tracker is not None:
-                self._tracker.finish()
+            if self._dashboard is not None:
+                self._dashboard.finish(EXIT_STATUS[self.status], self.status == "preempted")
             self.logger.info(f"{self._status.now}: {self.output_dir}")
         return stopped
