@@ -1,12 +1,10 @@
 """Scores in the metrics of the run whose weights were sampled, at the step of these weights."""
 
-import json
-import os
 from pathlib import Path
 
 from utils.errors import InputError
 from utils.files.json_file import read_json
-from utils.run.tracking import read_metrics
+from utils.run.metrics_file import MetricsFile, read_metrics
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -42,19 +40,11 @@ def log_scores(run: Path, step: int, scores: dict[str, float]) -> None:
 
     Raises:
         InputError: the metrics cannot be read.
+        OSError: they cannot be written.
     """
     path, values = run / METRICS_FILE, {f"eval/{name}": value for name, value in scores.items()}
     if any(row["step"] == step and values.items() <= row.items() for row in read_metrics(path)):
         return
-    append_line(path, json.dumps({"step": step, **values}))
-
-
-def append_line(path: Path, line: str) -> None:
-    """In one piece; behind a line that a kill or a full disk has cut off, an empty one stands first."""
-    text = path.read_bytes()
-    start = "" if text.endswith(b"\n") or not text else "\n\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
-    try:
-        os.write(descriptor, f"{start}{line}\n".encode())
-    finally:
-        os.close(descriptor)
+    metrics = MetricsFile(path)
+    metrics.append(step, values)
+    metrics.flush()

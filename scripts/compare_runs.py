@@ -20,7 +20,7 @@ import numpy as np
 from utils.config import read_yaml
 from utils.errors import InputError, input_errors_exit
 from utils.run.curves import NOT_DRAWN, Points, draw_curve, panel_grid, points_of, save_figure
-from utils.run.tracking import read_metrics
+from utils.run.metrics_file import read_metrics
 
 PANELS = (
     ("train/ar_loss",),

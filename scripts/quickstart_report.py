@@ -21,7 +21,7 @@ from utils.errors import input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.json_file import read_json
 from utils.images import GRID_GAP, make_grid, write_png
-from utils.run.tracking import read_metrics
+from utils.run.metrics_file import read_metrics
 
 ROWS = 6
 CAPTION_HEIGHT = 14  # pixels above the grid

@@ -35,7 +35,7 @@ from matplotlib.axes import Axes
 from pytest import approx
 from scripts.train_rear import main
 from utils.config import load_config
-from utils.run.tracking import read_metrics
+from utils.run.metrics_file import read_metrics
 
 
 def test_the_trainer_takes_them(tiny_arguments, tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from evaluation import evaluator
-from evaluation.run_log import append_line
 from tests.evaluation.made_up import StubExtractor, blocky_images
 from tests.processes import run_script
 from utils.files.made_from import write_record
@@ -102,11 +101,3 @@ def test_no_feature_is_computed_for_a_step_that_is_not_told(files: dict[str, Pat
     assert done.stderr.count("\n") == 1
     assert not list(run.parent.glob("samples.efficientnet*"))
     assert problem == "no run" or (run / "metrics.jsonl").read_text() == LINE
-
-
-def test_a_torn_line_is_ended_first(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    for before, after in (("", "new\n"), (LINE, f"{LINE}new\n"), (f'{LINE}{{"st', f'{LINE}{{"st\n\nnew\n')):
-        path.write_text(before)
-        append_line(path, "new")
-        assert path.read_text() == after

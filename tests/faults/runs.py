@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tests.faults import worker
 from tests.processes import SERVER, STARTED, WAIT_S, rank_environments
 from utils.run.checkpoint import checkpoint_folders
+from utils.run.metrics_file import read_metrics
 from utils.run.status import Status, read_status
-from utils.run.tracking import read_metrics
 
 CURVES = ["train/loss", "train/ar_loss", "train/proj_loss", "train/correct_tokens", "train/grad_norm", "train/lr"]
 NO_DROPOUT = ["model.generator.dropout=0", "model.generator.attn_drop=0"]
@@ -71,7 +71,7 @@ class Run:
         """Until the metrics of that step are written."""
         deadline = time.monotonic() + WAIT_S
         metrics = self.folder / "metrics.jsonl"
-        while not metrics.is_file() or len(metrics.read_text().splitlines()) < step:
+        while not metrics.is_file() or all(row["step"] < step for row in read_metrics(metrics)):
             assert time.monotonic() < deadline, self.output()
             assert not self.processes or any(process.is_alive() for process in self.processes), self.output()
             time.sleep(0.02)

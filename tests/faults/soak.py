@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.conftest import make_tiny_project
 from tests.faults.runs import Run, assert_equal_runs
+from utils.run.metrics_file import read_metrics
 
 STEPS, SAVE_EVERY = 1500, 7  # enough for all kills on a fast machine
 STARTUP_SHARE, STARTUP_S = 0.2, 2.0  # of the kills, and in how many seconds after the start
@@ -56,7 +57,7 @@ def wait_for_more_steps(run: Run, count: int) -> None:
     before = None
     while all(process.is_alive() for process in run.processes):
         if "per step on 2 processes" in run.output(0):  # the metrics are cut at the checkpoint by now
-            lines = len(metrics.read_text().splitlines())
+            lines = len(read_metrics(metrics))
             before = lines if before is None else before
             if lines >= before + count:
                 return

@@ -20,7 +20,7 @@ from data.codes.token_store import TokenStore, open_tokens
 from data.images.tar_shards import COUNTS_FILE, TarShards
 from tests.faults.runs import Run
 from utils.errors import InputError
-from utils.run.tracking import read_metrics
+from utils.run.metrics_file import read_metrics
 
 SIZES = Sizes(codebook_size=24, image_seq_len=16, num_classes=5)
 BAD = {

@@ -16,8 +16,8 @@ from utils.config import load_config
 from utils.errors import InputError
 from utils.ranks import World, ignored_launcher_settings, launch_environment
 from utils.run import folder, training_run
+from utils.run.metrics_file import MetricsFile, read_metrics
 from utils.run.status import EXIT_PREEMPTED, Status, StatusKeeper, read_status, write_status
-from utils.run.tracking import Tracker, read_metrics
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
@@ -92,15 +92,15 @@ def test_curves_and_grids_that_cannot_be_written_cost_no_run(run: Run, monkeypat
         assert f"{what}: picture.png: No space left on device; training goes on without" in run.log()
 
 
-def test_metrics_wait_for_room_on_the_disk(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tracker = Tracker(load_config(run.arguments), tmp_path, 0)
-    path, tracker.path = tracker.path, tmp_path / "absent/metrics.jsonl"
+def test_metrics_wait_for_room_on_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(tmp_path / "absent/metrics.jsonl")
     with pytest.warns(UserWarning, match="its lines wait for the next ones"):
-        tracker.log({"lr": 1.0}, 1)
+        metrics.append(1, {"lr": 1.0})
     with pytest.raises(OSError, match="absent"):
-        tracker.flush()
-    tracker.path = path
-    tracker.log({"lr": 2.0}, 2)
+        metrics.flush()
+    metrics.path = path
+    metrics.append(2, {"lr": 2.0})
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
 
 
@@ -109,7 +109,8 @@ def test_a_full_disk_behind_the_console_costs_no_training(fault_arguments: list[
     for kind in (".out", ".err"):
         Path(f"{output}{kind}").symlink_to("/dev/full")
     folder = tmp_path / "run"
-    process = start_script(["scripts/train_rear.py", *fault_arguments, f"experiment.output_dir={folder}"], output)
+    arguments = [*fault_arguments, f"experiment.output_dir={folder}", "training.enable_wandb=true"]
+    process = start_script(["scripts/train_rear.py", *arguments], output, WANDB_MODE="offline")
     process.join(WAIT_S)
     assert process.exitcode == 0
     status = read_status(folder)
@@ -121,7 +122,7 @@ def test_the_script_exits_with_75_after_a_signal(fault_arguments: list[str], tmp
     process = start_script(["scripts/train_rear.py", *endless], tmp_path / "console")
     deadline = time.monotonic() + WAIT_S
     metrics = tmp_path / "run/metrics.jsonl"
-    while not (metrics.is_file() and metrics.read_text()) and time.monotonic() < deadline:
+    while not (metrics.is_file() and read_metrics(metrics)) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGTERM)
     process.join(WAIT_S)

@@ -11,7 +11,7 @@ from tests.faults.test_saving import tiny_snapshot, write
 from utils.errors import InputError
 from utils.run.checkpoint import list_checkpoints
 from utils.run.manifest import read_manifest
-from utils.run.tracking import read_metrics
+from utils.run.metrics_file import read_metrics
 
 EVERY_STEP = ["experiment.save_every=1", "experiment.keep_every=1", "training.use_ema=true"]
 

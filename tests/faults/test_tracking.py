@@ -1,65 +1,79 @@
-"""Row 25 of the fault matrix: whatever wandb does, training is unaffected and the local metrics are complete."""
+"""Row 25 of the fault matrix: whatever wandb does, training is unaffected and the local metrics are complete; and wandb
+holds the history of a run that was killed."""
 
+import inspect
+import json
 import os
+import signal
 import subprocess
 import sys
 import types
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import wandb
 from scripts import train_rear
 from tests.faults.runs import CURVES, Run
+from tests.faults.wandb_server import WandbServer, read_log
+from tests.processes import WAIT_S
 from utils.config import load_config
-from utils.run.tracking import Tracker, read_metrics
+from utils.run.metrics_file import read_metrics
+from utils.run.status import EXIT_PREEMPTED
+from utils.run.tracking import Dashboard
 
 ROOT = Path(__file__).parents[2]
+WANDB_ON = ["training.enable_wandb=true", "experiment.group=study", "experiment.tags=[one,two]"]
 
 
 class FakeRun:
-    """Records what is logged; fails where it is told to."""
+    """Takes what the real one takes, and fails where it is told to."""
 
-    def __init__(self, wandb: types.ModuleType, arguments: dict) -> None:
-        self.wandb, self.arguments, self.logged = wandb, arguments, []
+    offline, disabled, url = False, False, "https://wandb.invalid"
 
-    def log(self, values: dict, step: int) -> None:
-        if self.wandb.fails == "log" and step >= 3:
-            raise ConnectionError("server gone")
-        self.logged.append(step)
+    def __init__(self, fails: str | None) -> None:
+        self.fails, self.step = fails, 0
 
-    def finish(self) -> None:
-        if self.wandb.fails == "finish":
-            raise TimeoutError("upload timed out")
+    def __getattr__(self, name: str) -> Any:
+        signature = inspect.signature(getattr(wandb.Run, name))
+
+        def call(*arguments: object, **named: object) -> None:
+            signature.bind(self, *arguments, **named)
+            assert "step" not in named, "steps that are run again would be dropped"
+            if self.fails == name == "log":
+                self.step += 1
+            if self.fails == name and (name != "log" or self.step >= 3):
+                raise ConnectionError("server gone")
+
+        return call
 
 
 def fake_wandb(fails: str | None) -> types.ModuleType:
-    wandb = types.ModuleType("wandb")
-    wandb.fails, wandb.runs = fails, []
-    wandb.errors = types.SimpleNamespace(UsageError=RuntimeError)
-    wandb.Settings = lambda **options: types.SimpleNamespace(**options)
-    wandb.setup = lambda: types.SimpleNamespace(settings=types.SimpleNamespace(mode="online"))
-    wandb.login = lambda **options: fails != "key"
-    wandb.Image = lambda image: image
+    fake = types.ModuleType("wandb")
+    fake.errors, fake.Settings, fake.Image = wandb.errors, wandb.Settings, wandb.Image
+    fake.setup = lambda settings: types.SimpleNamespace(settings=settings)
+    fake.login = lambda prompt: fails != "key"
 
     def init(**arguments: object) -> FakeRun:
+        inspect.signature(wandb.init).bind(**arguments)
         if fails == "network" and arguments.get("mode") != "offline":
             raise TimeoutError("no answer in 30 s\nlong trace")
         if fails == "everything":
             raise OSError("cannot write")
-        wandb.runs.append(FakeRun(wandb, arguments))
-        return wandb.runs[-1]
+        return FakeRun(fails)
 
-    wandb.init = init
-    return wandb
+    fake.init = init
+    return fake
 
 
-@pytest.mark.parametrize("fails", ["absent", "key", "network", "log", "finish", "everything"])
+@pytest.mark.parametrize("fails", ["absent", "key", "network", "everything", "log", "finish"])
 def test_row_25(
     fault_arguments: list[str], oracle: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None if fails == "absent" else fake_wandb(fails))
-    config = load_config([*fault_arguments, f"experiment.output_dir={tmp_path / 'run'}", "training.enable_wandb=true"])
+    config = load_config([*fault_arguments, f"experiment.output_dir={tmp_path / 'run'}", *WANDB_ON])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert train_rear.main(config) == "completed"
@@ -72,30 +86,37 @@ def test_row_25(
         assert [row[name] for name in CURVES] == pytest.approx([other[name] for name in CURVES], abs=1e-6)
 
 
-def test_row_25_without_a_fault_there_is_no_warning_and_the_id_is_kept(
-    fault_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same command again is the same wandb run, and steps that are run again replace their metrics."""
-    wandb = fake_wandb(None)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    config = load_config([*fault_arguments, f"experiment.output_dir={tmp_path / 'run'}", "training.enable_wandb=true"])
-    config.training.stop_steps = 5
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        train_rear.main(config)
-        config.training.stop_steps = None
-        train_rear.main(config)
-    assert wandb.runs[0].arguments["id"] == wandb.runs[1].arguments["id"]
-    assert [sorted(set(run.logged)) for run in wandb.runs] == [[*range(1, 6)], [*range(6, 13)]]
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Without the user's wandb."""
+    others = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    return {**others, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "WANDB_API_KEY": ""}
 
 
-def test_metrics_of_a_killed_run_are_cut_at_the_checkpoint(
-    fault_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = load_config([*fault_arguments, f"experiment.output_dir={tmp_path}"])
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3}\n{"step": 4}\n{"step": 5}\n{"step": 6, "tr')
-    Tracker(config, tmp_path, first_step=4)
-    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [3, 4]
+SCRIPT = """
+import sys
+from pathlib import Path
+from utils.config import load_config
+from utils.run import tracking
+
+tracking.FINISH_TIMEOUT_S = 2
+config = load_config(sys.argv[1:])
+folder = Path(config.experiment.output_dir)
+folder.mkdir()
+dashboard = tracking.Dashboard(config, folder, 0, {})
+print(dashboard.url, dashboard.sync_command)
+dashboard.log({"train/loss": 1.0}, 1)
+dashboard.alert("title", "text")
+dashboard.finish(0)
+"""
+
+
+def in_a_process(arguments: list[str], environment: dict[str, str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Of its own: wandb keeps what it has read of the environment."""
+    command = [sys.executable, "-c", SCRIPT, *arguments, f"experiment.output_dir={folder}", *WANDB_ON]
+    result = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, timeout=WAIT_S)
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 @pytest.mark.parametrize(
@@ -109,29 +130,117 @@ def test_metrics_of_a_killed_run_are_cut_at_the_checkpoint(
     ],
 )
 def test_the_real_wandb_runs_in_the_mode_that_was_asked_for(
-    fault_arguments: list[str], tmp_path: Path, mode: str, source: str, folders: list[str]
+    fault_arguments: list[str], environment: dict[str, str], tmp_path: Path, mode: str, source: str, folders: list[str]
 ) -> None:
-    """In a process of its own: wandb keeps what it has read of the environment."""
-    run = tmp_path / "run"
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "WANDB_API_KEY": ""}
     if source == "environment":
         environment["WANDB_MODE"] = mode
     else:
         (tmp_path / "wandb").mkdir()
         (tmp_path / "wandb/settings").write_text(f"[default]\nmode = {mode}\n")
-    config = [*fault_arguments, f"experiment.output_dir={run}", "training.enable_wandb=true"]
-    script = (
-        "import sys; from pathlib import Path; from utils.config import load_config\n"
-        "from utils.run.tracking import Tracker\n"
-        "config = load_config(sys.argv[1:]); folder = Path(config.experiment.output_dir); folder.mkdir()\n"
-        "tracker = Tracker(config, folder, 0); tracker.log({'train/loss': 1.0}, 1); tracker.finish()"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script, *config], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    found = [path.name.rsplit("-", 2)[0] for path in run.glob("wandb/*run-*")]
-    assert found == folders
+    run = tmp_path / "run"
+    result = in_a_process(fault_arguments, environment, run)
+    assert [path.name.rsplit("-", 2)[0] for path in run.glob("wandb/*run-*")] == folders
+    assert [path.name for path in run.iterdir()] == [] or folders
     assert ("wandb is offline for this run (no API key" in result.stderr) == (mode == "online")
-    assert len(read_metrics(run / "metrics.jsonl")) == 1
+    assert ("wandb sync" in result.stdout) == bool(folders)
+
+
+def test_an_upload_that_hangs_ends_in_time(
+    fault_arguments: list[str], environment: dict[str, str], tmp_path: Path
+) -> None:
+    with WandbServer(hangs=True) as server:
+        result = in_a_process(fault_arguments, environment | server.environment, tmp_path / "run")
+    assert result.stdout.startswith(f"{server.environment['WANDB_BASE_URL']}/me/rear/runs/")
+    assert "wandb is off (it did not finish" in result.stderr
+    assert (tmp_path / "run/wandb_run_id").read_text().split("\n")[1:] == [""]  # not finished
+
+
+class Segment:
+    """What wandb wrote of one start."""
+
+    def __init__(self, path: Path) -> None:
+        self.by_kind: dict[str, list[Any]] = {}
+        for record in read_log(path):
+            kind = record.WhichOneof("record_type")
+            self.by_kind.setdefault(kind, []).append(getattr(record, kind))
+        items = [{item.nested_key[0]: item.value_json for item in row.item} for row in self.by_kind.get("history", [])]
+        self.losses = [(int(row["train/step"]), json.loads(row["train/loss"])) for row in items if "train/loss" in row]
+
+    def exit_code(self) -> int:
+        (record,) = self.by_kind["exit"]
+        return record.exit_code
+
+
+def segments(run: Run) -> list[Segment]:
+    return [Segment(path) for path in sorted(run.folder.glob("wandb/offline-run-*/*.wandb"))]
+
+
+def history(run: Run) -> list[tuple[int, float]]:
+    return [(int(row["step"]), row["train/loss"]) for row in read_metrics(run.folder / "metrics.jsonl")]
+
+
+def test_wandb_holds_the_history_of_a_run_that_was_killed_and_went_back(
+    run: Run, environment: dict[str, str], tmp_path: Path
+) -> None:
+    run.arguments += [*WANDB_ON, "experiment.keep_every=4"]
+    offline = {key: environment[key] for key in ("HOME", "WANDB_API_KEY")} | {"WANDB_MODE": "offline"}
+    assert run(REAR_FAULT="step.6", **offline) == [-signal.SIGKILL]
+    killed_id = (run.folder / "wandb_run_id").read_text().strip()
+    run.completed(**offline)
+    resumed, first_history = segments(run)[1], history(run)
+    run.completed(f"experiment.resume={run.folder / 'checkpoint-8'}", **offline)
+    killed, same, back = segments(run)
+    assert "wandb is" not in run.output()  # no warning
+
+    assert same.losses == resumed.losses
+    assert [step for step, _ in resumed.losses if step > 4] == list(range(5, 13))  # after the checkpoint
+    assert dict(killed.losses + resumed.losses) == dict(first_history)
+    assert back.losses == [(step, loss) for step, loss in history(run) if step > 8]
+    for segment in (resumed, back):
+        (start,) = segment.by_kind["run"]
+        assert (start.run_id, start.resume, start.run_group) == (killed_id, True, "study")
+        assert list(start.tags) == ["one", "two"]
+        config = {item.key: json.loads(item.value_json) for item in start.config.update}
+        assert config["training"]["max_train_steps"] == 12
+        assert config["run"]["processes"] == 1
+        assert ("*", "train/step") in [(metric.glob_name, metric.step_metric) for metric in segment.by_kind["metric"]]
+        assert segment.exit_code() == 0
+        assert "M parameters" in "".join(output.line for output in segment.by_kind["output_raw"])
+
+    (command,) = {line.split(" ", 2)[2] for line in run.log().splitlines() if "wandb sync" in line}
+    with WandbServer() as server:
+        path = f"{Path(sys.executable).parent}:{environment['PATH']}"
+        done = subprocess.run(["bash", "-c", command], env=environment | server.environment | {"PATH": path})
+    assert done.returncode == 0
+    uploaded = [(row["train/step"], row["train/loss"]) for row in server.history if "train/loss" in row]
+    assert uploaded == killed.losses + resumed.losses + back.losses
+    assert server.exit_codes[-2:] == [0, 0]
+
+
+@pytest.mark.parametrize("ends", ["preempted", "failed"])
+def test_wandb_is_told_how_a_run_ended(run: Run, environment: dict[str, str], ends: str) -> None:
+    run.arguments += WANDB_ON
+    offline = {key: environment[key] for key in ("HOME", "WANDB_API_KEY")} | {"WANDB_MODE": "offline"}
+    if ends == "failed":
+        assert run(REAR_FAULT="step.2:raise", **offline) == [1]
+    else:
+        run.start(TEST_HOLD="2", **offline)
+        run.wait_for_step(2)
+        os.kill(run.processes[0].pid, signal.SIGTERM)
+        assert run.wait() == [EXIT_PREEMPTED]
+    (segment,) = segments(run)
+    assert [step for step, _ in segment.losses][:2] == [1, 2]
+    assert segment.exit_code() == (1 if ends == "failed" else EXIT_PREEMPTED)
+    assert ("preempting" in segment.by_kind) == (ends == "preempted")
+
+
+def test_a_start_from_the_beginning_is_a_new_run(
+    fault_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb(None))
+    config = load_config([*fault_arguments, f"experiment.output_dir={tmp_path}", *WANDB_ON])
+    ids = []
+    for first_step in (0, 2, 2, 0):
+        Dashboard(config, tmp_path, first_step, {}).finish(0)
+        ids.append((tmp_path / "wandb_run_id").read_text())
+    assert ids[0] == ids[1] == ids[2] != ids[3]

@@ -1,6 +1,5 @@
 """The quick start itself, in a tiny setting: killed when it has made the codes, then given again."""
 
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from utils.run.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS, SAMPLES = 4, 4  # the evaluator wants four images
@@ -66,7 +67,7 @@ def test_a_killed_quick_start_goes_on_to_its_table_and_picture(tmp_path: Path) -
     assert process.returncode == 0, printed
 
     assert codes.stat().st_mtime_ns == written  # not made again
-    rows = [json.loads(line) for line in (out / "rear/metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(out / "rear/metrics.jsonl")
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, STEPS + 1))
     table = (out / "report.md").read_text()
     assert table in printed

@@ -15,7 +15,7 @@ PROJECT = ("scripts", "modeling", "data", "evaluation", "utils")  # not dataclas
 UNREAD = {
     "model.vq_model.model_type",  # train_tokenizer.py trains one kind only
     "model.vq_model.num_latent_tokens",  # others follow it
-    *("experiment.project", "experiment.name", "experiment.entity"),  # with wandb
+    *(f"experiment.{name}" for name in ("project", "name", "entity", "group", "tags")),  # with wandb
     "training.allow_batch_change",  # with another batch
     "experiment.allow_other_tokenizer",  # with another tokenizer
 }

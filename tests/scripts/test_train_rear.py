@@ -17,7 +17,7 @@ from scripts import train_rear
 from tests.processes import ROOT, run_script
 from utils.config import Config, load_config
 from utils.errors import InputError
-from utils.run.tracking import read_metrics
+from utils.run.metrics_file import read_metrics
 
 LOSSES = ["train/loss", "train/ar_loss", "train/proj_loss", "train/correct_tokens", "train/grad_norm", "train/lr"]
 NO_DROPOUT = ["model.generator.dropout=0", "model.generator.attn_drop=0"]

@@ -20,7 +20,7 @@ from utils.config import load_config
 from utils.errors import InputError
 from utils.files.weights import load_state_dict
 from utils.ranks import World
-from utils.run.tracking import read_metrics
+from utils.run.metrics_file import read_metrics
 
 SCRIPT = "scripts/train_tokenizer.py"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from utils.files.atomic import complete_file
-from utils.run.tracking import read_metrics
+from utils.run.metrics_file import read_metrics
 
 if TYPE_CHECKING:  # it slows the start of all ranks, and one of them draws
     from matplotlib.axes import Axes

@@ -63,10 +63,9 @@ class Reporter:
             return
         step = self._state.global_step
         self._metrics.begin(step)
-        if self.config.training.enable_wandb:
-            facts = facts | {"parameters": self._plan.parameters}
-            self._dashboard = Dashboard(self.config, self.output_dir, step, facts)
-            self._status.now.url = self._dashboard.url
+        facts = facts | {"parameters": self._plan.parameters}
+        self._dashboard = Dashboard(self.config, self.output_dir, step, facts)
+        self._status.now.url = self._dashboard.url
         for line in notices:
             self.logger.info(line)
         self.logger.info(

@@ -1,9 +1,10 @@
-"""Metrics of a run: metrics.jsonl always, wandb where it works. A tracker never stops a training run."""
+"""The mirror of a run in wandb."""
 
 import json
-import os
 import secrets
+import shlex
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,139 +12,162 @@ from typing import Any
 from PIL import Image
 
 from utils.config import Config
-from utils.errors import InputError, environment_error
+from utils.errors import InputError, first_line
 from utils.files.atomic import write_text
+from utils.run.metrics_file import read_metrics
 
 INIT_TIMEOUT_S = 30  # wandb's own default of 90 s holds up the first step when its server is out of reach
+FINISH_TIMEOUT_S = 60  # by default wandb waits without end for an upload that hangs
+STEP = "train/step"  # wandb's own step may not decrease, but steps are run again after a kill
+BUFFER_BYTES = 32_768  # that wandb holds back before it writes them to its log
+FINISHED = "finished"  # in wandb_run_id, behind the id: the last start of this run lost nothing
 
 
-class Tracker:
-    """Appends to `<output_dir>/metrics.jsonl` and mirrors to wandb.
-
-    For the main process only. When wandb cannot be reached, the run goes on offline with one warning
-    (`wandb sync` uploads it later); without the package it goes on with the local file alone.
-    """
-
-    def __init__(self, config: Config, output_dir: Path, first_step: int) -> None:
-        self.path = output_dir / "metrics.jsonl"
-        keep_metrics_until(self.path, first_step)
-        self._unwritten = ""
-        self.wandb_run = start_wandb(config, output_dir) if config.training.enable_wandb else None
-
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        self._unwritten += json.dumps({"step": step, **metrics}) + "\n"
-        try:
-            self._write()
-        except OSError as error:
-            warnings.warn(f"{self.path}: {environment_error(error)}; its lines wait for the next ones", stacklevel=2)
-        self._to_wandb(metrics, step)
-
-    def _write(self) -> None:
-        """Append what is not written yet, or nothing of it."""
-        size = self.path.stat().st_size
-        try:
-            with self.path.open("a") as file:
-                file.write(self._unwritten)
-        except OSError:
-            os.truncate(self.path, size)
-            raise
-        self._unwritten = ""
-
-    def log_image(self, name: str, image: Image.Image, step: int) -> None:
-        """To wandb only; the caller keeps the file."""
-        if self.wandb_run is not None:
-            import wandb
-
-            self._to_wandb({name: wandb.Image(image)}, step)
-
-    def flush(self) -> None:
-        """
-        Raises:
-            OSError: metrics are still not written.
-        """
-        if self._unwritten:
-            self._write()
-
-    def finish(self) -> None:
-        if self.wandb_run is None:
-            return
-        try:
-            self.wandb_run.finish()
-        except Exception as error:  # the upload; the local files are complete
-            warnings.warn(f"wandb did not finish: {error}", stacklevel=2)
-
-    def _to_wandb(self, values: dict[str, Any], step: int) -> None:
-        if self.wandb_run is None:
-            return
-        try:
-            self.wandb_run.log(values, step=step)
-        except Exception as error:  # whatever a tracker raises, training is worth more
-            warnings.warn(f"wandb is off from step {step}: {error}", stacklevel=2)
-            self.wandb_run = None
-
-
-def start_wandb(config: Config, output_dir: Path) -> Any:
-    """A wandb run that continues the one recorded in `<output_dir>/wandb_run_id`, or None without the package.
+class Dashboard:
+    """Mirrors a run to wandb; whatever wandb does, training goes on. For the main process only.
 
     The mode (online, offline, disabled, shared) is that of the environment or of wandb's settings file. Only an online
-    run that cannot begin becomes an offline one, with a warning that gives the reason.
+    run that cannot begin becomes an offline one, with a warning that gives the reason. A start from step 0 is a new run
+    in wandb, one that goes on continues the run in `<output_dir>/wandb_run_id`.
+
+    Args:
+        first_step: steps that are done already.
+        facts: shown as `run` beside the keys of the config.
+
+    Attributes:
+        url: of an online run.
+        sync_command: what uploads an offline run.
     """
-    try:
+
+    def __init__(self, config: Config, output_dir: Path, first_step: int, facts: dict[str, Any]) -> None:
+        self.url: str | None = None
+        self.sync_command: str | None = None
+        self._run: Any = None
+        self._failed = False  # from then on only the exit code is sent
+        self._id_file = output_dir / "wandb_run_id"
+        if config.training.enable_wandb:
+            try:
+                self._start(config, output_dir, first_step, facts)
+            except ImportError:
+                warnings.warn("wandb is not installed: metrics go to metrics.jsonl only", stacklevel=2)
+            except Exception as error:
+                self._fail("it did not start", error)
+
+    def _start(self, config: Config, output_dir: Path, first_step: int, facts: dict[str, Any]) -> None:
         import wandb
-    except ImportError:
-        warnings.warn("wandb is not installed: metrics go to metrics.jsonl only", stacklevel=3)
-        return None
-    id_file = output_dir / "wandb_run_id"
-    run_id = id_file.read_text().strip() if id_file.is_file() else secrets.token_hex(4)
-    id_file.write_text(run_id)
+
+        mode = wandb.setup(wandb.Settings(show_info=False)).settings.mode  # warnings and errors are shown
+        recorded = self._id_file.read_text().split() if first_step > 0 and self._id_file.is_file() else []
+        self._id = recorded[0] if recorded else secrets.token_hex(4)
+        if mode != "disabled":
+            write_text(self._id_file, self._id + "\n")
+        self._run = open_run(config, output_dir, self._id, facts, mode)
+        self._run.define_metric(STEP)
+        self._run.define_metric("*", step_metric=STEP)
+        if self._run.offline:
+            # One by one: within one command the log of a killed start, which may end in half a record, keeps those of
+            # later starts from being uploaded. They continue the run because each says `resume`.
+            runs = shlex.quote(str(output_dir / "wandb/offline-run-")) + "*"
+            self.sync_command = f'for run in {runs}; do wandb sync "$run"; done'
+        elif not self._run.disabled:
+            self.url = self._run.url
+        if recorded and FINISHED not in recorded:
+            for row in last_rows(output_dir / "metrics.jsonl", first_step):
+                self.log({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self._send(f"from step {step}", lambda: self._run.log({**values, STEP: step}))
+
+    def log_image(self, name: str, image: Image.Image, step: int) -> None:
+        def send() -> None:
+            import wandb
+
+            self._run.log({name: wandb.Image(image), STEP: step})
+
+        self._send(f"from step {step}", send)
+
+    def alert(self, title: str, text: str) -> None:
+        """A message to the user, by mail or in a channel, as set in wandb.
+
+        Args:
+            title: less than 64 characters.
+        """
+        self._send("an alert failed", lambda: self._run.alert(title, text, level="WARN"))
+
+    def finish(self, exit_code: int, preempted: bool = False) -> None:
+        """Upload what is left, for FINISH_TIMEOUT_S at most.
+
+        Args:
+            exit_code: of the process; wandb shows a run as failed, or as preempted, only if it is not 0.
+            preempted: the run will be started again.
+        """
+        if self._run is None:
+            return
+        try:
+            if preempted:
+                self._run.mark_preempting()
+            self._run.finish(exit_code)
+            if not (self._failed or self._run.disabled):
+                write_text(self._id_file, f"{self._id}\n{FINISHED}\n")
+        except Exception as error:
+            if not self._failed:
+                self._fail("it did not finish", error)
+        self._run = None
+
+    def _send(self, what: str, send: Callable[[], None]) -> None:
+        if self._run is None or self._failed:
+            return
+        try:
+            send()
+        except Exception as error:  # whatever a dashboard raises, training is worth more
+            self._fail(what, error)
+
+    def _fail(self, what: str, error: Exception) -> None:
+        self._failed = True
+        warnings.warn(f"wandb is off ({what}: {first_line(error)}); training goes on", stacklevel=4)
+
+
+def open_run(config: Config, output_dir: Path, run_id: str, facts: dict[str, Any], mode: str) -> Any:
+    """A wandb run; offline, with a warning, if it cannot be online."""
+    import wandb
+
+    experiment = config.experiment
     arguments: dict[str, Any] = {
-        "project": config.experiment.project,
-        "name": config.experiment.name,
-        "entity": config.experiment.entity,
+        "project": experiment.project,
+        "name": experiment.name,
+        "entity": experiment.entity,
+        "group": experiment.group,
+        "tags": experiment.tags,
         "dir": str(output_dir),
-        "config": asdict(config),
+        "config": {**asdict(config), "run": facts},
         "id": run_id,
-        "resume": "allow",
+        "resume": "allow",  # an offline run, too, keeps this in its log, for `wandb sync`
+        "settings": wandb.Settings(
+            init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S, finish_timeout_raises=True
+        ),
     }
-    settings = wandb.Settings(init_timeout=INIT_TIMEOUT_S, silent=True, console="off")
     try:
-        mode = wandb.setup().settings.mode  # of WANDB_MODE or of wandb's settings file
         if mode == "online" and not wandb.login(prompt=False):  # wandb.init would wait at a prompt
             raise wandb.errors.UsageError("no API key; run `wandb login` or set WANDB_API_KEY")
-        return wandb.init(**arguments, settings=settings)
+        return wandb.init(**arguments)
     except Exception as error:  # no login, no network, a server that is down: each raises its own class
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
     try:
-        run = wandb.init(**{**arguments, "resume": None}, settings=settings, mode="offline")
+        run = wandb.init(**arguments, mode="offline")
     except Exception as error:  # such as a full disk
-        warnings.warn(f"wandb is off for this run ({reason}; offline: {error}); training goes on", stacklevel=3)
-        return None
-    warnings.warn(f"wandb is offline for this run ({reason}); training goes on", stacklevel=3)
+        raise RuntimeError(f"{reason}; offline: {first_line(error)}") from error
+    warnings.warn(f"wandb is offline for this run ({reason}); training goes on", stacklevel=4)
     return run
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl.
-
-    Raises:
-        InputError: no such file, or one that is damaged.
-    """
+def last_rows(path: Path, step: int) -> list[dict[str, float]]:
+    """Those up to a step that a killed wandb may have held back."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: found a line that is no JSON: {error}") from error
-
-
-def keep_metrics_until(path: Path, step: int) -> None:
-    """Drop the lines of later steps: those steps are about to be run again from a checkpoint."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
-    write_text(path.resolve(), "".join(line.decode() for line in lines if _is_kept(line, step)))
-
-
-def _is_kept(line: bytes, step: int) -> bool:
-    try:
-        return line.endswith(b"\n") and json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):  # a full disk or a power cut has left half a line
-        return False
+        rows = [row for row in read_metrics(path) if row["step"] <= step]
+    except InputError:  # others tell of it
+        return []
+    size, first = 0, len(rows)
+    while first > 0 and size < BUFFER_BYTES:
+        first -= 1
+        size += len(json.dumps(rows[first]))  # wandb needs more than that
+    return rows[first:]
