@@ -53,16 +53,16 @@ def open_training_data(config: Config, tokenizer_sha256: str, verify: bool) -> T
     )
 
 
-def open_codes(config: Config) -> TokenStore:
-    """The codes of `dataset.params.pretokenization`; a jsonl that is new is converted."""
+def open_codes(config: Config, key: str = "pretokenization") -> TokenStore:
+    """The codes of this key of `dataset.params`, which is given; a jsonl that is new is converted."""
     params, generator = config.dataset.params, config.model.generator
-    assert params.pretokenization is not None
     return open_tokens(
-        Path(params.pretokenization),
+        Path(getattr(params, key)),
         config.model.vq_model.codebook_size,
         generator.image_seq_len,
         generator.condition_num_classes,
         allowed_bad_fraction(params),
+        f"dataset.params.{key}",
     )
 
 

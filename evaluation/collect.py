@@ -57,7 +57,8 @@ def collect(
     title: str,
     keep_as: torch.dtype | None = None,
 ) -> Collected:
-    """Extract the features of all images, each process of its consecutive share, in float32 without TF32.
+    """Extract the features of all images, in float32 without TF32. Each process takes consecutive batches, and these
+    are the same for any number of processes.
 
     Args:
         title: of the progress bar.
@@ -67,7 +68,9 @@ def collect(
         the sums over all images, the same on every process.
     """
     result = Collected(len(images), extractor, keep_as, device)
-    first, last = (len(images) * rank // world.size for rank in (world.rank, world.rank + 1))
+    batches = -(-len(images) // batch_size)
+    shares = (batches * rank // world.size * batch_size for rank in (world.rank, world.rank + 1))
+    first, last = (min(share, len(images)) for share in shares)
     with tqdm(total=last - first, unit="image", desc=title, disable=not world.is_main) as bar:
         for start in range(first, last, batch_size):
             batch = images.read(start, min(start + batch_size, last))  # (B, H, W, 3)

@@ -41,16 +41,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batch_sampler import order_of_pass
-from data.images.decoding import Decoding, Note
-from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
-from data.images.transforms import training_transform
+from data.heldout import open_heldout_images
+from data.images.decoding import Note
+from data.images.reading import allowed_bad_fraction
 from data.loading import Batches
-from data.training_batches import training_classes
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
-from utils.errors import InputError, input_errors_exit
+from utils.errors import input_errors_exit
 from utils.files.lock import only_writer
 from utils.files.made_from import is_made, write_record
 from utils.files.npz import NpzEntry, write_npz
@@ -123,15 +122,9 @@ class HeldoutImages:
     """
 
     def __init__(self, config: Config) -> None:
-        params, preprocessing, sampling = config.dataset.params, config.dataset.preprocessing, config.sampling
-        if params.eval_shards_path_or_url is None:
-            raise InputError("dataset.params.eval_shards_path_or_url: missing; give tar shards or a folder per class")
-        source = open_images(params.eval_shards_path_or_url, decoding=Decoding.of(preprocessing))
-        known = training_classes(config)
-        if known is not None:
-            source.name_classes(*known)
-        transform = training_transform(dataclasses.replace(preprocessing, random_crop=False, random_flip=False))
-        self.dataset = ImageDataset(source, transform, 0, allowed_bad_fraction(params))
+        params, sampling = config.dataset.params, config.sampling
+        self.dataset = open_heldout_images(config)
+        source = self.dataset.source
         self.batch_size, self.num_workers = sampling.per_gpu_batch_size, params.num_workers_per_gpu
         shuffled = order_of_pass(len(source), sampling.seed, pass_number=0)
         order = by_turns(shuffled, source.class_ids)

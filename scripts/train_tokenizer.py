@@ -32,7 +32,6 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
 
 import json
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +41,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data.batch_sampler import order_of_pass
+from data.heldout import open_center_crops
 from data.images.decoding import Decoding, Note
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import training_transform
@@ -149,7 +149,7 @@ def open_images_of(config: Config, key: str, augment: bool) -> ImageDataset:
     if getattr(params, key) is None:
         raise InputError(f"dataset.params.{key}: missing; give tar shards or a folder per class")
     if not augment:
-        preprocessing = replace(preprocessing, random_crop=False, random_flip=False)
+        return open_center_crops(config)
     source = open_images(getattr(params, key), decoding=Decoding.of(preprocessing))
     return ImageDataset(source, training_transform(preprocessing), config.training.seed, allowed_bad_fraction(params))
 

@@ -109,12 +109,23 @@ def check_training(config: Config) -> None:
     """For the script that trains reAR.
 
     Raises:
-        ConfigError: a batch that does not divide among the processes of this launch, or keys that exclude each other.
+        ConfigError: a batch that does not divide among the processes of this launch, keys that exclude each other, or
+            one that needs another.
     """
     training = config.training
     accumulation_steps(training, int(os.environ.get("WORLD_SIZE", 1)))
     if training.fsdp and training.use_ema:
         raise ConfigError("training.fsdp=true: expected training.use_ema=false; the EMA is not sharded")
+    samples = config.experiment.eval_samples
+    if samples == 1:
+        raise ConfigError("experiment.eval_samples=1: expected 0 or at least 2")
+    if samples and config.dataset.params.eval_shards_path_or_url is None:
+        raise ConfigError(
+            f"experiment.eval_samples={samples}: expected images to compare with in "
+            "dataset.params.eval_shards_path_or_url"
+        )
+    if samples and training.fsdp:
+        raise ConfigError(f"experiment.eval_samples={samples}: expected training.fsdp=false; no samples are made then")
     if training.stop_steps is not None and training.stop_steps > training.max_train_steps:
         raise ConfigError(
             f"training.stop_steps={training.stop_steps}: expected at most max_train_steps={training.max_train_steps}"

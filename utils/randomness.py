@@ -4,6 +4,7 @@ Philox is a counter-based generator (Salmon et al., SC 2011), so a slice of a lo
 numbers are made here from its bits: those of the methods of NumPy's Generator may change from release to release.
 """
 
+from collections.abc import Iterable
 from enum import IntEnum
 
 import numpy as np
@@ -18,6 +19,7 @@ class Stream(IntEnum):
     AUGMENTATION = 2
     SAMPLING = 3
     SHARDS = 4
+    HELDOUT = 5
 
 
 def philox(stream: Stream, seed: int, key: int) -> np.random.Philox:
@@ -52,8 +54,20 @@ def image_uniforms(seed: int, indices: list[int], width: int) -> torch.Tensor:
     Returns:
         (len(indices), width) float32 in [0, 1).
     """
-    draws = [uniforms(philox(Stream.SAMPLING, seed, index), width) for index in indices]
-    return _to_float32(np.stack(draws))
+    return _keyed_uniforms(Stream.SAMPLING, seed, indices, width)
+
+
+def heldout_uniforms(rows: Iterable[int], width: int) -> torch.Tensor:
+    """Uniforms of these rows of the held-out codes, equal in all runs whatever their seed.
+
+    Returns:
+        (number of rows, width) float32 in [0, 1).
+    """
+    return _keyed_uniforms(Stream.HELDOUT, 0, rows, width)
+
+
+def _keyed_uniforms(stream: Stream, seed: int, keys: Iterable[int], width: int) -> torch.Tensor:
+    return _to_float32(np.stack([uniforms(philox(stream, seed, key), width) for key in keys]))
 
 
 def dropout_seed(seed: int, step: int, micro_step: int, rank: int) -> int:

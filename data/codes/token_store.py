@@ -103,20 +103,26 @@ class TokenStore(Dataset):
 
 
 def open_tokens(
-    path: Path, codebook_size: int, image_seq_len: int, num_classes: int, max_bad_fraction: float = 0.0
+    path: Path,
+    codebook_size: int,
+    image_seq_len: int,
+    num_classes: int,
+    max_bad_fraction: float = 0.0,
+    key: str = "dataset.params.pretokenization",
 ) -> TokenStore:
     """Open codes for a model of these sizes: a `.tokens` store, or a `.jsonl` that is converted once beside itself.
 
     Args:
         max_bad_fraction: bad lines of a jsonl up to this share are left out, with a warning that counts them.
+        key: of the config, for error messages.
 
     Raises:
         InputError: nothing there, bad lines, a damaged store or one of other sizes; the message names file and value.
     """
     sizes = Sizes(codebook_size, image_seq_len, num_classes)
     if path.suffix not in (".tokens", ".jsonl"):
-        raise InputError(f"dataset.params.pretokenization={path}: expected a .jsonl file or a .tokens store")
-    store = TokenStore(path) if path.suffix == ".tokens" else _open_converted(path, sizes, max_bad_fraction)
+        raise InputError(f"{key}={path}: expected a .jsonl file or a .tokens store")
+    store = TokenStore(path) if path.suffix == ".tokens" else _open_converted(path, sizes, max_bad_fraction, key)
     meta = store.meta
     for name in ("codebook_size", "image_seq_len"):
         if getattr(meta, name) != getattr(sizes, name):
@@ -126,11 +132,11 @@ def open_tokens(
     return store
 
 
-def _open_converted(jsonl: Path, sizes: Sizes, max_bad_fraction: float) -> TokenStore:
+def _open_converted(jsonl: Path, sizes: Sizes, max_bad_fraction: float, key: str) -> TokenStore:
     store_path = jsonl.with_suffix(".tokens")
     if not jsonl.is_file():
         hint = f"; there is {store_path}" if store_path.is_dir() else ""
-        raise InputError(f"dataset.params.pretokenization={jsonl}: no such file{hint}")
+        raise InputError(f"{key}={jsonl}: no such file{hint}")
     if is_conversion(store_path, jsonl, sizes, max_bad_fraction):
         return TokenStore(store_path)
     with only_writer(store_path):

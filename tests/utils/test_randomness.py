@@ -1,7 +1,16 @@
 import numpy as np
 import torch
 
-from utils.randomness import Stream, dropout_seed, image_uniforms, permutation, philox, sample_uniforms, uniforms
+from utils.randomness import (
+    Stream,
+    dropout_seed,
+    heldout_uniforms,
+    image_uniforms,
+    permutation,
+    philox,
+    sample_uniforms,
+    uniforms,
+)
 
 
 def test_golden_values() -> None:
@@ -14,6 +23,7 @@ def test_golden_values() -> None:
     assert permutation(philox(Stream.DATA_ORDER, 42, 0), 10).tolist() == [0, 2, 6, 9, 3, 5, 4, 8, 7, 1]
     assert sample_uniforms(1, 7, 2, 1, 3).tolist() == [[0.3248571753501892, 0.715986967086792, 0.21479520201683044]]
     assert image_uniforms(1, [5], 3).tolist() == [[0.661202609539032, 0.7313018441200256, 0.14237354695796967]]
+    assert heldout_uniforms([5], 3).tolist() == [[0.03058953955769539, 0.0728803277015686, 0.1296616792678833]]
     assert dropout_seed(1, 2, 3, 4) == 7661749924751933381
 
 

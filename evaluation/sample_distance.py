@@ -1,0 +1,94 @@
+"""A Frechet distance from few samples, for the curve of a run: to held-out images, on the features that are there.
+
+With N samples the distance is too large, the more the smaller N is: it compares with distances of the same N, backend
+and held-out images only, and with no published FID. N and the backend are part of the metric's name.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from evaluation.collect import Images, collect
+from evaluation.features import EfficientNetLite0, Extractor
+from evaluation.inception import Inception, find_cached_weights
+from evaluation.metrics import frechet_distance
+from utils.errors import InputError, NonFiniteError
+from utils.ranks import World
+
+Generate = Callable[[list[int]], np.ndarray]  # numbers of samples -> uint8 (B, H, W, 3)
+
+
+class SampleDistance:
+    """Holds the moments of the held-out images, whose features are computed once. All ranks call every method.
+
+    Args:
+        heldout: the images to compare with, of the size of the samples.
+        num_samples: N.
+        batch_size: images that a rank generates, and whose features it computes, at once.
+
+    Attributes:
+        key: name of the metric: val/fid_<N> with Inception features, else val/frechet_lite0_<N>.
+
+    Raises:
+        InputError: fewer than 2 held-out images, or no feature extractor.
+    """
+
+    def __init__(self, heldout: Images, num_samples: int, batch_size: int, world: World) -> None:
+        if len(heldout) < 2:
+            raise InputError(f"experiment.eval_samples={num_samples}: found {len(heldout)} held-out image, expected 2")
+        self.num_samples, self.batch_size, self.world = num_samples, batch_size, world
+        name, self.extractor = world.main_first(lambda: find_extractor(world.device))
+        self.key = f"val/{name}_{num_samples}"
+        self.image_shape = heldout.read(0, 1).shape[1:]
+        self.heldout = self._moments(heldout, "held-out images")
+
+    def __call__(self, generate: Generate) -> dict[str, float]:
+        """The distance by its name: the same on all ranks, and for any number of them; NaN if a model computes no
+        finite numbers."""
+        samples = _Samples(generate, self.num_samples, self.image_shape)
+        moments = self._moments(samples, "samples")
+        if self.world.max(torch.tensor(int(samples.failed))):
+            return {self.key: float("nan")}
+        return {self.key: self.world.from_main(lambda: frechet_distance(*self.heldout, *moments))}
+
+    def _moments(self, images: Images, title: str) -> tuple[np.ndarray, np.ndarray]:
+        collected = collect(images, self.extractor, self.world, self.world.device, self.batch_size, title)
+        return collected.pool.mean_and_covariance()
+
+
+def find_extractor(device: torch.device) -> tuple[str, Extractor]:
+    """Inception if its weights are in torch hub's cache, else EfficientNet-Lite0; with the name of the distance.
+
+    Raises:
+        InputError: neither is there, or damaged weights.
+    """
+    try:
+        weights = find_cached_weights()
+    except InputError as no_weights:
+        try:
+            return "frechet_lite0", EfficientNetLite0(device)
+        except ImportError as error:
+            raise InputError(
+                f"experiment.eval_samples: expected Inception weights or the package {error.name} "
+                f"(requirements-dev.txt), found neither ({str(no_weights).removeprefix('--inception: ')})"
+            ) from error
+    return "fid", Inception(device, weights)
+
+
+class _Samples:
+    """Samples as the images of a file. After a failure they are black: the other ranks wait for the sums."""
+
+    def __init__(self, generate: Generate, count: int, image_shape: tuple[int, ...]) -> None:
+        self.generate, self.count, self.image_shape = generate, count, image_shape
+        self.failed = False
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        try:
+            return self.generate(list(range(start, stop)))
+        except NonFiniteError:
+            self.failed = True
+            return np.zeros((stop - start, *self.image_shape), np.uint8)
