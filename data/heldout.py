@@ -47,7 +47,10 @@ def open_heldout(config: Config, tokenizer_sha256: str) -> TrainingSet | None:
             store.verify()
         return store
     if params.eval_shards_path_or_url is not None:
-        return open_heldout_images(config, config.model.generator.condition_num_classes)
+        try:
+            return open_heldout_images(config, config.model.generator.condition_num_classes)
+        except InputError as error:
+            raise InputError(f"held-out images (experiment.eval_every=0 goes without): {error}") from error
     return None
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from modeling.noise import num_noise_uniforms, switch_codes
 from modeling.tokenizers.tokenizer import Tokenizer
+from utils.images import write_png
 from utils.randomness import heldout_uniforms
 from utils.ranks import World
 from utils.schema import Config
@@ -138,6 +140,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def save_loss_by_position(losses: HeldOutLosses, config: Config, step: int) -> Image.Image:
+    """Draw them to `<experiment.output_dir>/heldout_loss_by_position.png`."""
+    picture = draw_loss_by_position(losses.by_position, step)
+    write_png(Path(config.experiment.output_dir) / "heldout_loss_by_position.png", picture)
+    return picture
 
 
 def draw_loss_by_position(by_position: np.ndarray, step: int) -> Image.Image:

@@ -4,12 +4,14 @@
         config=configs/rear_b.yaml experiment.output_dir=outputs/rear_b
 
 Reads pre-tokenized codes (`dataset.params.pretokenization`) or images, which it tokenizes on the fly
-(`dataset.params.train_shards_path_or_url`). The plain AR baseline is `model.generator.perturb_mode=none
-model.generator.transition_alignment=false`. The same command again continues the run.
+(`dataset.params.train_shards_path_or_url`). With `experiment.eval_every`, held-out losses are logged: on the codes of
+`dataset.params.eval_pretokenization`, or on the images of `eval_shards_path_or_url`. The plain AR baseline is
+`model.generator.perturb_mode=none model.generator.transition_alignment=false`. The same command again continues the
+run.
 
 Writes to `experiment.output_dir`: config.yaml, environment.txt, log.txt, metrics.jsonl, status.json,
-checkpoint-<step>/, train_generated_images/<step>.png, training_curves.png and, when complete, model.safetensors
-(the EMA if there is one). The exit status is 75 after a stop signal.
+checkpoint-<step>/, train_generated_images/<step>.png, training_curves.png, heldout_loss_by_position.png and, when
+complete, model.safetensors (the EMA if there is one). The exit status is 75 after a stop signal.
 """
 
 import sys
@@ -17,8 +19,8 @@ from pathlib import Path
 
 READS = (
     *("experiment", "-experiment.generator_checkpoint", "model", "optimizer", "lr_scheduler", "training"),
-    *("dataset", "-dataset.params.eval_shards_path_or_url", "-dataset.preprocessing.pretokenize_crops"),
-    *("sampling.seed", "sampling.uint8_rule"),
+    *("dataset", "-dataset.preprocessing.pretokenize_crops"),
+    *("sampling.seed", "sampling.uint8_rule", "sampling.per_gpu_batch_size"),
 )
 
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
@@ -33,12 +35,12 @@ from functools import partial
 import torch
 
 from data.training_batches import TrainingBatches, describe_length, open_training_data, passes_done
-from modeling.cost import training_cost
+from evaluation.heldout import HeldOutNumbers
 from modeling.noise import perturbation_ratio
 from modeling.rear import ReAR, init_from
 from modeling.sampling.sample_grid import save_sample_grid
 from modeling.tokenizers.registry import load_tokenizer
-from modeling.training_step import num_uniforms, training_step
+from modeling.training_step import num_uniforms, training_cost, training_step
 from utils.config import Config
 from utils.errors import input_errors_exit
 from utils.optim import MovingAverage, build_optimizer, set_learning_rate
@@ -57,8 +59,9 @@ def main(config: Config) -> str:
         # Data, model, optimizer
         tokenizer_sha256 = tokenizer.sha256()
         dataset = run.open_data(lambda: open_training_data(config, tokenizer_sha256, world.is_main), tokenizer_sha256)
-        torch.manual_seed(training.seed)
         tokenizer.to(device)
+        heldout = HeldOutNumbers.open(config, tokenizer, world)
+        torch.manual_seed(training.seed)
         model = ReAR(config.model).to(device)
         if run.is_new and experiment.init_from is not None:
             init_from(experiment.init_from, model)
@@ -71,6 +74,7 @@ def main(config: Config) -> str:
         cost = training_cost(model, config)
         run.notices.append(describe_length(config, run.global_batch_size, len(dataset)))
         run.begin(modules, {"optimizer": (model, optimizer)}, training.fsdp, cost.flops, cost.activation_bytes)
+        run.reporter.alerts.check_schedules(config)
         work = (run.micro_steps, run.remaining, run.state.samples_seen)
         batches = TrainingBatches(dataset, config, world, *work, run.stop_requested)
 
@@ -102,6 +106,8 @@ def main(config: Config) -> str:
             if run.due.log:
                 at_step = {"train/lr": lr, "train/perturbation_ratio": max_ratio}
                 run.log_interval(at_step | passes_done(config, run.state.samples_seen, len(dataset)))
+            if run.due.heldout and heldout is not None:
+                heldout.compute(averaged, run)
             if run.due.save:
                 run.save()
             if run.due.weights:

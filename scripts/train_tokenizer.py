@@ -18,10 +18,11 @@ from pathlib import Path
 
 READS = (
     *("experiment", "-experiment.max_train_examples", "-experiment.generate_every"),
+    *("-experiment.eval_every", "-experiment.eval_samples", "-experiment.save_weights_every"),
     *("-experiment.init_from", "-experiment.tokenizer_checkpoint", "-experiment.generator_checkpoint"),
-    *("model.vq_model", "dataset", "-dataset.params.pretokenization", "-dataset.params.verify_hashes"),
-    *("-dataset.preprocessing.pretokenize_crops", "optimizer", "lr_scheduler", "training", "-training.use_ema"),
-    *("-training.ema_decay", "-training.fsdp", "vq_training", "sampling.uint8_rule"),
+    *("model.vq_model", "dataset", "-dataset.params.pretokenization", "-dataset.params.eval_pretokenization"),
+    *("-dataset.params.verify_hashes", "-dataset.preprocessing.pretokenize_crops", "optimizer", "lr_scheduler"),
+    *("training", "-training.use_ema", "-training.ema_decay", "-training.fsdp", "vq_training", "sampling.uint8_rule"),
 )
 
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports

@@ -15,7 +15,7 @@ from tests.processes import WAIT_S, start_script
 from utils.config import load_config
 from utils.errors import InputError
 from utils.ranks import World, ignored_launcher_settings, launch_environment
-from utils.run import folder, training_run
+from utils.run import folder, reporter
 from utils.run.metrics_file import MetricsFile, read_metrics
 from utils.run.status import EXIT_PREEMPTED, Status, StatusKeeper, read_status, write_status
 
@@ -85,7 +85,7 @@ def test_curves_and_grids_that_cannot_be_written_cost_no_run(run: Run, monkeypat
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device", "picture.png")
 
-    monkeypatch.setattr(training_run, "save_training_curves", full)
+    monkeypatch.setattr(reporter, "save_training_curves", full)
     monkeypatch.setattr(train_rear, "save_sample_grid", full)
     assert train_rear.main(load_config([*run.arguments, "training.stop_steps=2"])) == "completed"
     for what in ("samples at step 2", "training curves"):

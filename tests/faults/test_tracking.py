@@ -7,14 +7,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import types
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
-
 import wandb
+
 from scripts import train_rear
 from tests.faults.runs import CURVES, Run
 from tests.faults.wandb_server import WandbServer, read_log
@@ -185,6 +186,7 @@ def test_wandb_holds_the_history_of_a_run_that_was_killed_and_went_back(
     run.arguments += [*WANDB_ON, "experiment.keep_every=4"]
     offline = {key: environment[key] for key in ("HOME", "WANDB_API_KEY")} | {"WANDB_MODE": "offline"}
     assert run(REAR_FAULT="step.6", **offline) == [-signal.SIGKILL]
+    time.sleep(1)  # wandb names the folder of a start by the second
     killed_id = (run.folder / "wandb_run_id").read_text().strip()
     run.completed(**offline)
     resumed, first_history = segments(run)[1], history(run)
@@ -207,7 +209,7 @@ def test_wandb_holds_the_history_of_a_run_that_was_killed_and_went_back(
         assert segment.exit_code() == 0
         assert "M parameters" in "".join(output.line for output in segment.by_kind["output_raw"])
 
-    (command,) = {line.split(" ", 2)[2] for line in run.log().splitlines() if "wandb sync" in line}
+    (command,) = {line.split("to upload: ")[1] for line in run.log().splitlines() if "wandb sync" in line}
     with WandbServer() as server:
         path = f"{Path(sys.executable).parent}:{environment['PATH']}"
         done = subprocess.run(["bash", "-c", command], env=environment | server.environment | {"PATH": path})

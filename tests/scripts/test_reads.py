@@ -51,6 +51,7 @@ def arguments(tiny_arguments: list[str], tmp_path: Path) -> list[str]:
         *tiny_arguments,
         f"experiment.output_dir={tmp_path / 'out'}",
         *("training.max_train_steps=2", "experiment.generate_every=1", "sampling.num_fid_samples=8"),
+        *("experiment.eval_every=1", "experiment.eval_samples=2"),
         *(f"dataset.params.{split}_shards_path_or_url={tmp_path / 'images'}" for split in ("train", "eval")),
     ]
 

@@ -75,7 +75,7 @@ def test_plain_ar_has_the_cross_entropy_as_its_loss(tiny_arguments: list[str], t
     off = ["model.generator.perturb_mode=none", "model.generator.transition_alignment=false"]
     rows = run(tiny_arguments, tmp_path / "run", *off, "training.max_train_steps=2")
     assert all(row["train/loss"] == row["train/ar_loss"] for row in rows)
-    assert all(row["perturbation_ratio"] == 0 for row in rows)
+    assert all(row["train/perturbation_ratio"] == 0 for row in rows)
 
 
 @pytest.mark.parametrize("ema", ["false", "true"])
@@ -118,7 +118,7 @@ def test_two_processes_train_as_one_does(tiny_arguments: list[str], tmp_path: Pa
     assert result.returncode == 0, result.stderr
     two = read_metrics(tmp_path / "two/metrics.jsonl")
     for a, b in zip(one, two, strict=True):
-        assert a["lr"] == b["lr"]
+        assert a["train/lr"] == b["train/lr"]
         assert [a[name] for name in LOSSES] == pytest.approx([b[name] for name in LOSSES], rel=1e-6, abs=1e-5)
     resumed = run(tiny_arguments, tmp_path / "two", *NO_DROPOUT, "training.max_train_steps=6")
     assert [row["step"] for row in resumed] == [1, 2, 3, 4, 5, 6]

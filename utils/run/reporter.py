@@ -73,10 +73,11 @@ class Reporter:
             f"steps {step} to {last_step(self.config.training)}"
         )
         self.logger.info(str(self._plan))
-        if self._status.now.url is not None:
-            self.logger.info(f"wandb: {self._status.now.url}")
+        if self._dashboard.url is not None:
+            self.logger.info(f"wandb: {self._dashboard.url}")
+        if self._dashboard.sync_command is not None:
+            self.logger.info(f"wandb works offline; to upload: {self._dashboard.sync_command}")
         self.check_disk()
-        self.alerts.check_schedules(self.config)
 
     def check_disk(self) -> None:
         """Warn if the next checkpoints may not fit."""
@@ -117,11 +118,8 @@ class Reporter:
 
     def finish(self, exit_code: int, preempted: bool = False) -> None:
         """End the dashboard's run, in a bounded time."""
-        if self._dashboard is None:
-            return
-        self._dashboard.finish(exit_code, preempted)
-        if self._dashboard.sync_command is not None:
-            self.logger.info(f"wandb was offline; to upload: {self._dashboard.sync_command}")
+        if self._dashboard is not None:
+            self._dashboard.finish(exit_code, preempted)
 
     def _warn(self, title: str, text: str) -> None:
         if not self._tells:

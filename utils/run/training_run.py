@@ -277,8 +277,7 @@ class TrainingRun:
         return self._provenance.record(self.state.global_step)
 
     @property
-    def status(self) -> str:
-        """running, completed, preempted or failed."""
+    def status(self) -> str:  # running, completed, preempted or failed
         return self._status.now.status
 
     def __exit__(

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from modeling.cost import training_cost
 from modeling.losses import next_token_loss
 from modeling.rear import ReAR
+from modeling.training_step import training_cost
 from utils.config import load_config
 from utils.schema import Config
 
