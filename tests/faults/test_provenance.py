@@ -152,7 +152,7 @@ def test_a_schedule_that_does_not_end_is_warned_of(tiny_arguments: list[str], tm
     train(tiny_arguments, tmp_path / "run", "training.max_train_steps=3")
     log = (tmp_path / "run/log.txt").read_text()
     assert "warning: schedule: lr_scheduler.params.warmup_steps=5 is beyond training.max_train_steps=3" in log
-    assert "warning: model.generator.randomness_anneal_end=30 is beyond training.max_train_steps=3" in log
+    assert "model.generator.randomness_anneal_end=30 is beyond training.max_train_steps=3" in log
 
 
 @pytest.fixture
