@@ -36,8 +36,6 @@ from utils.run.status import EXIT_PREEMPTED, StatusKeeper
 from utils.run.trained_weights import FINAL_FILE
 
 EXIT_STATUS = {"completed": 0, "preempted": EXIT_PREEMPTED}
-
-
 D = TypeVar("D", bound=TrainingData)
 
 
@@ -216,6 +214,7 @@ class TrainingRun:
         """Make a picture on rank 0, which may take its time, and send it to the dashboard; draw the curves."""
 
         def draw() -> None:
+            self.logger.info(f"step {self.state.global_step}: drawing {name}")
             with going_on(self.logger, f"{name} at step {self.state.global_step}"):
                 self.reporter.log_image(name, make())
             self.reporter.draw_curves()
