@@ -26,12 +26,13 @@ from utils.schema import Config
 MAX_IMAGES = 10_000  # of which a Frechet distance knows the features
 
 
-def open_heldout(config: Config, tokenizer_sha256: str) -> TrainingSet | None:
+def open_heldout(config: Config, tokenizer_sha256: str, verify: bool = True) -> TrainingSet | None:
     """The codes of `dataset.params.eval_pretokenization`, or else centre crops of `eval_shards_path_or_url`; None if
     neither is given or `experiment.eval_every` is 0.
 
     Args:
         tokenizer_sha256: of the weights of the tokenizer that the model is trained for.
+        verify: read all codes and compare them with the hashes of their store, if `dataset.params.verify_hashes`.
 
     Raises:
         InputError: something is missing, damaged or does not fit the model, the tokenizer or the training classes.
@@ -43,7 +44,7 @@ def open_heldout(config: Config, tokenizer_sha256: str) -> TrainingSet | None:
         store = open_codes(config, "eval_pretokenization")
         check_tokenizer(store, tokenizer_sha256)
         _check_class_names(store, config)
-        if params.verify_hashes:
+        if verify and params.verify_hashes:
             store.verify()
         return store
     if params.eval_shards_path_or_url is not None:
@@ -110,7 +111,8 @@ def heldout_batches(dataset: TrainingSet, config: Config, world: World) -> Itera
     starts = range(0, len(dataset), size)[world.rank :: world.size]
     items = [list(range(start, min(start + size, len(dataset)))) for start in starts]
     batches = Batches(dataset, items, config.dataset.params.num_workers_per_gpu)
-    progress = tqdm(batches, "held-out data", len(items), unit="batch", disable=not world.is_main, delay=2)
+    silent = None if world.is_main else True  # None: without a terminal
+    progress = tqdm(batches, "held-out data", len(items), unit="batch", disable=silent, delay=2)
     if isinstance(dataset, TokenStore):
         yield from progress
         return

@@ -71,7 +71,7 @@ def collect(
     batches = -(-len(images) // batch_size)
     shares = (batches * rank // world.size * batch_size for rank in (world.rank, world.rank + 1))
     first, last = (min(share, len(images)) for share in shares)
-    with tqdm(total=last - first, unit="image", desc=title, disable=not world.is_main) as bar:
+    with tqdm(total=last - first, unit="image", desc=title, disable=None if world.is_main else True) as bar:
         for start in range(first, last, batch_size):
             batch = images.read(start, min(start + batch_size, last))  # (B, H, W, 3)
             n = len(batch)

@@ -25,9 +25,9 @@ class HeldOutNumbers:
             self.distance = SampleDistance(pixels, *counts, world)
 
     @classmethod
-    def open(cls, config: Config, tokenizer: Tokenizer, world: World) -> "HeldOutNumbers | None":
+    def open(cls, config: Config, tokenizer: Tokenizer, tokenizer_sha256: str, world: World) -> "HeldOutNumbers | None":
         """None if the config asks for none or names no held-out data."""
-        data = world.main_first(lambda: open_heldout(config, tokenizer.sha256()))
+        data = world.main_first(lambda: open_heldout(config, tokenizer_sha256, world.is_main))
         return None if data is None else cls(config, tokenizer, world, data)
 
     def compute(self, model: ReAR, run: TrainingRun) -> None:
@@ -39,4 +39,4 @@ class HeldOutNumbers:
                 with evaluating(model):
                     numbers |= self.distance(lambda rows: generate_images(model, self.tokenizer, rows, self.config))
         run.reporter.log(numbers)
-        run.draw("loss by position", lambda: save_loss_by_position(losses, self.config, run.state.global_step))
+        run.reporter.draw("loss by position", lambda: save_loss_by_position(losses, self.config, run.state.global_step))

@@ -4,9 +4,7 @@ from pathlib import Path
 
 from utils.errors import InputError
 from utils.files.json_file import read_json
-from utils.run.metrics_file import MetricsFile, read_metrics
-
-METRICS_FILE = "metrics.jsonl"
+from utils.run.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 
 
 def find_step(samples: Path, run: Path) -> int:

@@ -48,19 +48,24 @@ from utils.randomness import dropout_seed, sample_uniforms
 from utils.run.sharding import accumulating, clip_gradients, parallelize
 from utils.run.training_run import EXIT_STATUS, TrainingRun
 
+SAVING_MEMORY = (
+    "a smaller training.per_gpu_batch_size (give training.global_batch_size, and the accumulation follows), "
+    "model.generator.use_checkpoint=true or training.fsdp=true"
+)
+
 
 def main(config: Config) -> str:
     """Train until the last step or a stop signal; returns what `status.json` says then."""
     training, experiment = config.training, config.experiment
     tokenizer = load_tokenizer(config)
-    with TrainingRun(config) as run:
+    with TrainingRun(config, SAVING_MEMORY) as run:
         world, device = run.world, run.world.device
 
         # Data, model, optimizer
         tokenizer_sha256 = tokenizer.sha256()
         dataset = run.open_data(lambda: open_training_data(config, tokenizer_sha256, world.is_main), tokenizer_sha256)
         tokenizer.to(device)
-        heldout = HeldOutNumbers.open(config, tokenizer, world)
+        heldout = HeldOutNumbers.open(config, tokenizer, tokenizer_sha256, world)
         torch.manual_seed(training.seed)
         model = ReAR(config.model).to(device)
         if run.is_new and experiment.init_from is not None:
@@ -72,6 +77,8 @@ def main(config: Config) -> str:
         averaged = ema.module if ema else model
         modules = {"model": model} | ({"ema": averaged} if ema else {})
         cost = training_cost(model, config)
+        if heldout is None and experiment.eval_every:
+            run.notices.append("experiment.eval_every has no effect: the config names no held-out data")
         run.notices.append(describe_length(config, run.global_batch_size, len(dataset)))
         run.begin(modules, {"optimizer": (model, optimizer)}, training.fsdp, cost.flops, cost.activation_bytes)
         run.reporter.alerts.check_schedules(config)
@@ -113,7 +120,9 @@ def main(config: Config) -> str:
             if run.due.weights:
                 run.keep_weights("ema" if ema else "model")
             if run.due.grid and not training.fsdp:  # generation reads the parameters outside a forward pass
-                run.draw("samples", partial(save_sample_grid, averaged, tokenizer, config, step + 1))
+                run.reporter.draw("samples", partial(save_sample_grid, averaged, tokenizer, config, step + 1))
+            if run.due.grid:
+                run.reporter.draw_curves()
 
         batches.tell_notes()
         if run.finish():

@@ -71,7 +71,7 @@ GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their recon
 def main(config: Config) -> str:
     """Train until the last step or a stop signal; returns what `status.json` says then."""
     training, vq_training = config.training, config.vq_training
-    with TrainingRun(config) as run:
+    with TrainingRun(config, "a smaller training.per_gpu_batch_size") as run:
         world, device = run.world, run.world.device
         if run.micro_steps != 1:
             raise InputError(f"training.gradient_accumulation_steps: found {run.micro_steps} micro-batches, expected 1")
@@ -128,6 +128,7 @@ def main(config: Config) -> str:
             if run.due.every(config.experiment.save_every) or run.due.is_last:
                 with run.measured.clock.pause():
                     run.reporter.log(world.from_main(lambda: report(tokenizer, heldout_set, config, run)))
+                    run.reporter.draw_curves()
             if run.due.save:
                 run.save()
         batches.tell_notes()

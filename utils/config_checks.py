@@ -119,6 +119,8 @@ def check_training(config: Config) -> None:
     samples = config.experiment.eval_samples
     if samples == 1:
         raise ConfigError("experiment.eval_samples=1: expected 0 or at least 2")
+    if samples and config.experiment.eval_every == 0:
+        raise ConfigError(f"experiment.eval_samples={samples}: expected experiment.eval_every above 0")
     if samples and config.dataset.params.eval_shards_path_or_url is None:
         raise ConfigError(
             f"experiment.eval_samples={samples}: expected images to compare with in "

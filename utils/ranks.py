@@ -75,12 +75,6 @@ class World:
         dist.all_reduce(result, operation)
         return result.to(values.device)
 
-    def mean(self, micro_batches: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Mean of scalars by name over the micro-batches and ranks of one step: one all-reduce, one host sync."""
-        values = torch.stack([torch.stack(list(metrics.values())) for metrics in micro_batches])
-        means = (self.sum(values.mean(dim=0)) / self.size).tolist()
-        return dict(zip(micro_batches[0], means, strict=True))
-
     def barrier(self) -> None:
         """Wait for all, without a limit."""
         if self.size > 1:

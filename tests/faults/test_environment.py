@@ -172,7 +172,7 @@ def test_a_rank_that_outlives_its_launch_leaves_the_status_of_the_next(tmp_path:
     world = World(1, 1, torch.device("cpu"))  # of size 1, so that it asks nobody
     for owner, expected in ((os.getpid(), "failed"), (1, "running")):
         (tmp_path / ".lock.owner").write_text(json.dumps({"pid": owner}))
-        keeper = StatusKeeper(tmp_path, world, group_timeout=1)
+        keeper = StatusKeeper(tmp_path, world, group_timeout=1, saving_memory="")
         keeper.has_begun = True
         keeper._owner = os.getpid()
         write_status(tmp_path, Status("running", 3))

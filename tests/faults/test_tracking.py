@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
+from PIL import Image
 
+import wandb
 from scripts import train_rear
 from tests.faults.runs import CURVES, Run
 from tests.faults.wandb_server import WandbServer, read_log
 from tests.processes import WAIT_S
 from utils.config import load_config
-from utils.run.metrics_file import read_metrics
+from utils.run.metrics_file import MetricsFile, read_metrics
 from utils.run.status import EXIT_PREEMPTED
 from utils.run.tracking import Dashboard
 
@@ -244,5 +245,33 @@ def test_a_start_from_the_beginning_is_a_new_run(
     ids = []
     for first_step in (0, 2, 2, 0):
         Dashboard(config, tmp_path, first_step, {}).finish(0)
-        ids.append((tmp_path / "wandb_run_id").read_text())
+        ids.append((tmp_path / "wandb_run_id").read_text().split()[0])
     assert ids[0] == ids[1] == ids[2] != ids[3]
+
+
+def test_what_did_not_arrive_is_sent_by_the_next_start(
+    fault_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture that fails is missed alone; after metrics that fail, the next start sends all that is missing."""
+    sent: list[int] = []
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    config = load_config([*fault_arguments, f"experiment.output_dir={tmp_path}", *WANDB_ON])
+    for first_step, fails_at in ((0, 300), (1000, None)):
+        monkeypatch.setitem(sys.modules, "wandb", fake_wandb(None))
+
+        def log(self: FakeRun, values: dict, fails_at: int | None = fails_at) -> None:
+            if "picture" in values or values["train/step"] == fails_at:
+                raise ConnectionError("server gone")
+            sent.append(values["train/step"])
+
+        monkeypatch.setattr(FakeRun, "log", log, raising=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            dashboard = Dashboard(config, tmp_path, first_step, {})
+            dashboard.log_image("picture", Image.new("RGB", (2, 2)), 1)
+            for step in range(first_step + 1, first_step + 1001):
+                metrics.append(step, {"train/loss": 1.0, "train/ar_loss": 2.0})
+                dashboard.log({"train/loss": 1.0}, step)
+            dashboard.finish(0)
+        assert "a picture did not reach wandb: server gone" in [str(warning.message) for warning in caught]
+    assert sent == [*range(1, 300), *range(300, 2001)]

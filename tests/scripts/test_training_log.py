@@ -2,6 +2,8 @@
 
 import json
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,13 +12,14 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.codes.token_store import open_tokens
+from evaluation import heldout
 from modeling.rear import load_generator
 from scripts import train_rear
 from tests.faults.runs import Run
 from tests.processes import run_script
 from utils.config import load_config
 from utils.errors import TrainingError
-from utils.run import reporter
+from utils.run import reporter, training_run
 from utils.run.interval import IntervalMeans
 from utils.run.metrics_file import read_metrics
 from utils.run.status import read_status
@@ -71,8 +74,8 @@ def test_nothing_waits_for_the_device_between_two_lines(monkeypatch: pytest.Monk
 
 def test_heldout_losses_of_codes(tiny_arguments: list[str], tiny_config_file: Path, tmp_path: Path) -> None:
     codes = tiny_config_file.parent / "codes.jsonl"
-    heldout = [f"dataset.params.eval_pretokenization={codes}", "experiment.eval_every=4"]
-    rows = run(tiny_arguments, tmp_path, *heldout, "training.max_train_steps=10", "training.use_ema=true")
+    keys = [f"dataset.params.eval_pretokenization={codes}", "experiment.eval_every=4"]
+    rows = run(tiny_arguments, tmp_path, *keys, "training.max_train_steps=10", "training.use_ema=true")
     measured = {row["step"]: row for row in rows if "val/ar_loss" in row}
     assert list(measured) == [4, 8, 10]
     config = load_config([*tiny_arguments, "experiment.output_dir=unused"])
@@ -170,9 +173,66 @@ def test_want_of_memory_names_the_keys(
 def test_a_warning_reaches_the_log_and_the_status(tiny_arguments: list[str], tmp_path: Path) -> None:
     training = Run([*tiny_arguments, "training.max_train_steps=12"], tmp_path / "run")
     training.completed(TEST_POISON="3@0")
-    expected = "first skipped update: a loss or gradient was not finite, and the update was skipped"
+    expected = "first skipped update: a loss or gradient was not finite"
     assert f"warning: {expected}" in training.log()
-    assert training.status().warning == f"step 4: {expected}"
+    assert training.status().warning == f"step 3: {expected}"
     assert [row["train/nonfinite_steps"] for row in read_metrics(training.folder / "metrics.jsonl")] == [0] * 3 + [
         1
     ] * 9
+
+
+def test_what_led_to_the_end_of_a_run_is_in_its_log(tiny_arguments: list[str], tmp_path: Path) -> None:
+    training = Run([*tiny_arguments, "experiment.log_every=10", "training.max_nonfinite_steps=3"], tmp_path / "run")
+    assert training(TEST_POISON="13+@0") == [1]
+    rows = read_metrics(training.folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 10, 15]
+    assert rows[-1]["train/loss"] > 0  # of the steps up to 13
+    assert rows[-1]["train/nonfinite_steps"] == 3
+    assert training.status().warning.startswith("step 13: first skipped update")
+
+
+@pytest.mark.parametrize("failing", ["save_training_curves", "damaged metrics", "save_sample_grid"])
+def test_a_picture_that_cannot_be_drawn_costs_no_training(
+    tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise ValueError("nothing to draw with")
+
+    if failing == "damaged metrics":
+        (tmp_path / "metrics.jsonl").write_text("{}\n[]\n")
+    else:
+        monkeypatch.setattr(train_rear if failing == "save_sample_grid" else reporter, failing, fail)
+    steps = ["training.max_train_steps=4", "experiment.generate_every=2"]
+    assert train_rear.main(load_config([*tiny_arguments, f"experiment.output_dir={tmp_path}", *steps])) == "completed"
+    assert (tmp_path / "model.safetensors").is_file()
+    assert (tmp_path / "log.txt").read_text().count("training goes on without") == 2
+
+
+def test_pauses_are_no_steps(
+    tiny_arguments: list[str], tiny_config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saves, grids, held-out numbers, weights and curves that take a while appear in `perf/pause_s`."""
+    slow = {
+        (train_rear, "save_sample_grid"): "experiment.generate_every=2",
+        (training_run, "take_snapshot"): "experiment.save_every=3",
+        (training_run, "save_weights"): "experiment.save_weights_every=4",
+        (heldout, "heldout_losses"): "experiment.eval_every=5",
+    }
+    for module, name in slow:
+        original = getattr(module, name)
+
+        def slowly(*arguments: object, original: Callable = original) -> object:
+            time.sleep(0.5)
+            return original(*arguments)
+
+        monkeypatch.setattr(module, name, slowly)
+    codes = f"dataset.params.eval_pretokenization={tiny_config_file.parent / 'codes.jsonl'}"
+    rows = run(tiny_arguments, tmp_path, *slow.values(), codes, "training.max_train_steps=7")
+    paused = [row["step"] for row in rows if row["perf/pause_s"] >= 0.5]
+    assert paused == [
+        3,
+        4,
+        5,
+        6,
+        7,
+    ]  # the lines after 2: grid; 3: save; 4: weights and grid; 5: held-out; 6: grid, save

@@ -27,14 +27,11 @@ class Alerts:
 
     Args:
         tell: gets a title and the text.
-        skipped_before: updates of the run that were skipped before this start.
         now: seconds.
     """
 
-    def __init__(
-        self, tell: Callable[[str, str], None], skipped_before: int = 0, now: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._tell, self._skipped, self._now = tell, skipped_before, now
+    def __init__(self, tell: Callable[[str, str], None], now: Callable[[], float] = time.monotonic) -> None:
+        self._tell, self._now = tell, now
         self._last: dict[str, float] = {}
         self._history: dict[str, deque[float]] = {}
         self._bad_lines: dict[str, int] = {}
@@ -47,10 +44,6 @@ class Alerts:
 
     def examine(self, metrics: dict[str, float]) -> None:
         """Look at a line of the log."""
-        skipped = int(metrics.get("train/nonfinite_steps", 0))
-        if skipped > self._skipped == 0:
-            self.warn("first skipped update", "a loss or gradient was not finite, and the update was skipped")
-        self._skipped = skipped
         for name in SPIKING:
             self._look_for_spike(name, metrics.get(name, math.nan))
         self._look_for_slowness(metrics.get("perf/images_per_s", math.nan))
@@ -66,7 +59,10 @@ class Alerts:
 
     def check_disk(self, folder: Path, checkpoint_bytes: float) -> None:
         """Whether the next checkpoints fit."""
-        free = shutil.disk_usage(folder).free
+        try:
+            free = shutil.disk_usage(folder).free
+        except OSError:  # saves tell of it
+            return
         if free < CHECKPOINTS_OF_SPACE * checkpoint_bytes:
             self.warn("disk", f"{free / 1e9:.3g} GB free in {folder}, a checkpoint needs {checkpoint_bytes / 1e9:.3g}")
 

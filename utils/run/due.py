@@ -46,4 +46,4 @@ class Due:
         return self._after(self._experiment.generate_every)
 
     def _after(self, steps: int) -> bool:
-        return (self.every(steps) or self.is_last) and not self._guard.stop
+        return self.is_last or (self.every(steps) and not self._guard.stop)

@@ -87,9 +87,13 @@ def make_logger(output_dir: Path, is_main_process: bool) -> logging.Logger:
 
 
 @contextmanager
-def going_on(logger: logging.Logger, what: str) -> Iterator[None]:
-    """Around what can be made again later: a full disk there is one line in the log, and training goes on."""
+def going_on(logger: logging.Logger, what: str, errors: type[Exception] = OSError) -> Iterator[None]:
+    """Around what can be made again later: a full disk there is one line in the log, and training goes on.
+
+    Args:
+        errors: what is no reason to end training; for pictures, anything.
+    """
     try:
         yield
-    except OSError as error:
-        logger.error(f"{what}: {environment_error(error)}; training goes on without")
+    except errors as error:
+        logger.error(f"{what}: {environment_error(error) or repr(error)}; training goes on without")

@@ -29,6 +29,7 @@ class IntervalMeans:
         self._clear()
 
     def _clear(self) -> None:
+        self.has_steps = False
         self._sums = torch.zeros(2, len(self._names), dtype=torch.float64, device=self.world.device)
         self._largest_norm = torch.full((), -torch.inf, device=self.world.device)
 
@@ -45,6 +46,7 @@ class IntervalMeans:
             self._sums[:, :-1] += torch.stack([torch.stack(totals), torch.stack(counts)])
         self._sums[:, -1] += torch.stack([grad_norm, one])
         self._largest_norm = torch.maximum(self._largest_norm, grad_norm)
+        self.has_steps = True
 
     def take(self, of_rank: Sequence[float]) -> tuple[dict[str, float], list[list[float]]]:
         """What was added since the last time, in one reduction and one wait for the device; all ranks call.

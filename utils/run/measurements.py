@@ -27,7 +27,7 @@ class Measurements:
         flops_per_image: of forward and backward pass; None: not told.
 
     Attributes:
-        skipped_images: by all ranks and starts, up to the last `take` or `count_skipped`.
+        clock: where the time goes.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Measurements:
         trained_s: float,
         flops_per_image: float | None,
     ) -> None:
-        self.world, self.clock, self.skipped_images = world, StepClock(trained_s), skipped_images
+        self.world, self.clock = world, StepClock(trained_s)
         self._means, self._performance = IntervalMeans(world), Performance(world, global_batch_size, flops_per_image)
         self._skipped_before, self._skipped_here = skipped_images, 0
 
@@ -52,15 +52,18 @@ class Measurements:
         """A step whose losses and gradients are finite."""
         self._means.add(micro_batches, grad_norm)
 
+    @property
+    def has_steps(self) -> bool:
+        """Anything was added since the last `take`."""
+        return self._means.has_steps
+
     def take(self) -> dict[str, float]:
         """The line of the log for the steps since the last one, equal on all ranks but for the times."""
         times = self.clock.take()
         metrics, of_ranks = self._means.take([self._skipped_here, *self._performance.of_rank(times)])
-        self.skipped_images = self._skipped_before + int(sum(numbers[0] for numbers in of_ranks))
-        metrics["train/skipped_images"] = self.skipped_images
+        metrics["train/skipped_images"] = self._skipped_before + int(sum(numbers[0] for numbers in of_ranks))
         return metrics | self._performance.metrics(times, [numbers[1:] for numbers in of_ranks])
 
     def count_skipped(self) -> int:
-        """`skipped_images` as of now; all ranks call."""
-        self.skipped_images = self._skipped_before + int(self.world.sum(tensor(self._skipped_here)))
-        return self.skipped_images
+        """Visits of images that could not be decoded, by all ranks and starts; all ranks call."""
+        return self._skipped_before + int(self.world.sum(tensor(self._skipped_here)))

@@ -10,6 +10,8 @@ from typing import Any
 
 from utils.errors import InputError, environment_error
 
+METRICS_FILE = "metrics.jsonl"
+
 
 class MetricsFile:
     """Appends to the metrics of a run, also to those of a run that another process is writing.

@@ -1,5 +1,7 @@
 """Speed and memory of training, for the log."""
 
+import re
+
 import torch
 
 from utils.ranks import World
@@ -71,4 +73,6 @@ class Performance:
 
 def peak_flops(device_name: str) -> float | None:
     """Dense bf16 FLOP/s of a GPU; None: not known here."""
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in device_name), None)
+    if "MIG" in device_name:  # a part of a GPU
+        return None
+    return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)

@@ -1,5 +1,6 @@
 """What a run tells of itself while it goes on, in one place for all who listen."""
 
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from PIL import Image
 from utils.config import Config
 from utils.ranks import World
 from utils.run.alerts import Alerts
+from utils.run.clock import StepClock
 from utils.run.curves import save_training_curves
 from utils.run.folder import going_on, make_logger
 from utils.run.manifest import TrainingState
-from utils.run.metrics_file import MetricsFile
+from utils.run.metrics_file import METRICS_FILE, MetricsFile
 from utils.run.plan import MemoryPlan
 from utils.run.resume import last_step
 from utils.run.status import StatusKeeper
@@ -25,6 +27,7 @@ IN_THE_LOG = {  # of a line of metrics, what the log tells in short
     "train/grad_norm": "grad_norm {:.3g}",
     "train/lr": "lr {:.3g}",
     "perf/images_per_s": "{:.1f} images/s",
+    "perf/memory_gib": "{:.1f} GiB at the peak",
     "val/ar_loss": "held-out ar_loss {:.4f}",
     "val/ar_loss_noisy": "with noise {:.4f}",
     "val/correct_tokens": "correct_tokens {:.4f}",
@@ -43,13 +46,19 @@ class Reporter:
     """
 
     def __init__(
-        self, config: Config, world: World, status: StatusKeeper, state: TrainingState, plan: MemoryPlan
+        self,
+        config: Config,
+        world: World,
+        status: StatusKeeper,
+        state: TrainingState,
+        plan: MemoryPlan,
+        clock: StepClock,
     ) -> None:
         self.config, self.output_dir, self._tells = config, Path(config.experiment.output_dir), world.is_main
-        self._status, self._state, self._plan = status, state, plan
+        self._world, self._status, self._state, self._plan, self._clock = world, status, state, plan, clock
         self.logger = make_logger(self.output_dir, world.is_main)
-        self.alerts = Alerts(self._warn, state.nonfinite_steps)
-        self._metrics = MetricsFile(self.output_dir / "metrics.jsonl")
+        self.alerts = Alerts(self._warn)
+        self._metrics = MetricsFile(self.output_dir / METRICS_FILE)
         self._dashboard: Dashboard | None = None
 
     def begin(self, facts: dict[str, Any], notices: list[str]) -> None:
@@ -91,11 +100,23 @@ class Reporter:
         if self._dashboard is not None:
             self._dashboard.log(metrics, self._state.global_step)
         parts = [form.format(metrics[name]) for name, form in IN_THE_LOG.items() if name in metrics]
-        if self._status.now.eta_s is not None and "train/loss" in metrics:
-            parts.append(f"{timedelta(seconds=round(self._status.now.eta_s))} left")
+        if (eta_s := self._status.now.eta_s) and "train/loss" in metrics:
+            steps = last_step(self.config.training) - self._state.global_step
+            parts.append(f"{3600 * steps / eta_s:.0f} steps/h, {timedelta(seconds=round(eta_s))} left")
         if parts:
             self.logger.info(f"step {self._state.global_step}: {', '.join(parts)}")
         self._status.update()
+
+    def draw(self, name: str, make: Callable[[], Image.Image]) -> None:
+        """Make a picture on rank 0, which may take its time, and send it to the dashboard; all ranks call."""
+
+        def draw() -> None:
+            self.logger.info(f"step {self._state.global_step}: drawing {name}")
+            with going_on(self.logger, f"{name} at step {self._state.global_step}", Exception):
+                self.log_image(name, make())
+
+        with self._clock.pause():
+            self._world.from_main(draw)
 
     def log_image(self, name: str, image: Image.Image) -> None:
         """To the dashboard only; the caller keeps the file."""
@@ -105,16 +126,14 @@ class Reporter:
     def draw_curves(self) -> None:
         """All metrics up to now as training_curves.png."""
         if self._tells:
-            with going_on(self.logger, "training curves"):
+            with self._clock.pause(), going_on(self.logger, "training curves", Exception):
                 save_training_curves(self._metrics.path, self.output_dir / "training_curves.png")
 
     def flush(self) -> None:
-        """
-        Raises:
-            OSError: metrics are still not written.
-        """
+        """Write what a full disk has held up."""
         if self._tells:
-            self._metrics.flush()
+            with going_on(self.logger, "metrics"):
+                self._metrics.flush()
 
     def finish(self, exit_code: int, preempted: bool = False) -> None:
         """End the dashboard's run, in a bounded time."""

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -52,8 +52,9 @@ class StatusKeeper:
         now: what status.json says then.
     """
 
-    def __init__(self, output_dir: Path, world: World, group_timeout: int) -> None:
+    def __init__(self, output_dir: Path, world: World, group_timeout: int, saving_memory: str) -> None:
         self.output_dir, self.world, self.group_timeout = output_dir, world, group_timeout
+        self.saving_memory = saving_memory  # keys that do, for the message when it runs out
         self.has_begun, self.now = False, Status("running", 0)
         self._owner = world.from_main(os.getpid)  # of the lock
 
@@ -64,6 +65,18 @@ class StatusKeeper:
             notices = [f"the start before this one was killed at step {before.step} or later"]
         self.has_begun, self.now = True, Status("running", step)
         return notices
+
+    def progress(
+        self, trained_s: float, last_checkpoint: str | None, step_s: float | None = None, steps_left: int = 0
+    ) -> None:
+        """What `write` is to say of the time.
+
+        Args:
+            step_s: seconds of a step; None: not known yet.
+        """
+        self.now.trained_s, self.now.last_checkpoint = round(trained_s, 1), last_checkpoint
+        if step_s is not None:
+            self.now.eta_s = round(step_s * steps_left, 1)
 
     def write(self) -> None:
         if self.world.is_main:
@@ -94,7 +107,7 @@ class StatusKeeper:
         if not self.has_begun:
             self._note_failed_start(error)
             return
-        meaning = explain(error, self.now.step, self.world, self.group_timeout)
+        meaning = explain(error, self)
         if not isinstance(error, SystemExit):  # of a rank that leaves what is to be said to rank 0
             reason = reason_of(meaning) if meaning is not error else f"rank {self.world.rank}: {reason_of(error)}"
             self.now.status, self.now.reason = "failed", reason
@@ -109,7 +122,9 @@ class StatusKeeper:
         before = read_status_or_none(self.output_dir)
         if self.world.is_main and before is not None and before.status != "completed":
             with suppress(OSError):
-                write_status(self.output_dir, Status("failed", before.step, f"at the start: {reason_of(error)}"))
+                write_status(
+                    self.output_dir, replace(before, status="failed", reason=f"at the start: {reason_of(error)}")
+                )
 
 
 def write_status(output_dir: Path, status: Status, rank: int = 0) -> None:
@@ -147,28 +162,22 @@ def read_status_or_none(output_dir: Path) -> Status | None:
     return None
 
 
-def explain(error: BaseException, step: int, world: World, group_timeout: int) -> BaseException:
-    """The error itself, or for that of a communication library or a wait without end one that says what it means."""
+def explain(error: BaseException, run: StatusKeeper) -> BaseException:
+    """The error itself, or for want of memory, a communication library's and a wait without end what it means."""
+    where = f"rank {run.world.rank}: step {run.now.step}"
+    is_continued = "the same command continues from the last checkpoint"
     if isinstance(error, StoppedWaitingError):
-        return TrainingError(
-            f"rank {world.rank}: step {step}: a stop signal came while this rank waited for data; the same command "
-            "continues from the last checkpoint"
-        )
+        return TrainingError(f"{where}: a stop signal came while this rank waited for data; {is_continued}")
     if is_out_of_memory(error):
-        return TrainingError(
-            f"rank {world.rank}: step {step}: out of memory ({first_line(error)}): lower training.per_gpu_batch_size "
-            "and give training.global_batch_size, whose accumulation follows, or set model.generator.use_checkpoint="
-            "true or training.fsdp=true"
-        )
+        return TrainingError(f"{where}: out of memory ({first_line(error)}); less is needed with {run.saving_memory}")
     is_of_library = isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and not isinstance(error, TrainingError) and LOST_RANK.search(str(error))
     )
     if not (dist.is_initialized() and is_of_library):
         return error
     return TrainingError(
-        f"rank {world.rank}: step {step}: another rank is gone or did not answer within "
-        f"training.process_group_timeout={group_timeout} s ({first_line(error)}); the same command continues from the "
-        "last checkpoint"
+        f"{where}: another rank is gone or did not answer within training.process_group_timeout={run.group_timeout} s "
+        f"({first_line(error)}); {is_continued}"
     )
 
 

@@ -5,6 +5,7 @@ import secrets
 import shlex
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,13 @@ from PIL import Image
 from utils.config import Config
 from utils.errors import InputError, first_line
 from utils.files.atomic import write_text
-from utils.run.metrics_file import read_metrics
+from utils.run.metrics_file import METRICS_FILE, read_metrics
 
 INIT_TIMEOUT_S = 30  # wandb's own default of 90 s holds up the first step when its server is out of reach
 FINISH_TIMEOUT_S = 60  # by default wandb waits without end for an upload that hangs
 STEP = "train/step"  # wandb's own step may not decrease, but steps are run again after a kill
 BUFFER_BYTES = 32_768  # that wandb holds back before it writes them to its log
-FINISHED = "finished"  # in wandb_run_id, behind the id: the last start of this run lost nothing
+SENT_UNTIL = "sent_until"  # in wandb_run_id, behind the id, with a step: what is known to have arrived
 
 
 class Dashboard:
@@ -44,6 +45,7 @@ class Dashboard:
         self.sync_command: str | None = None
         self._run: Any = None
         self._failed = False  # from then on only the exit code is sent
+        self._sent_until = first_step
         self._id_file = output_dir / "wandb_run_id"
         if config.training.enable_wandb:
             try:
@@ -71,12 +73,21 @@ class Dashboard:
             self.sync_command = f'for run in {runs}; do wandb sync "$run"; done'
         elif not self._run.disabled:
             self.url = self._run.url
-        if recorded and FINISHED not in recorded:
-            for row in last_rows(output_dir / "metrics.jsonl", first_step):
+        if recorded:
+            sent_until = int(recorded[2]) if SENT_UNTIL in recorded else None
+            self._sent_until = first_step if sent_until is None else sent_until
+            for row in unsent_rows(output_dir / METRICS_FILE, first_step, sent_until):
                 self.log({name: value for name, value in row.items() if name != "step"}, int(row["step"]))
 
     def log(self, values: dict[str, float], step: int) -> None:
-        self._send(f"from step {step}", lambda: self._run.log({**values, STEP: step}))
+        if self._run is None or self._failed:
+            return
+        try:
+            self._run.log({**values, STEP: step})
+            self._sent_until = step
+        except Exception as error:  # whatever a dashboard raises, training is worth more
+            self._fail(f"from step {step}", error)
+            self._note_sent()
 
     def log_image(self, name: str, image: Image.Image, step: int) -> None:
         def send() -> None:
@@ -84,7 +95,7 @@ class Dashboard:
 
             self._run.log({name: wandb.Image(image), STEP: step})
 
-        self._send(f"from step {step}", send)
+        self._try("a picture", send)
 
     def alert(self, title: str, text: str) -> None:
         """A message to the user, by mail or in a channel, as set in wandb.
@@ -92,7 +103,7 @@ class Dashboard:
         Args:
             title: less than 64 characters.
         """
-        self._send("an alert failed", lambda: self._run.alert(title, text, level="WARN"))
+        self._try("an alert", lambda: self._run.alert(title, text, level="WARN"))
 
     def finish(self, exit_code: int, preempted: bool = False) -> None:
         """Upload what is left, for FINISH_TIMEOUT_S at most.
@@ -108,19 +119,24 @@ class Dashboard:
                 self._run.mark_preempting()
             self._run.finish(exit_code)
             if not (self._failed or self._run.disabled):
-                write_text(self._id_file, f"{self._id}\n{FINISHED}\n")
+                self._note_sent()
         except Exception as error:
             if not self._failed:
                 self._fail("it did not finish", error)
         self._run = None
 
-    def _send(self, what: str, send: Callable[[], None]) -> None:
+    def _try(self, what: str, send: Callable[[], None]) -> None:
+        """What may be missed by itself: the metrics go on."""
         if self._run is None or self._failed:
             return
         try:
             send()
-        except Exception as error:  # whatever a dashboard raises, training is worth more
-            self._fail(what, error)
+        except Exception as error:
+            warnings.warn(f"{what} did not reach wandb: {first_line(error)}", stacklevel=3)
+
+    def _note_sent(self) -> None:
+        with suppress(OSError):  # the next start sends less
+            write_text(self._id_file, f"{self._id}\n{SENT_UNTIL} {self._sent_until}\n")
 
     def _fail(self, what: str, error: Exception) -> None:
         self._failed = True
@@ -160,14 +176,20 @@ def open_run(config: Config, output_dir: Path, run_id: str, facts: dict[str, Any
     return run
 
 
-def last_rows(path: Path, step: int) -> list[dict[str, float]]:
-    """Those up to a step that a killed wandb may have held back."""
+def unsent_rows(path: Path, step: int, sent_until: int | None) -> list[dict[str, float]]:
+    """Rows up to a step that wandb may lack.
+
+    Args:
+        sent_until: step up to which it has all; None: a kill has cut it off, and what it held back is not known.
+    """
     try:
         rows = [row for row in read_metrics(path) if row["step"] <= step]
     except InputError:  # others tell of it
         return []
+    if sent_until is not None:
+        return [row for row in rows if row["step"] > sent_until]
     size, first = 0, len(rows)
     while first > 0 and size < BUFFER_BYTES:
         first -= 1
-        size += len(json.dumps(rows[first]))  # wandb needs more than that
+        size += len(json.dumps(rows[first]))  # less than wandb writes for it, so these are more rows than it held back
     return rows[first:]

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -42,7 +41,7 @@ D = TypeVar("D", bound=TrainingData)
 class TrainingRun:
     """The life of a run, in the order in which a script goes through it:
 
-    1. `with TrainingRun(config) as run`: all ranks are there and agree on config, code and versions, no other launch
+    1. `with TrainingRun(...) as run`: all ranks are there and agree on config, code and versions, no other launch
        writes to the run folder, and the rules of `experiment.resume` have chosen what to start from: a verified
        checkpoint, weights alone, or nothing.
     2. `open_data`: rank 0 opens it first; all have the same, and it is that of the checkpoint.
@@ -51,9 +50,12 @@ class TrainingRun:
     4. `steps`: those that are left, until the last one or until a stop signal has reached any rank. In each of them
     5. `may_update`: losses and gradients are finite on all ranks, else none of them makes the update;
     6. `count_step`: the step is done. What is then `due`: the means of the steps since the last line in the log
-       (`log_interval`), a save in the background (`save`), a picture (`draw`), weights alone (`keep_weights`).
+       (`log_interval`), a save in the background (`save`), weights alone (`keep_weights`).
     7. `finish`: the last checkpoint is on disk, or the run has failed.
     8. At the end of the block status.json says `completed`, `preempted` or `failed`, with step and reason.
+
+    Args:
+        saving_memory: what to change when memory runs out, for the message.
 
     Attributes:
         world: the processes of this launch.
@@ -72,8 +74,9 @@ class TrainingRun:
         InputError, TrainingError: whatever keeps the run from starting or from going on, in one line.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, saving_memory: str) -> None:
         self.config, self.output_dir = config, Path(config.experiment.output_dir)
+        self._saving_memory = saving_memory
 
     def __enter__(self) -> "TrainingRun":
         training, experiment = self.config.training, self.config.experiment
@@ -84,7 +87,8 @@ class TrainingRun:
             self.world.agree("config and code", flatten(asdict(self.config)) | facts)
             self._code = facts["code"]
             self.world.from_main(lambda: exits.enter_context(only_writer(self.output_dir, inside=True)))
-            self._status = StatusKeeper(self.output_dir, self.world, training.process_group_timeout)
+            limit_s = training.process_group_timeout
+            self._status = StatusKeeper(self.output_dir, self.world, limit_s, self._saving_memory)
             exits.callback(self._end_reports)
             exits.push(self._status.note_end)
             exits.enter_context(matmul_precision(training.enable_tf32))
@@ -139,17 +143,18 @@ class TrainingRun:
         self.notices += load_start(self._start, self._resumable)
         self.state = starting_state(self._start, self.config, self.global_batch_size)
         self.notices += self._status.begin(self.state.global_step) + ignored_launcher_settings()
+        self._status.progress(self.state.trained_s, self._start.checkpoint)
         if self.world.is_main:
             prepare_run_folder(self.config)
             set_aside(self._start)
-        self.world.barrier()
         of_micro_batch = activation_bytes and activation_bytes * training.per_gpu_batch_size
         plan = MemoryPlan.of(modules, optimizers, self.world.size if sharded else 1, of_micro_batch)
-        self.reporter = Reporter(self.config, self.world, self._status, self.state, plan)
-        self.logger = self.reporter.logger
-        self.reporter.begin(self._facts | self.record(), self.notices)
         so_far = self.state.skipped_images, self.state.trained_s
         self.measured = Measurements(self.world, self.global_batch_size, *so_far, flops_per_image)
+        self.reporter = Reporter(self.config, self.world, self._status, self.state, plan, self.measured.clock)
+        self.logger = self.reporter.logger
+        self.reporter.begin(self._facts | self.record(), self.notices)
+        self.world.barrier()  # without a limit: the dashboard of rank 0 may take a while to answer
         saver = CheckpointSaver(experiment, self._provenance, self._start.checkpoint, self.logger)
         self._saver = self._exits.enter_context(saver)
         limits = self.state.nonfinite_steps, training.max_nonfinite_steps
@@ -179,7 +184,15 @@ class TrainingRun:
         Raises:
             TrainingError: too many steps in a row that are not finite, or too many failed saves.
         """
-        return self._guard.allows_update(self.state.global_step, losses_and_norm)
+        try:
+            allowed = self._guard.allows_update(self.state.global_step, losses_and_norm)
+        except TrainingError:  # on all ranks
+            if self.measured.has_steps:  # what led there
+                self.log_interval({})
+            raise
+        if self._guard.nonfinite_steps == 1 and not allowed:
+            self.reporter.alerts.warn("first skipped update", "a loss or gradient was not finite")
+        return allowed
 
     def count_step(self) -> None:
         self.measured.clock.step_done()
@@ -205,22 +218,8 @@ class TrainingRun:
         self.reporter.alerts.examine(metrics)
 
     def _update_status(self) -> None:
-        now, clock = self._status.now, self.measured.clock
-        if clock.seconds_per_step is not None:
-            now.eta_s = round(clock.seconds_per_step * len(self.remaining), 1)
-        now.trained_s, now.last_checkpoint = round(clock.trained_s, 1), self._saver.last_good
-
-    def draw(self, name: str, make: Callable[[], Image.Image]) -> None:
-        """Make a picture on rank 0, which may take its time, and send it to the dashboard; draw the curves."""
-
-        def draw() -> None:
-            self.logger.info(f"step {self.state.global_step}: drawing {name}")
-            with going_on(self.logger, f"{name} at step {self.state.global_step}"):
-                self.reporter.log_image(name, make())
-            self.reporter.draw_curves()
-
-        with self.measured.clock.pause():
-            self.world.from_main(draw)
+        clock = self.measured.clock
+        self._status.progress(clock.trained_s, self._saver.last_good, clock.seconds_per_step, len(self.remaining))
 
     def save(self) -> None:
         """Copy the state to host memory and write it as a checkpoint while training goes on."""
@@ -236,7 +235,7 @@ class TrainingRun:
                 take_snapshot(self._resumable)  # all ranks send their slices to rank 0
 
     def finish(self) -> bool:
-        """Save where the run stands and wait for it; draw the curves.
+        """Save where the run stands and wait for it.
 
         Returns:
             The last step is done; False after a stop signal.
@@ -254,14 +253,13 @@ class TrainingRun:
         self._status.end(self.due.is_last, self._guard.signals)
         self._update_status()
         self.reporter.flush()
-        if self.due.is_last:
-            self.reporter.draw_curves()
         return self.due.is_last
 
     def keep_weights(self, name: str) -> None:
         """Write the weights of a module to `<output_dir>/weights/<step>.safetensors`; nothing deletes them."""
         with self.measured.clock.pause(), going_on(self.logger, f"weights of step {self.state.global_step}"):
             self.export(name, f"weights/{self.state.global_step:07d}.safetensors")
+        self.world.barrier()  # without a limit, which the writing may exceed
 
     def export(self, name: str, file: str = FINAL_FILE) -> None:
         """Write the weights of a module to a file in the run folder, for sampling; rank 0 does."""

@@ -15,11 +15,11 @@ from utils.run.alerts import ENOUGH, Alerts
 class Told:
     """Alerts whose clock stands until it is moved."""
 
-    def __init__(self, skipped_before: int = 0) -> None:
+    def __init__(self) -> None:
         self.kinds: list[str] = []
         self.texts: list[str] = []
         self.now = 0.0
-        self.alerts = Alerts(self._tell, skipped_before, lambda: self.now)
+        self.alerts = Alerts(self._tell, lambda: self.now)
 
     def _tell(self, kind: str, text: str) -> None:
         self.kinds.append(kind)
@@ -33,7 +33,6 @@ class Told:
                 **{
                     "train/loss": 7 - line / lines + draws.gauss(0, 0.02),
                     "train/grad_norm_max": math.exp(draws.gauss(0, 0.3)),
-                    "train/nonfinite_steps": 0,
                     "perf/images_per_s": draws.gauss(100, 8),
                     "perf/data_wait_pct": draws.uniform(0, 9),
                 }
@@ -67,17 +66,6 @@ def test_a_warning_of_a_kind_comes_once_an_hour() -> None:
         told.alerts.warn("disk", str(minutes))
         told.alerts.warn("other", str(minutes))
     assert told.texts == ["0", "0", "60", "60", "121", "121"]
-
-
-def test_the_first_skipped_update() -> None:
-    told = Told()
-    for skipped in (0, 1, 1, 2):
-        told.now += 3600
-        told.line(**{"train/nonfinite_steps": skipped})
-    assert told.kinds == ["first skipped update"]
-    resumed = Told(skipped_before=2)
-    resumed.line(**{"train/nonfinite_steps": 3})
-    assert resumed.kinds == []
 
 
 def test_slow_and_hungry_for_three_lines() -> None:

@@ -123,7 +123,8 @@ def test_memory_and_utilization_of_a_gpu() -> None:
 def test_peaks_are_known_by_name() -> None:
     assert peak_flops("NVIDIA A800-SXM4-80GB") == 312e12
     assert peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("GeForce of the year 2030") is None
+    for unknown in ("GeForce of the year 2030", "NVIDIA RTX A4000", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
+        assert peak_flops(unknown) is None
 
 
 def test_skipped_images_are_counted_on_after_a_resume() -> None:
