@@ -229,10 +229,4 @@ def test_pauses_are_no_steps(
     codes = f"dataset.params.eval_pretokenization={tiny_config_file.parent / 'codes.jsonl'}"
     rows = run(tiny_arguments, tmp_path, *slow.values(), codes, "training.max_train_steps=7")
     paused = [row["step"] for row in rows if row["perf/pause_s"] >= 0.5]
-    assert paused == [
-        3,
-        4,
-        5,
-        6,
-        7,
-    ]  # the lines after 2: grid; 3: save; 4: weights and grid; 5: held-out; 6: grid, save
+    assert paused == [3, 4, 5, 6, 7]  # after 2: grid; 3: save; 4: weights and grid; 5: held-out; 6: grid and save
