@@ -9,7 +9,7 @@ Our own, for torch's DistributedSampler pads or drops at the end of a pass and i
 processes, and the skipping of accelerate and torchdata reads or stores what here is a function of the step.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +28,14 @@ class Visit(NamedTuple):
 def as_visit(item: int | Visit) -> Visit:
     """A plain index is a visit in pass 0."""
     return item if isinstance(item, Visit) else Visit(int(item), 0)
+
+
+class MicroBatch(list[Visit]):
+    """The samples of one forward pass, with their step and the place of the first one in the global batch."""
+
+    def __init__(self, visits: Iterable[Visit], step: int, first: int) -> None:
+        super().__init__(visits)
+        self.step, self.first = step, first
 
 
 class GlobalBatchSampler(Sampler[list[Visit]]):
@@ -57,25 +65,25 @@ class GlobalBatchSampler(Sampler[list[Visit]]):
         self.micro_batch_size, self.micro_steps = per_gpu_batch_size, gradient_accumulation_steps
         self.rank, self.world_size = rank, world_size
         self.first_step, self.last_step = first_step, last_step
-        global_batch_size = per_gpu_batch_size * gradient_accumulation_steps * world_size
-        self.samples_seen = first_step * global_batch_size if samples_seen is None else samples_seen
+        self.global_batch_size = per_gpu_batch_size * gradient_accumulation_steps * world_size
+        self.samples_seen = first_step * self.global_batch_size if samples_seen is None else samples_seen
 
     def __len__(self) -> int:
         return (self.last_step - self.first_step) * self.micro_steps
 
-    def __iter__(self) -> Iterator[list[Visit]]:
+    def __iter__(self) -> Iterator[MicroBatch]:
         current_pass, order = -1, np.empty(0, np.uint32)
         for micro_batch in range(len(self)):
             step, micro_step = divmod(micro_batch, self.micro_steps)
-            slice_number = (step * self.world_size + self.rank) * self.micro_steps + micro_step
-            first = self.samples_seen + slice_number * self.micro_batch_size
+            first = (self.rank * self.micro_steps + micro_step) * self.micro_batch_size
+            start = self.samples_seen + step * self.global_batch_size + first
             visits = []
-            for sample_number in range(first, first + self.micro_batch_size):
+            for sample_number in range(start, start + self.micro_batch_size):
                 pass_number, position = divmod(sample_number, self.num_samples)
                 if pass_number != current_pass:
                     current_pass, order = pass_number, order_of_pass(self.num_samples, self.seed, pass_number)
                 visits.append(Visit(int(order[position]), pass_number))
-            yield visits
+            yield MicroBatch(visits, self.first_step + step, first)
 
 
 def order_of_pass(num_samples: int, seed: int, pass_number: int) -> np.ndarray:

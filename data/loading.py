@@ -116,6 +116,13 @@ class Batches(Iterator[Batch]):
             raise StoppedWaitingError
 
 
+def read_batch(dataset: Any, items: list[Any]) -> Batch:
+    """Whole batches of a data set, whether it gives them itself or item by item."""
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(items)
+    return dataset.collate([dataset[item] for item in items])
+
+
 class _Caught(Dataset):
     """Whole batches of a data set, each in a message that holds it or the error."""
 
@@ -127,10 +134,7 @@ class _Caught(Dataset):
 
     def __getitems__(self, items: list[Any]) -> "_Message":
         try:
-            if hasattr(self.dataset, "__getitems__"):
-                batch = self.dataset.__getitems__(items)
-            else:
-                batch = self.dataset.collate([self.dataset[item] for item in items])
+            batch = read_batch(self.dataset, items)
             return _Message(batch) if get_worker_info() is None else _Message(sent=bytes(ForkingPickler.dumps(batch)))
         except InputError as error:
             return _Message(error=str(error))

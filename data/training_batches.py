@@ -4,8 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from data.batch_sampler import GlobalBatchSampler
+from data.batch_sampler import GlobalBatchSampler, MicroBatch
 from data.codes.store_files import open_store
 from data.codes.token_store import TokenStore, open_tokens
 from data.images.decoding import Decoding
@@ -14,8 +15,9 @@ from data.images.image_source import printable
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.tar_shards import find_shards, has_shards, read_class_names
 from data.images.transforms import training_transform
-from data.loading import Batches
+from data.loading import Batch, Batches, read_batch
 from utils.errors import InputError
+from utils.randomness import sample_uniforms
 from utils.ranks import World
 from utils.schema import Config
 
@@ -114,14 +116,27 @@ def passes_done(config: Config, samples_seen: int, num_samples: int) -> dict[str
     }
 
 
+class WithUniforms(Dataset):
+    """Batches with the random numbers that the training step needs, made where the batches are: in the workers."""
+
+    def __init__(self, dataset: TrainingSet, seed: int, width: int) -> None:
+        self.dataset, self.seed, self.width = dataset, seed, width
+
+    def __getitems__(self, items: MicroBatch) -> Batch:
+        batch = read_batch(self.dataset, items)
+        batch["uniforms"] = sample_uniforms(self.seed, items.step, items.first, len(items), self.width)
+        return batch
+
+
 class TrainingBatches:
-    """Iterates over the batches of a rank, on its device: `class_labels`, `index` and `codes` or `image`.
+    """Iterates over the batches of a rank, on its device: `class_labels`, `index`, `uniforms` and `codes` or `image`.
 
     Args:
         micro_steps: batches per step.
         steps: numbers of the steps to come.
         samples_seen: of all ranks, before these steps.
         stop_requested: whether a stop signal has come.
+        num_uniforms: random numbers of each sample at each step.
 
     Raises:
         InputError: more different images than `dataset.params.max_bad_fraction` allows cannot be decoded.
@@ -137,6 +152,7 @@ class TrainingBatches:
         steps: range,
         samples_seen: int,
         stop_requested: Callable[[], bool],
+        num_uniforms: int = 0,
     ) -> None:
         batch_sampler = GlobalBatchSampler(
             num_samples=len(dataset),
@@ -151,7 +167,8 @@ class TrainingBatches:
         )
         params, self.device = config.dataset.params, world.device
         on_gpu = world.device.type == "cuda"
-        self._batches = Batches(dataset, batch_sampler, params.num_workers_per_gpu, on_gpu, stop_requested)
+        samples = WithUniforms(dataset, config.training.seed, num_uniforms)
+        self._batches = Batches(samples, batch_sampler, params.num_workers_per_gpu, on_gpu, stop_requested)
         self.notes = dataset.notes if isinstance(dataset, ImageDataset) else None
 
     def __next__(self) -> dict[str, Tensor]:

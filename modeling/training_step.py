@@ -31,24 +31,23 @@ def training_step(
     model: nn.Module,
     tokenizer: Tokenizer,
     batch: dict[str, Tensor],
-    uniforms: Tensor,
     max_ratio: float,
     config: Config,
 ) -> LossTerms:
     """Noise the context, run the model, compute the loss: one micro-batch of B images.
 
     Args:
-        batch: `class_labels` (B,) and `codes` (B, N) or `image` (B, 3, H, W), on the model's device.
-        uniforms: (B, `num_uniforms`) random numbers in [0, 1) of these samples at this step.
+        batch: on the model's device, `class_labels` (B,), `codes` (B, N) or `image` (B, 3, H, W), and `uniforms` (B,
+            `num_uniforms`): random numbers in [0, 1) of these samples at this step.
         max_ratio: f(t), largest share of replaced codes.
     """
     generator = config.model.generator
     # (B, N); images as by `encode`, whose checks would wait for the GPU at every step
     codes = batch["codes"] if "codes" in batch else tokenizer.look_up(tokenizer.features(batch["image"]))
-    uniforms = uniforms.to(codes.device)
-    context, perturbation_mask = add_noise(codes, uniforms[:, 1:], max_ratio, config.model)
+    label_uniforms, noise_uniforms = batch["uniforms"][:, 0], batch["uniforms"][:, 1:]
+    context, perturbation_mask = add_noise(codes, noise_uniforms, max_ratio, config.model)
     class_labels = drop_class_labels(
-        batch["class_labels"], uniforms[:, 0], generator.class_label_dropout, generator.condition_num_classes
+        batch["class_labels"], label_uniforms, generator.class_label_dropout, generator.condition_num_classes
     )
     with torch.autocast(codes.device.type, torch.bfloat16, enabled=config.training.mixed_precision == "bf16"):
         output = model(context, class_labels)

@@ -29,7 +29,7 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -156,9 +156,12 @@ def fingerprint_of(config: Config, model: ReAR, tokenizer: Tokenizer, device: to
 
 
 def sample_blocks(
-    blocks: Iterator[range], model: ReAR, tokenizer: Tokenizer, config: Config, notices: bool
+    blocks: Iterable[range], model: ReAR, tokenizer: Tokenizer, config: Config, notices: bool
 ) -> Iterator[tuple[range, np.ndarray]]:
     """Blocks of indices with their images (B, H, W, 3) uint8; a GPU decodes one beside sampling the next.
+
+    The last block is filled up with its last index while it is sampled: a batch of another size would be compiled anew,
+    and its codes could depend on what this process has sampled before.
 
     Args:
         notices: print what `sampling.compile=auto` had to give up.
@@ -174,9 +177,10 @@ def sample_blocks(
     )
     half_decoder = reduced and device.type == "cuda"
     decoder = ImageDecoder(tokenizer, sampling.uint8_rule, torch.float16 if half_decoder else torch.float32)
-    previous = None
+    size, previous = min(sampling.per_gpu_batch_size, sampling.num_fid_samples), None
     for block in blocks:
-        codes = sampler(*image_inputs(block, model, sampling.seed))
+        indices = [*block, *[block[-1]] * (size - len(block))]
+        codes = sampler(*image_inputs(indices, model, sampling.seed))[: len(block)]
         if previous is not None:
             yield previous[0], finished(decoder, *previous, config)
         previous = block, decoder.start(codes)

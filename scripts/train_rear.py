@@ -44,7 +44,7 @@ from modeling.training_step import num_uniforms, training_cost, training_step
 from utils.config import Config
 from utils.errors import input_errors_exit
 from utils.optim import MovingAverage, build_optimizer, set_learning_rate
-from utils.randomness import dropout_seed, sample_uniforms
+from utils.randomness import dropout_seed
 from utils.run.sharding import accumulating, clip_gradients, parallelize
 from utils.run.training_run import EXIT_STATUS, TrainingRun
 
@@ -83,22 +83,20 @@ def main(config: Config) -> str:
         run.begin(modules, {"optimizer": (model, optimizer)}, training.fsdp, cost.flops, cost.activation_bytes)
         run.reporter.alerts.check_schedules(config)
         work = (run.micro_steps, run.remaining, run.state.samples_seen)
-        batches = TrainingBatches(dataset, config, world, *work, run.stop_requested)
+        width = num_uniforms(model.image_seq_len)
+        batches = TrainingBatches(dataset, config, world, *work, run.stop_requested, width)
 
         # The training loop
         parallel.train()
-        width = num_uniforms(model.image_seq_len)
         for step in run.steps():
             lr = set_learning_rate(optimizer, step, config)
             max_ratio = perturbation_ratio(step, config.model.generator)
             step_terms = []
             for micro_step in range(run.micro_steps):
                 batch = run.measured.next_batch(batches)
-                first = (world.rank * run.micro_steps + micro_step) * training.per_gpu_batch_size  # in the global batch
-                uniforms = sample_uniforms(training.seed, step, first, training.per_gpu_batch_size, width)
                 torch.manual_seed(dropout_seed(training.seed, step, micro_step, world.rank))
                 with accumulating(parallel, is_last=micro_step == run.micro_steps - 1):
-                    terms = training_step(parallel, tokenizer, batch, uniforms, max_ratio, config)
+                    terms = training_step(parallel, tokenizer, batch, max_ratio, config)
                     (terms.loss / run.micro_steps).backward()
                 step_terms.append(terms)
             grad_norm = clip_gradients(model, training.max_grad_norm, training.fsdp)

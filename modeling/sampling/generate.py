@@ -124,9 +124,9 @@ class CodeSampler:
         self.steps, self.device = model.image_seq_len, model.cls_token.device
         scales = guidance_schedule(self.guidance_scale, config.guidance_scale_pow, self.steps)
         self.scales = torch.tensor(scales, device=self.device)  # (N,)
+        self.graphs: StepGraphs | None = None  # goes before the state, whose buffers it uses
         self.state: DecodingState | None = None
         self.functions = StepFunctions()
-        self.graphs: StepGraphs | None = None
 
     @torch.inference_mode()
     def __call__(self, class_labels: Tensor, uniforms: Tensor, on_step: Callable[[], object] = lambda: None) -> Tensor:
@@ -175,7 +175,8 @@ class CodeSampler:
 
     def _prepare(self, images: int) -> DecodingState:
         """Allocate for batches of this size; compile and capture where that is asked for."""
-        self.state = self.graphs = None  # freed before the next ones are allocated
+        self.graphs = None  # waits for replays, which use the state
+        self.state = None  # freed before the next one is allocated
         state = DecodingState(self.weights, images, guided=self.guidance_scale != 1)
         if not compiles(self.compile_mode, self.device):
             return state

@@ -33,5 +33,8 @@ class StepGraphs:
             with torch.cuda.graph(self.graphs[end], pool=pool):
                 step(end)
 
+    def __del__(self) -> None:
+        torch.cuda.synchronize()  # replays may still run
+
     def replay(self, end: int) -> None:
         self.graphs[end].replay()

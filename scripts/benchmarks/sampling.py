@@ -200,7 +200,7 @@ def end_to_end(model: ReAR, config: GeneratorConfig, batch: int, arguments: argp
         parts.claim({})
         first_second: list[float] = []
         with PartWriter(parts, output, save_png=False) as writer:
-            for block, pixels in sample_blocks(iter(parts.blocks), model, tokenizer, full, notices=True):
+            for block, pixels in sample_blocks(parts.blocks, model, tokenizer, full, notices=True):
                 first_second.append(time.perf_counter())
                 writer.write(block, pixels)
         pack(parts, output, full, fingerprint={}, figures={})

@@ -21,7 +21,7 @@ def test_a_training_step_noises_the_context_and_keeps_targets_and_embeddings_cle
         fed.extend([context, class_labels])
         return ReAROutput(logits, z, -z)
 
-    terms = training_step(model, tokenizer, {"codes": codes, "class_labels": labels}, uniforms, 0.9, config)
+    terms = training_step(model, tokenizer, {"codes": codes, "class_labels": labels, "uniforms": uniforms}, 0.9, config)
     context, mask = switch_codes(codes, uniforms[:, 1:], 0.9, 24)
     assert torch.equal(fed[0], context)
     assert 0.1 < (context != codes).float().mean() < 0.9
@@ -36,9 +36,9 @@ def test_images_train_as_their_codes_do(tiny_arguments: list[str]) -> None:
     config = load_config([*tiny_arguments, "experiment.output_dir=unused"])
     tokenizer, model = load_tokenizer(config), ReAR(config.model).eval()
     images, labels = torch.rand(4, 3, 16, 16), torch.arange(4)
-    uniforms = torch.rand(4, num_uniforms(16))
+    labels_and_uniforms = {"class_labels": labels, "uniforms": torch.rand(4, num_uniforms(16))}
     of_images, of_codes = (
-        training_step(model, tokenizer, {**batch, "class_labels": labels}, uniforms, 0.5, config)
+        training_step(model, tokenizer, batch | labels_and_uniforms, 0.5, config)
         for batch in ({"image": images}, {"codes": tokenizer.encode(images)})
     )
     assert len(tokenizer.encode(images).unique()) > 1

@@ -11,7 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling.rear import ReAR
+from modeling.rear import ReAR, load_generator
+from modeling.sampling.decoding import DecodingState
+from modeling.sampling.generate import CodeSampler
+from modeling.tokenizers.registry import load_tokenizer
 from scripts import sample_imagenet_rear
 from tests.processes import ROOT, rank_environments, run_script, start_script
 from utils.config import load_config
@@ -106,6 +109,28 @@ def test_fewer_images_are_the_first_ones(
 ) -> None:
     other = sample(tiny_arguments, checkpoint, tmp_path / "x", "sampling.num_fid_samples=3")
     assert np.array_equal(np.load(other)["arr_0"], np.load(npz)["arr_0"][:3])
+
+
+def test_the_last_batch_does_not_depend_on_what_was_sampled_before(
+    tiny_arguments: list[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is allocated, compiled or captured for it."""
+    sizes, prepare = [], CodeSampler._prepare
+
+    def recording(sampler: CodeSampler, images: int) -> DecodingState:
+        sizes.append(images)
+        return prepare(sampler, images)
+
+    monkeypatch.setattr(CodeSampler, "_prepare", recording)
+    few = ["sampling.num_fid_samples=11", "sampling.per_gpu_batch_size=4"]
+    config = load_config(arguments_of(tiny_arguments, checkpoint, Path("unused"), *few))
+    model, tokenizer = load_generator(checkpoint, config.model).eval(), load_tokenizer(config)
+    blocks = [range(4), range(4, 8), range(8, 11)]
+    *_, (_, images) = sample_imagenet_rear.sample_blocks(blocks, model, tokenizer, config, notices=False)
+    [(block, alone)] = sample_imagenet_rear.sample_blocks(blocks[-1:], model, tokenizer, config, notices=False)
+    assert (block, len(alone)) == (range(8, 11), 3)
+    assert np.array_equal(images, alone)
+    assert sizes == [4, 4]
 
 
 def test_missing_and_foreign_weights_are_named(tiny_arguments: list[str], checkpoint: Path, tmp_path: Path) -> None:

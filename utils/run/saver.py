@@ -9,14 +9,14 @@ from types import TracebackType
 
 from utils.run.checkpoint import prune_checkpoints, write_checkpoint
 from utils.run.manifest import Provenance, TrainingState
-from utils.run.snapshot import Snapshot
+from utils.run.snapshot import HostBuffers, Resumable, Snapshot, take_snapshot
 from utils.schema import ExperimentConfig
 
 
 class CheckpointSaver:
     """Writes snapshots in a thread, one at a time. A failure is one line in the log, and training goes on.
 
-    Only the main process gives it something to write; that needs host memory for a copy of the whole state.
+    Only the main process writes; that needs host memory for a copy of the whole state, kept for the next one.
 
     Attributes:
         last_good: the newest checkpoint that was written or that the run started from.
@@ -30,6 +30,7 @@ class CheckpointSaver:
         self.output_dir = Path(experiment.output_dir)
         self.limit, self.last_good, self.failures_in_a_row = experiment.max_save_failures, last_good, 0
         self._thread: threading.Thread | None = None
+        self._buffers = HostBuffers()
 
     def __enter__(self) -> "CheckpointSaver":
         return self
@@ -45,9 +46,12 @@ class CheckpointSaver:
     def gave_up(self) -> bool:
         return self.failures_in_a_row >= self.limit
 
-    def start(self, state: TrainingState, snapshot: Snapshot) -> None:
-        """Begin to write, after the save before this one has ended."""
+    def start(self, state: TrainingState, resumable: Resumable, is_main: bool) -> None:
+        """Copy everything and begin to write it, after the save before this one has ended, whose memory is used."""
         self.wait()
+        snapshot = take_snapshot(resumable, self._buffers)
+        if not is_main:
+            return
         self._thread = threading.Thread(target=self._write, args=(replace(state), snapshot))
         self._thread.start()
 

@@ -58,7 +58,32 @@ class Snapshot:
         return next((name for name, tensor in named if not torch.isfinite(tensor).all()), None)
 
 
-def take_snapshot(resumable: Resumable) -> Snapshot:
+class HostBuffers:
+    """Host memory for copies of the state, allocated once; pinned where the state is on a GPU, so that a copy waits for
+    the GPU once and not for each tensor."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[str, Tensor] = {}
+
+    def copy(self, values: dict[str, Any]) -> dict[str, Any]:
+        """A copy of nested values with all tensors on the CPU, on CPU runs too: training goes on in the original. The
+        next copy replaces it."""
+        copied = self._copy(values, "")
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        return copied
+
+    def _copy(self, value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            if name not in self._tensors:
+                self._tensors[name] = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            return self._tensors[name].copy_(value, non_blocking=True)
+        if isinstance(value, dict):
+            return {key: self._copy(inner, f"{name}/{key}") for key, inner in value.items()}
+        return value
+
+
+def take_snapshot(resumable: Resumable, buffers: HostBuffers) -> Snapshot:
     """Copy everything to host memory, so that training can go on while it is written. Sharded, all ranks must call, and
     rank 0 alone gets the tensors."""
     modules = {name: weights_of(module, resumable.sharded) for name, module in resumable.modules.items()}
@@ -67,16 +92,17 @@ def take_snapshot(resumable: Resumable) -> Snapshot:
         from utils.run.sharded_state import gather_optimizer
 
         return Snapshot(modules, {name: gather_optimizer(*both) for name, both in optimizers})
-    return Snapshot(modules, {name: _to_host(_by_name(*both)) for name, both in optimizers})
+    by_name = {name: _by_name(*both) for name, both in optimizers}
+    return Snapshot(**buffers.copy({"modules": modules, "optimizers": by_name}))
 
 
 def weights_of(module: nn.Module, sharded: bool) -> StateDict:
-    """A copy of the weights in host memory; sharded, all ranks must call, and rank 0 alone gets the tensors."""
+    """The weights; sharded, all ranks must call, and rank 0 alone gets the tensors, in host memory."""
     if sharded:
         from utils.run.sharded_state import gather_weights
 
         return gather_weights(module)
-    return _to_host(module.state_dict())
+    return module.state_dict()
 
 
 def restore_module(module: nn.Module, saved: StateDict, source: object, sharded: bool) -> None:
@@ -133,14 +159,3 @@ def _names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str
     """Names of the parameters of each group, in the order of their positions."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
-
-
-def _to_host(value: Any) -> Any:
-    """A copy with all tensors on the CPU, on CPU runs too: training goes on in the original."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _to_host(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_to_host(inner) for inner in value]
-    return value

@@ -22,6 +22,7 @@ from utils.ranks import ignored_launcher_settings, join_world
 from utils.run.compatibility import check_same_run, flatten
 from utils.run.due import Due
 from utils.run.folder import code_facts, going_on, prepare_run_folder
+from utils.run.garbage import collected_between_steps
 from utils.run.guard import StepGuard
 from utils.run.manifest import Provenance, TrainingData
 from utils.run.measurements import Measurements
@@ -30,7 +31,7 @@ from utils.run.reporter import Reporter
 from utils.run.resume import find_start, last_step, load_start, set_aside, starting_state
 from utils.run.saver import CheckpointSaver
 from utils.run.signals import StoppedWaitingError, StopSignals, stacks_of_a_hang
-from utils.run.snapshot import Optimizers, Resumable, take_snapshot, weights_of
+from utils.run.snapshot import Optimizers, Resumable, weights_of
 from utils.run.status import EXIT_PREEMPTED, StatusKeeper
 from utils.run.trained_weights import FINAL_FILE
 
@@ -165,14 +166,15 @@ class TrainingRun:
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a progress bar on a terminal."""
-        remaining = self.remaining
-        options = {"initial": remaining.start, "total": remaining.stop}
-        bar = tqdm(remaining, **options, disable=None if self.world.is_main else True)
+        remaining, disable = self.remaining, None if self.world.is_main else True
+        bar = tqdm(remaining, initial=remaining.start, total=remaining.stop, disable=disable)
+        collect = self._exits.enter_context(collected_between_steps())
         hang = stacks_of_a_hang(self.config.training.process_group_timeout)
         with bar, hang as rearm, nullcontext() if bar.disable else logging_redirect_tqdm([self.logger]):
             self.measured.clock.start()
             for step in bar:
                 rearm()
+                collect(step)
                 fault_point("step", step)
                 yield step
                 if self._guard.stop:
@@ -230,9 +232,8 @@ class TrainingRun:
             self.state.trained_s = self.measured.clock.trained_s
             if self.world.is_main:
                 self.reporter.check_disk()
-                self._saver.start(self.state, take_snapshot(self._resumable))
-            elif self._resumable.sharded:
-                take_snapshot(self._resumable)  # all ranks send their slices to rank 0
+            if self.world.is_main or self._resumable.sharded:  # then all ranks send their slices to rank 0
+                self._saver.start(self.state, self._resumable, self.world.is_main)
 
     def finish(self) -> bool:
         """Save where the run stands and wait for it.

@@ -8,7 +8,7 @@ from utils.errors import InputError
 from utils.run.checkpoint import list_checkpoints, load_modules, load_optimizers, prune_checkpoints, write_checkpoint
 from utils.run.manifest import Provenance, TrainingState, read_manifest
 from utils.run.resume import find_start
-from utils.run.snapshot import Resumable, take_snapshot
+from utils.run.snapshot import HostBuffers, Resumable, take_snapshot
 
 
 def trained(steps: int) -> tuple[nn.Linear, torch.optim.AdamW]:
@@ -27,7 +27,7 @@ def resumable(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> None:
-    snapshot = take_snapshot(resumable(model, optimizer, ema))
+    snapshot = take_snapshot(resumable(model, optimizer, ema), HostBuffers())
     write_checkpoint(folder, TrainingState(step, 16, 16 * step), Provenance(), snapshot)
 
 
