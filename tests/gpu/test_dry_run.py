@@ -30,7 +30,7 @@ from modeling.sampling.image_decoder import ImageDecoder
 from modeling.tokenizers.registry import build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.training_step import num_uniforms, training_step
-from tests.evaluation.made_up import inception_state
+from tests.evaluation.made_up import inception_shapes
 from tests.gpu.fake_gpu import FakeGpu, Watch
 from utils.ranks import World
 from utils.run.interval import IntervalMeans, Metrics
@@ -194,9 +194,7 @@ def test_a_fast_decoder_is_made_on_the_gpu(gpu: FakeGpu, tokenizer: Tokenizer) -
             assert decoder(integers(B, N)).dtype == F32
 
 
-def test_means_of_the_log(
-    gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config, world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_means_of_the_log(gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config, world: World) -> None:
     """Of what a training step measures, with and without the metrics that are ratios."""
     with gpu:
         batch = {"codes": integers(B, N), "class_labels": integers(B)}
@@ -218,7 +216,8 @@ def test_held_out_losses(gpu: FakeGpu, model: ReAR) -> None:
 
 
 def test_inception(gpu: FakeGpu, tmp_path: Path) -> None:
-    torch.save(inception_state(), tmp_path / "inception.pth")
+    shapes = {key: shape for key, shape in inception_shapes().items() if not key.endswith("num_batches_tracked")}
+    torch.save({key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "inception.pth")
     inception = Inception(torch.device("cpu"), tmp_path / "inception.pth")
     gpu.put(inception.network)
     inception.classifier = gpu.like(inception.classifier)
