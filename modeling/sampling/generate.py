@@ -20,6 +20,7 @@ from modeling.sampling.decoding import (
     StepFunctions,
     compiled_functions,
     decode_one_token,
+    on_gpu,
     prefill,
 )
 from modeling.sampling.image_decoder import LOGITS_NOT_FINITE, ImageDecoder, are_codes
@@ -196,7 +197,7 @@ class CodeSampler:
             state.position.fill_(2)
 
         ends = sorted({bucket_end(position) for position in range(2, self.steps + 1)})
-        if self.device.type == "cuda":
+        if on_gpu(self.device):
             self.graphs = StepGraphs(lambda end: self._step(state, end, masked=True), rewind, ends)
         elif ends:
             rewind()
@@ -204,7 +205,7 @@ class CodeSampler:
 
 
 def compiles(compile_mode: str, device: torch.device) -> bool:
-    return compile_mode == "on" or (compile_mode == "auto" and device.type == "cuda")
+    return compile_mode == "on" or (compile_mode == "auto" and on_gpu(device))
 
 
 def bucket_end(position: int) -> int:

@@ -1,0 +1,312 @@
+"""The product's own code on a GPU that has no values (`fake_gpu`): no tensor on another device, no wait for a value, no
+surprising precision.
+
+Not covered, as there is no GPU: the backward pass and activation checkpointing, streams, events, capture of graphs,
+`torch.compile`, which kernel is chosen and what it computes; and what waits by design: `DecodingState.begin`, checks of
+values, reading results.
+"""
+
+import inspect
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from evaluation import precision_recall as precision_recall_module
+from evaluation.features import EfficientNetLite0
+from evaluation.inception import Inception
+from evaluation.moments import Moments, ScoreSums
+from evaluation.precision_recall import manifold_radii, precision_recall
+from modeling.heldout import HeldOut, _sums
+from modeling.rear import ReAR
+from modeling.sampling import decoding
+from modeling.sampling.decoding import DecodingState, StepFunctions, prefill
+from modeling.sampling.generate import CodeSampler, choose_codes
+from modeling.sampling.image_decoder import ImageDecoder
+from modeling.tokenizers.registry import build_tokenizer
+from modeling.tokenizers.tokenizer import Tokenizer
+from modeling.training_step import num_uniforms, training_step
+from tests.evaluation.made_up import inception_shapes
+from tests.gpu.fake_gpu import FakeGpu, Watch
+from utils.ranks import World
+from utils.run.interval import IntervalMeans, Metrics
+from utils.schema import Config, GeneratorConfig, ModelConfig, VQModelConfig
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+B, N, V = 3, 64, 24  # images, codes of each, codebook
+
+
+@pytest.fixture
+def config() -> Config:
+    config = Config()
+    config.training.mixed_precision = "bf16"
+    config.model = ModelConfig(
+        VQModelConfig(
+            codebook_size=V, token_size=8, resolution=32, hidden_channels=8, channel_mult=[1, 1, 2], num_res_blocks=1
+        ),
+        GeneratorConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            image_seq_len=N,
+            condition_num_classes=5,
+            decode_align_layer_idx=1,
+            projection_dim=16,
+            z_dim=8,
+            top_k=9,
+            top_p=0.9,
+        ),
+    )
+    return config
+
+
+@pytest.fixture
+def model(gpu: FakeGpu, config: Config) -> ReAR:
+    return gpu.put(ReAR(config.model))
+
+
+@pytest.fixture
+def tokenizer(gpu: FakeGpu, config: Config) -> Tokenizer:
+    return gpu.put(build_tokenizer(config.model.vq_model).eval().requires_grad_(False))
+
+
+@pytest.fixture
+def world() -> World:
+    return World(0, 1, torch.device("cuda"))
+
+
+def zeros(*shape: int, dtype: torch.dtype = F32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype, device="cuda")
+
+
+def integers(*shape: int) -> Tensor:
+    return zeros(*shape, dtype=torch.int64)
+
+
+def train(gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config, from_images: bool) -> Watch:
+    with gpu:
+        batch = {"image": zeros(B, 3, 32, 32)} if from_images else {"codes": zeros(B, N, dtype=torch.int32)}
+        batch["class_labels"], uniforms = integers(B), zeros(B, num_uniforms(N))
+        with Watch(BF16, F32) as watch:
+            terms = training_step(model, tokenizer, batch, uniforms, 0.5, config)
+        assert terms.loss.dtype == F32
+        assert terms.loss.requires_grad
+    return watch
+
+
+@pytest.mark.parametrize("perturb_mode", ["switch", "mask"])
+def test_training_from_codes(
+    gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config, perturb_mode: Any
+) -> None:
+    config.model.generator.perturb_mode = perturb_mode
+    assert train(gpu, model, tokenizer, config, from_images=False).products == {BF16}
+
+
+def test_training_from_images(gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config) -> None:
+    assert train(gpu, model, tokenizer, config, from_images=True).products == {BF16, F32}  # the tokenizer's are exact
+
+
+def test_the_outputs_of_the_model_under_autocast(gpu: FakeGpu, model: ReAR) -> None:
+    """The residual stream is float32, whatever the products are; so is what the norms compute."""
+    streams = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, output: streams.append(output.dtype))
+    with gpu, torch.autocast("cuda", BF16), Watch(BF16, F32):
+        output = model(integers(B, N), integers(B))
+    assert (output.logits.dtype, output.encode_z.dtype, output.decode_z.dtype) == (BF16, BF16, BF16)
+    assert streams == [F32, F32]
+
+
+def sampler(gpu: FakeGpu, model: ReAR, config: Config, dtype: torch.dtype) -> tuple[CodeSampler, DecodingState]:
+    """As after `begin` with two distinct labels."""
+    with gpu, torch.inference_mode():
+        sample = CodeSampler(model.eval(), config.model.generator, dtype)
+        state = DecodingState(sample.weights, B, guided=sample.guidance_scale != 1)
+        state.distinct_labels = integers(2)
+    return sample, state
+
+
+def decode(gpu: FakeGpu, state: DecodingState, masked: bool) -> tuple[Tensor, Watch]:
+    with gpu, torch.inference_mode(), Watch(F32, state.weights.dtype) as watch:
+        return decoding.decode_one_token(state, 32, masked, StepFunctions()), watch
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+class TestSampling:
+    def test_modulations_and_prefill(
+        self, gpu: FakeGpu, model: ReAR, config: Config, dtype: torch.dtype, guidance_scale: float
+    ) -> None:
+        config.model.generator.guidance_scale = guidance_scale
+        _, state = sampler(gpu, model, config, dtype)
+        with gpu, torch.inference_mode(), Watch(F32, dtype) as watch:
+            for first in (0, 32, 64):
+                state.fill_modulations(first)
+            hidden = prefill(state, StepFunctions())
+        assert hidden.dtype == F32
+        assert watch.products == {dtype}
+
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_step(
+        self, gpu: FakeGpu, model: ReAR, config: Config, dtype: torch.dtype, guidance_scale: float, masked: bool
+    ) -> None:
+        config.model.generator.guidance_scale = guidance_scale
+        sample, state = sampler(gpu, model, config, dtype)
+        hidden, watch = decode(gpu, state, masked)
+        assert hidden.dtype == F32
+        assert watch.products == {dtype}
+        assert state.layers[0].keys.dtype == state.layers[0].values.dtype == dtype
+        with gpu, torch.inference_mode(), Watch(F32, F64) as watch:  # float64 in the cumulative sum
+            choose_codes(hidden, state, sample.scales, config.model.generator)
+        assert watch.products == {F32}
+
+
+def test_tokenizer(gpu: FakeGpu, tokenizer: Tokenizer) -> None:
+    with gpu, Watch(F32):
+        codes = tokenizer.look_up(tokenizer.features(zeros(B, 3, 32, 32)))
+        assert (codes.dtype, tuple(codes.shape)) == (torch.int64, (B, N))
+        assert tokenizer._decode(codes).dtype == tokenizer.embed(codes).dtype == F32
+
+
+@pytest.mark.parametrize("rule", ["truncate", "round"])
+def test_image_decoder(gpu: FakeGpu, config: Config, rule: str) -> None:
+    """Made on the CPU, as the one of a GPU has a stream; with chunks as there."""
+    decoder = ImageDecoder(build_tokenizer(config.model.vq_model), rule, F16)
+    decoder.chunk_size = 2
+    for network, dtype in ((decoder.decoder, F16), (decoder.exact, F32)):
+        gpu.put(network)
+        with gpu, torch.inference_mode(), Watch(F32, dtype) as watch:
+            images, finite, sampled = decoder._decode(integers(B, N), network)
+        assert (images.dtype, tuple(images.shape)) == (torch.uint8, (B, 32, 32, 3))
+        assert finite.dtype == sampled.dtype == torch.bool
+        assert watch.products == {dtype}
+
+
+def test_a_fast_decoder_is_made_on_the_gpu(gpu: FakeGpu, tokenizer: Tokenizer) -> None:
+    with gpu, torch.inference_mode():
+        decoder = tokenizer.fast_decoder()
+        with Watch(F32):
+            assert decoder(integers(B, N)).dtype == F32
+
+
+def test_means_of_the_log(gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config, world: World) -> None:
+    """Of what a training step measures, with and without the metrics that are ratios."""
+    with gpu:
+        batch = {"codes": integers(B, N), "class_labels": integers(B)}
+        measured: Metrics = training_step(model, tokenizer, batch, zeros(B, num_uniforms(N)), 0.5, config).metrics
+        means = IntervalMeans(world)
+        with Watch(F32, F64):
+            for metrics in (measured, {"train/loss": zeros()}):
+                means.add([metrics, metrics], zeros())
+        assert means._sums.dtype == F64
+
+
+def test_held_out_losses(gpu: FakeGpu, model: ReAR) -> None:
+    with gpu, torch.no_grad(), torch.autocast("cuda", BF16):
+        codes = zeros(B, N, dtype=torch.int32)
+        with Watch(BF16, F32, F64) as watch:
+            sums = _sums(model.eval(), HeldOut(codes, codes, integers(B)), slice(0, 2))
+    assert (sums.dtype, tuple(sums.shape)) == (F64, (N + 2,))
+    assert watch.products == {BF16}
+
+
+def test_inception(gpu: FakeGpu, tmp_path: Path) -> None:
+    shapes = {key: shape for key, shape in inception_shapes().items() if not key.endswith("num_batches_tracked")}
+    torch.save({key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "inception.pth")
+    inception = Inception(torch.device("cpu"), tmp_path / "inception.pth")
+    gpu.put(inception.network)
+    inception.classifier = gpu.like(inception.classifier)
+    with gpu, torch.inference_mode():
+        features = inception(zeros(B, 64, 64, 3, dtype=torch.uint8))  # its resize multiplies by numbers from the CPU
+    assert (features.pool.dtype, features.spatial.dtype, features.log_probs.dtype) == (F32, F32, F64)
+
+
+def test_statistics(gpu: FakeGpu) -> None:
+    with gpu, torch.inference_mode():
+        moments, score = Moments(20, torch.device("cuda")), ScoreSums(5001, 10, torch.device("cuda"))
+        with Watch(F32, F64) as watch:
+            moments.update(zeros(B, 20))
+            score.update(4999, zeros(B, 10, dtype=F64))
+    assert {moments.total.dtype, moments.outer.dtype, score.probs.dtype} == {F64}
+    assert watch.products == {F64}
+
+
+def test_efficientnet(gpu: FakeGpu) -> None:
+    extractor = EfficientNetLite0(torch.device("cpu"))
+    gpu.put(extractor.network)
+    with gpu, torch.inference_mode(), Watch(F32) as watch:
+        assert extractor(zeros(B, 64, 64, 3, dtype=torch.uint8)).pool.dtype == F32
+    assert watch.products == {F32}
+
+
+@pytest.mark.parametrize("dtype", [F16, F32])
+def test_precision_and_recall(gpu: FakeGpu, world: World, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for their range, which is looked at once, and the reading of the two numbers."""
+    monkeypatch.setattr(precision_recall_module, "_check_range", lambda reference, samples: None)
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: tensor)
+    with gpu, Watch(F16, F32, F64) as watch:
+        reference, samples = (zeros(count, 2048, dtype=dtype) for count in (7, 501))
+        assert manifold_radii(reference, world).dtype == F32
+        assert [share.dtype for share in precision_recall(reference, samples, world)] == [F64, F64]
+    assert watch.products == {F32}
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, found: str, fault: str) -> None:
+    """Put `fault` in place of `found` in the source of a function."""
+    function = getattr(place, name)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert found in source
+    changed: dict[str, Any] = {}
+    exec(source.replace(found, fault), function.__globals__, changed)
+    monkeypatch.setattr(place, name, changed[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "fault"),
+    [
+        ("decode_one_token", "state.position - 2", "(state.position - 2).cpu()"),
+        ("forward_position", "state.head.index_select(0, rows)", "state.head[[0] * len(x)]"),  # an index from the host
+        ("forward_position", "% BUCKET", "% BUCKET * torch.tensor(1)"),
+        ("decode_one_token", "state.position)", "state.position + state.position.item())"),
+        ("forward_position", "if masked:", "if masked and position < end:"),  # asks for a value
+        ("forward_position", "F.layer_norm(x,", "F.layer_norm(x.double(),"),
+        ("forward_position", "device=x.device", "device='cpu'"),
+        ("forward_position", "dtype=state.weights.dtype", "dtype=torch.float32"),
+        ("attend", "mask, scale", "mask.clone().pin_memory(), scale"),
+    ],
+)
+def test_a_fault_in_the_decode_step_is_found(
+    gpu: FakeGpu, config: Config, model: ReAR, monkeypatch: pytest.MonkeyPatch, name: str, found: str, fault: str
+) -> None:
+    _, state = sampler(gpu, model, config, BF16)
+    decode(gpu, state, masked=True)
+    plant(monkeypatch, decoding, name, found, fault)
+    with pytest.raises((AssertionError, DataDependentOutputException)):
+        decode(gpu, state, masked=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "fault"),
+    [
+        ("forward", "self.position_table()", "self.position_table().double()"),
+        ("_embed_class", "1 + class_labels", "1 + class_labels.cpu()"),
+    ],
+)
+def test_a_fault_in_training_is_found(
+    gpu: FakeGpu,
+    config: Config,
+    model: ReAR,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    found: str,
+    fault: str,
+) -> None:
+    plant(monkeypatch, ReAR, name, found, fault)
+    with pytest.raises(AssertionError):
+        train(gpu, model, tokenizer, config, from_images=False)
