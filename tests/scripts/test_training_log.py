@@ -19,7 +19,7 @@ from tests.faults.runs import Run
 from tests.processes import run_script
 from utils.config import load_config
 from utils.errors import TrainingError
-from utils.run import reporter, training_run
+from utils.run import reporter, saver, training_run
 from utils.run.interval import IntervalMeans
 from utils.run.metrics_file import read_metrics
 from utils.run.status import read_status
@@ -214,7 +214,7 @@ def test_pauses_are_no_steps(
     """Saves, grids, held-out numbers, weights and curves that take a while appear in `perf/pause_s`."""
     slow = {
         (train_rear, "save_sample_grid"): "experiment.generate_every=2",
-        (training_run, "take_snapshot"): "experiment.save_every=3",
+        (saver, "take_snapshot"): "experiment.save_every=3",
         (training_run, "save_weights"): "experiment.save_weights_every=4",
         (heldout, "heldout_losses"): "experiment.eval_every=5",
     }
