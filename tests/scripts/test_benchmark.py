@@ -134,4 +134,4 @@ def test_teacher_forced_logits_are_the_models(tiny_model: ReAR) -> None:
 def test_help_names_the_commands(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["--help"])
-    assert "{sampling,decode,npz,data,precision}" in capsys.readouterr().out
+    assert "{sampling,decode,training,npz,data,precision}" in capsys.readouterr().out
