@@ -106,7 +106,7 @@ def decoder(findings: Findings, machine: Machine, work: Path) -> None:
     config = load_config(["config=configs/rear_blue_marble.yaml", "experiment.output_dir=unused"])
     tokenizer = load_tokenizer(config).to(device())
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(tokenizer.codebook_size, (32, tokenizer.image_seq_len), generator=generator).to(device())
+    codes = torch.randint(tokenizer.codebook_size, (8, tokenizer.image_seq_len), generator=generator).to(device())
     images = []
     for dtype in (torch.float16, torch.float32):
         image_decoder = ImageDecoder(tokenizer, "round", dtype)

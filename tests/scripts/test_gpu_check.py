@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling.rear import ReAR
+from modeling.sampling.generate import generate
 from scripts import gpu_check
 from scripts.benchmarks.close_calls import FLOAT32_GAP, largest_gap
 from scripts.gpu_checks import numerics
 from tests.docs import test_pages
 from tests.processes import SERVER, STARTED, WAIT_S
+from utils.randomness import image_uniforms
 from utils.schema import ModelConfig
 
 ROOT = Path(__file__).parents[2]
@@ -68,16 +70,14 @@ def check_alone(out: Path, parts: list[str], **environment: str) -> subprocess.C
 
 @pytest.mark.multiprocess
 def test_the_command_without_wandb_and_webdataset(tmp_path: Path) -> None:
-    parts = ["graphs", "batches", "decoder", "training", "two-ranks", "memory", "speed-decode"]
+    parts = ["graphs", "batches", "training", "memory", "speed-decode"]
     result = check_alone(tmp_path / "out", parts)
     assert result.returncode == 0, result.stdout + result.stderr
     found = results(tmp_path / "out")
     assert list(found) == ["environment", *parts]
     assert found["graphs"] == {"SKIPPED"}
     assert all("PASS" in kinds for part, kinds in found.items() if part != "graphs")
-    assert skipped(tmp_path / "out") - {("two-ranks", "FSDP2")} == {  # which torch 2.6 has on GPUs only
-        pair for pair in NEED_A_GPU if pair[0] in parts
-    }
+    assert skipped(tmp_path / "out") == {pair for pair in NEED_A_GPU if pair[0] in parts}
     assert "SKIPPED graphs: CUDA graphs need a GPU\n" in result.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu_check.json", "gpu_check.md", "logs"}
 
@@ -86,9 +86,7 @@ def test_the_command_without_wandb_and_webdataset(tmp_path: Path) -> None:
     test_pages.test_named_files_and_folders_exist(page)
     test_pages.test_named_keys_exist(page)
     text = page.read_text()
-    assert (
-        "| training | PASS | losses of steps 31 to 60, resumed from uninterrupted, relative | 0 | at most 0 |" in text
-    )
+    assert "| losses of steps 31 to 60, resumed from uninterrupted, relative | 0 |" in text
     assert "| speed-decode | decoding, images/s |" in text
 
 
@@ -98,7 +96,7 @@ def test_all_parts(tmp_path: Path) -> None:
     result = check_alone(tmp_path / "out", [])
     assert result.returncode == 0, result.stdout + result.stderr
     assert list(results(tmp_path / "out")) == list(gpu_check.PARTS)
-    assert skipped(tmp_path / "out") - {("two-ranks", "FSDP2")} == NEED_A_GPU
+    assert skipped(tmp_path / "out") - {("two-ranks", "FSDP2")} == NEED_A_GPU  # torch 2.6 has FSDP2 on GPUs only
 
 
 def run_check(plant: Callable[[Path], None], out: Path, parts: list[str]) -> dict[str, set[str]]:
@@ -167,7 +165,8 @@ def test_a_crash_and_a_hang_do_not_end_the_others(tmp_path: Path) -> None:
     text = (tmp_path / "gpu_check.md").read_text()
     assert "| graphs | FAIL | runs to its end | ended by SIGSEGV |" in text
     assert "| batches | FAIL | runs to its end | still running after 2 s, killed |" in text
-    assert not Path(f"/proc/{(tmp_path / 'child').read_text()}").exists()
+    stat = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"  # killed, and nobody has asked how it ended
 
 
 def test_what_is_forked_has_not_asked_for_a_gpu() -> None:
@@ -185,14 +184,12 @@ import scripts.gpu_check
 
 def test_close_calls(tiny_model: ReAR, tiny_config: ModelConfig) -> None:
     """Another code is explained where the uniform lies at an edge, and nowhere else."""
-    from modeling.sampling.generate import generate
-    from utils.randomness import image_uniforms
-
     labels, uniforms = torch.tensor([0, 3, 2]), image_uniforms(0, [0, 1, 2], 16)
     codes = generate(tiny_model, labels, uniforms, tiny_config.generator)
-    gap = lambda others, at=uniforms: largest_gap(  # noqa: E731
-        tiny_model, labels, at, codes, others, tiny_config.generator
-    )
+
+    def gap(others: torch.Tensor, at: torch.Tensor = uniforms) -> float:
+        return largest_gap(tiny_model, labels, at, codes, others, tiny_config.generator)
+
     assert gap(codes) == 0
     other = codes.clone()
     other[1, 5] = (codes[1, 5] + 12) % 24
