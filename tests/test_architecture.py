@@ -35,7 +35,8 @@ def test_imports_go_one_way(path: Path) -> None:
     name = str(path.relative_to(ROOT))
     package = "scripts" if name in JOIN_PACKAGES else name.split("/")[0]
     modules = imported_modules(path)
-    allowed = MAY_IMPORT[package] | ({"scripts"} if name.startswith("scripts/benchmark") else set())  # they run scripts
+    runs_scripts = name.startswith(("scripts/benchmark", "scripts/gpu_check"))
+    allowed = MAY_IMPORT[package] | ({"scripts"} if runs_scripts else set())
     inside = {module.split(".")[0] for module in modules} & set(MAY_IMPORT)
     assert inside <= allowed
     if package != "scripts":

@@ -22,6 +22,7 @@ from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_inputs import image_inputs
 from modeling.tokenizers.registry import build_tokenizer
 from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
+from scripts.benchmarks.close_calls import FLOAT32_GAP, largest_gap
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
 from scripts.sample_imagenet_rear import PartWriter, pack, sample_blocks
 from utils.config import load_config
@@ -98,14 +99,17 @@ def random_model(arguments: argparse.Namespace, tokens: int) -> tuple[ReAR, Gene
 def check_equal(model: ReAR, config: GeneratorConfig, compile_mode: str) -> None:
     """
     Raises:
-        InputError: other codes than a baseline's.
+        InputError: other codes than a baseline's, which rounding does not explain.
     """
     labels, uniforms = (values.to(device()) for values in image_inputs(range(GATE_IMAGES), model, seed=0))
     codes = CodeSampler(model, config, compile_mode=compile_mode)(labels, uniforms)
     for name, baseline in BASELINES.items():
-        differing = (baseline(model, labels, uniforms, config) != codes).sum().item()
-        if differing:
-            raise InputError(f"gate: {differing} of {codes.numel()} codes differ from {name}, expected 0")
+        others = baseline(model, labels, uniforms, config)
+        differing = (others != codes).sum().item()
+        if largest_gap(model, labels, uniforms, codes, others, config) > FLOAT32_GAP:
+            raise InputError(
+                f"gate: {differing} of {codes.numel()} codes differ from {name}, expected 0 or close calls"
+            )
 
 
 def default_sampler(model: ReAR, config: GeneratorConfig, compile_mode: str) -> CodeSampler:

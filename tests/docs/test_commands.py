@@ -89,8 +89,8 @@ def check_arguments(script: str, arguments: list[str], monkeypatch: pytest.Monke
         paths = [word.replace("config=", f"config={ROOT}/") for word in overrides]
         load_config(["experiment.output_dir=unused", *paths])
     others = [word for word in arguments if word not in overrides]
-    if script == "scripts_bash/download.sh":
-        script = "scripts/download.py"
+    if script in ("scripts_bash/download.sh", "scripts_bash/gpu_check.sh"):
+        script = script.replace("_bash", "").replace(".sh", ".py")
     if script.endswith(".py") and not overrides:
         parse(script, others, monkeypatch)
     elif script == "scripts_bash/test.sh":

@@ -12,7 +12,7 @@ from data.codes.conversion import jsonl_to_store
 from data.codes.jsonl import Sizes, format_lines
 from modeling.rear import ReAR
 from scripts import benchmark
-from scripts.benchmarks import data, measure, precision, sampling
+from scripts.benchmarks import data, measure, precision, sampling, training
 from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
 from utils.config import load_config
 from utils.errors import InputError
@@ -64,6 +64,17 @@ def test_decode(capsys: pytest.CaptureFixture) -> None:
     figures = last_line(capsys)
     assert {"images_per_s", "ratio_plain", "peak_memory_mb"} <= set(figures)
     assert figures["grey_levels"] < 0.15
+
+
+def test_training(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ["--width", "32", "--layers", "1", "--heads", "2", "--resolution", "32", "--batch", "2", "--steps", "2"]
+    benchmark.main(["training", *small, "--repeats", "2", "--checkpointing"])
+    figures = last_line(capsys)
+    assert figures["images_per_s"] > 0
+    assert (figures["resolution"], figures["batch"], figures["checkpointing"]) == (32, 2, True)
+    monkeypatch.setattr(training, "MAX_LOSS_DIFFERENCE", -1.0)
+    with pytest.raises(InputError, match="gate: loss"):
+        benchmark.main(["training", *small, "--repeats", "1"])
 
 
 def test_npz(capsys: pytest.CaptureFixture) -> None:
@@ -134,4 +145,4 @@ def test_teacher_forced_logits_are_the_models(tiny_model: ReAR) -> None:
 def test_help_names_the_commands(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["--help"])
-    assert "{sampling,decode,npz,data,precision}" in capsys.readouterr().out
+    assert "{sampling,decode,training,npz,data,precision}" in capsys.readouterr().out

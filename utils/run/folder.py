@@ -17,7 +17,7 @@ from utils.errors import environment_error
 from utils.run.manifest import VERSIONED_PACKAGES, versions
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = [*VERSIONED_PACKAGES, "omegaconf", "webdataset"]
+PACKAGES = [*VERSIONED_PACKAGES, "omegaconf"]
 SOURCE_FOLDERS = ("scripts", "modeling", "data", "evaluation", "utils")
 
 

@@ -1,6 +1,5 @@
 """The tokenizer computes the published function: numbers of the published code with formula weights."""
 
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from modeling.tokenizers.registry import load_tokenizer
+from tests.modeling.tokenizers.made_up import formula_weight
 from utils.errors import InputError
 from utils.schema import Config, ExperimentConfig, ModelConfig, VQModelConfig
 
@@ -24,17 +24,6 @@ SMALL = VQModelConfig(
     channel_mult=[1, 2, 3],
     num_res_blocks=1,
 )
-
-
-def formula_weight(key: str, shape: tuple[int, ...], seed: int = 11) -> Tensor:
-    draw = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32).standard_normal(shape).astype(np.float32)
-    if "norm" in key and key.endswith("weight"):
-        draw = 1 + 0.1 * draw
-    elif len(shape) >= 2 and key.endswith("weight") and "embedding" not in key:
-        draw = draw * np.float32(np.prod(shape[1:]) ** -0.5)
-    else:
-        draw = draw * np.float32(0.02 if len(shape) == 1 else 0.5)
-    return torch.from_numpy(draw)
 
 
 @pytest.fixture(scope="module")
