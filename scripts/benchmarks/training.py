@@ -106,7 +106,8 @@ class Steps:
     def loss(self, config: Config) -> Tensor:
         shape = config.training.per_gpu_batch_size, num_uniforms(self.model.image_seq_len)
         uniforms = sample_uniforms(config.training.seed, self.step, 0, *shape)
-        return training_step(self.model, self.tokenizer, self.batch, uniforms, MAX_RATIO, config).loss
+        batch = {**self.batch, "uniforms": uniforms.to(device())}
+        return training_step(self.model, self.tokenizer, batch, MAX_RATIO, config).loss
 
     def take(self, count: int) -> None:
         for _ in range(count):
