@@ -182,7 +182,7 @@ from scripts.gpu_checks.project import Machine, made_up_project
 made_up_project(Machine("", 0, 0), Path(sys.argv[1]))
 """
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert result.returncode == 0, result.stderr
 
 
 def test_close_calls(tiny_model: ReAR, tiny_config: ModelConfig) -> None:
