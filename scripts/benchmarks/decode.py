@@ -55,7 +55,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "grey_levels": levels,
         "peak_memory_mb": memory,
         "share_of_flops": flops / medians["ours"] / limits["flops"],
-        "ceiling_tflops": limits["flops"] / 1e12,
         **{name: getattr(arguments, name) for name in ("resolution", "channels", "batch")},
     }
 

@@ -169,17 +169,20 @@ def test_a_crash_and_a_hang_do_not_end_the_others(tmp_path: Path) -> None:
     assert not stat.exists() or stat.read_text().split()[2] == "Z"  # killed, and nobody has asked how it ended
 
 
-def test_what_is_forked_has_not_asked_for_a_gpu() -> None:
-    """CUDA does not survive a fork, and the imports of the check come before its forks."""
+def test_what_is_forked_has_not_asked_for_a_gpu(tmp_path: Path) -> None:
+    """CUDA does not survive a fork: the imports come before the parts, and a made-up project before the ranks."""
     code = """
-import torch
+import sys, torch
+from pathlib import Path
 def refuse(*_): raise SystemExit("CUDA was asked")
 for name in ("_cuda_getDeviceCount", "_cuda_init"):
     if hasattr(torch._C, name): setattr(torch._C, name, refuse)
 import scripts.gpu_check
+from scripts.gpu_checks.project import Machine, made_up_project
+made_up_project(Machine("", 0, 0), Path(sys.argv[1]))
 """
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_close_calls(tiny_model: ReAR, tiny_config: ModelConfig) -> None:
