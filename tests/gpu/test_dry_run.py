@@ -53,9 +53,9 @@ def integers(*shape: int) -> Tensor:
 def train(gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config, from_images: bool) -> Watch:
     with gpu:
         batch = {"image": zeros(B, 3, 32, 32)} if from_images else {"codes": zeros(B, N, dtype=torch.int32)}
-        batch["class_labels"], uniforms = integers(B), zeros(B, num_uniforms(N))
+        batch["class_labels"], batch["uniforms"] = integers(B), zeros(B, num_uniforms(N))
         with Watch(BF16, F32) as watch:
-            terms = training_step(model, tokenizer, batch, uniforms, 0.5, config)
+            terms = training_step(model, tokenizer, batch, 0.5, config)
         assert terms.loss.dtype == F32
         assert terms.loss.requires_grad
     return watch
@@ -159,8 +159,8 @@ def test_a_fast_decoder_is_made_on_the_gpu(gpu: FakeGpu, tokenizer: Tokenizer) -
 def test_means_of_the_log(gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config, world: World) -> None:
     """Of what a training step measures, with and without the metrics that are ratios."""
     with gpu:
-        batch = {"codes": integers(B, N), "class_labels": integers(B)}
-        measured: Metrics = training_step(model, tokenizer, batch, zeros(B, num_uniforms(N)), 0.5, config).metrics
+        batch = {"codes": integers(B, N), "class_labels": integers(B), "uniforms": zeros(B, num_uniforms(N))}
+        measured: Metrics = training_step(model, tokenizer, batch, 0.5, config).metrics
         means = IntervalMeans(world)
         with Watch(F32, F64):
             for metrics in (measured, {"train/loss": zeros()}):
