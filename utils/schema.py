@@ -123,7 +123,8 @@ class DatasetParams:
     train_shards_path_or_url: str | None = None  # images: tar shards ("a-{000..252}.tar", glob) or a folder per class
     eval_pretokenization: str | None = None  # held-out codes, in the same forms
     eval_shards_path_or_url: str | None = None  # held-out images, in the same forms
-    num_workers_per_gpu: Silent[NumberFrom0] = 12  # data loader processes per rank; 0: in the main process
+    # data loader processes per rank; 0: in the main process; null: 12 for images, 2 for codes, at most the CPUs
+    num_workers_per_gpu: Silent[NumberFrom0 | None] = None
     # bad lines of a jsonl, images that cannot be read: end, or leave them out with a count
     on_bad_sample: Literal["error", "skip"] = "error"
     max_bad_fraction: Share = 0.001  # with skip: more bad lines or images than this share of all are an error
