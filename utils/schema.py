@@ -197,8 +197,7 @@ class TrainingConfig:
     max_nonfinite_steps: Count = 5  # end the run after this many steps in a row with a loss or gradient not finite
     launch_timeout: Silent[Count] = 120  # seconds in which all processes must have met
     process_group_timeout: Silent[Count] = 600  # seconds after which a rank that does not answer is taken for dead
-    # shard parameters, gradients and optimizer state over all processes (FSDP2); without EMA
-    fsdp: Silent[bool] = False
+    fsdp: Silent[bool] = False  # shard parameters, gradients, optimizer state and EMA over all processes (FSDP2)
     stop_steps: Silent[NumberFrom0 | None] = None  # end the run at this step with a checkpoint, schedules unchanged
 
 

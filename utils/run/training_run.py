@@ -146,7 +146,7 @@ class TrainingRun:
             set_aside(self._start)
         self.world.barrier()
         of_micro_batch = activation_bytes and activation_bytes * training.per_gpu_batch_size
-        plan = MemoryPlan.of(modules, optimizers, self.world.size if sharded else 1, of_micro_batch)
+        plan = MemoryPlan.of(modules, optimizers, self.world.size if sharded else 1, of_micro_batch, self.micro_steps)
         self.reporter = Reporter(self.config, self.world, self._status, self.state, plan)
         self.logger = self.reporter.logger
         self.reporter.begin(self._facts | self.record(), self.notices)
