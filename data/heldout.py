@@ -16,10 +16,9 @@ from data.images.decoding import Decoding, Note
 from data.images.notices import check_bad
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import training_transform
-from data.loading import Batch, Batches
+from data.loading import Batch, Batches, on_device
 from data.training_batches import TrainingSet, check_tokenizer, open_codes, training_classes
 from utils.errors import InputError
-from utils.images import to_uint8
 from utils.ranks import World
 from utils.schema import Config
 
@@ -95,8 +94,8 @@ def _check_class_names(store: TokenStore, config: Config) -> None:
 
 
 def heldout_batches(dataset: TrainingSet, config: Config, world: World) -> Iterator[Batch]:
-    """Batches of `training.per_gpu_batch_size` in the order of the data, dealt to the ranks; all of them read to the
-    end. Rank 0 shows its progress.
+    """Batches of `training.per_gpu_batch_size` in the order of the data, dealt to the ranks, on their
+    devices; all of them read to the end. Rank 0 shows its progress.
 
     Yields:
         index and class_labels (B,) and codes (B, N), or image (B, 3, H, W) and readable (B,) bool: false where another
@@ -114,14 +113,14 @@ def heldout_batches(dataset: TrainingSet, config: Config, world: World) -> Itera
     silent = None if world.is_main else True  # None: without a terminal
     progress = tqdm(batches, "held-out data", len(items), unit="batch", disable=silent, delay=2)
     if isinstance(dataset, TokenStore):
-        yield from progress
+        yield from (on_device(batch, world.device) for batch in progress)
         return
     unreadable = torch.zeros(len(dataset), dtype=torch.int32)
     for batch in progress:
         dataset.notes.add(batch["index"], batch["notes"])
         batch["readable"] = batch.pop("notes") & Note.UNREADABLE == 0
         unreadable[batch["index"]] = (~batch["readable"]).int()
-        yield batch
+        yield on_device(batch, world.device)
     bad = world.sum(unreadable).nonzero()[:, 0].tolist()
     check_bad(dataset.source, set(bad), dataset.notes.max_bad_fraction)
     dataset.notes.summary()
@@ -144,4 +143,4 @@ class HeldOutPixels:
         with ThreadPoolExecutor() as threads:
             batch = self.dataset.collate(list(threads.map(self.dataset.__getitem__, self.indices[start:stop])))
         self.dataset.notes.add(batch["index"], batch["notes"])
-        return to_uint8(batch["image"], "round")  # the bytes that were decoded
+        return batch["image"].numpy()

@@ -22,11 +22,14 @@ from multiprocessing.connection import wait
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.images.image_source import OUT_OF_FILES
 from utils.errors import InputError, TrainingError
+from utils.images import to_float
+from utils.processes import num_cpus
 from utils.run.signals import StoppedWaitingError, end_with_parent_only
 
 Batch = dict[str, Tensor]
@@ -47,7 +50,8 @@ class Batches(Iterator[Batch]):
 
     Args:
         batch_sampler: the items of each batch.
-        num_workers: processes that read ahead; 0: this one reads.
+        num_workers: processes that read ahead; 0: this one reads; None: as many as `dataset.workers`, if there are
+            CPUs for them.
         pin_memory: for copies to a GPU that do not wait.
         stop_requested: whether a stop signal has come.
 
@@ -61,11 +65,13 @@ class Batches(Iterator[Batch]):
         self,
         dataset: Dataset,
         batch_sampler: Iterable[list[Any]],
-        num_workers: int,
+        num_workers: int | None,
         pin_memory: bool = False,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         self._stop_requested, self._stop_seen = stop_requested, 0.0
+        if num_workers is None:
+            num_workers = default_workers(dataset.workers)  # type: ignore[attr-defined]
         others = set(multiprocessing.active_children())
         loader = DataLoader(
             _Caught(dataset),
@@ -165,6 +171,18 @@ class _Message:
             return _Message({key: values.pin_memory() for key, values in self.open().items()})
         except (OSError, RuntimeError, EOFError, InputError):
             return self
+
+
+def default_workers(wanted: int) -> int:
+    """So many, or the CPUs of this machine that each of its ranks can have."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(wanted, num_cpus() // ranks_here))
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch there; its `image`, sent as uint8 (B, H, W, 3), as float32 (B, 3, H, W) in [0, 1]."""
+    moved = {key: values.to(device, non_blocking=True) for key, values in batch.items()}
+    return moved | {"image": to_float(moved["image"])} if "image" in moved else moved
 
 
 def _as_it_is(message: Any) -> Any:

@@ -15,7 +15,7 @@ from data.images.image_source import printable
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.tar_shards import find_shards, has_shards, read_class_names
 from data.images.transforms import training_transform
-from data.loading import Batch, Batches, read_batch
+from data.loading import Batch, Batches, on_device, read_batch
 from utils.errors import InputError
 from utils.randomness import sample_uniforms
 from utils.ranks import World
@@ -175,7 +175,7 @@ class TrainingBatches:
         batch = next(self._batches)
         if self.notes is not None:
             self.notes.add(batch["index"], batch.pop("notes"))
-        return {key: values.to(self.device, non_blocking=True) for key, values in batch.items()}
+        return on_device(batch, self.device)
 
     @property
     def num_skipped(self) -> int:

@@ -40,8 +40,9 @@ class HeldOut:
         """Put together what the ranks read, and tokenize it if it is images. All ranks call it.
 
         Args:
-            batches: of this rank: `index` (B,), each from 0 to `num_rows` - 1 on one rank only, `class_labels` (B,) and
-                `codes` (B, N) or `image` (B, 3, H, W); samples whose `readable` is false are left out.
+            batches: of this rank, on its device: `index` (B,), each from 0 to `num_rows` - 1 on one rank only,
+                `class_labels` (B,) and `codes` (B, N) or `image` (B, 3, H, W); samples whose `readable` is false are
+                left out.
             tokenizer: on the device of the rank; used for images alone.
 
         Raises:
@@ -51,11 +52,10 @@ class HeldOut:
         class_labels = torch.zeros(num_rows, dtype=torch.int64, device=world.device)
         kept = torch.zeros(num_rows, dtype=torch.int32, device=world.device)
         for batch in batches:
-            on_device = {key: values.to(world.device) for key, values in batch.items()}
-            rows = on_device["index"]
-            found = on_device["codes"] if "codes" in batch else tokenizer.encode(on_device["image"])
-            codes[rows], class_labels[rows] = found.int(), on_device["class_labels"]
-            kept[rows] = on_device.get("readable", torch.ones_like(rows)).int()
+            rows = batch["index"]
+            found = batch["codes"] if "codes" in batch else tokenizer.encode(batch["image"])
+            codes[rows], class_labels[rows] = found.int(), batch["class_labels"]
+            kept[rows] = batch.get("readable", torch.ones_like(rows)).int()
         codes, class_labels, kept = (world.sum(values) for values in (codes, class_labels, kept))
         codes, class_labels = codes[kept > 0], class_labels[kept > 0]
         return cls(codes, replace_some(codes, tokenizer.codebook_size), class_labels)

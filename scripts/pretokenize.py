@@ -49,7 +49,7 @@ from data.images.decoding import Decoding, Note
 from data.images.image_source import ImageSource
 from data.images.notices import check_bad
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
-from data.images.transforms import pretokenize_transform
+from data.images.transforms import cut_crops, pretokenize_transform
 from data.loading import Batches
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
@@ -58,10 +58,12 @@ from utils.errors import InputError, TrainingError, input_errors_exit
 from utils.faults import fault_point
 from utils.files.lock import only_writer
 from utils.files.parts import Parts
+from utils.images import to_float
 from utils.precision import matmul_precision
 from utils.processes import num_cpus
 from utils.ranks import World, join_world
 from utils.run.signals import StopSignals
+from utils.schema import DatasetConfig
 
 IMAGES_PER_PART = 256  # or the next multiple of what is encoded at once
 
@@ -83,7 +85,7 @@ def pretokenize(config: Config, held: ExitStack) -> None:
     source = open_images(image_path, num_classes, decoding)
     max_bad_fraction = allowed_bad_fraction(params)
     images = ImageDataset(source, pretokenize_transform(preprocessing), config.training.seed, max_bad_fraction)
-    crops = images[0]["image"].shape[0]
+    crops = cut_crops(images[0]["image"][None], preprocessing).shape[1]
     batch_size = max(1, config.training.per_gpu_batch_size // crops)
     # A batch never reaches into another part: kernels may round differently for another batch size.
     block_size = -(-IMAGES_PER_PART // batch_size) * batch_size
@@ -101,7 +103,7 @@ def pretokenize(config: Config, held: ExitStack) -> None:
     if missing:
         mine = missing[world.rank :: world.size]
         with matmul_precision(config.training.enable_tf32):
-            encode(mine, parts, images, tokenizer.to(world.device), batch_size, params.num_workers_per_gpu, world)
+            encode(mine, parts, images, tokenizer.to(world.device), batch_size, config.dataset, world)
         images.notes.summary()
     if not world.is_main:
         return
@@ -185,13 +187,14 @@ def encode(
     images: ImageDataset,
     tokenizer: Tokenizer,
     batch_size: int,
-    num_workers: int,
+    dataset: DatasetConfig,
     world: World,
 ) -> None:
     """Write the parts of some blocks: per sample its codes, and 1 if its image is one to leave out. The main process
     shows the progress of all processes."""
     items = [list(block[i : i + batch_size]) for block in blocks for i in range(0, len(block), batch_size)]
-    batches, launcher = Batches(images, items, num_workers, world.device.type == "cuda"), StopSignals()
+    on_gpu, launcher = world.device.type == "cuda", StopSignals()
+    batches = Batches(images, items, dataset.params.num_workers_per_gpu, on_gpu)
     initial = len(images) - sum(map(len, parts.missing()))
     with tqdm(total=len(images), initial=initial, unit="image", smoothing=0, disable=not world.is_main) as progress:
         for block in blocks:
@@ -199,9 +202,9 @@ def encode(
             for _ in range(0, len(block), batch_size):
                 batch = next(batches)
                 images.notes.add(batch["index"], batch["notes"])
-                is_bad = (batch["notes"] & Note.UNREADABLE > 0).repeat_interleave(batch["image"].shape[1])[:, None]
-                crops = batch["image"].flatten(0, 1)  # (b, K, 3, H, W) -> (b * K, 3, H, W)
-                codes = tokenizer.encode(crops.to(world.device)).cpu()
+                crops = cut_crops(batch["image"].to(world.device), dataset.preprocessing)  # (b, K, H, W, 3)
+                is_bad = (batch["notes"] & Note.UNREADABLE > 0).repeat_interleave(crops.shape[1])[:, None]
+                codes = tokenizer.encode(to_float(crops.flatten(0, 1))).cpu()  # (b * K, N)
                 rows.append(torch.cat([codes, is_bad], dim=1).numpy().astype(np.uint16))
             if launcher.requested():
                 raise TrainingError("torchrun is gone; the same command continues")

@@ -53,7 +53,7 @@ from utils.errors import input_errors_exit
 from utils.files.lock import only_writer
 from utils.files.made_from import is_made, write_record
 from utils.files.npz import NpzEntry, write_npz
-from utils.images import make_grid, to_uint8, write_png
+from utils.images import make_grid, to_float, to_uint8, write_png
 from utils.precision import matmul_precision
 from utils.run.folder import code_facts
 
@@ -78,7 +78,7 @@ def reconstruct_all(config: Config) -> None:
     write_record(results[-1], made_from, record)
     metrics = ReconstructionMetrics(tokenizer.codebook_size)
     streams = [
-        (to_uint8(images, "round") for images in heldout),  # the bytes that were decoded
+        (images.numpy() for images in heldout),
         reconstruct(tokenizer, heldout, metrics, config.sampling.uint8_rule),
     ]
     labels = heldout.labels
@@ -112,7 +112,7 @@ def origin(config: Config, heldout: "HeldoutImages", tokenizer: Tokenizer) -> di
 
 
 class HeldoutImages:
-    """Batches of the images to reconstruct, float32 (B, 3, H, W) in [0, 1], as often as they are asked for.
+    """Batches of the images to reconstruct, uint8 (B, H, W, 3), as often as they are asked for.
 
     Attributes:
         labels: (n,) int64, of the images in their order; class ids are those of the training data.
@@ -169,8 +169,8 @@ def reconstruct(
 ) -> Iterator[np.ndarray]:
     """Yield batches of reconstructions (B, H, W, 3) uint8; figures go to `metrics`."""
     device = next(tokenizer.parameters()).device
-    for images_on_cpu in batches:
-        images = images_on_cpu.to(device)
+    for pixels in batches:
+        images = to_float(pixels.to(device))
         codes = tokenizer.encode(images)
         reconstructions = tokenizer.decode(codes)
         metrics.update(images, reconstructions, codes)

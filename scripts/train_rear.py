@@ -38,7 +38,7 @@ from data.training_batches import TrainingBatches, describe_length, open_trainin
 from evaluation.heldout import HeldOutNumbers
 from modeling.noise import perturbation_ratio
 from modeling.rear import ReAR, init_from
-from modeling.sampling.sample_grid import save_sample_grid
+from modeling.sampling.sample_grid import save_sample_grid, whole_on_main
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.training_step import num_uniforms, training_cost, training_step
 from utils.config import Config
@@ -72,7 +72,10 @@ def main(config: Config) -> str:
             init_from(experiment.init_from, model)
             run.notices.append(f"starting from the weights of {experiment.init_from}, with new rows for the classes")
         ema = MovingAverage(model, training.ema_decay) if training.use_ema else None
-        parallel = parallelize(model, model.blocks, world, training.fsdp)
+        bf16 = training.mixed_precision == "bf16"
+        parallel = parallelize(model, model.blocks, world, training.fsdp, bf16)
+        if ema and training.fsdp:
+            parallelize(ema.module, ema.module.blocks, world, training.fsdp, bf16)
         optimizer = build_optimizer(model, config)
         averaged = ema.module if ema else model
         modules = {"model": model} | ({"ema": averaged} if ema else {})
@@ -117,9 +120,10 @@ def main(config: Config) -> str:
                 run.save()
             if run.due.weights:
                 run.keep_weights("ema" if ema else "model")
-            if run.due.grid and not training.fsdp:  # generation reads the parameters outside a forward pass
-                run.reporter.draw("samples", partial(save_sample_grid, averaged, tokenizer, config, step + 1))
             if run.due.grid:
+                whole = whole_on_main(averaged, run)
+                run.reporter.draw("samples", partial(save_sample_grid, whole, tokenizer, config, step + 1))
+                del whole  # sharded, it takes as much memory as all shards
                 run.reporter.draw_curves()
 
         batches.tell_notes()

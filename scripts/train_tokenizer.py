@@ -46,7 +46,7 @@ from data.heldout import open_center_crops
 from data.images.decoding import Decoding, Note
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import training_transform
-from data.loading import Batches
+from data.loading import Batches, on_device
 from data.training_batches import TrainingBatches
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.tokenizers.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
@@ -260,7 +260,8 @@ def evaluate(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config) ->
     shown: list[np.ndarray] = []
     for batch in Batches(heldout_set, [order[i : i + columns] for i in range(0, len(order), columns)], num_workers=0):
         heldout_set.notes.add(batch["index"], batch["notes"])
-        images, is_good = batch["image"].to(device), (batch["notes"] & Note.UNREADABLE == 0).to(device)
+        batch = on_device(batch, device)
+        images, is_good = batch["image"], batch["notes"] & Note.UNREADABLE == 0
         codes = tokenizer.encode(images)
         reconstructions = tokenizer.decode(codes)
         metrics.update(images[is_good], reconstructions[is_good], codes[is_good])

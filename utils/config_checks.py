@@ -114,8 +114,6 @@ def check_training(config: Config) -> None:
     """
     training = config.training
     accumulation_steps(training, int(os.environ.get("WORLD_SIZE", 1)))
-    if training.fsdp and training.use_ema:
-        raise ConfigError("training.fsdp=true: expected training.use_ema=false; the EMA is not sharded")
     samples = config.experiment.eval_samples
     if samples == 1:
         raise ConfigError("experiment.eval_samples=1: expected 0 or at least 2")
@@ -127,7 +125,7 @@ def check_training(config: Config) -> None:
             "dataset.params.eval_shards_path_or_url"
         )
     if samples and training.fsdp:
-        raise ConfigError(f"experiment.eval_samples={samples}: expected training.fsdp=false; no samples are made then")
+        raise ConfigError(f"experiment.eval_samples={samples}: expected training.fsdp=false; sharded, none are made")
     if training.stop_steps is not None and training.stop_steps > training.max_train_steps:
         raise ConfigError(
             f"training.stop_steps={training.stop_steps}: expected at most max_train_steps={training.max_train_steps}"

@@ -1,4 +1,4 @@
-"""Float images to bytes, grids of them, and grids to files."""
+"""Float images to bytes and back, grids of them, and grids to files."""
 
 import math
 from pathlib import Path
@@ -44,6 +44,13 @@ def to_byte_tensor(images: Tensor, rule: str = "truncate") -> Tensor:
     scaled = images.float().clamp(0, 1) * 255
     scaled = scaled.round() if rule == "round" else scaled
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous()  # (B, H, W, 3)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Bytes (B, H, W, 3) as float32 (B, 3, H, W) in [0, 1], the nearest numbers to byte / 255; on their device."""
+    values = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    # CUDA would multiply by the reciprocal of a number, which rounds otherwise; by a tensor it divides.
+    return values.div_(torch.full((), 255.0, device=images.device))
 
 
 def make_grid(images: np.ndarray, columns: int) -> Image.Image:

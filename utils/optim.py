@@ -52,7 +52,9 @@ class MovingAverage(Generic[M]):
         self._add = get_ema_multi_avg_fn(decay)
 
     def update(self, model: M) -> None:
-        """Add the parameters that the model has after one more step."""
+        """Add the parameters that the model has after one more step. Both may be sharded by FSDP, in the same way."""
+        if hasattr(self.module, "reshard"):  # after a forward pass alone, FSDP keeps the root's whole parameters
+            self.module.reshard()  # type: ignore[operator]
         self._add(list(self.module.parameters()), list(model.parameters()), None)
 
 

@@ -123,7 +123,8 @@ class DatasetParams:
     train_shards_path_or_url: str | None = None  # images: tar shards ("a-{000..252}.tar", glob) or a folder per class
     eval_pretokenization: str | None = None  # held-out codes, in the same forms
     eval_shards_path_or_url: str | None = None  # held-out images, in the same forms
-    num_workers_per_gpu: Silent[NumberFrom0] = 12  # data loader processes per rank; 0: in the main process
+    # data loader processes per rank; 0: in the main process; null: 12 for images, 2 for codes, at most the CPUs
+    num_workers_per_gpu: Silent[NumberFrom0 | None] = None
     # bad lines of a jsonl, images that cannot be read: end, or leave them out with a count
     on_bad_sample: Literal["error", "skip"] = "error"
     max_bad_fraction: Share = 0.001  # with skip: more bad lines or images than this share of all are an error
@@ -196,8 +197,7 @@ class TrainingConfig:
     max_nonfinite_steps: Count = 5  # end the run after this many steps in a row with a loss or gradient not finite
     launch_timeout: Silent[Count] = 120  # seconds in which all processes must have met
     process_group_timeout: Silent[Count] = 600  # seconds after which a rank that does not answer is taken for dead
-    # shard parameters, gradients and optimizer state over all processes (FSDP2); without EMA
-    fsdp: Silent[bool] = False
+    fsdp: Silent[bool] = False  # shard parameters, gradients, optimizer state and EMA over all processes (FSDP2)
     stop_steps: Silent[NumberFrom0 | None] = None  # end the run at this step with a checkpoint, schedules unchanged
 
 

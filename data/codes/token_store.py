@@ -31,10 +31,13 @@ class TokenStore(Dataset):
         codes: (n, N) uint16, mapped from disk; for reading in order.
         class_ids: (n,) int32, mapped from disk.
         meta: sizes, class names and origin.
+        workers: processes that read it, by default.
 
     Raises:
         InputError: no store there, or a damaged one.
     """
+
+    workers = 2
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -56,10 +56,12 @@ class ImageDataset(Dataset):
             than this share of all are an error, once `notes` hears of them.
 
     Attributes:
+        workers: processes that read it, by default.
         notes: what this process was told about the images; who asks for batches hands on their `index` and `notes`.
     """
 
     collate = staticmethod(default_collate)
+    workers = 12
 
     def __init__(self, source: ImageSource, transform: Transform, seed: int, max_bad_fraction: float = 0.0) -> None:
         self.source, self.transform, self.seed = source, transform, seed
@@ -75,7 +77,7 @@ class ImageDataset(Dataset):
     def __getitem__(self, item: int | Visit) -> dict[str, Any]:
         """
         Returns:
-            image: what the transform gives, for training float32 (3, H, W) in [0, 1]; class_labels and index: int;
+            image: what the transform gives, uint8 (H, W, 3); class_labels and index: int;
             notes: int, the bits of `Note`; with UNREADABLE, another image and its label are in the place of this one.
 
         Raises:

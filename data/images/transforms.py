@@ -1,7 +1,8 @@
 """Crops: how an image of any size becomes the square that the tokenizer reads.
 
 A transform is a function of (image, draws): `NUM_DRAWS` uniforms in [0, 1) that belong to the image and the pass, so
-that its result does not depend on workers. The centre crop is that of ADM (openai/guided-diffusion,
+that its result does not depend on workers. It gives bytes, which are the least to send; what several crops are cut from
+is sent once. The centre crop is that of ADM (openai/guided-diffusion,
 guided_diffusion/image_datasets.py), the ten crops are those of LlamaGen and RAR: ADM centre crop to 1.1 times the size,
 then five crops and their mirror images.
 """
@@ -37,23 +38,8 @@ def adm_center_crop(image: Image.Image, size: int, resize_to: int | None = None)
     return _crop(image, (image.width - size) // 2, (image.height - size) // 2, size)
 
 
-def center_flip(image: Image.Image, size: int, resize_to: int | None = None) -> list[Image.Image]:
-    """The centre crop and its mirror image."""
-    crop = adm_center_crop(image, size, resize_to)
-    return [crop, ImageOps.mirror(crop)]
-
-
-def ten_crop(image: Image.Image, size: int) -> list[Image.Image]:
-    """Top left, top right, bottom left, bottom right and centre of ADM's centre crop to 1.1 * size; then the same of
-    its mirror image. torchvision's ten_crop gives the same; importing that takes longer than all else at the start."""
-    whole = adm_center_crop(image, int(TEN_CROP_RATIO * size))
-    end, middle = whole.width - size, round((whole.width - size) / 2)
-    places = [(0, 0), (end, 0), (0, end), (end, end), (middle, middle)]
-    return [_crop(view, *place, size) for view in (whole, ImageOps.mirror(whole)) for place in places]
-
-
 def training_transform(preprocessing: PreprocessingConfig) -> Transform:
-    """Resize, random or centre crop, random flip: an image to float32 (3, crop_size, crop_size) in [0, 1].
+    """Resize, random or centre crop, random flip: an image to uint8 (crop_size, crop_size, 3).
 
     Raises:
         InputError: the crop is larger than the resized image.
@@ -63,15 +49,29 @@ def training_transform(preprocessing: PreprocessingConfig) -> Transform:
 
 
 def pretokenize_transform(preprocessing: PreprocessingConfig) -> Transform:
-    """The crops of `pretokenize_crops`: an image to float32 (K, 3, crop_size, crop_size) in [0, 1], nothing random.
-
-    K is 1 for center, 2 for center_flip and 10 for ten_crop, which resizes by itself.
+    """What `cut_crops` cuts the crops from: an image to uint8 (S, S, 3), nothing random. S is crop_size, but 1.1 times
+    that for ten_crop, which resizes by itself.
 
     Raises:
         InputError: the crop is larger than the resized image.
     """
     _check_sizes(preprocessing)
-    return partial(_fixed_views, preprocessing=preprocessing)
+    return partial(_uncut, preprocessing=preprocessing)
+
+
+def cut_crops(images: Tensor, preprocessing: PreprocessingConfig) -> Tensor:
+    """The K crops of `pretokenize_crops` of what `pretokenize_transform` gives: (B, S, S, 3) to (B, K, size, size, 3).
+
+    ten_crop: top left, top right, bottom left, bottom right and centre, then the same of the mirror image, as
+    torchvision has it. Mirroring the five crops is not enough: the centre may lie between two pixels.
+    """
+    size, crops = preprocessing.crop_size, preprocessing.pretokenize_crops
+    end = images.shape[2] - size
+    middle = round(end / 2)
+    places = [(0, 0), (0, end), (end, 0), (end, end), (middle, middle)] if crops == "ten_crop" else [(0, 0)]
+    views = [images] if crops == "center" else [images, images.flip(2)]
+    cut = [view[:, top : top + size, left : left + size] for view in views for top, left in places]
+    return torch.stack(cut, dim=1)
 
 
 def _random_view(image: Image.Image, draws: np.ndarray, preprocessing: PreprocessingConfig) -> Tensor:
@@ -84,23 +84,14 @@ def _random_view(image: Image.Image, draws: np.ndarray, preprocessing: Preproces
         image = adm_center_crop(image, size, resize_to)
     if preprocessing.random_flip and draws[2] < 0.5:
         image = ImageOps.mirror(image)
-    return _to_tensor(image)
+    return torch.from_numpy(np.array(image))
 
 
-def _fixed_views(image: Image.Image, draws: np.ndarray, preprocessing: PreprocessingConfig) -> Tensor:
+def _uncut(image: Image.Image, draws: np.ndarray, preprocessing: PreprocessingConfig) -> Tensor:
     size, resize_to = preprocessing.crop_size, preprocessing.resize_shorter_edge
     if preprocessing.pretokenize_crops == "ten_crop":
-        crops = ten_crop(image, size)
-    elif preprocessing.pretokenize_crops == "center_flip":
-        crops = center_flip(image, size, resize_to)
-    else:
-        crops = [adm_center_crop(image, size, resize_to)]
-    return torch.stack([_to_tensor(crop) for crop in crops])
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    """float32 (3, H, W) in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float() / 255
+        size, resize_to = (int(TEN_CROP_RATIO * size),) * 2
+    return torch.from_numpy(np.array(adm_center_crop(image, size, resize_to)))
 
 
 def _crop(image: Image.Image, left: int, top: int, size: int) -> Image.Image:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from modeling.rear import ReAR
@@ -9,9 +10,27 @@ from modeling.sampling.generate import generate_images
 from modeling.sampling.image_inputs import indices_of_class
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.images import make_grid
+from utils.run.snapshot import weights_of
+from utils.run.training_run import TrainingRun
 from utils.schema import Config
 
 GRID_CLASSES, GRID_ROWS = 10, 4
+
+
+def whole_on_main(model: ReAR, run: TrainingRun) -> ReAR:
+    """The model or, if it is sharded, on rank 0 one with all its weights: sampling reads them outside of the forward
+    pass. All ranks call it."""
+    if not run.config.training.fsdp:
+        return model
+    with run.measured.clock.pause():
+        weights = weights_of(model, sharded=True)
+        if not run.world.is_main:
+            return model
+        with torch.device("meta"):
+            whole = ReAR(run.config.model)
+        on_device = {name: weight.to(run.world.device) for name, weight in weights.items()}
+        whole.load_state_dict(on_device, assign=True)
+        return whole
 
 
 def save_sample_grid(model: ReAR, tokenizer: Tokenizer, config: Config, step: int) -> Image.Image:

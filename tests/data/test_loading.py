@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from data import loading
-from data.loading import Batches
+from data.codes.token_store import TokenStore
+from data.images.reading import ImageDataset
+from data.loading import Batches, default_workers
 from utils.errors import InputError, TrainingError
 from utils.run.signals import StoppedWaitingError
 
@@ -60,6 +62,26 @@ def test_batches_come_in_order(workers: int) -> None:
     handler = signal.getsignal(signal.SIGCHLD)
     assert [batch["index"].tolist() for batch in Batches(Numbers(), ITEMS, workers)] == ITEMS
     assert signal.getsignal(signal.SIGCHLD) is handler  # torch's would raise in the middle of anything
+
+
+@pytest.mark.parametrize(
+    ("cpus", "ranks", "images", "codes"), [(4, 1, 4, 2), (64, 1, 12, 2), (64, 8, 8, 2), (1, 2, 1, 1)]
+)
+def test_workers_follow_from_the_data_and_the_cpus(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, ranks: int, images: int, codes: int
+) -> None:
+    monkeypatch.setattr(loading, "num_cpus", lambda: cpus)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert default_workers(ImageDataset.workers) == images
+    assert default_workers(TokenStore.workers) == codes
+
+
+def test_without_a_number_the_data_set_tells_it() -> None:
+    before, numbers = set(multiprocessing.active_children()), Numbers()
+    numbers.workers = 1
+    batches = Batches(numbers, ITEMS, None)
+    assert len(set(multiprocessing.active_children()) - before) == 1
+    assert len(list(batches)) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

@@ -14,7 +14,10 @@ WRONG = {
     "wrong type": ("training: {seed: abc}", "training.seed=abc: expected a whole number"),
     "missing": ("training: {seed: 1}", "experiment.output_dir: missing value"),
     "duplicate": ("training: {seed: 1}\ntraining: {seed: 2}", "line 2: found duplicate key training"),
-    "inconsistent": ("training: {fsdp: true, use_ema: true}", "training.fsdp=true: expected training.use_ema=false"),
+    "inconsistent": (
+        "experiment: {eval_samples: 8}\ntraining: {fsdp: true}\ndataset: {params: {eval_shards_path_or_url: x}}",
+        "experiment.eval_samples=8: expected training.fsdp=false",
+    ),
     "batch": (
         "training: {global_batch_size: 100, per_gpu_batch_size: 8}",
         "training.global_batch_size=100: expected a multiple of 16 = per_gpu_batch_size=8 * 2 processes",

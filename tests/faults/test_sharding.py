@@ -5,13 +5,25 @@ import re
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.distributed.tensor.debug import CommDebugMode
 
+from modeling.rear import load_generator
+from modeling.sampling.sample_grid import save_sample_grid
+from modeling.tokenizers.registry import load_tokenizer
 from tests.faults.runs import NO_DROPOUT, Run, assert_equal_runs
+from tests.modeling.test_heldout import random_model
+from tests.processes import run_ranks
+from utils.config import load_config
 from utils.errors import InputError
-from utils.ranks import World
+from utils.ranks import World, join_world
 from utils.run import sharding
+from utils.run.metrics_file import read_metrics
+from utils.run.plan import MemoryPlan
 from utils.run.status import EXIT_PREEMPTED
 
 pytestmark = pytest.mark.multiprocess
@@ -28,6 +40,12 @@ def assert_close(run: Run, oracle: Run) -> None:
 def test_a_torch_that_cannot_shard_on_a_cpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "SHARDS_ON_CPU", False)
     with pytest.raises(InputError, match=r"training\.fsdp=true: torch .* shards on GPUs only, found a CPU"):
+        sharding.parallelize(torch.nn.Linear(1, 1), [], World(0, 2, torch.device("cpu")), fsdp=True)
+
+
+@ON_CPU
+def test_one_process_has_nothing_to_shard() -> None:
+    with pytest.raises(InputError, match=r"training\.fsdp=true: found one process, expected several"):
         sharding.parallelize(torch.nn.Linear(1, 1), [], World(0, 1, torch.device("cpu")), fsdp=True)
 
 
@@ -63,6 +81,94 @@ def test_a_run_moves_between_sharded_and_replicated(
     )
     run.completed("training.per_gpu_batch_size=8")
     assert_close(run, plain_oracle)
+
+
+@ON_CPU
+def test_ema_grids_and_heldout_losses_are_those_of_replicated_training(
+    pair_arguments: list[str], tiny_config_file: Path, tmp_path: Path
+) -> None:
+    """Held-out losses are computed between updates of the EMA, which must not see what they leave behind."""
+    arguments = [
+        *(*pair_arguments, *NO_DROPOUT, "training.use_ema=true", "training.ema_decay=0.5"),
+        *("training.gradient_accumulation_steps=2", "training.per_gpu_batch_size=2", "experiment.generate_every=6"),
+        *("experiment.eval_every=1", f"dataset.params.eval_pretokenization={tiny_config_file.parent / 'codes.jsonl'}"),
+    ]
+    replicated = Run(arguments, tmp_path / "replicated").completed(processes=2)
+    sharded = Run([*arguments, "training.fsdp=true"], tmp_path / "sharded")
+    sharded("training.stop_steps=5", processes=2)
+    sharded.completed(processes=2)
+    assert_close(sharded, replicated)
+    rows = [
+        [row for row in read_metrics(run.folder / "metrics.jsonl") if "val/ar_loss" in row]
+        for run in (sharded, replicated)
+    ]
+    assert len(rows[0]) == 12
+    for ours, theirs in zip(*rows, strict=True):
+        assert ours["val/ar_loss"] == pytest.approx(theirs["val/ar_loss"], abs=1e-5)
+        assert ours["val/ar_loss_noisy"] == pytest.approx(theirs["val/ar_loss_noisy"], abs=1e-5)
+    emas = [load_file(run.folder / "checkpoint-12/ema.safetensors") for run in (sharded, replicated)]
+    torch.testing.assert_close(*emas, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(emas[0]["lm_head.weight"], sharded.tensors()["lm_head.weight"])
+
+    config = load_config([*sharded.arguments, f"experiment.output_dir={tmp_path}"])
+    whole = load_generator(sharded.folder / "checkpoint-12/ema.safetensors", config.model)
+    expected = save_sample_grid(whole, load_tokenizer(config), config, 12)
+    for step in (6, 12):
+        assert (sharded.folder / f"train_generated_images/{step:07d}.png").is_file()
+    found = Image.open(sharded.folder / "train_generated_images/0000012.png")
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(("micro_steps", "share"), [(1, 0.25), (2, 1)])
+def test_the_plan_tells_whole_gradients_under_accumulation(micro_steps: int, share: float) -> None:
+    module = torch.nn.Linear(3, 5)
+    optimizers = {"optimizer": (module, torch.optim.AdamW(module.parameters()))}
+    plan = MemoryPlan.of({"model": module}, optimizers, 4, None, micro_steps)
+    assert plan.parts == {"weights": 20, "gradients": 80 * share, "optimizer": 40}
+
+
+def train_two_steps(arguments: list[str], output: Path, fsdp: bool, precision: str) -> None:
+    """With accumulation of 3; writes losses, what was sent in each step, and the precision of a weight in its use."""
+    config, types = load_config([*arguments, "experiment.output_dir=unused"]), []
+    with join_world() as world:
+        model, bf16 = random_model(config), precision == "bf16"
+        parallel = sharding.parallelize(model, model.blocks, world, fsdp, bf16)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model.blocks[1].attn.qkv.register_forward_pre_hook(lambda module, _: types.append(str(module.weight.dtype)))
+        random, losses, sent = torch.Generator().manual_seed(world.rank), [], []
+        for _ in range(2):
+            with CommDebugMode() as communication:
+                for micro_step in range(3):
+                    codes, labels = torch.randint(24, (2, 16), generator=random), torch.tensor([0, 1])
+                    with sharding.accumulating(parallel, micro_step == 2):
+                        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                            output_ = parallel(codes, labels)
+                        loss = sum(
+                            x.float().square().mean() for x in (output_.logits, output_.encode_z, output_.decode_z)
+                        )
+                        loss.backward()
+                    losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+            sent.append({str(name): count for name, count in communication.get_comm_counts().items()})
+        torch.save({"losses": losses, "sent": sent, "types": types}, f"{output}.{world.rank}")
+
+
+@ON_CPU
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_gradients_are_exchanged_once_per_step_and_blocks_are_gathered_in_the_precision(
+    tiny_arguments: list[str], tmp_path: Path, precision: str, checkpointing: bool
+) -> None:
+    arguments = [*tiny_arguments, f"model.generator.use_checkpoint={checkpointing}"]
+    for name, fsdp in (("sharded", True), ("replicated", False)):
+        run_ranks(train_two_steps, arguments, tmp_path / name, fsdp, precision, processes=2)
+    for rank in range(2):
+        ours, theirs = torch.load(tmp_path / f"sharded.{rank}"), torch.load(tmp_path / f"replicated.{rank}")
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-5)
+        assert set(ours["types"]) == {"torch.bfloat16" if precision == "bf16" else "torch.float32"}
+        for step in ours["sent"]:
+            assert sum(count for name, count in step.items() if "reduce_scatter" in name) == 3  # 2 blocks, the rest
 
 
 @ON_CPU

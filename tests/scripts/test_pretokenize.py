@@ -15,7 +15,7 @@ from PIL import Image
 
 from data.codes.token_store import TokenStore, open_tokens
 from data.images.reading import open_images
-from data.images.transforms import ten_crop
+from data.images.transforms import adm_center_crop
 from modeling.tokenizers.registry import load_tokenizer
 from scripts import pretokenize
 from tests.conftest import make_noise_images
@@ -60,7 +60,7 @@ def test_codes_are_those_of_the_crops_in_order(
     tokenizer = load_tokenizer(config)
     expected = []
     for path in sorted(images.rglob("*.png")):
-        for crop in ten_crop(Image.open(path), 16):
+        for crop in F.ten_crop(adm_center_crop(Image.open(path), 17), 16):
             expected.append(tokenizer.encode(F.to_tensor(crop)[None])[0])
     np.testing.assert_array_equal(store.codes, torch.stack(expected))
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils.images import GRID_GAP, make_grid, to_uint8
+from utils.images import GRID_GAP, make_grid, to_float, to_uint8
 
 
 def test_rules() -> None:
@@ -22,9 +22,16 @@ def test_channels_come_last() -> None:
     np.testing.assert_array_equal(bytes_, np.arange(120).reshape(2, 3, 4, 5).transpose(0, 2, 3, 1))
 
 
-def test_bytes_survive_both_ways() -> None:
-    pixels = torch.arange(256, dtype=torch.float32).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
-    np.testing.assert_array_equal(to_uint8(pixels / 255, "round")[0, ..., 0].ravel(), np.arange(256))
+def test_all_bytes_become_the_nearest_floats_and_survive_both_ways() -> None:
+    pixels = (torch.arange(256 * 3) % 256).to(torch.uint8).reshape(1, 16, 16, 3)
+    images = to_float(pixels)
+    assert images.dtype == torch.float32
+    assert images.is_contiguous()
+    exact = pixels.double() / 255
+    assert torch.equal(images, exact.float().permute(0, 3, 1, 2))
+    assert torch.equal(images, (pixels.permute(0, 3, 1, 2).float() / 255).contiguous())  # as on a CPU
+    assert not torch.equal(images, pixels.permute(0, 3, 1, 2).float() * (1 / torch.tensor(255.0)))  # as on a GPU
+    np.testing.assert_array_equal(to_uint8(images, "round"), pixels)
 
 
 def test_grid() -> None:

@@ -27,19 +27,26 @@ class MemoryPlan:
 
     @classmethod
     def of(
-        cls, modules: Mapping[str, nn.Module], optimizers: Optimizers, shards: int, activation_bytes: float | None
+        cls,
+        modules: Mapping[str, nn.Module],
+        optimizers: Optimizers,
+        shards: int,
+        activation_bytes: float | None,
+        micro_steps: int = 1,
     ) -> "MemoryPlan":
         """
         Args:
             modules: as in a checkpoint, not sharded yet or sharded.
             shards: over so many devices they are sharded.
             activation_bytes: of a micro-batch, estimated; None: not told.
+            micro_steps: with more than one, gradients are whole between them.
         """
         sizes = {name: _num_bytes(module.state_dict().values()) for name, module in modules.items()}
         gradients = sum(_num_bytes(module.parameters()) for module, _ in optimizers.values())
         parts: dict[str, float] = {"weights": sizes[MODEL], "gradients": gradients, "optimizer": MOMENTS * gradients}
         parts |= {name: size for name, size in sizes.items() if name != MODEL}
-        parts = {name: size / shards for name, size in parts.items()}
+        whole = {"gradients"} if micro_steps > 1 else set()
+        parts = {name: size if name in whole else size / shards for name, size in parts.items()}
         if activation_bytes is not None:
             parts["activations"] = activation_bytes
         parameters = sum(p.numel() for p in modules[MODEL].parameters())

@@ -1,14 +1,14 @@
 """One model on several processes: replicated (DDP) or cut into slices (FSDP2).
 
 FSDP with torch's own `fully_shard`, not with accelerate's plugin: that one is silently ignored on CPU, where it could
-not be tested. The numbers are those of a replicated model.
+not be tested. The numbers are those of a replicated model, to rounding.
 """
 
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,25 +18,35 @@ from utils.ranks import World
 SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 
-def parallelize(model: nn.Module, blocks: Iterable[nn.Module], world: World, fsdp: bool) -> nn.Module:
+def parallelize(
+    model: nn.Module, blocks: Iterable[nn.Module], world: World, fsdp: bool, bf16: bool = False
+) -> nn.Module:
     """What to call for the forward pass; to be made before the optimizer is.
 
     Args:
         blocks: units of FSDP: one after another, each has its whole parameters on every device for a moment.
         fsdp: shard parameters, gradients and optimizer state over all processes, in place; else average the gradients.
+        bf16: the forward pass is under autocast, which casts the linear layers of the blocks: sharded, these are sent
+            in bf16. Norms, embeddings and gradients are sent in float32.
 
     Raises:
-        InputError: sharding on a CPU by a torch that cannot (2.6).
+        InputError: sharding by one process, or on a CPU by a torch that cannot (2.6).
     """
     if fsdp and world.device.type == "cpu" and not SHARDS_ON_CPU:
         raise InputError(f"training.fsdp=true: torch {torch.__version__} shards on GPUs only, found a CPU")
+    if fsdp and world.size == 1:
+        raise InputError("training.fsdp=true: found one process, expected several")
     if fsdp:
+        # Their outputs are views, which would be wrong to change in place; nothing does.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         from torch.distributed.device_mesh import init_device_mesh  # here, for both take a while
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        mesh = init_device_mesh(world.device.type, (dist.get_world_size(),))
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        in_bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for block in blocks:  # the rest is small, and stays whole from forward to backward pass
+            linears: list[nn.Module] = [module for module in block.modules() if isinstance(module, nn.Linear)]
+            fully_shard(linears, mesh=mesh, mp_policy=in_bf16 if bf16 else MixedPrecisionPolicy())
         fully_shard(model, mesh=mesh)
         return model
     if world.size == 1:
@@ -45,7 +55,10 @@ def parallelize(model: nn.Module, blocks: Iterable[nn.Module], world: World, fsd
 
 
 def accumulating(model: nn.Module, is_last: bool) -> AbstractContextManager:
-    """Around forward and backward of a micro-batch: gradients are exchanged in the last one of a step only."""
+    """Around forward and backward of a micro-batch: gradients are exchanged in the last one of a step only. Sharded,
+    each rank holds whole gradients until then."""
+    if hasattr(model, "set_requires_gradient_sync"):  # under FSDP
+        model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
     return nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 

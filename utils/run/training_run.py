@@ -149,7 +149,7 @@ class TrainingRun:
             prepare_run_folder(self.config)
             set_aside(self._start)
         of_micro_batch = activation_bytes and activation_bytes * training.per_gpu_batch_size
-        plan = MemoryPlan.of(modules, optimizers, self.world.size if sharded else 1, of_micro_batch)
+        plan = MemoryPlan.of(modules, optimizers, self.world.size if sharded else 1, of_micro_batch, self.micro_steps)
         so_far = self.state.skipped_images, self.state.trained_s
         self.measured = Measurements(self.world, self.global_batch_size, *so_far, flops_per_image)
         self.reporter = Reporter(self.config, self.world, self._status, self.state, plan, self.measured.clock)

@@ -3,17 +3,12 @@
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.functional as F
 from PIL import Image
 
-from data.images.transforms import (
-    NUM_DRAWS,
-    adm_center_crop,
-    center_flip,
-    pretokenize_transform,
-    ten_crop,
-    training_transform,
-)
+from data.images.transforms import NUM_DRAWS, adm_center_crop, cut_crops, pretokenize_transform, training_transform
 from utils.errors import InputError
+from utils.images import to_float
 from utils.schema import PreprocessingConfig
 
 
@@ -51,38 +46,35 @@ def test_resize_to_keeps_a_margin() -> None:
     np.testing.assert_array_equal(np.asarray(adm_center_crop(image, 32, resize_to=40)), np.asarray(image)[4:36, 4:36])
 
 
-def test_ten_crop_places() -> None:
-    size, whole = 20, 22  # int(1.1 * 20)
-    image = noise(whole, whole)
-    pixels = np.asarray(image)
-    mirrored = pixels[:, ::-1]
-    corners = [(0, 0), (0, 2), (2, 0), (2, 2), (1, 1)]
-    expected = [p[y : y + size, x : x + size] for p in (pixels, mirrored) for y, x in corners]
-    crops = ten_crop(image, size)
-    assert len(crops) == 10
-    for crop, pixels in zip(crops, expected, strict=True):
-        np.testing.assert_array_equal(np.asarray(crop), pixels)
-    assert ten_crop(noise(400, 300), 256)[0].size == (256, 256)
+def crops_of(image: Image.Image, preprocessing: PreprocessingConfig) -> torch.Tensor:
+    """Float crops (K, 3, H, W), as the tokenizer gets them."""
+    sent = pretokenize_transform(preprocessing)(image, np.zeros(NUM_DRAWS))
+    assert sent.dtype == torch.uint8
+    return to_float(cut_crops(sent[None], preprocessing)[0])
+
+
+@pytest.mark.parametrize("size", [20, 16, 24])  # of 22, 17 and 26 pixels: the centre of 17 lies between two pixels
+def test_ten_crop_is_torchvisions_to_the_bit(size: int) -> None:
+    image = noise(50, 40)
+    whole = adm_center_crop(image, int(1.1 * size))
+    expected = torch.stack([F.to_tensor(crop) for crop in F.ten_crop(whole, size)])
+    crops = crops_of(image, PreprocessingConfig(32, size, pretokenize_crops="ten_crop"))
+    assert crops.is_contiguous()
+    assert torch.equal(crops, expected)
 
 
 def test_center_flip() -> None:
-    crop, mirrored = (np.asarray(image) for image in center_flip(noise(32, 32), 32))
-    np.testing.assert_array_equal(mirrored, crop[:, ::-1])
-
-
-@pytest.mark.parametrize(("crops", "count"), [("center", 1), ("center_flip", 2), ("ten_crop", 10)])
-def test_pretokenize_transform(crops: str, count: int) -> None:
-    transform = pretokenize_transform(PreprocessingConfig(32, 32, pretokenize_crops=crops))
-    images = transform(noise(50, 40), np.zeros(NUM_DRAWS))
-    assert images.shape == (count, 3, 32, 32)
-    assert images.dtype == torch.float32
-    assert 0 <= images.min() < images.max() <= 1
+    image = noise(50, 40)
+    both = crops_of(image, PreprocessingConfig(36, 32, pretokenize_crops="center_flip"))
+    assert torch.equal(both[0], F.to_tensor(adm_center_crop(image, 32, 36)))
+    assert torch.equal(both[1], both[0].flip(-1))
+    assert torch.equal(crops_of(image, PreprocessingConfig(36, 32, pretokenize_crops="center")), both[:1])
 
 
 def test_training_transform_of_a_fitting_tile_is_the_identity() -> None:
     image = noise(64, 64)
     result = training_transform(PreprocessingConfig(64, 64, False, False))(image, np.zeros(NUM_DRAWS))
-    torch.testing.assert_close(result, torch.from_numpy(np.asarray(image) / np.float32(255)).permute(2, 0, 1))
+    np.testing.assert_array_equal(result, np.asarray(image))
 
 
 def test_random_crop_and_flip_are_uniform() -> None:
@@ -92,7 +84,7 @@ def test_random_crop_and_flip_are_uniform() -> None:
     rng = np.random.default_rng(0)
     seen = {}
     for _ in range(1200):
-        corner = tuple((transform(image, rng.random(NUM_DRAWS))[0, 0] * 255).round().int().tolist())
+        corner = tuple(transform(image, rng.random(NUM_DRAWS))[0, :, 0].tolist())
         seen[corner] = seen.get(corner, 0) + 1
     straight = {(y * 4 + x, y * 4 + x + 1) for y in range(2) for x in range(3)}
     assert set(seen) == straight | {pair[::-1] for pair in straight}
