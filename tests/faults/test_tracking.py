@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from PIL import Image
 
-import wandb
 from scripts import train_rear
 from tests.faults.runs import CURVES, Run
 from tests.faults.wandb_server import WandbServer, read_log
