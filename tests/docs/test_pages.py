@@ -113,3 +113,12 @@ def test_overrides_in_tables_load() -> None:
     assert len(known) >= 10
     for row in known:
         load_config(["experiment.output_dir=unused", *row])
+
+
+def test_the_quick_start_in_the_readme_is_the_one_that_was_kept() -> None:
+    report = (ROOT / "docs/results/quickstart/report.txt").read_text()
+    readme = (ROOT / "README.md").read_text()
+    rows = re.findall(r"^\| (?:quick start|the same)[^|]*\|([^|]*)\| measured here", readme, re.MULTILINE)
+    numbers = [number for row in rows for number in re.findall(r"\d+\.\d+", row)]
+    assert len(numbers) == 12
+    assert [number for number in numbers if number not in report] == []
