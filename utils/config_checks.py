@@ -73,6 +73,7 @@ def check_fields(config: Config) -> None:
     """
     _check_vq_model(config.model.vq_model)
     _check_generator(config.model.generator)
+    profiled_steps(config.training)
     experiment = config.experiment
     if experiment.init_from is not None and experiment.resume not in ("auto", "true", "false"):
         raise ConfigError(
@@ -130,6 +131,19 @@ def check_training(config: Config) -> None:
         raise ConfigError(
             f"training.stop_steps={training.stop_steps}: expected at most max_train_steps={training.max_train_steps}"
         )
+
+
+def profiled_steps(training: TrainingConfig) -> range:
+    """Numbers of the steps of `training.profile`, from 0; empty: none.
+
+    Raises:
+        ConfigError: it is no range.
+    """
+    start, _, stop = (training.profile or "0:0").partition(":")
+    steps = range(int(start), int(stop)) if start.isdecimal() and stop.isdecimal() else range(0)
+    if training.profile is not None and not steps:
+        raise ConfigError(f"training.profile={training.profile}: expected START:STOP, two numbers of steps, as 100:103")
+    return steps
 
 
 def accumulation_steps(training: TrainingConfig, world_size: int) -> int:

@@ -1,5 +1,6 @@
-"""The precision of float32 matrix products on NVIDIA GPUs."""
+"""How NVIDIA GPUs compute: the precision of float32 matrix products, and with the same bits each time or not."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,3 +23,26 @@ def matmul_precision(tf32: bool) -> Iterator[None]:
     finally:
         for backend, allowed in zip(backends, before, strict=True):
             backend.allow_tf32 = allowed
+
+
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Inside, the same computation gives the same bits each time, or may not, which is faster. An operation that cannot
+    is a RuntimeError then, on a CPU too. What was set before holds again afterwards.
+
+    Entered first before CUDA is used: cuBLAS reads CUBLAS_WORKSPACE_CONFIG once.
+    """
+    cudnn, variable = torch.backends.cudnn, "CUBLAS_WORKSPACE_CONFIG"
+    before, workspace = (cudnn.deterministic, cudnn.benchmark), os.environ.get(variable)
+    mode = torch.get_deterministic_debug_mode()  # off, warn or error
+    try:
+        torch.use_deterministic_algorithms(wanted)
+        cudnn.deterministic, cudnn.benchmark = wanted, cudnn.benchmark and not wanted
+        if wanted:
+            os.environ.setdefault(variable, ":4096:8")
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        cudnn.deterministic, cudnn.benchmark = before
+        if workspace is None:
+            os.environ.pop(variable, None)

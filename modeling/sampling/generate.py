@@ -29,6 +29,7 @@ from modeling.sampling.step_graph import StepGraphs
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config_checks import check_generator_ranges
 from utils.errors import NonFiniteError
+from utils.precision import deterministic
 from utils.schema import Config, GeneratorConfig
 
 
@@ -225,6 +226,7 @@ def generate(model: ReAR, class_labels: Tensor, uniforms: Tensor, config: Genera
     return codes
 
 
+@deterministic(False)  # CUDA counts no cumulative sum as deterministic; along rows, as here, they are
 def generate_images(model: ReAR, tokenizer: Tokenizer, indices: list[int], config: Config) -> np.ndarray:
     """The images with these indices, in float32; see `image_inputs` for what they depend on.
 

@@ -1,10 +1,11 @@
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from utils.precision import matmul_precision
+from utils.precision import deterministic, matmul_precision
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("utils", "modeling", "data", "evaluation", "scripts")
@@ -30,6 +31,35 @@ def test_it_holds_inside_and_the_former_setting_afterwards(tf32: bool) -> None:
             fail()
         assert flags() == (not tf32, not tf32)
     assert flags() == before
+
+
+def state() -> tuple:
+    cudnn = torch.backends.cudnn
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    return torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark, workspace
+
+
+def put() -> None:
+    torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))  # has no deterministic algorithm
+
+
+def test_determinism_holds_inside_and_can_be_lifted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert state() == (False, False, True, None)
+    with deterministic(True):
+        assert state() == (True, True, False, ":4096:8")
+        with deterministic(False):
+            assert state() == (False, False, False, ":4096:8")
+            put()
+        assert state() == (True, True, False, ":4096:8")
+        with pytest.raises(RuntimeError, match="deterministic"):
+            put()
+    assert state() == (False, False, True, None)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    with deterministic(True):
+        assert state()[-1] == ":16:8"
+    assert state()[-1] == ":16:8"
 
 
 def test_nothing_else_sets_it() -> None:

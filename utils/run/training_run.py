@@ -17,7 +17,7 @@ from utils.errors import TrainingError
 from utils.faults import fault_point
 from utils.files.lock import only_writer
 from utils.files.weights import save_weights
-from utils.precision import matmul_precision
+from utils.precision import deterministic, matmul_precision
 from utils.ranks import ignored_launcher_settings, join_world
 from utils.run.compatibility import check_same_run, flatten
 from utils.run.due import Due
@@ -27,6 +27,7 @@ from utils.run.guard import StepGuard
 from utils.run.manifest import Provenance, TrainingData
 from utils.run.measurements import Measurements
 from utils.run.plan import MemoryPlan
+from utils.run.profiling import profiled
 from utils.run.reporter import Reporter
 from utils.run.resume import find_start, last_step, load_start, set_aside, starting_state
 from utils.run.saver import CheckpointSaver
@@ -82,6 +83,7 @@ class TrainingRun:
     def __enter__(self) -> "TrainingRun":
         training, experiment = self.config.training, self.config.experiment
         with ExitStack() as exits:
+            exits.enter_context(deterministic(training.deterministic))
             limits = training.launch_timeout, training.process_group_timeout
             self.world = exits.enter_context(join_world(*limits, self.output_dir))
             facts = code_facts()
@@ -166,13 +168,13 @@ class TrainingRun:
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a progress bar on a terminal."""
-        remaining, disable = self.remaining, None if self.world.is_main else True
-        bar = tqdm(remaining, initial=remaining.start, total=remaining.stop, disable=disable)
+        remaining = self.remaining
+        bar = tqdm(remaining, initial=remaining.start, total=remaining.stop, disable=not self.world.is_main or None)
         collect = self._exits.enter_context(collected_between_steps())
         hang = stacks_of_a_hang(self.config.training.process_group_timeout)
         with bar, hang as rearm, nullcontext() if bar.disable else logging_redirect_tqdm([self.logger]):
             self.measured.clock.start()
-            for step in bar:
+            for step in profiled(bar, self.config, self.world, self.logger):
                 rearm()
                 collect(step)
                 fault_point("step", step)

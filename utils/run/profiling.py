@@ -1,0 +1,53 @@
+"""A trace of some steps and, on a GPU, where its memory went: with torch's own profiler."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch.profiler import profile, record_function
+
+from utils.config import Config
+from utils.config_checks import profiled_steps
+from utils.ranks import World
+from utils.run.folder import going_on
+
+
+def profiled(steps: Iterable[int], config: Config, world: World, logger: logging.Logger) -> Iterator[int]:
+    """The same steps; on rank 0 those of `training.profile` are recorded, with all that is done until the next begins.
+
+    After the last of them, or at the end of the run, `<output_dir>/profile/trace.json.gz` is written (for
+    chrome://tracing or https://ui.perfetto.dev; "step 3" spans what step 3 does), and on a GPU `memory.pickle` (for
+    https://pytorch.org/memory_viz).
+    """
+    wanted = profiled_steps(config.training) if world.is_main else range(0)
+    folder, numbers = Path(config.experiment.output_dir, "profile"), iter(steps)
+    for step in numbers:
+        if step not in wanted:
+            yield step
+            continue
+        with _recorded(folder, logger):
+            for recorded in chain([step], numbers):
+                with record_function(f"step {recorded}"):
+                    yield recorded
+                if recorded + 1 not in wanted:
+                    break
+
+
+@contextmanager
+def _recorded(folder: Path, logger: logging.Logger) -> Iterator[None]:
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.memory._record_memory_history()
+    try:
+        with profile() as trace:
+            yield
+    finally:
+        with going_on(logger, f"profile in {folder}"):
+            folder.mkdir(exist_ok=True)
+            if on_gpu:
+                torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
+                torch.cuda.memory._record_memory_history(enabled=None)
+            trace.export_chrome_trace(str(folder / "trace.json.gz"))
