@@ -29,7 +29,7 @@ def begin(run: TrainingRun) -> nn.Linear:
 
 
 def save_twice(arguments: list[str]) -> None:
-    with TrainingRun(load_config(arguments)) as run:
+    with TrainingRun(load_config(arguments), "less") as run:
         model = begin(run)
         for _ in run.steps():
             run.count_step()
@@ -64,7 +64,7 @@ def test_garbage_waits_for_its_step() -> None:
 
 
 def fail_in_a_step(arguments: list[str]) -> None:
-    with TrainingRun(load_config(arguments)) as run:
+    with TrainingRun(load_config(arguments), "less") as run:
         begin(run)
         for _ in run.steps():
             assert not gc.isenabled()
