@@ -198,7 +198,7 @@ class TrainingConfig:
     launch_timeout: Silent[Count] = 120  # seconds in which all processes must have met
     process_group_timeout: Silent[Count] = 600  # seconds after which a rank that does not answer is taken for dead
     fsdp: Silent[bool] = False  # shard parameters, gradients, optimizer state and EMA over all processes (FSDP2)
-    # START:STOP: record a trace of the steps between these two to <output_dir>/profile/, on rank 0; null: none
+    # START:STOP: a trace of the steps from START to STOP - 1, counted from 0, in <output_dir>/profile/; null: none
     profile: Silent[str | None] = None
     deterministic: bool = False  # the same bits each time on a GPU too, slower
     stop_steps: Silent[NumberFrom0 | None] = None  # end the run at this step with a checkpoint, schedules unchanged

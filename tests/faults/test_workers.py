@@ -112,8 +112,9 @@ MAY_MOUNT = subprocess.run(["unshare", "-rm", "sh", "-c", SMALL, "-", "true"], c
 
 
 @pytest.mark.skipif(not MAY_MOUNT, reason="may not mount a small /dev/shm")
-def test_small_shared_memory_is_named(images: Path, tiny_arguments: list[str]) -> None:
-    large = [*tiny_arguments, "training.per_gpu_batch_size=160"]
+def test_small_shared_memory_is_named(tmp_path: Path, tiny_arguments: list[str]) -> None:
+    images = make_noise_images(tmp_path / "many", 150, 16, 16)
+    large = [*tiny_arguments, "training.per_gpu_batch_size=3000"]  # 300 images of 17 x 17 x 3 bytes
     status, output = start("pretokenize", images, large, 4, "unshare", "-rm", "sh", "-c", SMALL, "-")
     assert status == 1
     assert output.splitlines()[-1].startswith("error: shared memory (/dev/shm) is full")

@@ -49,5 +49,6 @@ def _recorded(folder: Path, logger: logging.Logger) -> Iterator[None]:
             folder.mkdir(exist_ok=True)
             if on_gpu:
                 torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
-                torch.cuda.memory._record_memory_history(enabled=None)
             trace.export_chrome_trace(str(folder / "trace.json.gz"))
+        if on_gpu:
+            torch.cuda.memory._record_memory_history(enabled=None)
