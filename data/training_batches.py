@@ -121,6 +121,7 @@ class WithUniforms(Dataset):
 
     def __init__(self, dataset: TrainingSet, seed: int, width: int) -> None:
         self.dataset, self.seed, self.width = dataset, seed, width
+        self.workers = dataset.workers
 
     def __getitems__(self, items: MicroBatch) -> Batch:
         batch = read_batch(self.dataset, items)
