@@ -2,9 +2,8 @@
 
 A transform is a function of (image, draws): `NUM_DRAWS` uniforms in [0, 1) that belong to the image and the pass, so
 that its result does not depend on workers. It gives bytes, which are the least to send; what several crops are cut from
-is sent once. The centre crop is that of ADM (openai/guided-diffusion,
-guided_diffusion/image_datasets.py), the ten crops are those of LlamaGen and RAR: ADM centre crop to 1.1 times the size,
-then five crops and their mirror images.
+is sent once. The centre crop is that of ADM (openai/guided-diffusion, guided_diffusion/image_datasets.py), the ten
+crops are those of LlamaGen and RAR: ADM centre crop to 1.1 times the size, then five crops and their mirror images.
 """
 
 from collections.abc import Callable

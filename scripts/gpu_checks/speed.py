@@ -11,6 +11,7 @@ from scripts.gpu_checks.project import batch_size
 
 
 def benchmark(command: str, options: str) -> dict[str, Any]:
+    """What it measures; its gate raises, and the part fails, where what is measured computes something else."""
     module, parser = importlib.import_module(f"scripts.benchmarks.{command}"), ArgumentParser()
     module.add_arguments(parser)
     return module.run(parser.parse_args(options.split()))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Times:
-    """Of the steps since the last line of the log; all in seconds.
+    """Of the steps since the last line of the log, in seconds.
 
     The first step after a start is in none of them but `pauses`: it compiles, allocates and fills caches.
     """
@@ -56,12 +56,13 @@ class StepClock:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Around what interrupts training between two steps."""
-        begun = time.perf_counter()
+        """Around what interrupts training between two steps; a pause within a pause counts once."""
+        begun, inner = time.perf_counter(), -self._interval.pauses
         try:
             yield
         finally:
-            paused = time.perf_counter() - begun
+            inner += self._interval.pauses
+            paused = time.perf_counter() - begun - inner
             self._interval.pauses += paused
             self._step_started += paused
 

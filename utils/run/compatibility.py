@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from utils.config import flat
 from utils.errors import InputError
 from utils.keys import KEYS
 from utils.marks import MAY_CHANGE, SILENT
@@ -60,14 +61,6 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
     """By dotted key: `key=new, was old`, for keys that both have."""
-    old, new = flatten(old), flatten(new)
+    old, new = dict(flat(old)), dict(flat(new))
     common = [key for key in new if key in old and old[key] != new[key]]
     return {key: f"{key}={new[key]}, was {old[key]}" for key in common}
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections to dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat

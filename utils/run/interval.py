@@ -59,20 +59,16 @@ class IntervalMeans:
             further numbers of each rank: size x K.
         """
         numbers = torch.zeros(self.world.size, len(of_rank), dtype=torch.float64)
-        numbers[self.world.rank] = torch.tensor(of_rank)
-        largest = (
-            self._largest_norm.double()
-            if self.world.is_main
-            else torch.zeros((), dtype=torch.float64, device=self.world.device)
-        )
-        parts = [self._sums.flatten(), largest[None], numbers.flatten().to(self.world.device)]
-        reduced = self.world.sum(torch.cat(parts)).cpu().split([len(part) for part in parts])
+        numbers[self.world.rank] = torch.tensor(of_rank, dtype=torch.float64)
+        summed = self.world.sum(torch.cat([self._sums.flatten(), numbers.flatten().to(self.world.device)]))
+        largest = self._largest_norm.double()[None]  # equal on all ranks
+        reduced = torch.cat([summed, largest]).cpu().split([self._sums.numel(), numbers.numel(), 1])
         totals, counts = reduced[0].view(2, -1)
         means = dict(zip(self._names, (totals / counts).tolist(), strict=True))
         if self._names:
-            means[GRAD_NORM + "_max"] = float(reduced[1]) if reduced[1] > -torch.inf else torch.nan
+            means[GRAD_NORM + "_max"] = float(reduced[2]) if reduced[2] > -torch.inf else torch.nan
         self._clear()
-        return means, reduced[2].view(numbers.shape).tolist()
+        return means, reduced[1].view(numbers.shape).tolist()
 
 
 def _ratio(value: Tensor | Ratio, one: Tensor) -> Ratio:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from utils.config import Config
+from utils.config import Config, flat
 from utils.config_checks import accumulation_steps
 from utils.errors import TrainingError
 from utils.faults import fault_point
@@ -19,7 +19,7 @@ from utils.files.lock import only_writer
 from utils.files.weights import save_weights
 from utils.precision import deterministic, matmul_precision
 from utils.ranks import ignored_launcher_settings, join_world
-from utils.run.compatibility import check_same_run, flatten
+from utils.run.compatibility import check_same_run
 from utils.run.due import Due
 from utils.run.folder import code_facts, going_on, prepare_run_folder
 from utils.run.garbage import collected_between_steps
@@ -87,11 +87,10 @@ class TrainingRun:
             limits = training.launch_timeout, training.process_group_timeout
             self.world = exits.enter_context(join_world(*limits, self.output_dir))
             facts = code_facts()
-            self.world.agree("config and code", flatten(asdict(self.config)) | facts)
+            self.world.agree("config and code", dict(flat(asdict(self.config))) | facts)
             self._code = facts["code"]
             self.world.from_main(lambda: exits.enter_context(only_writer(self.output_dir, inside=True)))
-            limit_s = training.process_group_timeout
-            self._status = StatusKeeper(self.output_dir, self.world, limit_s, self._saving_memory)
+            self._status = StatusKeeper(self.output_dir, self.world, limits[1], self._saving_memory)
             exits.callback(self._end_reports)
             exits.push(self._status.note_end)
             exits.enter_context(matmul_precision(training.enable_tf32))
@@ -260,9 +259,10 @@ class TrainingRun:
 
     def keep_weights(self, name: str) -> None:
         """Write the weights of a module to `<output_dir>/weights/<step>.safetensors`; nothing deletes them."""
-        with self.measured.clock.pause(), going_on(self.logger, f"weights of step {self.state.global_step}"):
-            self.export(name, f"weights/{self.state.global_step:07d}.safetensors")
-        self.world.barrier()  # without a limit, which the writing may exceed
+        with self.measured.clock.pause():
+            with going_on(self.logger, f"weights of step {self.state.global_step}"):
+                self.export(name, f"weights/{self.state.global_step:07d}.safetensors")
+            self.world.barrier()  # without a limit, which the writing may exceed
 
     def export(self, name: str, file: str = FINAL_FILE) -> None:
         """Write the weights of a module to a file in the run folder, for sampling; rank 0 does."""

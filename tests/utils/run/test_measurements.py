@@ -84,7 +84,9 @@ def test_the_time_of_steps_pauses_and_waiting(monkeypatch: pytest.MonkeyPatch) -
     time_of.pass_by(50)  # the first step
     clock.step_done()
     with clock.pause():
-        time_of.pass_by(7)
+        time_of.pass_by(3)
+        with clock.pause():  # within another one
+            time_of.pass_by(4)
     for _ in range(4):
         with clock.waiting():
             time_of.pass_by(0.5)
