@@ -1,9 +1,10 @@
 """Which rank sees which sample at which step: a function of (seed, step) alone.
 
 The samples of all steps form one endless sequence: pass after pass over the data, each in an order of its own. A step
-takes the next G samples, G being the global batch, and cuts them into equal slices for ranks and micro-batches. So the
-order does not depend on the number of processes, no sample is left out at the end of a pass, and the position in the
-data is the step.
+takes the next G samples, G being the global batch, and cuts them into equal slices for ranks and micro-batches. The
+place of a sample among these G is the key of its random numbers, whatever slice it is in. So what a step computes does
+not depend on the number of processes, no sample is left out at the end of a pass, and the position in the data is the
+step.
 
 Our own, for torch's DistributedSampler pads or drops at the end of a pass and its order depends on the number of
 processes, and the skipping of accelerate and torchdata reads or stores what here is a function of the step.
@@ -31,11 +32,11 @@ def as_visit(item: int | Visit) -> Visit:
 
 
 class MicroBatch(list[Visit]):
-    """The samples of one forward pass, with their step and the place of the first one in the global batch."""
+    """The samples of one forward pass, with their step and their places (B,) in the global batch."""
 
-    def __init__(self, visits: Iterable[Visit], step: int, first: int) -> None:
+    def __init__(self, visits: Iterable[Visit], step: int, places: np.ndarray) -> None:
         super().__init__(visits)
-        self.step, self.first = step, first
+        self.step, self.places = step, places
 
 
 class GlobalBatchSampler(Sampler[list[Visit]]):
@@ -45,6 +46,8 @@ class GlobalBatchSampler(Sampler[list[Visit]]):
         num_samples: size n of the data set; less than 2**32.
         first_step: optimizer steps done; all the state there is, as long as the global batch stays the same.
         samples_seen: samples of the steps before `first_step`; None: that many global batches.
+        class_ids: (num_samples,); if given, a step's samples are cut into slices in the order of their classes, so that
+            a slice has few of them.
     """
 
     def __init__(
@@ -58,10 +61,11 @@ class GlobalBatchSampler(Sampler[list[Visit]]):
         first_step: int,
         last_step: int,
         samples_seen: int | None = None,
+        class_ids: np.ndarray | None = None,
     ) -> None:
         assert 0 < num_samples < 2**32
         assert 0 <= rank < world_size
-        self.num_samples, self.seed = num_samples, seed
+        self.num_samples, self.seed, self.class_ids = num_samples, seed, class_ids
         self.micro_batch_size, self.micro_steps = per_gpu_batch_size, gradient_accumulation_steps
         self.rank, self.world_size = rank, world_size
         self.first_step, self.last_step = first_step, last_step
@@ -73,17 +77,22 @@ class GlobalBatchSampler(Sampler[list[Visit]]):
 
     def __iter__(self) -> Iterator[MicroBatch]:
         current_pass, order = -1, np.empty(0, np.uint32)
-        for micro_batch in range(len(self)):
-            step, micro_step = divmod(micro_batch, self.micro_steps)
-            first = (self.rank * self.micro_steps + micro_step) * self.micro_batch_size
-            start = self.samples_seen + step * self.global_batch_size + first
-            visits = []
-            for sample_number in range(start, start + self.micro_batch_size):
-                pass_number, position = divmod(sample_number, self.num_samples)
+        for step in range(self.last_step - self.first_step):
+            start = self.samples_seen + step * self.global_batch_size
+            passes, positions = np.divmod(np.arange(start, start + self.global_batch_size), self.num_samples)
+            indices = np.empty(self.global_batch_size, np.int64)
+            for pass_number in range(passes[0], passes[-1] + 1):
                 if pass_number != current_pass:
                     current_pass, order = pass_number, order_of_pass(self.num_samples, self.seed, pass_number)
-                visits.append(Visit(int(order[position]), pass_number))
-            yield MicroBatch(visits, self.first_step + step, first)
+                indices[passes == pass_number] = order[positions[passes == pass_number]]
+            places = np.arange(self.global_batch_size)
+            if self.class_ids is not None:
+                places = self.class_ids[indices].argsort(kind="stable")
+            for micro_step in range(self.micro_steps):
+                first = (self.rank * self.micro_steps + micro_step) * self.micro_batch_size
+                mine = places[first : first + self.micro_batch_size]
+                visits = map(Visit, indices[mine].tolist(), passes[mine].tolist())
+                yield MicroBatch(visits, self.first_step + step, mine)
 
 
 def order_of_pass(num_samples: int, seed: int, pass_number: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,7 +20,7 @@ from data.loading import Batch, Batches, on_device, read_batch
 from utils.errors import InputError
 from utils.randomness import sample_uniforms
 from utils.ranks import World
-from utils.schema import Config
+from utils.schema import Config, GeneratorConfig
 
 TrainingSet = TokenStore | ImageDataset
 
@@ -116,28 +117,46 @@ def passes_done(config: Config, samples_seen: int, num_samples: int) -> dict[str
     }
 
 
-class WithUniforms(Dataset):
-    """Batches with the random numbers that the training step needs, made where the batches are: in the workers."""
+class Prepared(Dataset):
+    """Batches with what a training step would wait for on a GPU, made where the batches are: in the workers."""
 
-    def __init__(self, dataset: TrainingSet, seed: int, width: int) -> None:
-        self.dataset, self.seed, self.width = dataset, seed, width
-        self.workers = dataset.workers
+    def __init__(self, dataset: TrainingSet, config: Config, num_uniforms: int) -> None:
+        self.dataset, self.num_uniforms, self.workers = dataset, num_uniforms, dataset.workers
+        self.seed, self.generator = config.training.seed, config.model.generator
 
     def __getitems__(self, items: MicroBatch) -> Batch:
         batch = read_batch(self.dataset, items)
-        batch["uniforms"] = sample_uniforms(self.seed, items.step, items.first, len(items), self.width)
-        return batch
+        drops, batch["uniforms"] = sample_uniforms(self.seed, items.step, items.places, 1 + self.num_uniforms).split(
+            (1, self.num_uniforms), dim=1
+        )
+        batch["class_labels"] = drop_class_labels(batch["class_labels"], drops[:, 0], self.generator)
+        return with_distinct_labels(batch)
+
+
+def drop_class_labels(class_labels: Tensor, uniforms: Tensor, generator: GeneratorConfig) -> Tensor:
+    """Replace labels (B,) by the null class where `uniforms` (B,) fall below `class_label_dropout`."""
+    return torch.where(uniforms < generator.class_label_dropout, generator.condition_num_classes, class_labels)
+
+
+def with_distinct_labels(batch: Batch) -> Batch:
+    """With the distinct ones of `class_labels` (B,) in their place, (U,), and with `class_rows` (B,): which of them a
+    sample has."""
+    class_labels, class_rows = batch["class_labels"].unique(return_inverse=True)
+    return batch | {"class_labels": class_labels, "class_rows": class_rows}
 
 
 class TrainingBatches:
-    """Iterates over the batches of a rank, on its device: `class_labels`, `index`, `uniforms` and `codes` or `image`.
+    """Iterates over the batches of a rank, on its device: `class_labels`, `index` and `codes` or `image`.
+
+    Those of the generator have `uniforms` (B, `num_uniforms`) too, some of their labels are dropped, and `class_labels`
+    are the distinct ones that are left, (U,); `class_rows` (B,) tells which of them a sample has.
 
     Args:
         micro_steps: batches per step.
         steps: numbers of the steps to come.
         samples_seen: of all ranks, before these steps.
         stop_requested: whether a stop signal has come.
-        num_uniforms: random numbers of each sample at each step.
+        num_uniforms: random numbers that the noise of a sample takes at each step; None: batches for a tokenizer.
 
     Raises:
         InputError: more different images than `dataset.params.max_bad_fraction` allows cannot be decoded.
@@ -153,7 +172,7 @@ class TrainingBatches:
         steps: range,
         samples_seen: int,
         stop_requested: Callable[[], bool],
-        num_uniforms: int = 0,
+        num_uniforms: int | None = None,
     ) -> None:
         batch_sampler = GlobalBatchSampler(
             num_samples=len(dataset),
@@ -165,10 +184,11 @@ class TrainingBatches:
             first_step=steps.start,
             last_step=steps.stop,
             samples_seen=samples_seen,
+            class_ids=None if num_uniforms is None else dataset.class_ids,
         )
         params, self.device = config.dataset.params, world.device
         on_gpu = world.device.type == "cuda"
-        samples = WithUniforms(dataset, config.training.seed, num_uniforms)
+        samples = dataset if num_uniforms is None else Prepared(dataset, config, num_uniforms)
         self._batches = Batches(samples, batch_sampler, params.num_workers_per_gpu, on_gpu, stop_requested)
         self.notes = dataset.notes if isinstance(dataset, ImageDataset) else None
 

@@ -23,11 +23,6 @@ class LossTerms:
     metrics: dict[str, Tensor | Ratio]  # what is logged, by name in the log, without gradients
 
 
-def drop_class_labels(class_labels: Tensor, uniforms: Tensor, probability: float, null_class: int) -> Tensor:
-    """Replace labels (B,) by the null class where `uniforms` (B,) fall below `probability`."""
-    return torch.where(uniforms < probability, null_class, class_labels)
-
-
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of logits (B, N, V) for clean codes (B, N); computed in float32."""
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().long())

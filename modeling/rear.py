@@ -5,7 +5,7 @@ The state-dict keys are those of the published weights and never change. `modeli
 forward pass for one position with a cache.
 
 Legend: B images, N codes per image, T = N + 2 positions [cls, class, x1 .. xN], D hidden size, H heads, d = D / H,
-V codebook size, C classes, Z width of a codebook vector.
+V codebook size, C classes, U distinct labels of a batch, Z width of a codebook vector.
 
     position       0     1      2    ...   N      N + 1
     input          cls   class  x1   ...   xN-1   xN
@@ -13,16 +13,15 @@ V codebook size, C classes, Z width of a codebook vector.
     EN                          x1   ...   xN-1   xN         (each recovers the code at its own position)
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from modeling.blocks import AdaLNBeforeHead, Block, projector, take
 from modeling.checks import checked_class_labels, checked_codes
 from utils.files.weights import load_state_dict, load_strict
 from utils.run.trained_weights import find_trained_weights
@@ -43,92 +42,6 @@ class ReAROutput:
     logits: Tensor  # (B, N, V)
     encode_z: Tensor | None  # (B, N, Z) from the position that holds the code
     decode_z: Tensor | None  # (B, N, Z) from the position that predicts the code
-
-
-class Attention(nn.Module):
-    """Causal self-attention with LayerNorm on queries and keys per head."""
-
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float, attn_drop: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.attn_drop = attn_drop
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.q_norm = nn.LayerNorm(hidden_size // num_heads, eps=1e-6)
-        self.k_norm = nn.LayerNorm(hidden_size // num_heads, eps=1e-6)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-        self.proj_drop = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast a norm returns float32
-        dropout = self.attn_drop if self.training else 0.0
-        # is_causal instead of a mask keeps the flash kernel.
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, d)
-        return self.proj_drop(self.proj(rearrange(x, "b h t d -> b t (h d)")))
-
-
-def mlp(size: int, hidden_size: int, dropout: float) -> nn.Sequential:
-    """With the names of timm's Mlp in the state dict; importing timm takes longer than all else at the start."""
-    layers = {
-        "fc1": nn.Linear(size, hidden_size),
-        "act": nn.GELU(),
-        "drop1": nn.Dropout(dropout),
-        "fc2": nn.Linear(hidden_size, size),
-        "drop2": nn.Dropout(dropout),
-    }
-    return nn.Sequential(OrderedDict(layers))
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block with adaLN-zero (DiT, https://arxiv.org/abs/2212.09748)."""
-
-    def __init__(self, hidden_size: int, num_heads: int, mlp_size: int, dropout: float, attn_drop: float) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads, dropout, attn_drop)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.mlp = mlp(hidden_size, mlp_size, dropout)
-        self.adaLN_modulation = adaln_linear(hidden_size, 6)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        modulation = self.adaLN_modulation(condition)  # (B, T, 6 D)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        x = x + gate_attn * self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
-
-
-class AdaLNBeforeHead(nn.Module):
-    """Final norm without affine parameters, modulated; its chunk order is scale, shift, unlike the blocks'."""
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.adaLN_modulation = adaln_linear(hidden_size, 2)
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale, shift = self.adaLN_modulation(condition).chunk(2, dim=-1)  # each (B, t, D)
-        return modulate(self.norm_final(x), shift, scale)
-
-
-def adaln_linear(hidden_size: int, outputs: int) -> nn.Sequential:
-    """Linear D -> outputs * D. Its SiLU is the same in every block, so `condition` comes with it applied;
-    the Identity holds its place in the published keys (`adaLN_modulation.1`)."""
-    return nn.Sequential(nn.Identity(), nn.Linear(hidden_size, outputs * hidden_size))
-
-
-def projector(hidden_size: int, projection_dim: int, z_dim: int) -> nn.Sequential:
-    """Training-only MLP from hidden states to codebook vectors: three layers, as in the released weights."""
-    return nn.Sequential(
-        nn.Linear(hidden_size, projection_dim),
-        nn.SiLU(),
-        nn.Linear(projection_dim, projection_dim),
-        nn.SiLU(),
-        nn.Linear(projection_dim, z_dim),
-    )
 
 
 class ReAR(nn.Module):
@@ -201,12 +114,13 @@ class ReAR(nn.Module):
         """Names of embeddings and tables, which are not decayed (timm's convention)."""
         return {"embeddings.weight", "cls_token", "pos_embed", "target_aware_pos_embed", "timesteps_embeddings"}
 
-    def forward(self, codes: Tensor, class_labels: Tensor) -> ReAROutput:
+    def forward(self, codes: Tensor, class_labels: Tensor, class_rows: Tensor | None = None) -> ReAROutput:
         """Teacher-forced pass for training.
 
         Args:
             codes: (B, N) int, the context: clean or perturbed codes, 0 to V - 1, or `mask_code`.
-            class_labels: (B,) int, 0 to C - 1, or `null_class`.
+            class_labels: (U,) int, 0 to C - 1, or `null_class`.
+            class_rows: (B,) int, which of these labels an image has; None: U = B, and each image has its own.
 
         Raises:
             ValueError: other shapes or types or, on a CPU, other values; on a GPU looking at them would wait for it.
@@ -214,20 +128,21 @@ class ReAR(nn.Module):
         look = codes.device.type == "cpu"
         codes = checked_codes(codes, self.image_seq_len, self.mask_code, look)
         class_labels = checked_class_labels(class_labels, self.num_classes, look)
-        x = torch.cat([self.embed_prefix(class_labels), self.embeddings(codes)], dim=1)  # (B, T, D)
+        prefix = take(self.embed_prefix(class_labels), class_rows)  # (B, 2, D)
+        x = torch.cat([prefix, self.embeddings(codes)], dim=1)  # (B, T, D)
         x = x + self.position_table()
-        condition = self.condition(class_labels)  # (B, T, D)
+        condition = self.condition(class_labels)  # (U, T, D)
         encode_z = decode_z = None
         for layer, block in enumerate(self.blocks):
             if self.use_checkpoint and self.training:
-                x = checkpoint(block, x, condition, use_reentrant=False)
+                x = checkpoint(block, x, condition, class_rows, use_reentrant=False)
             else:
-                x = block(x, condition)
+                x = block(x, condition, class_rows)
             if self.encode_align_mlp is not None and layer == self.encode_align_layer:
                 encode_z = self.encode_align_mlp(x[:, 2:])  # (B, N, Z) at x1 .. xN
             if self.decode_align_mlp is not None and layer == self.decode_align_layer:
                 decode_z = self.decode_align_mlp(x[:, 1:-1])  # (B, N, Z) at class, x1 .. xN-1
-        logits = self.lm_head(self.adaln_before_head(x[:, 1:-1], condition[:, 1:-1]))  # (B, N, V)
+        logits = self.lm_head(self.adaln_before_head(x[:, 1:-1], condition[:, 1:-1], class_rows))  # (B, N, V)
         return ReAROutput(logits, encode_z, decode_z)
 
     def embed_prefix(self, class_labels: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modeling.losses import LossTerms, drop_class_labels, rear_loss
-from modeling.noise import add_noise, num_noise_uniforms
+from modeling.losses import LossTerms, rear_loss
+from modeling.noise import add_noise
 from modeling.rear import ReAR
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.schema import Config
@@ -20,11 +20,6 @@ from utils.schema import Config
 BLOCK_BYTES = {True: (80, 6), False: (112, 12)}
 LOGIT_BYTES = {True: 10, False: 12}  # per position and code, with the softmax of the loss
 RESIDUAL_BYTES = 4  # per position and D: all that activation checkpointing keeps of a block
-
-
-def num_uniforms(image_seq_len: int) -> int:
-    """Uniforms that `training_step` gets for each image: one for dropping its class label, then those of the noise."""
-    return 1 + num_noise_uniforms(image_seq_len)
 
 
 def training_step(
@@ -37,21 +32,51 @@ def training_step(
     """Noise the context, run the model, compute the loss: one micro-batch of B images.
 
     Args:
-        batch: on the model's device, `class_labels` (B,), `codes` (B, N) or `image` (B, 3, H, W), and `uniforms` (B,
-            `num_uniforms`): random numbers in [0, 1) of these samples at this step.
+        batch: on the model's device, `class_labels` (U,) and `class_rows` (B,) as `ReAR.forward` takes them, `codes`
+            (B, N) or `image` (B, 3, H, W), and `uniforms` (B, `num_noise_uniforms`): random numbers in [0, 1) of these
+            samples at this step.
         max_ratio: f(t), largest share of replaced codes.
     """
     generator = config.model.generator
     # (B, N); images as by `encode`, whose checks would wait for the GPU at every step
     codes = batch["codes"] if "codes" in batch else tokenizer.look_up(tokenizer.features(batch["image"]))
-    label_uniforms, noise_uniforms = batch["uniforms"][:, 0], batch["uniforms"][:, 1:]
-    context, perturbation_mask = add_noise(codes, noise_uniforms, max_ratio, config.model)
-    class_labels = drop_class_labels(
-        batch["class_labels"], label_uniforms, generator.class_label_dropout, generator.condition_num_classes
-    )
+    context, perturbation_mask = add_noise(codes, batch["uniforms"], max_ratio, config.model)
     with torch.autocast(codes.device.type, torch.bfloat16, enabled=config.training.mixed_precision == "bf16"):
-        output = model(context, class_labels)
+        output = model(context, batch["class_labels"], batch["class_rows"])
     return rear_loss(output, codes, tokenizer.embed(codes), perturbation_mask, generator)
+
+
+def compile_blocks(model: ReAR, config: Config, device: torch.device) -> list[str]:
+    """Compile the blocks in place for training, if `training.compile` says so, by a pass on made-up inputs.
+
+    Returns:
+        lines for the log: with `auto`, why the blocks are left as they are.
+
+    Raises:
+        Exception: with `on`, whatever the compiler raises.
+    """
+    training = config.training
+    if training.compile == "off" or (training.compile == "auto" and (device.type == "cpu" or training.fsdp)):
+        return []
+    size, shape = training.per_gpu_batch_size, (model.image_seq_len + 2, config.model.generator.hidden_size)
+    rows = torch.zeros(size, dtype=torch.int64, device=device)
+    for block in model.blocks:
+        block.compile()
+    try:
+        for labels in (2, 3):  # after the second time for any number of labels
+            x, condition = (torch.zeros(n, *shape, device=device, requires_grad=True) for n in (size, labels))
+            with torch.autocast(device.type, torch.bfloat16, enabled=training.mixed_precision == "bf16"):
+                model.train().blocks[0](x, condition, rows).sum().backward()
+    except Exception as error:  # compilers raise errors of many kinds
+        if training.compile == "on":
+            raise
+        for block in model.blocks:
+            block._compiled_call_impl = None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return [f"training.compile=auto: the blocks run uncompiled, since compiling them failed: {reason}"]
+    finally:
+        model.zero_grad(set_to_none=True)
+    return []
 
 
 @dataclass
@@ -60,10 +85,18 @@ class TrainingCost:
     activation_bytes: float  # kept for the backward pass
 
 
-def training_cost(model: ReAR, config: Config) -> TrainingCost:
-    """Of one image. FLOPs as in PaLM, appendix B (https://arxiv.org/abs/2204.02311): 6 per weight and position, and
-    12 L D T for attention; tables that are looked up cost none. Activations are an estimate."""
+def training_cost(model: ReAR, config: Config, slices: int = 1) -> TrainingCost:
+    """Of one image, on average. FLOPs as in PaLM, appendix B (https://arxiv.org/abs/2204.02311): 6 per weight and
+    position, and 12 L D T for attention; tables that are looked up cost none, and adaLN counts once per label of a
+    micro-batch, as if all classes had as many images. Activations are an estimate.
+
+    Args:
+        slices: micro-batches of all ranks in a step; classes are cut into as many.
+    """
     generator, bf16 = config.model.generator, config.training.mixed_precision == "bf16"
+    classes, batch = generator.condition_num_classes, config.training.per_gpu_batch_size
+    labels = classes * (1 - (1 - 1 / classes) ** (batch * slices)) / slices + 1  # and the null class
+    adaln = sum(p.numel() for name, p in model.named_parameters() if "adaLN_modulation" in name)
     length, size, layers = model.image_seq_len + 2, generator.hidden_size, generator.num_hidden_layers
     tables = model.no_weight_decay()
     weights = sum(p.numel() for name, p in model.named_parameters() if name not in tables)
@@ -71,6 +104,6 @@ def training_cost(model: ReAR, config: Config) -> TrainingCost:
     block = per_size * size + per_width * generator.intermediate_size
     blocks = RESIDUAL_BYTES * size * layers + block if generator.use_checkpoint else block * layers
     return TrainingCost(
-        flops=(6 * weights + 12 * layers * size * length) * length,
+        flops=(6 * (weights - adaln * max(0, 1 - labels / batch)) + 12 * layers * size * length) * length,
         activation_bytes=(blocks + LOGIT_BYTES[bf16] * model.codebook_size) * length,
     )

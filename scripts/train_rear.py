@@ -36,11 +36,11 @@ import torch
 
 from data.training_batches import TrainingBatches, describe_length, open_training_data, passes_done
 from evaluation.heldout import HeldOutNumbers
-from modeling.noise import perturbation_ratio
+from modeling.noise import num_noise_uniforms, perturbation_ratio
 from modeling.rear import ReAR, init_from
 from modeling.sampling.sample_grid import save_sample_grid, whole_on_main
 from modeling.tokenizers.registry import load_tokenizer
-from modeling.training_step import num_uniforms, training_cost, training_step
+from modeling.training_step import compile_blocks, training_cost, training_step
 from utils.config import Config
 from utils.errors import input_errors_exit
 from utils.optim import MovingAverage, build_optimizer, set_learning_rate
@@ -76,17 +76,18 @@ def main(config: Config) -> str:
         parallel = parallelize(model, model.blocks, world, training.fsdp, bf16)
         if ema and training.fsdp:
             parallelize(ema.module, ema.module.blocks, world, training.fsdp, bf16)
+        run.notices += compile_blocks(model, config, device)
         optimizer = build_optimizer(model, config)
         averaged = ema.module if ema else model
         modules = {"model": model} | ({"ema": averaged} if ema else {})
-        cost = training_cost(model, config)
+        cost = training_cost(model, config, world.size * run.micro_steps)
         if heldout is None and experiment.eval_every:
             run.notices.append("experiment.eval_every has no effect: the config names no held-out data")
         run.notices.append(describe_length(config, run.global_batch_size, len(dataset)))
         run.begin(modules, {"optimizer": (model, optimizer)}, training.fsdp, cost.flops, cost.activation_bytes)
         run.reporter.alerts.check_schedules(config)
         work = (run.micro_steps, run.remaining, run.state.samples_seen)
-        width = num_uniforms(model.image_seq_len)
+        width = num_noise_uniforms(model.image_seq_len)
         batches = TrainingBatches(dataset, config, world, *work, run.stop_requested, width)
 
         # The training loop

@@ -4,7 +4,7 @@ Philox is a counter-based generator (Salmon et al., SC 2011), so a slice of a lo
 numbers are made here from its bits: those of the methods of NumPy's Generator may change from release to release.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -37,15 +37,15 @@ def permutation(bits: np.random.Philox, count: int) -> np.ndarray:
     return np.argsort(bits.random_raw(count), kind="stable").astype(np.uint32)
 
 
-def sample_uniforms(seed: int, step: int, first: int, count: int, width: int) -> torch.Tensor:
-    """Uniforms of the samples `first` to `first + count - 1` of the global batch of a training step.
+def sample_uniforms(seed: int, step: int, places: Sequence[int] | np.ndarray, width: int) -> torch.Tensor:
+    """Uniforms of the samples at these places of the global batch of a training step.
 
     Returns:
-        (count, width) float32 in [0, 1).
+        (len(places), width) float32 in [0, 1).
     """
-    row = -(-width // 4) * 4  # Philox advances in blocks of 4 doubles
-    bits = philox(Stream.TRAINING_NOISE, seed, step).advance(first * row // 4)
-    return _to_float32(uniforms(bits, count * row).reshape(count, row)[:, :width])
+    blocks = -(-width // 4)  # Philox advances in blocks of 4 doubles
+    bits = (philox(Stream.TRAINING_NOISE, seed, step).advance(int(place) * blocks) for place in places)
+    return _to_float32(np.stack([uniforms(of_place, width) for of_place in bits]))
 
 
 def image_uniforms(seed: int, indices: list[int], width: int) -> torch.Tensor:

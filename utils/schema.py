@@ -187,6 +187,8 @@ class TrainingConfig:
     allow_batch_change: Silent[bool] = False  # continue a checkpoint that was written at another global batch
     per_gpu_batch_size: Silent[Count] = 256  # images per rank and micro-batch
     mixed_precision: Literal["bf16", "no"] = "bf16"  # bf16 (autocast) or no (fp32)
+    # the blocks compiled; auto: on CUDA, unless sharded; a CPU takes about a minute for it
+    compile: Silent[Literal["auto", "on", "off"]] = "auto"
     enable_tf32: bool = True  # TF32 matrix products on NVIDIA GPUs
     enable_wandb: Silent[bool] = True  # log to wandb too; metrics.jsonl is written in any case
     use_ema: bool = False  # keep an exponential moving average of the weights and sample from it

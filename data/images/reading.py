@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
@@ -73,6 +74,11 @@ class ImageDataset(Dataset):
     @property
     def fingerprint(self) -> str:
         return self.source.fingerprint
+
+    @property
+    def class_ids(self) -> np.ndarray:
+        """(num_images,)"""
+        return self.source.class_ids
 
     def __getitem__(self, item: int | Visit) -> dict[str, Any]:
         """

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling.rear import Block, ReAR
+from modeling.blocks import Block
+from modeling.rear import ReAR
 
 # Consecutive positions that are prepared together: their adaLN modulations are computed at once, and one CUDA graph
 # serves them all, with attention over the positions up to the bucket's end and a mask for those not yet decoded.

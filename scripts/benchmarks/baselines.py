@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from modeling.rear import Block, ReAR, modulate
+from modeling.blocks import Block
+from modeling.rear import ReAR
 from modeling.sampling.generate import guidance_schedule, guide, sample_codes
 from utils.schema import GeneratorConfig
 
@@ -58,7 +59,7 @@ def _generate(
         if cache and table is not None:
             x, condition = _newest_inputs(model, streams, codes.repeat(2, 1), table)
         else:
-            x, condition = _inputs(model, streams, codes.repeat(2, 1))
+            x, condition = published_inputs(model, streams, codes.repeat(2, 1))
         if cache:
             x, condition = x[:, -1:], condition[:, -1:]
         logits = _last_logits(model, x, condition, cache).float()
@@ -68,7 +69,7 @@ def _generate(
     return codes
 
 
-def _inputs(model: ReAR, class_labels: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def published_inputs(model: ReAR, class_labels: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings and adaLN conditions, each (S, k + 2, D), of the prefix of `codes` (S, k)."""
     length = codes.shape[1] + 2
     x = torch.cat([model.embed_prefix(class_labels), model.embeddings(codes)], dim=1)
@@ -77,7 +78,7 @@ def _inputs(model: ReAR, class_labels: Tensor, codes: Tensor) -> tuple[Tensor, T
 
 
 def _newest_inputs(model: ReAR, class_labels: Tensor, codes: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """The last position of `_inputs`, (S, 1, D) each."""
+    """The last position of `published_inputs`, (S, 1, D) each."""
     here = slice(codes.shape[1] + 1, codes.shape[1] + 2)
     condition = _class_embedding(model, class_labels) + model.timesteps_embeddings[:, here]
     return model.embeddings(codes[:, -1:]) + table[:, here], condition
@@ -106,6 +107,10 @@ def _positions(model: ReAR, class_labels: Tensor, length: int) -> Tensor:
     own = torch.cat([own[:, :2], own.gather(1, index)], dim=1)  # (S, N + 2, D)
     target = torch.cat([torch.zeros_like(target[:, :1]), target.gather(1, index), torch.zeros_like(target[:, :1])], 1)
     return (own + target)[:, :length]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
 
 
 def _block(block: Block, x: Tensor, condition: Tensor, mask: Tensor, cache: Cache | None) -> Tensor:

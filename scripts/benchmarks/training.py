@@ -1,22 +1,29 @@
-"""Training: whole steps as in scripts/train_rear.py on made-up codes, without reading data, logging and saving.
+"""Training: whole steps as in scripts/train_rear.py against those of the published modules (`published_training.py`).
 
-In bf16 on a GPU, in float32 on a CPU. The gate before it compares the loss with that in float32.
+On made-up codes of one batch, without reading data, logging and saving; in bf16 on a GPU, in float32 on a CPU. The gate
+before it compares losses and gradients of both in float32.
 """
 
 import argparse
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from data.training_batches import drop_class_labels, with_distinct_labels
+from modeling.noise import num_noise_uniforms
 from modeling.rear import ReAR
 from modeling.tokenizers.registry import build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
-from modeling.training_step import num_uniforms, training_cost, training_step
-from scripts.benchmarks.measure import ceilings, describe, device, peak_memory_mb, seconds
+from modeling.training_step import compile_blocks, training_step
+from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
+from scripts.benchmarks.published_training import published_block, published_loss
 from utils.config import Config, load_config
 from utils.errors import InputError
 from utils.optim import build_optimizer, set_learning_rate
@@ -24,21 +31,24 @@ from utils.precision import matmul_precision
 from utils.randomness import sample_uniforms
 from utils.run.sharding import clip_gradients
 
-MAX_LOSS_DIFFERENCE = 0.01  # relative
+MAX_LOSS_DIFFERENCE, MAX_GRADIENT_DIFFERENCE = 1e-5, 1e-4  # relative
+NEGLIGIBLE = 1e-3  # of the norm of the whole gradient
 MAX_RATIO = 1.0  # of replaced codes, as at the beginning
+Loss = Callable[[ReAR, Tokenizer, dict[str, Tensor], float, Config], Tensor]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, default=768, help="hidden size (reAR-S and -B: 768, -L: 1024)")
     parser.add_argument("--layers", type=int, default=24, help="blocks (reAR-S: 20, -B and -L: 24)")
     parser.add_argument("--heads", type=int, default=16, help="attention heads")
-    parser.add_argument(
-        "--resolution", type=int, default=256, help="pixels; a multiple of 16, with a code for each 16 x 16"
-    )
+    parser.add_argument("--tokens", type=int, default=256, help="codes per image; a square")
     parser.add_argument("--batch", type=int, default=64, help="images per step")
-    parser.add_argument("--steps", type=int, default=5, help="steps of each measurement")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements")
-    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    parser.add_argument("--classes", type=int, default=1000, help="classes of the images, all equally likely")
+    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="ours, as in training.compile")
+    parser.add_argument("--precision", choices=["bf16", "no"], help="of ours; default: bf16 on a GPU, no on a CPU")
+    parser.add_argument("--steps", type=int, default=2, help="steps of each measurement")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each way")
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing of ours")
 
 
 @matmul_precision(tf32=True)
@@ -47,39 +57,62 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     tokenizer = build_tokenizer(config.model.vq_model).to(device()).eval().requires_grad_(False)
     model = ReAR(config.model).to(device())
-    steps = Steps(model, tokenizer, config)
-    check_loss(steps)
-    first = seconds(lambda: steps.take(1))
-    memory_of_step = peak_memory_mb()
+    for block in model.blocks:  # no adaLN of zeros, which would hide the blocks from the gate
+        nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)  # type: ignore[index,union-attr]
+    print(*compile_blocks(model, config, device()), sep="\n", end="")
+    batch = made_up_batch(model, config)
+    restated = partial(published_loss, block_function=published_block)
+    check_equal(model, tokenizer, batch, config, restated)
+    published = partial(published_loss, block_function=torch.compile(published_block))
+    ways = {"ours": Steps(model, tokenizer, batch, config, our_loss)}
+    ways["published"] = Steps(
+        model, tokenizer, batch, at_precision(config, default_precision()), published, fused=False
+    )
+    first = {name: seconds(way.take) for name, way in ways.items()}
+    flops = {"ours": ways["ours"].count_flops(our_loss), "published": ways["published"].count_flops(restated)}
+    memory = {name: way.peak_memory_mb() for name, way in ways.items()}
     limits = ceilings()
-    times = [seconds(lambda: steps.take(arguments.steps)) for _ in range(arguments.repeats)]
-    step_s = statistics.median(times) / arguments.steps
-    flops = training_cost(model, config).flops * arguments.batch
-    print(f"ceiling: {limits['flops'] / 1e12:.3g} TFLOP/s (matrix product); first step {first:.3g} s")
-    print(f"batch {arguments.batch}, {memory_of_step:.0f} MB: {describe(times, arguments.steps / 1e3)} ms per step, "
-          f"{arguments.batch / step_s:.4g} images/s, {flops / step_s / limits['flops']:.1%} of it")  # fmt: skip
+    functions = {name: partial(way.take, arguments.steps) for name, way in ways.items()}
+    times = interleaved(functions, arguments.repeats, budget=math.inf)
+    medians = {name: statistics.median(values) / arguments.steps for name, values in times.items()}
+    labels = len(batch["class_labels"])
+    print(
+        f"ceiling: {limits['flops'] / 1e12:.3g} TFLOP/s (matrix product); {labels} labels in {arguments.batch} images"
+    )
+    for name in ways:
+        print(f"  {name:10} {describe(times[name], arguments.steps / 1e3)} ms per step, "
+              f"{arguments.batch / medians[name]:.4g} images/s, "
+              f"{flops[name] / arguments.batch / 1e9:.4g} GFLOP per image, "
+              f"{flops[name] / medians[name] / limits['flops']:.1%} of the ceiling, {memory[name]:.0f} MB, "
+              f"first step {first[name]:.3g} s")  # fmt: skip
     return {
         "device": device().type,
-        "images_per_s": arguments.batch / step_s,
-        "ms_per_step": step_s * 1e3,
-        "seconds_min": min(times) / arguments.steps,
-        "seconds_max": max(times) / arguments.steps,
-        "cold_start_s": first,
-        "peak_memory_mb": memory_of_step,
-        "gflop_per_image": flops / arguments.batch / 1e9,
-        "share_of_flops": flops / step_s / limits["flops"],
+        "ratio_published": medians["published"] / medians["ours"],
+        "samples_per_s": arguments.batch / medians["ours"],
+        "samples_per_s_published": arguments.batch / medians["published"],
+        "ms_per_step": medians["ours"] * 1e3,
+        "ms_min": min(times["ours"]) / arguments.steps * 1e3,
+        "cold_start_s": first["ours"],
+        "flops_ratio": flops["published"] / flops["ours"],
+        "gflop_per_image": flops["ours"] / arguments.batch / 1e9,
+        "mfu": flops["ours"] / medians["ours"] / limits["flops"],
+        "peak_bytes": memory["ours"] * 1e6,
+        "peak_bytes_published": memory["published"] * 1e6,
         "ceiling_tflops": limits["flops"] / 1e12,
-        **{name: getattr(arguments, name) for name in ("width", "layers", "resolution", "batch", "checkpointing")},
+        "labels": labels,
+        **vars(arguments),
     }
 
 
 def config_of(arguments: argparse.Namespace) -> Config:
     sizes = {
-        "vq_model.resolution": arguments.resolution,
+        "vq_model.resolution": 16 * math.isqrt(arguments.tokens),
         "generator.hidden_size": arguments.width,
         "generator.num_hidden_layers": arguments.layers,
         "generator.num_attention_heads": arguments.heads,
         "generator.intermediate_size": 4 * arguments.width,
+        "generator.condition_num_classes": arguments.classes,
+        "generator.projection_dim": arguments.width * 8 // 3,  # as 768 to 2048
         "generator.decode_align_layer_idx": arguments.layers * 3 // 4,
         "generator.use_checkpoint": str(arguments.checkpointing).lower(),
     }
@@ -87,55 +120,105 @@ def config_of(arguments: argparse.Namespace) -> Config:
         [
             "experiment.output_dir=unused",
             f"training.per_gpu_batch_size={arguments.batch}",
-            f"training.mixed_precision={'bf16' if device().type == 'cuda' else 'no'}",
+            f"training.mixed_precision={arguments.precision or default_precision()}",
+            f"training.compile={arguments.compile}",
             *(f"model.{name}={value}" for name, value in sizes.items()),
         ]
     )
 
 
+def default_precision() -> str:
+    return "bf16" if device().type == "cuda" else "no"
+
+
+def made_up_batch(model: ReAR, config: Config) -> dict[str, Tensor]:
+    """Random codes and labels, prepared as `data.training_batches` does."""
+    size, generator = config.training.per_gpu_batch_size, config.model.generator
+    labels = drop_class_labels(torch.randint(model.num_classes, (size,)), torch.rand(size), generator)
+    batch = {"codes": torch.randint(model.codebook_size, (size, model.image_seq_len)), "class_labels": labels}
+    batch["uniforms"] = sample_uniforms(0, 0, range(size), num_noise_uniforms(model.image_seq_len))
+    return {name: values.to(device()) for name, values in with_distinct_labels(batch).items()}
+
+
+def our_loss(model: ReAR, tokenizer: Tokenizer, batch: dict[str, Tensor], max_ratio: float, config: Config) -> Tensor:
+    return training_step(model, tokenizer, batch, max_ratio, config).loss
+
+
 class Steps:
-    """A model in training and one batch, on which all steps are taken."""
+    """A way to train a model on one batch."""
 
-    def __init__(self, model: ReAR, tokenizer: Tokenizer, config: Config) -> None:
-        self.model, self.tokenizer, self.config = model.train(), tokenizer, config
-        self.optimizer, batch = build_optimizer(model, config), config.training.per_gpu_batch_size
-        codes = torch.randint(model.codebook_size, (batch, model.image_seq_len), device=device())
-        labels = torch.randint(model.num_classes, (batch,), device=device())
-        self.batch, self.step = {"codes": codes, "class_labels": labels}, 0
+    def __init__(
+        self,
+        model: ReAR,
+        tokenizer: Tokenizer,
+        batch: dict[str, Tensor],
+        config: Config,
+        loss: Loss,
+        fused: bool = True,
+    ) -> None:
+        self.model, self.config, self.step = model.train(), config, 0
+        self.optimizer, self._inputs = build_optimizer(model, config), (model, tokenizer, batch, MAX_RATIO, config)
+        for group in self.optimizer.param_groups:
+            group["fused"] = group["fused"] and fused
+        self._loss = loss
 
-    def loss(self, config: Config) -> Tensor:
-        shape = config.training.per_gpu_batch_size, num_uniforms(self.model.image_seq_len)
-        uniforms = sample_uniforms(config.training.seed, self.step, 0, *shape)
-        batch = {**self.batch, "uniforms": uniforms.to(device())}
-        return training_step(self.model, self.tokenizer, batch, MAX_RATIO, config).loss
-
-    def take(self, count: int) -> None:
+    def take(self, count: int = 1) -> None:
         for _ in range(count):
-            self._one()
+            set_learning_rate(self.optimizer, self.step, self.config)
+            loss = self._loss(*self._inputs)
+            loss.backward()
+            norm = clip_gradients(self.model, self.config.training.max_grad_norm, sharded=False)
+            if not math.isfinite((loss.detach() + norm).item()):  # as in training, each step waits for this answer
+                raise InputError(f"step {self.step}: loss or gradient not finite")
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.step += 1
 
-    def _one(self) -> None:
-        set_learning_rate(self.optimizer, self.step, self.config)
-        loss = self.loss(self.config)
-        loss.backward()
-        norm = clip_gradients(self.model, self.config.training.max_grad_norm, sharded=False)
-        if not math.isfinite((loss.detach() + norm).item()):  # as in training, each step waits for this answer
-            raise InputError(f"step {self.step}: loss or gradient not finite")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+    def count_flops(self, loss: Loss) -> float:
+        """Of forward and backward pass of `loss`, not compiled: in what is, nothing is counted."""
+        with FlopCounterMode(display=False) as counter:
+            loss(*self._inputs).backward()
+        self.model.zero_grad(set_to_none=True)
+        return counter.get_total_flops()
+
+    def peak_memory_mb(self) -> float:
+        """Of a step; on a CPU of the process until now."""
+        if device().type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.take()
+        return peak_memory_mb()
 
 
-@torch.no_grad()
-def check_loss(steps: Steps) -> None:
+@matmul_precision(tf32=False)
+def check_equal(model: ReAR, tokenizer: Tokenizer, batch: dict[str, Tensor], config: Config, published: Loss) -> None:
     """
     Raises:
-        InputError: in the precision that is measured, the loss is not that in float32.
+        InputError: loss or gradients differ from the published modules' in float32, without dropout.
     """
-    steps.model.eval()
-    exact_config = replace(steps.config, training=replace(steps.config.training, mixed_precision="no"))
-    exact, measured = (steps.loss(config).item() for config in (exact_config, steps.config))
-    if not abs(measured - exact) <= MAX_LOSS_DIFFERENCE * abs(exact):
-        raise InputError(
-            f"gate: loss {measured:.6g}, expected {exact:.6g} as in float32, within {MAX_LOSS_DIFFERENCE:.0%}"
-        )
-    steps.model.train()
+    (loss, gradients), (wanted_loss, wanted) = (
+        loss_and_gradients(model, partial(way, model, tokenizer, batch, MAX_RATIO, at_precision(config, "no")))
+        for way in (our_loss, published)
+    )
+    if not abs(loss - wanted_loss) <= MAX_LOSS_DIFFERENCE * abs(wanted_loss):
+        raise InputError(f"gate: loss {loss:.8g}, expected {wanted_loss:.8g} as of the published modules")
+    whole = torch.stack([gradient.norm() for gradient in wanted.values()]).norm().item()
+    for name, gradient in gradients.items():
+        scale = wanted[name].norm().clamp(min=NEGLIGIBLE * whole)  # that of a bias of keys is 0 but for rounding
+        difference = ((gradient - wanted[name]).norm() / scale).item()
+        if not difference <= MAX_GRADIENT_DIFFERENCE:
+            raise InputError(f"gate: the gradient of {name} is {difference:.3g} from that of the published modules")
+    print(f"losses and gradients equal those of the published modules in float32 ({loss:.7g}, {wanted_loss:.7g})")
+
+
+def loss_and_gradients(model: ReAR, loss_of: Callable[[], Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """Without dropout; gradients by the name of their parameter."""
+    model.eval()
+    loss = loss_of()
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return loss.item(), gradients
+
+
+def at_precision(config: Config, precision: Any) -> Config:
+    return replace(config, training=replace(config.training, mixed_precision=precision))

@@ -19,6 +19,7 @@ from evaluation.inception import Inception
 from evaluation.moments import Moments, ScoreSums
 from evaluation.precision_recall import manifold_radii, precision_recall
 from modeling.heldout import HeldOut, _sums
+from modeling.noise import num_noise_uniforms
 from modeling.rear import ReAR
 from modeling.sampling import decoding
 from modeling.sampling.decoding import DecodingState, StepFunctions, prefill
@@ -26,7 +27,7 @@ from modeling.sampling.generate import CodeSampler, choose_codes
 from modeling.sampling.image_decoder import ImageDecoder
 from modeling.tokenizers.registry import build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
-from modeling.training_step import num_uniforms, training_step
+from modeling.training_step import training_step
 from tests.evaluation.made_up import inception_shapes
 from tests.gpu.fake_gpu import FakeGpu, Watch
 from utils.ranks import World
@@ -34,7 +35,7 @@ from utils.run.interval import IntervalMeans, Metrics
 from utils.schema import Config
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-B, N = 3, 64  # images, codes of each
+B, N, U = 3, 64, 2  # images, codes of each, distinct labels
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def integers(*shape: int) -> Tensor:
 def train(gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config, from_images: bool) -> Watch:
     with gpu:
         batch = {"image": zeros(B, 3, 32, 32)} if from_images else {"codes": zeros(B, N, dtype=torch.int32)}
-        batch["class_labels"], batch["uniforms"] = integers(B), zeros(B, num_uniforms(N))
+        batch |= {"class_labels": integers(U), "class_rows": integers(B), "uniforms": zeros(B, num_noise_uniforms(N))}
         with Watch(BF16, F32) as watch:
             terms = training_step(model, tokenizer, batch, 0.5, config)
         assert terms.loss.dtype == F32
@@ -159,7 +160,8 @@ def test_a_fast_decoder_is_made_on_the_gpu(gpu: FakeGpu, tokenizer: Tokenizer) -
 def test_means_of_the_log(gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config, world: World) -> None:
     """Of what a training step measures, with and without the metrics that are ratios."""
     with gpu:
-        batch = {"codes": integers(B, N), "class_labels": integers(B), "uniforms": zeros(B, num_uniforms(N))}
+        batch = {"codes": integers(B, N), "class_labels": integers(U), "class_rows": integers(B)}
+        batch["uniforms"] = zeros(B, num_noise_uniforms(N))
         measured: Metrics = training_step(model, tokenizer, batch, 0.5, config).metrics
         means = IntervalMeans(world)
         with Watch(F32, F64):

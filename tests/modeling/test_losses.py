@@ -1,14 +1,8 @@
 import torch
 
-from modeling.losses import alignment_loss, cosine_to_codes, drop_class_labels, next_token_loss, rear_loss
+from modeling.losses import alignment_loss, cosine_to_codes, next_token_loss, rear_loss
 from modeling.rear import ReAROutput
 from utils.schema import GeneratorConfig
-
-
-def test_drop_class_labels() -> None:
-    labels = torch.tensor([3, 4, 5])
-    dropped = drop_class_labels(labels, torch.tensor([0.05, 0.1, 0.9]), 0.1, null_class=10)
-    assert dropped.tolist() == [10, 4, 5]
 
 
 def test_next_token_loss_of_known_logits() -> None:

@@ -77,6 +77,19 @@ def test_activation_checkpointing_changes_no_gradient(tiny_config: ModelConfig, 
     torch.testing.assert_close(*gradients)
 
 
+def test_modulations_once_per_class_change_neither_outputs_nor_gradients(tiny_model: ReAR) -> None:
+    codes, labels = torch.randint(0, 24, (6, 16)), torch.tensor([4, 1, 5, 1, 4, 1])  # 5: the null class
+    results = []
+    for labels_and_rows in ((labels,), labels.unique(return_inverse=True)):
+        tiny_model.zero_grad()
+        output = tiny_model(codes, *labels_and_rows)
+        (output.logits.square().mean() + output.encode_z.mean() + output.decode_z.mean()).backward()
+        results.append([output.logits, output.encode_z, *(p.grad.clone() for p in tiny_model.parameters())])
+    for of_each, of_classes in zip(*results, strict=True):
+        torch.testing.assert_close(of_each, of_classes, rtol=1e-4, atol=1e-6)
+    assert results[0][0][0].sub(results[0][0][4]).abs().max() > 1e-3  # images of one class have their own codes
+
+
 def test_init_from_keeps_all_but_the_classes(tiny_config: ModelConfig, tiny_model: ReAR, tmp_path) -> None:
     source = tmp_path / "model.safetensors"
     save_weights(tiny_model.state_dict(), source)

@@ -27,12 +27,20 @@ def forward_loss(model: ReAR, config: Config) -> torch.Tensor:
     return next_token_loss(output.logits, codes)
 
 
-def test_flops_are_those_that_torch_counts() -> None:
-    config = config_of("training.mixed_precision=no")
-    model = ReAR(config.model)
+@pytest.mark.parametrize(("classes", "slices"), [(10**6, 1), (5, 1), (32, 4)])
+def test_flops_are_those_that_torch_counts(classes: int, slices: int) -> None:
+    """With as many labels as an average micro-batch has: all different, 5 and null, 8 and null."""
+    config = config_of("training.mixed_precision=no", f"training.per_gpu_batch_size={BATCH}")
+    labels = {10**6: 16, 5: 6, 32: 8}[classes]
+    config.model.generator.condition_num_classes = 32
+    model = ReAR(config.model).train()
+    config.model.generator.condition_num_classes = classes
+    rows = torch.arange(BATCH) % labels
     with FlopCounterMode(display=False) as counter:
-        forward_loss(model, config).backward()
-    assert training_cost(model, config).flops * BATCH == pytest.approx(counter.get_total_flops(), rel=0.1)
+        next_token_loss(
+            model(torch.zeros(BATCH, 64).long(), torch.arange(labels), rows).logits, rows.new_zeros(BATCH, 64)
+        ).backward()
+    assert training_cost(model, config, slices).flops * BATCH == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 def kept_bytes(model: ReAR, config: Config) -> int:
