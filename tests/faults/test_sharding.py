@@ -158,6 +158,8 @@ def train_two_steps(arguments: list[str], output: Path, fsdp: bool, precision: s
                         )
                         loss.backward()
                     losses.append(loss.item())
+            if not fsdp:  # gradients lie where they are exchanged, many in one piece, and nowhere else
+                assert len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}) <= 2
             optimizer.step()
             optimizer.zero_grad()
             sent.append({str(name): count for name, count in communication.get_comm_counts().items()})
