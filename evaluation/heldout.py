@@ -6,6 +6,7 @@ from evaluation.sample_distance import SampleDistance
 from modeling.heldout import HeldOut, evaluating, heldout_losses, save_loss_by_position
 from modeling.rear import ReAR
 from modeling.sampling.generate import generate_images
+from modeling.sampling.sample_grid import whole_model
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.ranks import World
@@ -36,7 +37,8 @@ class HeldOutNumbers:
             losses = heldout_losses(model, self.codes, self.config, self.world)
             numbers = losses.metrics
             if self.distance is not None:
-                with evaluating(model):
-                    numbers |= self.distance(lambda rows: generate_images(model, self.tokenizer, rows, self.config))
+                whole = whole_model(model, run)
+                with evaluating(whole):
+                    numbers |= self.distance(lambda rows: generate_images(whole, self.tokenizer, rows, self.config))
         run.reporter.log(numbers)
         run.reporter.draw("loss by position", lambda: save_loss_by_position(losses, self.config, run.state.global_step))

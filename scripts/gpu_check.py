@@ -41,6 +41,7 @@ PARTS: dict[str, tuple[Check, float]] = {  # in this order, with limits in secon
     "decoder": (sampling.decoder, 60),
     "evaluator": (numerics.evaluator_parity, 120),
     "training": (training.training, 180),
+    "copies": (training.copies, 90),
     "two-ranks": (training.two_ranks, 150),
     "memory": (training.memory, 120),
     "roofline": (speed.roofline, 60),

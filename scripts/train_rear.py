@@ -38,7 +38,7 @@ from data.training_batches import TrainingBatches, describe_length, open_trainin
 from evaluation.heldout import HeldOutNumbers
 from modeling.noise import num_noise_uniforms, perturbation_ratio
 from modeling.rear import ReAR, init_from
-from modeling.sampling.sample_grid import save_sample_grid, whole_on_main
+from modeling.sampling.sample_grid import save_sample_grid, whole_model
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.training_step import compile_blocks, training_cost, training_step
 from utils.config import Config
@@ -122,7 +122,7 @@ def main(config: Config) -> str:
             if run.due.weights:
                 run.keep_weights("ema" if ema else "model")
             if run.due.grid:
-                whole = whole_on_main(averaged, run)
+                whole = whole_model(averaged, run)
                 run.reporter.draw("samples", partial(save_sample_grid, whole, tokenizer, config, step + 1))
                 del whole  # sharded, it takes as much memory as all shards
                 run.reporter.draw_curves()

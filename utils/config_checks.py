@@ -125,8 +125,6 @@ def check_training(config: Config) -> None:
             f"experiment.eval_samples={samples}: expected images to compare with in "
             "dataset.params.eval_shards_path_or_url"
         )
-    if samples and training.fsdp:
-        raise ConfigError(f"experiment.eval_samples={samples}: expected training.fsdp=false; sharded, none are made")
     if training.stop_steps is not None and training.stop_steps > training.max_train_steps:
         raise ConfigError(
             f"training.stop_steps={training.stop_steps}: expected at most max_train_steps={training.max_train_steps}"

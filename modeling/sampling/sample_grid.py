@@ -10,26 +10,23 @@ from modeling.sampling.generate import generate_images
 from modeling.sampling.image_inputs import indices_of_class
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.images import make_grid
-from utils.run.snapshot import weights_of
 from utils.run.training_run import TrainingRun
 from utils.schema import Config
 
 GRID_CLASSES, GRID_ROWS = 10, 4
 
 
-def whole_on_main(model: ReAR, run: TrainingRun) -> ReAR:
-    """The model or, if it is sharded, on rank 0 one with all its weights: sampling reads them outside of the forward
+def whole_model(model: ReAR, run: TrainingRun) -> ReAR:
+    """The model or, if it is sharded, one with all its weights on each rank: sampling reads them outside of the forward
     pass. All ranks call it."""
     if not run.config.training.fsdp:
         return model
+    from utils.run.sharded_state import whole_weights
+
     with run.measured.clock.pause():
-        weights = weights_of(model, sharded=True)
-        if not run.world.is_main:
-            return model
         with torch.device("meta"):
             whole = ReAR(run.config.model)
-        on_device = {name: weight.to(run.world.device) for name, weight in weights.items()}
-        whole.load_state_dict(on_device, assign=True)
+        whole.load_state_dict(whole_weights(model), assign=True)
         return whole
 
 

@@ -26,6 +26,7 @@ from scripts.gpu_checks.sampling import made_up_model
 from tests.evaluation.made_up import fixture_features, fixture_images, inception_state, softmax_weights
 from tests.modeling.tokenizers.made_up import formula_weight
 from utils.files.weights import load_state_dict
+from utils.images import to_float
 from utils.precision import matmul_precision
 from utils.ranks import World
 from utils.schema import ModelConfig, VQModelConfig
@@ -94,6 +95,9 @@ def model_parity(findings: Findings, machine: Machine, work: Path) -> None:
 @torch.inference_mode()
 @matmul_precision(tf32=False)
 def tokenizer_parity(findings: Findings, machine: Machine, work: Path) -> None:
+    grey = torch.arange(256, dtype=torch.uint8).expand(1, 1, 3, 256).mT  # (B, H, W, 3)
+    differing = int((to_float(grey.to(device())).cpu() != to_float(grey)).sum())
+    findings.no_difference("inputs made of all bytes, here and on a CPU", differing, grey.numel())
     tokenizer, expected = build_tokenizer(VQModelConfig()).eval(), fixture("maskgitvq_expected.npz")
     shapes = {key: tuple(value.shape) for key, value in tokenizer.state_dict().items()}
     tokenizer.load_state_dict({key: formula_weight(key, shape) for key, shape in shapes.items()})

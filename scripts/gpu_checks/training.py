@@ -1,5 +1,6 @@
-"""Parts that train with scripts/train_rear.py: whole and killed runs, two ranks, activation checkpointing."""
+"""Parts that train with scripts/train_rear.py: whole and killed runs, copies to and from a GPU, two ranks, memory."""
 
+import gzip
 import json
 import re
 import time
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from scripts import train_rear
 from scripts.gpu_checks.findings import Findings, Machine, SkippedError
@@ -14,8 +16,10 @@ from scripts.gpu_checks.processes import run_ranks, start_ranks
 from scripts.gpu_checks.project import made_up_project
 from utils.config import load_config
 from utils.errors import input_errors_exit
+from utils.files.weights import load_state_dict
 from utils.run.metrics_file import read_metrics
 from utils.run.sharding import SHARDS_ON_CPU
+from utils.run.trained_weights import FINAL_FILE
 from utils.run.training_run import EXIT_STATUS
 
 STEPS, SAVED, KILLED = 60, 30, 45
@@ -70,7 +74,7 @@ def largest_relative(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def training(findings: Findings, machine: Machine, work: Path) -> None:
-    arguments = [*made_up_project(machine, work), f"experiment.generate_every={STEPS}"]
+    arguments = [*made_up_project(machine, work), f"experiment.generate_every={STEPS}", "training.deterministic=true"]
     whole = Run(arguments, work / "whole")(STEPS)
     losses, rows = whole.curve("train/ar_loss"), whole.rows()
     skipped = int(rows[-1]["train/nonfinite_steps"])
@@ -85,7 +89,26 @@ def training(findings: Findings, machine: Machine, work: Path) -> None:
     findings.holds("steps that a run started from, killed by SIGKILL", starts, [0, SAVED], starts == [0, SAVED])
     after = [run.curve("train/loss")[SAVED:] for run in (killed, whole)]
     what = f"losses of steps {SAVED + 1} to {STEPS}, resumed from uninterrupted, relative"
-    findings.at_most(what, largest_relative(*after), ROUNDING if machine.gpus else 0)
+    findings.at_most(what, largest_relative(*after), 0)
+    weights = [load_state_dict(run.folder / FINAL_FILE) for run in (killed, whole)]
+    differing = sum(not torch.equal(weights[0][name], value) for name, value in weights[1].items())
+    findings.no_difference("weights at the end, resumed and uninterrupted", differing, len(weights[1]))
+
+
+def copies(findings: Findings, machine: Machine, work: Path) -> None:
+    """Counted under torch's profiler, in steps that log nothing."""
+    if machine.gpus == 0:
+        raise SkippedError("copies to a GPU need one")
+    steps, arguments = 3, [*made_up_project(machine, work), "experiment.log_every=1000"]
+    run = Run(arguments, work / "run")(6 + steps, f"training.profile=5:{5 + steps}")
+    with gzip.open(run.folder / "profile/trace.json.gz", "rt") as file:
+        names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+    from_pageable, to_gpu, to_host = (
+        sum(f"Memcpy {kind}" in name for name in names) for kind in ("HtoD (Pageable", "HtoD", "DtoH")
+    )
+    what = f"copies to the GPU that the host waits for, in {steps} steps"
+    findings.holds(what, f"{from_pageable} of {to_gpu}", "0 of some", from_pageable == 0 < to_gpu)
+    findings.figure("copies to the host, a step", to_host / steps, "1, which says whether to update")
 
 
 def two_ranks(findings: Findings, machine: Machine, work: Path) -> None:

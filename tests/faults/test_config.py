@@ -15,9 +15,8 @@ WRONG = {
     "missing": ("training: {seed: 1}", "experiment.output_dir: missing value"),
     "duplicate": ("training: {seed: 1}\ntraining: {seed: 2}", "line 2: found duplicate key training"),
     "inconsistent": (
-        "experiment: {eval_samples: 8, eval_every: 5}\ntraining: {fsdp: true}\n"
-        "dataset: {params: {eval_shards_path_or_url: x}}",
-        "experiment.eval_samples=8: expected training.fsdp=false",
+        "experiment: {eval_samples: 8, eval_every: 5}",
+        "experiment.eval_samples=8: expected images to compare with in dataset.params.eval_shards_path_or_url",
     ),
     "batch": (
         "training: {global_batch_size: 100, per_gpu_batch_size: 8}",

@@ -12,9 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.distributed.tensor.debug import CommDebugMode
 
+from data.heldout import HeldOutPixels
+from evaluation.sample_distance import SampleDistance
 from modeling.rear import load_generator
+from modeling.sampling.generate import generate_images
 from modeling.sampling.sample_grid import save_sample_grid
 from modeling.tokenizers.registry import load_tokenizer
+from tests.conftest import make_noise_images
 from tests.faults.runs import NO_DROPOUT, Run, assert_equal_runs
 from tests.modeling.test_heldout import random_model
 from tests.processes import run_ranks
@@ -84,25 +88,27 @@ def test_a_run_moves_between_sharded_and_replicated(
 
 
 @ON_CPU
-def test_ema_grids_and_heldout_losses_are_those_of_replicated_training(
+def test_ema_samples_and_heldout_losses_are_those_of_replicated_training(
     pair_arguments: list[str], tiny_config_file: Path, tmp_path: Path
 ) -> None:
     """Held-out losses are computed between updates of the EMA, which must not see what they leave behind."""
     arguments = [
         *(*pair_arguments, *NO_DROPOUT, "training.use_ema=true", "training.ema_decay=0.5"),
         *("training.gradient_accumulation_steps=2", "training.per_gpu_batch_size=2", "experiment.generate_every=6"),
-        *("experiment.eval_every=1", f"dataset.params.eval_pretokenization={tiny_config_file.parent / 'codes.jsonl'}"),
+        *("experiment.eval_every=3", f"dataset.params.eval_pretokenization={tiny_config_file.parent / 'codes.jsonl'}"),
     ]
+    images = f"dataset.params.eval_shards_path_or_url={make_noise_images(tmp_path / 'images', 2, 20, 24)}"
+    samples = [images, "experiment.eval_samples=4", "sampling.per_gpu_batch_size=2"]
     replicated = Run(arguments, tmp_path / "replicated").completed(processes=2)
     sharded = Run([*arguments, "training.fsdp=true"], tmp_path / "sharded")
-    sharded("training.stop_steps=5", processes=2)
-    sharded.completed(processes=2)
+    sharded("training.stop_steps=6", processes=2)
+    sharded.completed(*samples, processes=2)
     assert_close(sharded, replicated)
     rows = [
         [row for row in read_metrics(run.folder / "metrics.jsonl") if "val/ar_loss" in row]
         for run in (sharded, replicated)
     ]
-    assert len(rows[0]) == 12
+    assert len(rows[0]) == 4
     for ours, theirs in zip(*rows, strict=True):
         assert ours["val/ar_loss"] == pytest.approx(theirs["val/ar_loss"], abs=1e-5)
         assert ours["val/ar_loss_noisy"] == pytest.approx(theirs["val/ar_loss_noisy"], abs=1e-5)
@@ -110,13 +116,17 @@ def test_ema_grids_and_heldout_losses_are_those_of_replicated_training(
     torch.testing.assert_close(*emas, rtol=1e-5, atol=1e-5)
     assert not torch.equal(emas[0]["lm_head.weight"], sharded.tensors()["lm_head.weight"])
 
-    config = load_config([*sharded.arguments, f"experiment.output_dir={tmp_path}"])
+    config = load_config([*sharded.arguments, *samples, f"experiment.output_dir={tmp_path}"])
     whole = load_generator(sharded.folder / "checkpoint-12/ema.safetensors", config.model)
-    expected = save_sample_grid(whole, load_tokenizer(config), config, 12)
+    tokenizer = load_tokenizer(config)
+    expected = save_sample_grid(whole, tokenizer, config, 12)
     for step in (6, 12):
         assert (sharded.folder / f"train_generated_images/{step:07d}.png").is_file()
     found = Image.open(sharded.folder / "train_generated_images/0000012.png")
     np.testing.assert_array_equal(found, expected)
+    distance = SampleDistance(HeldOutPixels(config), 4, 2, World(0, 1, torch.device("cpu")))
+    for name, value in distance(lambda rows: generate_images(whole, tokenizer, rows, config)).items():
+        assert rows[0][-1][name] == pytest.approx(value, rel=1e-6)
 
 
 @pytest.mark.parametrize(("micro_steps", "share"), [(1, 0.25), (2, 1)])
@@ -148,6 +158,8 @@ def train_two_steps(arguments: list[str], output: Path, fsdp: bool, precision: s
                         )
                         loss.backward()
                     losses.append(loss.item())
+            if not fsdp:  # gradients lie where they are exchanged, many in one piece, and nowhere else
+                assert len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}) <= 2
             optimizer.step()
             optimizer.zero_grad()
             sent.append({str(name): count for name, count in communication.get_comm_counts().items()})

@@ -1,5 +1,6 @@
 """The check of a GPU, on a CPU: what passes, what is skipped, and that planted faults fail without ending the rest."""
 
+import gzip
 import json
 import os
 import shutil
@@ -18,14 +19,15 @@ from modeling.rear import ReAR
 from modeling.sampling.generate import generate
 from scripts import gpu_check
 from scripts.benchmarks.close_calls import FLOAT32_GAP, largest_gap
-from scripts.gpu_checks import numerics
+from scripts.gpu_checks import numerics, training
+from scripts.gpu_checks.findings import Findings, Machine, read_findings
 from tests.docs import test_pages
 from tests.processes import SERVER, STARTED, WAIT_S
 from utils.randomness import image_uniforms
 from utils.schema import ModelConfig
 
 ROOT = Path(__file__).parents[2]
-NEED_A_GPU = {("graphs", ""), ("memory", "memory with activation checkpointing, by that without")}
+NEED_A_GPU = {("graphs", ""), ("copies", ""), ("memory", "memory with activation checkpointing, by that without")}
 NEED_A_GPU |= {("evaluator", "FID, Inception Score, precision and recall")}
 WITHOUT = """
 import importlib.metadata, sys
@@ -87,6 +89,7 @@ def test_the_command_without_wandb_and_webdataset(tmp_path: Path) -> None:
     test_pages.test_named_keys_exist(page)
     text = page.read_text()
     assert "| losses of steps 31 to 60, resumed from uninterrupted, relative | 0 |" in text
+    assert "| training | PASS | weights at the end, resumed and uninterrupted | 0 of" in text
     assert "| speed-decode | decoding, images/s |" in text
 
 
@@ -95,7 +98,8 @@ def test_the_command_without_wandb_and_webdataset(tmp_path: Path) -> None:
 def test_all_parts(tmp_path: Path) -> None:
     result = check_alone(tmp_path / "out", [])
     assert result.returncode == 0, result.stdout + result.stderr
-    assert list(results(tmp_path / "out")) == list(gpu_check.PARTS)
+    figures = json.loads((tmp_path / "out/gpu_check.json").read_text())["figures"]
+    assert [figure["part"] for figure in figures if figure["name"] == "took, s"] == list(gpu_check.PARTS)
     assert skipped(tmp_path / "out") - {("two-ranks", "FSDP2")} == NEED_A_GPU  # torch 2.6 has FSDP2 on GPUs only
 
 
@@ -167,6 +171,35 @@ def test_a_crash_and_a_hang_do_not_end_the_others(tmp_path: Path) -> None:
     assert "| batches | FAIL | runs to its end | still running after 2 s, killed |" in text
     stat = Path(f"/proc/{(tmp_path / 'child').read_text()}/stat")
     assert not stat.exists() or stat.read_text().split()[2] == "Z"  # killed, and nobody has asked how it ended
+
+
+@pytest.mark.parametrize(
+    ("copy", "result", "found"),
+    [
+        ("Memcpy HtoD (Pinned -> Device)", "PASS", "0 of 3"),
+        ("Memcpy HtoD (Pageable -> Device)", "FAIL", "3 of 3"),
+        ("a trace without copies", "FAIL", "0 of 0"),
+    ],
+)
+def test_copies_in_the_trace_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copy: str, result: str, found: str
+) -> None:
+    """Of a training run that is made up, as is its GPU."""
+    names = [copy, "Memcpy DtoH (Device -> Pageable)", "aten::copy_", "cudaMemcpyAsync"]
+
+    def run(self: training.Run, steps: int, profile: str) -> training.Run:
+        assert (steps, profile) == (9, "training.profile=5:8")
+        (self.folder / "profile").mkdir(parents=True)
+        with gzip.open(self.folder / "profile/trace.json.gz", "wt") as file:
+            json.dump({"traceEvents": [{"ph": "M"}, *({"name": name} for name in names * 3)]}, file)
+        return self
+
+    monkeypatch.setattr(training, "made_up_project", lambda machine, work: [])
+    monkeypatch.setattr(training.Run, "__call__", run)
+    training.copies(Findings("copies", tmp_path / "findings"), Machine("", 1, 0), tmp_path)
+    (finding,), (to_host,) = read_findings(tmp_path / "findings")
+    assert (finding.result, finding.found) == (result, found)
+    assert to_host.value == 1
 
 
 def test_what_is_forked_has_not_asked_for_a_gpu(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ class StepGuard:
         self.stop = False
 
     def allows_update(self, step: int, loss_and_norm: Tensor) -> bool:
-        """Join the flags of all ranks. Waits for the device, once per step: the update depends on the answer.
+        """Join the flags of all ranks. Waits for the device, once per step. A fused optimizer could skip an update
+        without that (`found_inf`), but EMA, means, counts, saves and the end of the run depend on the answer, too.
 
         Args:
             loss_and_norm: (K,) losses and gradient norm of this rank; the update is skipped unless all are finite.
@@ -45,11 +46,11 @@ class StepGuard:
         Raises:
             TrainingError: too many steps in a row that are not finite, or too many failed checkpoints.
         """
-        flags = torch.zeros(3, device=loss_and_norm.device)
-        flags[0] = self.signals.requested()
-        flags[1] = ~torch.isfinite(loss_and_norm).all()
-        flags[2] = self.saver.gave_up
-        self.stop, nonfinite, save_failed = (flag > 0 for flag in self.world.max(flags).tolist())
+        unusable = ~torch.isfinite(loss_and_norm).all()
+        # Filled on the device: assigned to an element, a number would be copied there, with a wait of its own.
+        of_host = [torch.full_like(unusable, flag) for flag in (self.signals.requested(), self.saver.gave_up)]
+        flags = torch.stack([*of_host, unusable]).float()
+        self.stop, save_failed, nonfinite = (flag > 0 for flag in self.world.max(flags).tolist())
         if save_failed:
             raise TrainingError(
                 f"step {step}: checkpoints failed {self.saver.limit} times in a row (experiment.max_save_failures); "

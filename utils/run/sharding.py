@@ -51,7 +51,8 @@ def parallelize(
         return model
     if world.size == 1:
         return model
-    return DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)  # gradients lie there once
 
 
 def accumulating(model: nn.Module, is_last: bool) -> AbstractContextManager:
