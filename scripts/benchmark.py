@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py sampling --width 64 --layers 2 --tokens 64 256 --batch 4
     python scripts/benchmark.py decode --resolution 64 --batch 8
-    python scripts/benchmark.py training --width 64 --layers 2 --resolution 64 --batch 8
+    python scripts/benchmark.py training --width 256 --layers 4 --tokens 256 --batch 64 --classes 20
     python scripts/benchmark.py npz --images 5000
     python scripts/benchmark.py data --lines 100000 1000000
     python scripts/benchmark.py precision config=configs/rear_blue_marble.yaml \\

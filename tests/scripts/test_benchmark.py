@@ -67,14 +67,17 @@ def test_decode(capsys: pytest.CaptureFixture) -> None:
 
 
 def test_training(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = ["--width", "32", "--layers", "1", "--heads", "2", "--resolution", "32", "--batch", "2", "--steps", "2"]
-    benchmark.main(["training", *small, "--repeats", "2", "--checkpointing"])
+    small = ["--width", "32", "--layers", "1", "--heads", "2", "--tokens", "4", "--batch", "6", "--eager-baseline"]
+    benchmark.main(["training", *small, "--classes", "2", "--repeats", "2", "--checkpointing"])
     figures = last_line(capsys)
-    assert figures["images_per_s"] > 0
-    assert (figures["resolution"], figures["batch"], figures["checkpointing"]) == (32, 2, True)
-    monkeypatch.setattr(training, "MAX_LOSS_DIFFERENCE", -1.0)
-    with pytest.raises(InputError, match="gate: loss"):
-        benchmark.main(["training", *small, "--repeats", "1"])
+    keys = ("ratio_published", "samples_per_s", "samples_per_s_published", "mfu", "peak_bytes", "peak_bytes_published")
+    assert all(figures[key] > 0 for key in keys)
+    assert figures["flops_ratio"] > 1.1
+    assert (figures["tokens"], figures["batch"], figures["checkpointing"]) == (4, 6, True)
+    for limit, what in (("MAX_LOSS_DIFFERENCE", "loss"), ("MAX_GRADIENT_DIFFERENCE", "the gradient of")):
+        with monkeypatch.context() as patch, pytest.raises(InputError, match=f"gate: {what}"):
+            patch.setattr(training, limit, -1.0)
+            benchmark.main(["training", *small, "--repeats", "1"])
 
 
 def test_npz(capsys: pytest.CaptureFixture) -> None:
