@@ -1,8 +1,8 @@
-"""Compare two npz files of images: the five numbers of the ADM evaluator, without TensorFlow.
+"""Compare npz files of images with a reference: the five numbers of the ADM evaluator, without TensorFlow.
 
     python evaluation/evaluator.py REF.npz SAMPLES.npz --inception pt_inception-2015-12-05-6726825d.pth
     torchrun --nproc_per_node=8 evaluation/evaluator.py REF.npz SAMPLES.npz
-    python evaluation/evaluator.py REF.npz SAMPLES.npz --backend efficientnet_lite0
+    python evaluation/evaluator.py REF.npz SAMPLES.npz SAMPLES_2.npz --backend efficientnet_lite0
 
 REF.npz may hold stored statistics; images are arr_0, uint8 NHWC. Prints inception_score, fid, sfid, precision and
 recall as evaluations/evaluator.py of https://github.com/openai/guided-diffusion does; any number of processes and any
@@ -17,7 +17,7 @@ metrics of the training run too, at the step of the weights that were sampled.
 
 import argparse
 import sys
-from functools import partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +49,9 @@ from utils.ranks import World, join_world
 BACKENDS = ("inception", "efficientnet_lite0")
 
 
-def evaluate(
-    reference: Path,
-    samples: Path,
-    world: World,
-    backend: str = "inception",
-    inception: Path | None = None,
-    distance: str = USUAL_DISTANCE,
-    batch_size: int = 64,
-    device: torch.device | None = None,
-) -> dict[str, Any]:
-    """Compare two npz files; every process of `world` calls it. Says on stdout what is compared.
+class Evaluator:
+    """Compares files of samples with one reference, whose features are computed once. All processes of `world` make it
+    and call it.
 
     Args:
         backend: inception or efficientnet_lite0.
@@ -68,36 +60,59 @@ def evaluate(
         batch_size: images per process and batch.
         device: of the features; None: that of `world`.
 
-    Returns:
-        the report: `metrics` by name, `warnings`, and what they were computed from; if one with the same origin lies
-        beside the samples, that one.
-
     Raises:
-        InputError: a file or the weights are not as expected; no feature has been computed then.
+        InputError: the reference or the weights are not as expected.
     """
-    device = device or world.device
-    extractor = world.main_first(lambda: load_extractor(backend, inception, device))
-    opened = [world.main_first(partial(open_input, path, verify=world.is_main)) for path in (reference, samples)]
-    for npz in opened:
-        check_statistics(npz, extractor.weights_sha256)
-    settings = {"backend": backend, "device": device.type}
-    settings |= {"distance": distance} if backend == "inception" else {}
-    report = settings | describe(opened[0], opened[1], extractor, backend)
-    if world.is_main:
-        print_description(report)
-    if done := world.from_main(lambda: find_same(samples, report)):
-        return done
-    keep_as = FEATURE_DTYPES[distance] if backend == "inception" else None
-    sides = [
-        collect(npz.images, extractor, world, device, batch_size, title, keep_as)
-        for npz, title in zip(opened, ("reference", "samples"), strict=True)
-    ]
-    if backend == "inception":
-        report["metrics"] = adm_metrics(opened, sides, world, device)
-    else:
-        moments = (side.pool.mean_and_covariance() for side in sides)
-        report["metrics"] = {"frechet_distance": frechet_distance(*next(moments), *next(moments))}
-    return report
+
+    def __init__(
+        self,
+        reference: Path,
+        world: World,
+        backend: str = "inception",
+        inception: Path | None = None,
+        distance: str = USUAL_DISTANCE,
+        batch_size: int = 64,
+        device: torch.device | None = None,
+    ) -> None:
+        self.world, self.batch_size, self.device = world, batch_size, device or world.device
+        self.extractor = world.main_first(lambda: load_extractor(backend, inception, self.device))
+        self.reference = self._open(reference)
+        self.settings = {"backend": backend, "device": self.device.type}
+        self.settings |= {"distance": distance} if backend == "inception" else {}
+        self.keep_as = FEATURE_DTYPES[distance] if backend == "inception" else None
+
+    def __call__(self, samples: Path) -> dict[str, Any]:
+        """The report: `metrics` by name, `warnings`, and what they were computed from; if one with the same origin lies
+        beside the samples, that one. Says on stdout what is compared.
+
+        Raises:
+            InputError: the samples are not as expected; no feature has been computed then.
+        """
+        npz, backend = self._open(samples), self.settings["backend"]
+        report = self.settings | describe(self.reference, npz, self.extractor, backend)
+        if self.world.is_main:
+            print_description(report)
+        if done := self.world.from_main(lambda: find_same(samples, report)):
+            return done
+        sides = [self.of_reference, self._collect(npz, "samples")]
+        if backend == "inception":
+            report["metrics"] = adm_metrics([self.reference, npz], sides, self.world, self.device)
+        else:
+            moments = (side.pool.mean_and_covariance() for side in sides)
+            report["metrics"] = {"frechet_distance": frechet_distance(*next(moments), *next(moments))}
+        return report
+
+    @cached_property
+    def of_reference(self) -> Collected:
+        return self._collect(self.reference, "reference")
+
+    def _open(self, path: Path) -> Npz:
+        npz = self.world.main_first(lambda: open_input(path, verify=self.world.is_main))
+        check_statistics(npz, self.extractor.weights_sha256)
+        return npz
+
+    def _collect(self, npz: Npz, title: str) -> Collected:
+        return collect(npz.images, self.extractor, self.world, self.device, self.batch_size, title, self.keep_as)
 
 
 def load_extractor(backend: str, inception: Path | None, device: torch.device) -> Extractor:
@@ -152,7 +167,7 @@ def add_feature_options(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reference", type=Path, help="npz of reference images")
-    parser.add_argument("samples", type=Path, help="npz of generated images")
+    parser.add_argument("samples", type=Path, nargs="+", help="npz of generated images; several share the reference")
     parser.add_argument("--backend", choices=BACKENDS, default="inception")
     parser.add_argument(
         "--distance", choices=tuple(FEATURE_DTYPES), default=USUAL_DISTANCE, help="of precision and recall"
@@ -160,16 +175,18 @@ def main() -> None:
     parser.add_argument("--log-to", type=Path, metavar="RUN", help="run folder whose metrics.jsonl gets the numbers")
     add_feature_options(parser)
     args = vars(parser.parse_args())
-    run = args.pop("log_to")
+    run, samples = args.pop("log_to"), args.pop("samples")
     with join_world() as world:
-        step = world.from_main(lambda: find_step(args["samples"], run)) if run else None
-        report = evaluate(world=world, **args)
-        if world.is_main:
-            print_metrics(report)
-            print(f"report: {write_report(report, args['samples'])}", file=sys.stderr)
-            if step is not None:
-                log_scores(run, step, report["metrics"])
-                print(f"in the metrics of {run} at step {step}", file=sys.stderr)
+        steps = world.from_main(lambda: [find_step(path, run) for path in samples]) if run else []
+        evaluator = Evaluator(world=world, **args)
+        for number, path in enumerate(samples):
+            report = evaluator(path)
+            if world.is_main:
+                print_metrics(report)
+                print(f"report: {write_report(report, path)}", file=sys.stderr)
+                if run:
+                    log_scores(run, steps[number], report["metrics"])
+                    print(f"in the metrics of {run} at step {steps[number]}", file=sys.stderr)
 
 
 if __name__ == "__main__":

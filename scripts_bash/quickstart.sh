@@ -38,9 +38,8 @@ step "4/6 samples of the trained and of an untrained model"
 step "5/6 scores against the held-out tiles; training tiles, as real as these, tell what can be reached"
 "${RECONSTRUCT[@]}" experiment.output_dir="$OUT/train_tiles" \
   dataset.params.eval_shards_path_or_url="$OUT/images/train-*.tar"
-for images in samples untrained_samples tokenizer/reconstructions train_tiles/reference; do
-  python evaluation/evaluator.py "$OUT/tokenizer/reference.npz" "$OUT/$images.npz" --backend efficientnet_lite0
-done
+python evaluation/evaluator.py "$OUT/tokenizer/reference.npz" --backend efficientnet_lite0 \
+  "$OUT"/{samples,untrained_samples,tokenizer/reconstructions,train_tiles/reference}.npz
 
 step "6/6 report"
 python scripts/quickstart_report.py "$OUT"

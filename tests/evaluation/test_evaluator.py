@@ -1,6 +1,7 @@
 """The evaluator as a whole: what it prints and writes, faults, and what its numbers do not depend on."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from evaluation import evaluator, moments
+from evaluation.collect import Collected, Images
+from evaluation.evaluator import Evaluator
 from evaluation.inputs import POOL_DIM, SPATIAL_DIM, STATISTICS, WEIGHTS, check_statistics, open_input
 from tests.evaluation.made_up import StubExtractor, blocky_images
 from tests.processes import run_ranks, run_script
@@ -45,7 +48,7 @@ def stub_metrics(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluator, "load_extractor", lambda *_: StubExtractor())
         patch.setattr(moments, "SPLIT_SIZE", 50)
-        report = evaluator.evaluate(files["reference"], files[samples], world, distance="fp32", batch_size=batch_size)
+        report = Evaluator(files["reference"], world, distance="fp32", batch_size=batch_size)(files[samples])
     return report["metrics"]
 
 
@@ -127,6 +130,28 @@ def test_the_same_pair_is_not_computed_again(
             file.write(b"another")
         with pytest.raises(TypeError):
             evaluate()
+
+
+def test_several_samples_share_the_features_of_the_reference(
+    files: dict[str, Path], alone: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    files = {name: Path(shutil.copy(path, tmp_path)) for name, path in files.items()}  # no reports beside them
+    collected = []
+
+    def collect(images: Images, *arguments: object) -> Collected:
+        collected.append(images.path.stem)
+        return original(images, *arguments)
+
+    original = evaluator.collect
+    monkeypatch.setattr(evaluator, "collect", collect)
+    monkeypatch.setattr(evaluator, "load_extractor", lambda *_: StubExtractor())
+    compare = Evaluator(files["reference"], alone, distance="fp32")
+    reports = [compare(files[name]) for name in ("samples", "shuffled")]
+    assert collected == ["reference", "samples", "shuffled"]
+    one_by_one = [
+        Evaluator(files["reference"], alone, distance="fp32")(files[name]) for name in ("samples", "shuffled")
+    ]
+    assert reports == one_by_one
 
 
 def test_statistics_of_other_weights_are_refused(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evaluation import sample_distance
-from evaluation.evaluator import evaluate
+from evaluation.evaluator import Evaluator
 from evaluation.inception import CACHED_NAMES
 from evaluation.sample_distance import SampleDistance, find_extractor
 from tests.evaluation.made_up import StubExtractor, blocky_images
@@ -65,7 +65,7 @@ def test_the_distance_is_the_evaluators(empty_cache: Path, tmp_path: Path, alone
     for name, array in (("heldout", heldout), ("samples", samples)):
         np.savez(tmp_path / f"{name}.npz", arr_0=array)
     files = (tmp_path / "heldout.npz", tmp_path / "samples.npz")
-    expected = evaluate(*files, alone, backend="efficientnet_lite0", batch_size=5)["metrics"]["frechet_distance"]
+    expected = Evaluator(files[0], alone, "efficientnet_lite0", batch_size=5)(files[1])["metrics"]["frechet_distance"]
     distance = SampleDistance(InMemory(heldout), 12, 5, alone)
     assert distance(lambda numbers: samples[numbers]) == {"val/frechet_lite0_12": pytest.approx(expected, rel=1e-9)}
     assert expected > 1
