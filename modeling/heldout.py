@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from modeling.losses import token_losses
 from modeling.noise import num_noise_uniforms, switch_codes
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.images import write_png
@@ -120,15 +120,9 @@ def _sums(model: nn.Module, heldout: HeldOut, rows: slice) -> Tensor:
     """Of a batch, (N + 2,) float64: loss of each position, number of right guesses, loss on noisy context."""
     codes, class_labels = heldout.codes[rows], heldout.class_labels[rows]
     logits = model(codes, class_labels).logits  # (B, N, V)
-    losses, correct = _losses(logits, codes), logits.argmax(dim=-1) == codes  # both (B, N)
-    noisy_losses = _losses(model(heldout.noisy_codes[rows], class_labels).logits, codes)
+    losses, correct = token_losses(logits, codes).double(), logits.argmax(dim=-1) == codes  # both (B, N)
+    noisy_losses = token_losses(model(heldout.noisy_codes[rows], class_labels).logits, codes).double()
     return torch.cat([losses.sum(0), correct.sum()[None], noisy_losses.sum()[None]])
-
-
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropies (B, N) float64 of logits (B, N, V), computed in float32."""
-    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().long(), reduction="none")
-    return losses.view_as(targets).double()
 
 
 @contextmanager

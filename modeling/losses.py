@@ -5,6 +5,7 @@ uniforms in [0, 1), so that a result depends on its arguments only.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,8 @@ from torch import Tensor
 from modeling.rear import ReAROutput
 from utils.run.interval import Ratio
 from utils.schema import GeneratorConfig
+
+ROWS_AT_ONCE = 4096  # of the logits, in float32
 
 
 @dataclass
@@ -23,9 +26,36 @@ class LossTerms:
     metrics: dict[str, Tensor | Ratio]  # what is logged, by name in the log, without gradients
 
 
+class CrossEntropy(torch.autograd.Function):
+    """`F.cross_entropy` in float32 of logits (M, V) of any float type for targets (M,): (M,) float32. Only some rows at a
+    time are in float32, and for the backward pass no copy of the logits is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        log_sums = torch.cat([rows.float().logsumexp(dim=1) for rows in logits.split(ROWS_AT_ONCE)])
+        ctx.save_for_backward(logits, targets, log_sums)
+        return log_sums - logits.gather(1, targets[:, None])[:, 0].float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, targets, log_sums = ctx.saved_tensors
+        result, columns = torch.empty_like(logits), (tensor[:, None] for tensor in (targets, log_sums, grad))
+        pieces = (tensor.split(ROWS_AT_ONCE) for tensor in (result, logits, *columns))
+        for out, rows, target, log_sum, of_loss in zip(*pieces, strict=True):
+            probabilities = (rows.float() - log_sum).exp()
+            at_target = probabilities.gather(1, target) - 1
+            out.copy_(probabilities.scatter_(1, target, at_target).mul_(of_loss))
+        return result, None
+
+
+def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropies (B, N) float32, in nats, of logits (B, N, V) for clean codes (B, N)."""
+    return CrossEntropy.apply(logits.flatten(0, 1), targets.flatten().long()).view(targets.shape)
+
+
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats of logits (B, N, V) for clean codes (B, N); computed in float32."""
-    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten().long())
+    """Mean of `token_losses`."""
+    return token_losses(logits, targets).mean()
 
 
 def cosine_to_codes(projection: Tensor, codebook_vectors: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from utils.schema import Config
 # Bytes that the backward pass needs of a position in a block, per D and per F; counted with torch's
 # saved_tensors_hooks, with dropout. By whether matrix products are in bf16.
 BLOCK_BYTES = {True: (80, 6), False: (112, 12)}
-LOGIT_BYTES = {True: 10, False: 12}  # per position and code, with the softmax of the loss
+LOGIT_BYTES = {True: 2, False: 4}  # per position and code
 RESIDUAL_BYTES = 4  # per position and D: all that activation checkpointing keeps of a block
 
 

@@ -18,7 +18,8 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 # keep freed memory
 SAMPLE=(python scripts/sample_imagenet_rear.py "${CONFIG[@]}" sampling.num_fid_samples="$NUM_SAMPLES")
 RECONSTRUCT=(python scripts/reconstruct.py "${CONFIG[@]}" sampling.num_fid_samples="$NUM_SAMPLES")
 
-step() { printf '\n== %s\n' "$*"; }
+STARTED=() NAMES=()
+step() { printf '\n== %s\n' "$*"; STARTED+=("$SECONDS"); NAMES+=("$*"); }
 
 step "1/6 images: tiles of the Blue Marble in twelve regions"
 python scripts/build_blue_marble.py "$OUT/images"
@@ -43,3 +44,6 @@ python evaluation/evaluator.py "$OUT/tokenizer/reference.npz" --backend efficien
 
 step "6/6 report"
 python scripts/quickstart_report.py "$OUT"
+STARTED+=("$SECONDS")
+printf '\nseconds per step:\n'
+for i in "${!NAMES[@]}"; do printf '%6d  %s\n' $((STARTED[i + 1] - STARTED[i])) "${NAMES[i]}"; done

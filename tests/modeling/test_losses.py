@@ -1,6 +1,9 @@
+import pytest
 import torch
+import torch.nn.functional as F
 
-from modeling.losses import alignment_loss, cosine_to_codes, next_token_loss, rear_loss
+from modeling import losses
+from modeling.losses import alignment_loss, cosine_to_codes, next_token_loss, rear_loss, token_losses
 from modeling.rear import ReAROutput
 from utils.schema import GeneratorConfig
 
@@ -11,6 +14,27 @@ def test_next_token_loss_of_known_logits() -> None:
     torch.testing.assert_close(next_token_loss(logits, targets), torch.log(torch.tensor(8.0)))
     confident = torch.nn.functional.one_hot(targets, 8) * 100.0
     assert next_token_loss(confident, targets) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_token_losses_are_torchs_cross_entropy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "ROWS_AT_ONCE", 4)
+    logits = (5 * torch.randn(3, 5, 8)).to(dtype).requires_grad_()
+    targets, weights = torch.randint(0, 8, (3, 5)), torch.randn(3, 5)
+    wanted = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(3, 5)
+    found = token_losses(logits, targets)
+    torch.testing.assert_close(found, wanted)
+    gradients = [torch.autograd.grad((values * weights).sum(), logits)[0] for values in (found, wanted)]
+    assert gradients[0].dtype == dtype
+    torch.testing.assert_close(*gradients)
+
+
+def test_the_loss_keeps_no_copy_of_the_logits() -> None:
+    logits, kept = torch.randn(2, 64, 512, dtype=torch.bfloat16, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        next_token_loss(logits, torch.zeros(2, 64, dtype=torch.int64))
+    others = [tensor for tensor in kept if tensor.data_ptr() != logits.data_ptr()]
+    assert sum(tensor.nbytes for tensor in others) < logits.nbytes / 20
 
 
 def test_alignment_loss_bounds_and_divisor() -> None:
