@@ -27,7 +27,7 @@ class LossTerms:
 
 
 class CrossEntropy(torch.autograd.Function):
-    """`F.cross_entropy` in float32 of logits (M, V) of any float type for targets (M,): (M,) float32. Only some rows at a
+    """`F.cross_entropy` in float32, (M,), of logits (M, V) of any float type for targets (M,). Only some rows at a
     time are in float32, and for the backward pass no copy of the logits is kept."""
 
     @staticmethod
