@@ -56,7 +56,8 @@ def published_loss(
 def _forward(
     model: ReAR, labels: Tensor, codes: Tensor, block_function: BlockFunction
 ) -> tuple[Tensor, Tensor, Tensor]:
-    assert model.encode_align_mlp is not None and model.decode_align_mlp is not None
+    assert model.encode_align_mlp is not None
+    assert model.decode_align_mlp is not None
     x, condition = published_inputs(model, labels, codes)  # each (B, T, D)
     mask = torch.full((x.shape[1], x.shape[1]), -math.inf, device=x.device, dtype=x.dtype).triu(1)
     for layer, block in enumerate(model.blocks):
