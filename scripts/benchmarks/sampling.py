@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling.rear import ReAR
-from modeling.sampling.generate import CodeSampler
+from modeling.sampling.decoding import DecodingState, StepFunctions, decode_one_token
+from modeling.sampling.generate import CodeSampler, choose_codes
 from modeling.sampling.image_inputs import image_inputs
 from modeling.tokenizers.registry import build_tokenizer
 from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
@@ -145,7 +147,7 @@ def measure(
     generate_concatenating(model, labels, uniforms, config)  # warm-up; the first run of "no cache" is among its repeats
     times = interleaved(functions, arguments.repeats, arguments.baseline_seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    work = step_work(config, batch, torch.finfo(sampler.weights.dtype).bits // 8)
+    work, operations = step_work(config, batch, torch.finfo(sampler.weights.dtype).bits // 8), step_operations(sampler)
     print(f"N {config.image_seq_len}, batch {batch}: cold start {cold_start:.3g} s, peak memory {memory:.0f} MB")
     for name, values in times.items():
         print(f"  {name:18} {describe(values, config.image_seq_len / 1e3)} ms per step, "
@@ -153,7 +155,8 @@ def measure(
     print(
         f"  at least {work.flops / batch / 1e9:.4g} GFLOP and {work.bytes / batch / 1e9:.4g} GB per image: "
         f"{work.flops / medians['ours'] / limits['flops']:.1%} and "
-        f"{work.bytes / medians['ours'] / limits['bytes']:.1%} of the ceilings"
+        f"{work.bytes / medians['ours'] / limits['bytes']:.1%} of the ceilings; "
+        f"per step {work.bytes / (config.image_seq_len + 1) / 1e6:.4g} MB on average and {operations} operations"
     )
     return {
         "images_per_s": batch / medians["ours"],
@@ -168,9 +171,30 @@ def measure(
         "peak_memory_mb": memory,
         "gflop_per_image": work.flops / batch / 1e9,
         "gb_per_image": work.bytes / batch / 1e9,
+        "operations_per_step": operations,
         "share_of_flops": work.flops / medians["ours"] / limits["flops"],
         "share_of_bytes": work.bytes / medians["ours"] / limits["bytes"],
     }
+
+
+class CountOperations(TorchDispatchMode):
+    """Of torch, inside `with`; each that is no view is a kernel at least, which compiling joins and a graph launches at
+    once."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        self.number += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def step_operations(sampler: CodeSampler) -> int:
+    """Operations of a decode step that is neither compiled nor in a graph."""
+    state = DecodingState(sampler.weights, 1, guided=sampler.guidance_scale != 1)
+    state.position.fill_(2)
+    with torch.inference_mode(), CountOperations() as operations:
+        choose_codes(decode_one_token(state, 3, False, StepFunctions()), state, sampler.scales, sampler.config)
+    return operations.number
 
 
 @dataclass

@@ -36,6 +36,7 @@ def test_sampling(capsys: pytest.CaptureFixture) -> None:
     wanted = {"images_per_s", "ratio_no_cache", "ratio_concat_cache", "latency_s", "peak_memory_mb", "cold_start_s"}
     assert wanted <= set(figures)
     assert (figures["tokens"], figures["batch"]) == (16, 3)
+    assert 20 < figures["operations_per_step"] < 100
     assert [(row["tokens"], row["batch"]) for row in figures["settings"]] == [(4, 1), (4, 3), (16, 1), (16, 3)]
     assert figures["end_to_end_images_per_s"] > 0
 
