@@ -235,7 +235,8 @@ def test_row_17_another_global_batch_is_an_error_unless_allowed(oracle: Run, tmp
     assert "written at a global batch of 8 images, found 4" in run.output()
     run.completed("training.per_gpu_batch_size=4", "training.allow_batch_change=true")
     whole = [row for step in range(12) for row in oracle.ids()[step]]
-    assert [row for step in range(8, 12) for row in run.ids()[step]] == whole[64:80]  # no sample is left out
+    found = [row for step in range(8, 12) for row in run.ids()[step]]
+    assert sorted(found) == sorted(whole[64:80])  # no sample is left out; in a step they stand by class
     state = read_manifest(run.folder / "checkpoint-12").state
     assert (state.global_batch_size, state.samples_seen) == (4, 80)
     run.completed("training.per_gpu_batch_size=4", "training.max_train_steps=13")
