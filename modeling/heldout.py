@@ -18,6 +18,7 @@ from modeling.losses import token_losses
 from modeling.noise import num_noise_uniforms, switch_codes
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.images import write_png
+from utils.precision import autocast
 from utils.randomness import heldout_uniforms
 from utils.ranks import World
 from utils.schema import Config
@@ -101,11 +102,10 @@ def heldout_losses(model: nn.Module, heldout: HeldOut, config: Config, world: Wo
     """
     count, image_seq_len = heldout.codes.shape
     size = config.training.per_gpu_batch_size
-    bf16 = torch.autocast(world.device.type, torch.bfloat16, enabled=config.training.mixed_precision == "bf16")
     last = math.ceil(count / size) - 1
     # Per batch what its rank alone computes; the others add 0, and the order of the sum is that of the batches.
     sums = torch.zeros(last + 1, image_seq_len + 2, dtype=torch.float64, device=world.device)
-    with evaluating(model), bf16:
+    with evaluating(model), autocast(config.training, world.device):
         for first in range(0, last + 1, world.size):
             number = min(first + world.rank, last)  # a batch again where none is left: FSDP wants all ranks
             result = _sums(model, heldout, slice(number * size, (number + 1) * size))

@@ -13,6 +13,7 @@ from modeling.losses import LossTerms, rear_loss
 from modeling.noise import add_noise
 from modeling.rear import ReAR
 from modeling.tokenizers.tokenizer import Tokenizer
+from utils.precision import autocast, in_bf16
 from utils.schema import Config
 
 # Bytes that the backward pass needs of a position in a block, per D and per F; counted with torch's
@@ -41,7 +42,7 @@ def training_step(
     # (B, N); images as by `encode`, whose checks would wait for the GPU at every step
     codes = batch["codes"] if "codes" in batch else tokenizer.look_up(tokenizer.features(batch["image"]))
     context, perturbation_mask = add_noise(codes, batch["uniforms"], max_ratio, config.model)
-    with torch.autocast(codes.device.type, torch.bfloat16, enabled=config.training.mixed_precision == "bf16"):
+    with autocast(config.training, codes.device):
         output = model(context, batch["class_labels"], batch["class_rows"])
     return rear_loss(output, codes, tokenizer.embed(codes), perturbation_mask, generator)
 
@@ -65,7 +66,7 @@ def compile_blocks(model: ReAR, config: Config, device: torch.device) -> list[st
     try:
         for labels in (2, 3):  # after the second time for any number of labels
             x, condition = (torch.zeros(n, *shape, device=device, requires_grad=True) for n in (size, labels))
-            with torch.autocast(device.type, torch.bfloat16, enabled=training.mixed_precision == "bf16"):
+            with autocast(training, device):
                 model.train().blocks[0](x, condition, rows).sum().backward()
     except Exception as error:  # compilers raise errors of many kinds
         if training.compile == "on":
@@ -93,7 +94,7 @@ def training_cost(model: ReAR, config: Config, slices: int = 1) -> TrainingCost:
     Args:
         slices: micro-batches of all ranks in a step; classes are cut into as many.
     """
-    generator, bf16 = config.model.generator, config.training.mixed_precision == "bf16"
+    generator, bf16 = config.model.generator, in_bf16(config.training, model.cls_token.device)
     classes, batch = generator.condition_num_classes, config.training.per_gpu_batch_size
     labels = classes * (1 - (1 - 1 / classes) ** (batch * slices)) / slices + 1  # and the null class
     adaln = sum(p.numel() for name, p in model.named_parameters() if "adaLN_modulation" in name)

@@ -72,10 +72,9 @@ def main(config: Config) -> str:
             init_from(experiment.init_from, model)
             run.notices.append(f"starting from the weights of {experiment.init_from}, with new rows for the classes")
         ema = MovingAverage(model, training.ema_decay) if training.use_ema else None
-        bf16 = training.mixed_precision == "bf16"
-        parallel = parallelize(model, model.blocks, world, training.fsdp, bf16)
+        parallel = parallelize(model, model.blocks, world, training)
         if ema and training.fsdp:
-            parallelize(ema.module, ema.module.blocks, world, training.fsdp, bf16)
+            parallelize(ema.module, ema.module.blocks, world, training)
         run.notices += compile_blocks(model, config, device)
         optimizer = build_optimizer(model, config)
         averaged = ema.module if ema else model

@@ -59,6 +59,7 @@ from utils.files.hub import local_file
 from utils.files.weights import load_state_dict, load_strict, save_weights
 from utils.images import make_grid, to_uint8, write_png
 from utils.optim import build_optimizer, set_learning_rate
+from utils.precision import autocast
 from utils.randomness import dropout_seed
 from utils.ranks import World
 from utils.run.folder import going_on
@@ -165,7 +166,7 @@ def training_step(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Loss terms (scalars) and codes (B, N) of images (B, 3, H, W); the discriminator has a loss of its own."""
     vq_training = config.vq_training
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.training.mixed_precision == "bf16"):
+    with autocast(config.training, images.device):
         reconstructions, quantized = tokenizer(images)
     reconstructions = reconstructions.float()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""How NVIDIA GPUs compute: the precision of float32 matrix products, and with the same bits each time or not."""
+"""Precision: bf16, float32, or TF32 in float32 products on NVIDIA GPUs; the same bits each time or not."""
 
 import os
 from collections.abc import Iterator
@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from utils.schema import TrainingConfig
 
 
 @contextmanager
@@ -46,3 +48,13 @@ def deterministic(wanted: bool) -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = before
         if workspace is None:
             os.environ.pop(variable, None)
+
+
+def in_bf16(training: TrainingConfig, device: torch.device) -> bool:
+    """Whether `training.mixed_precision` means bf16 on this device."""
+    return training.mixed_precision == "bf16" or (training.mixed_precision == "auto" and device.type == "cuda")
+
+
+def autocast(training: TrainingConfig, device: torch.device) -> torch.autocast:
+    """The context of a forward pass in training."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bf16(training, device))

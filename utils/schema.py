@@ -186,7 +186,8 @@ class TrainingConfig:
     global_batch_size: Silent[Count | None] = None
     allow_batch_change: Silent[bool] = False  # continue a checkpoint that was written at another global batch
     per_gpu_batch_size: Silent[Count] = 256  # images per rank and micro-batch
-    mixed_precision: Literal["bf16", "no"] = "bf16"  # bf16 (autocast) or no (fp32)
+    # bf16 (autocast) or no (fp32); auto: bf16 on CUDA, for few CPUs are fast at it
+    mixed_precision: Literal["auto", "bf16", "no"] = "auto"
     # the blocks compiled; auto: on CUDA, unless sharded; a CPU takes about a minute for it
     compile: Silent[Literal["auto", "on", "off"]] = "auto"
     enable_tf32: bool = True  # TF32 matrix products on NVIDIA GPUs

@@ -29,6 +29,7 @@ from utils.run import sharding
 from utils.run.metrics_file import read_metrics
 from utils.run.plan import MemoryPlan
 from utils.run.status import EXIT_PREEMPTED
+from utils.schema import TrainingConfig
 
 pytestmark = pytest.mark.multiprocess
 ON_CPU = pytest.mark.skipif(not sharding.SHARDS_ON_CPU, reason="this torch shards on GPUs only")
@@ -44,13 +45,13 @@ def assert_close(run: Run, oracle: Run) -> None:
 def test_a_torch_that_cannot_shard_on_a_cpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "SHARDS_ON_CPU", False)
     with pytest.raises(InputError, match=r"training\.fsdp=true: torch .* shards on GPUs only, found a CPU"):
-        sharding.parallelize(torch.nn.Linear(1, 1), [], World(0, 2, torch.device("cpu")), fsdp=True)
+        sharding.parallelize(torch.nn.Linear(1, 1), [], World(0, 2, torch.device("cpu")), TrainingConfig(fsdp=True))
 
 
 @ON_CPU
 def test_one_process_has_nothing_to_shard() -> None:
     with pytest.raises(InputError, match=r"training\.fsdp=true: found one process, expected several"):
-        sharding.parallelize(torch.nn.Linear(1, 1), [], World(0, 1, torch.device("cpu")), fsdp=True)
+        sharding.parallelize(torch.nn.Linear(1, 1), [], World(0, 1, torch.device("cpu")), TrainingConfig(fsdp=True))
 
 
 @ON_CPU
@@ -142,7 +143,8 @@ def train_two_steps(arguments: list[str], output: Path, fsdp: bool, precision: s
     config, types = load_config([*arguments, "experiment.output_dir=unused"]), []
     with join_world() as world:
         model, bf16 = random_model(config), precision == "bf16"
-        parallel = sharding.parallelize(model, model.blocks, world, fsdp, bf16)
+        training = TrainingConfig(fsdp=fsdp, mixed_precision="bf16" if bf16 else "no")
+        parallel = sharding.parallelize(model, model.blocks, world, training)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         model.blocks[1].attn.qkv.register_forward_pre_hook(lambda module, _: types.append(str(module.weight.dtype)))
         random, losses, sent = torch.Generator().manual_seed(world.rank), [], []

@@ -16,7 +16,7 @@ from tests.processes import run_ranks
 from utils.config import load_config
 from utils.ranks import World, join_world
 from utils.run.sharding import SHARDS_ON_CPU, parallelize
-from utils.schema import Config
+from utils.schema import Config, TrainingConfig
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -105,7 +105,7 @@ def compute(arguments: list[str], output: Path, world: World, fsdp: bool = False
     tokenizer, model = load_tokenizer(config), random_model(config)
     dataset = open_heldout(config, tokenizer.sha256())
     heldout = HeldOut.of(heldout_batches(dataset, config, world), len(dataset), tokenizer, world)
-    parallel = parallelize(model, model.blocks, world, fsdp)
+    parallel = parallelize(model, model.blocks, world, TrainingConfig(fsdp=fsdp, mixed_precision="no"))
     for _ in range(2):  # training goes on in between
         losses = heldout_losses(parallel, heldout, config, world)
         parallel(heldout.codes[:4], heldout.class_labels[:4]).logits.mean().backward()

@@ -48,7 +48,7 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         (["model.vq_model.resolution=8"], "resolution=8: expected a multiple of 16 (5 levels in channel_mult)"),
         (
             ["training.mixed_precision=bf32"],
-            "=bf32: expected one of bf16, no; did you mean 'bf16'",
+            "=bf32: expected one of auto, bf16, no; did you mean 'bf16'",
         ),
         (["sampling.compile=yes please"], "sampling.compile=yes please: expected one of auto, on, off"),
         (["sampling.mixed_precision=fp16"], "sampling.mixed_precision=fp16: expected one of auto, bf16, no"),

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.precision import deterministic, matmul_precision
+from utils.precision import deterministic, in_bf16, matmul_precision
+from utils.schema import TrainingConfig
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("utils", "modeling", "data", "evaluation", "scripts")
@@ -66,3 +67,12 @@ def test_nothing_else_sets_it() -> None:
     sources = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
     setting = [path.name for path in sources if re.search(r"allow_tf32|set_float32_matmul", path.read_text())]
     assert setting == ["precision.py"]
+
+
+def test_auto_is_bf16_on_cuda_only() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [in_bf16(TrainingConfig(mixed_precision=p), d) for p in ("auto", "bf16", "no") for d in (cpu, cuda)] == [
+        *(False, True),
+        *(True, True),
+        *(False, False),
+    ]

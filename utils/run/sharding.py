@@ -13,25 +13,26 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import InputError
+from utils.precision import in_bf16
 from utils.ranks import World
+from utils.schema import TrainingConfig
 
 SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 
-def parallelize(
-    model: nn.Module, blocks: Iterable[nn.Module], world: World, fsdp: bool, bf16: bool = False
-) -> nn.Module:
+def parallelize(model: nn.Module, blocks: Iterable[nn.Module], world: World, training: TrainingConfig) -> nn.Module:
     """What to call for the forward pass; to be made before the optimizer is.
 
     Args:
         blocks: units of FSDP: one after another, each has its whole parameters on every device for a moment.
-        fsdp: shard parameters, gradients and optimizer state over all processes, in place; else average the gradients.
-        bf16: the forward pass is under autocast, which casts the linear layers of the blocks: sharded, these are sent
-            in bf16. Norms, embeddings and gradients are sent in float32.
+        training: with `fsdp`, parameters, gradients and optimizer state are sharded over all processes, in place; else
+            gradients are averaged. In bf16, autocast casts the linear layers of the blocks: sharded, these are sent in
+            bf16. Norms, embeddings and gradients are sent in float32.
 
     Raises:
         InputError: sharding by one process, or on a CPU by a torch that cannot (2.6).
     """
+    fsdp = training.fsdp
     if fsdp and world.device.type == "cpu" and not SHARDS_ON_CPU:
         raise InputError(f"training.fsdp=true: torch {torch.__version__} shards on GPUs only, found a CPU")
     if fsdp and world.size == 1:
@@ -43,10 +44,12 @@ def parallelize(
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         mesh = init_device_mesh(world.device.type, (world.size,))
-        in_bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy()
+        if in_bf16(training, world.device):
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for block in blocks:  # the rest is small, and stays whole from forward to backward pass
             linears: list[nn.Module] = [module for module in block.modules() if isinstance(module, nn.Linear)]
-            fully_shard(linears, mesh=mesh, mp_policy=in_bf16 if bf16 else MixedPrecisionPolicy())
+            fully_shard(linears, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)
         return model
     if world.size == 1:
