@@ -12,6 +12,7 @@ tokenizer.yaml (for train_tokenizer.py). Change them as you like; this script re
 """
 
 import argparse
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -117,7 +118,7 @@ def tokenizer_settings(sizes: VQModelConfig, resolution: int) -> dict[str, Any]:
     """
     sizes = replace(sizes, resolution=resolution)
     try:
-        code_shape(sizes)
+        sizes.num_latent_tokens = math.prod(code_shape(sizes))
     except InputError as error:
         raise InputError(f"--resolution {resolution}: {error}") from error
     return {f"model.vq_model.{key}": value for key, value in asdict(sizes).items()}
@@ -137,7 +138,7 @@ def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -
     merged = OmegaConf.load(base)
     for key, value in settings.items():
         OmegaConf.update(merged, key, value)
-    for following in (key for key in KEYS.values() if key.mark(Follows)):
+    for following in (key for key in KEYS.values() if key.mark(Follows) and key.name not in settings):
         section, _, name = following.name.rpartition(".")
         (OmegaConf.select(merged, section) or {}).pop(name, None)
     header = f"# Written by scripts/make_config.py from {base.name}.\n#   {command} config={path}\n"

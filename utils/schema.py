@@ -28,6 +28,8 @@ from utils.marks import (
     Words,
 )
 
+# Kinds of tokenizers whose num_latent_tokens is given, for it does not follow from resolution and channel_mult.
+OWN_NUMBER_OF_CODES = ("titok", "codes_only")
 GRID = "(resolution / 2^(levels - 1))^2"
 GRID_INTERPOLATION = "${codes_per_image:${model.vq_model.resolution},${model.vq_model.channel_mult}}"
 
@@ -62,15 +64,23 @@ class ExperimentConfig:
 
 @dataclass
 class VQModelConfig:
-    model_type: Literal["maskgit_vq"] = "maskgit_vq"  # kind of tokenizer; maskgit_vq: that of MaskGIT
+    # kind of tokenizer; maskgit_vq: that of MaskGIT; codes_only: a codebook alone, without images
+    model_type: Literal["maskgit_vq", "titok", "codes_only"] = "maskgit_vq"
     codebook_size: Count = 1024  # V, number of codes
     token_size: Count = 256  # width of a codebook vector
-    num_latent_tokens: Annotated[Count, Follows(GRID, GRID_INTERPOLATION)] = 256  # N, codes per image
+    # N, codes per image; titok and codes_only: to be given
+    num_latent_tokens: Annotated[Count, Follows(GRID, GRID_INTERPOLATION, free_for=OWN_NUMBER_OF_CODES)] = 256
     resolution: Count = 256  # image height and width in pixels
     hidden_channels: Count = 128  # channels of the first level
     # per level; each but one halves the size
     channel_mult: Annotated[list[int], Range(at_least=1)] = field(default_factory=lambda: [1, 1, 2, 2, 4])
     num_res_blocks: Count = 2  # residual blocks per level
+    use_l2_norm: bool = False  # titok: features and codebook vectors of length 1 in the look-up
+    is_legacy: bool = True  # titok: to pixels through the codes of MaskGIT-VQ (L-32, B-64, S-128); false: straight
+    vit_enc_model_size: Literal["tiny", "small", "base", "large"] = "base"  # titok: the encoder; tiny: for tests
+    vit_dec_model_size: Literal["tiny", "small", "base", "large"] = "base"  # titok: the decoder
+    vit_enc_patch_size: Count = 16  # titok: pixels, height and width of a patch
+    vit_dec_patch_size: Count = 16  # titok: the same of the decoder
 
 
 @dataclass

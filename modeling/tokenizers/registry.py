@@ -5,15 +5,19 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from modeling.tokenizers.codes_only import CodesOnly
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
+from modeling.tokenizers.titok import TiTok
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.errors import InputError
 from utils.files.hub import local_file
-from utils.files.weights import load_state_dict, load_strict
+from utils.files.weights import load_strict
 from utils.schema import Config, VQModelConfig
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
     "maskgit_vq": MaskGitVQ,
+    "titok": TiTok,
+    "codes_only": CodesOnly,
 }
 
 
@@ -32,9 +36,15 @@ def load_tokenizer(config: Config) -> Tokenizer:
     Raises:
         InputError: the file is missing, damaged or refused, or its keys or shapes differ from `model.vq_model`.
     """
+    vq_model = config.model.vq_model
     path = local_file(config.experiment.tokenizer_checkpoint)
-    state = load_state_dict(path)
-    tokenizer = build_tokenizer(config.model.vq_model)
+    state = TOKENIZERS[vq_model.model_type].read_state(path)
+    tokenizer = build_tokenizer(vq_model)
+    if tokenizer.image_seq_len != vq_model.num_latent_tokens:
+        raise InputError(
+            f"model.vq_model.num_latent_tokens={vq_model.num_latent_tokens}: expected {tokenizer.image_seq_len} "
+            f"(codes of shape {tokenizer.code_shape} of model_type={vq_model.model_type})"
+        )
     load_strict(tokenizer, state, path)
     return tokenizer.eval().requires_grad_(False)
 

@@ -8,12 +8,13 @@ Legend: B images, H = W pixels, N codes per image, V codebook size, Z width of a
 import copy
 import math
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from modeling.checks import check_images, checked_codes
-from utils.errors import NonFiniteError
-from utils.files.weights import weights_sha256
+from utils.errors import InputError, NonFiniteError
+from utils.files.weights import load_state_dict, weights_sha256
 from utils.schema import VQModelConfig
 
 
@@ -25,11 +26,15 @@ class Tokenizer(nn.Module, ABC):
     `utils.files.weights`.
 
     Attributes:
+        model_type: its name in the config.
         codebook_size: V; codebook_dim: Z.
         code_shape: (rows, columns) of a grid whose codes stand in raster order, or (N,) of codes without a grid.
         resolution: H = W in pixels.
+        has_images: False of one that knows codes and their vectors alone; what wants images raises `no_images`.
     """
 
+    has_images: bool = True
+    model_type: str
     codebook_size: int
     codebook_dim: int
     code_shape: tuple[int, ...]
@@ -43,6 +48,12 @@ class Tokenizer(nn.Module, ABC):
         super().__init__()
         self.codebook_size, self.codebook_dim = config.codebook_size, config.token_size
         self.resolution, self.code_shape = config.resolution, self.code_shape_of(config)
+        self.model_type = config.model_type
+
+    @classmethod
+    def read_state(cls, path: Path) -> dict[str, Tensor]:
+        """The state dict in a file of weights; raises as `load_state_dict`."""
+        return load_state_dict(path)
 
     @classmethod
     @abstractmethod
@@ -120,6 +131,13 @@ class Tokenizer(nn.Module, ABC):
         """`decode_unclamped` as a module that shares no parameters with this one: it may be cast to another precision,
         in which its output then is, or laid out in memory in another way. Here it is the same network."""
         return PlainDecoder(self)
+
+    def no_images(self, purpose: str) -> InputError:
+        """To be raised where `purpose`, for the message, wants images of a tokenizer without."""
+        return InputError(
+            f"{purpose}: wants images, and model.vq_model.model_type={self.model_type} knows codes alone; images are "
+            "encoded and decoded by the tokenizer that the codes are from, outside of this program"
+        )
 
     def sha256(self) -> str:
         """Hash of names, shapes and values of the weights, whatever file they came from."""

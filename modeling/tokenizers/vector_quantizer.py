@@ -37,6 +37,12 @@ class VectorQuantizer(nn.Module):
             distances = torch.addmm(codebook.square().sum(dim=1), flat, codebook.T, alpha=-2)  # (B N, V)
         return distances.argmin(dim=1).view(features.shape[:2])
 
+    def most_similar(self, features: Tensor) -> Tensor:
+        """Codes (B, N) int64 of features (B, N, Z), by cosine in float32."""
+        directions = F.normalize(self.embedding.weight.float(), dim=1)  # (V, Z)
+        with torch.autocast(directions.device.type, enabled=False):
+            return (features.float() @ directions.T).argmax(dim=-1)
+
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantize features (B, Z, h, w) with the straight-through gradient of VQ-VAE."""
         codes = self.nearest(rearrange(features, "b z h w -> b (h w) z"))

@@ -20,6 +20,22 @@ SIZES = {
     "maskgit_vq": VQModelConfig(
         codebook_size=32, token_size=8, resolution=32, hidden_channels=12, channel_mult=[1, 2, 3], num_res_blocks=1
     ),
+    "titok": VQModelConfig(
+        model_type="titok",
+        codebook_size=32,
+        token_size=8,
+        num_latent_tokens=10,
+        resolution=32,
+        hidden_channels=12,
+        channel_mult=[1, 1, 2, 2],
+        num_res_blocks=1,
+        use_l2_norm=True,
+        vit_enc_model_size="tiny",
+        vit_dec_model_size="tiny",
+        vit_enc_patch_size=8,
+        vit_dec_patch_size=8,
+    ),
+    "codes_only": VQModelConfig(model_type="codes_only", codebook_size=32, token_size=8),
 }
 
 
@@ -91,15 +107,34 @@ TOY_SIZES = VQModelConfig(codebook_size=16, token_size=3, resolution=12)
 
 
 def check_all(tokenizer: Tokenizer) -> None:
-    check_codes_and_vectors(tokenizer)
-    check_images(tokenizer)
-    if len(tokenizer.code_shape) == 2:
-        check_raster_order(tokenizer)
-    check_fast_decoder(tokenizer)
+    if tokenizer.has_images:
+        check_codes(tokenizer)
+        check_images(tokenizer)
+        if len(tokenizer.code_shape) == 2:
+            check_raster_order(tokenizer)
+        check_fast_decoder(tokenizer)
+    else:
+        check_refusals(tokenizer)
+    check_vectors(tokenizer)
     check_hash(tokenizer)
 
 
-def check_codes_and_vectors(tokenizer: Tokenizer) -> None:
+def check_vectors(tokenizer: Tokenizer) -> None:
+    codes = random_codes(tokenizer, 3)
+    vectors = tokenizer.embed(torch.arange(tokenizer.codebook_size)[None])  # (1, V, Z)
+    assert vectors.dtype == torch.float32
+    assert tokenizer.embed(codes).shape == (3, tokenizer.image_seq_len, tokenizer.codebook_dim)
+    assert torch.equal(tokenizer.embed(codes), vectors[0, codes])  # wherever the code stands
+
+
+def check_refusals(tokenizer: Tokenizer) -> None:
+    images = torch.rand(1, 3, tokenizer.resolution, tokenizer.resolution)
+    for refused in (lambda: tokenizer.encode(images), lambda: tokenizer.decode(random_codes(tokenizer, 1))):
+        with pytest.raises(InputError, match="knows codes alone"):
+            refused()
+
+
+def check_codes(tokenizer: Tokenizer) -> None:
     images = torch.rand(3, 3, tokenizer.resolution, tokenizer.resolution)
     codes = tokenizer.encode(images)
     assert codes.dtype == torch.int64
@@ -107,13 +142,10 @@ def check_codes_and_vectors(tokenizer: Tokenizer) -> None:
     assert codes.min() >= 0
     assert codes.max() < tokenizer.codebook_size
     features = tokenizer.features(images)
-    assert features.shape == tokenizer.embed(codes).shape == (3, tokenizer.image_seq_len, tokenizer.codebook_dim)
+    assert features.shape == (3, tokenizer.image_seq_len, tokenizer.codebook_dim)
     assert torch.equal(tokenizer.look_up(features), codes)
     everything = torch.arange(tokenizer.codebook_size)[None]
-    vectors = tokenizer.embed(everything)  # (1, V, Z)
-    assert vectors.dtype == torch.float32
-    assert torch.equal(tokenizer.look_up(vectors), everything)
-    assert torch.equal(tokenizer.embed(codes), vectors[0, codes])  # wherever the code stands
+    assert torch.equal(tokenizer.look_up(tokenizer.embed(everything)), everything)
     for edge in (tokenizer.resolution - 1, tokenizer.resolution + 1):
         with pytest.raises(ValueError, match="expected"):
             tokenizer.encode(torch.rand(1, 3, tokenizer.resolution, edge))
@@ -178,7 +210,7 @@ def check_fast_decoder(tokenizer: Tokenizer) -> None:
 def check_hash(tokenizer: Tokenizer) -> None:
     sha256, other = tokenizer.sha256(), copy.deepcopy(tokenizer)
     assert len(sha256) == 64
-    tokenizer.decode(random_codes(tokenizer, 1))
+    tokenizer.embed(random_codes(tokenizer, 1))
     assert tokenizer.sha256() == other.sha256() == sha256
     next(other.parameters()).flatten()[0] += 1
     assert other.sha256() != sha256
