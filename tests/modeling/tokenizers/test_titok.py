@@ -16,7 +16,7 @@ from tests.modeling.tokenizers.made_up import formula_images, set_formula_weight
 from utils.errors import InputError
 from utils.schema import VQModelConfig
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
+FIXTURES = Path(__file__).parents[2] / "fixtures/tokenizers"
 LEGACY = {"codebook_size": 4096, "token_size": 12, "use_l2_norm": True}
 LATER = {"codebook_size": 8192, "token_size": 64, "is_legacy": False}
 PUBLISHED = {
