@@ -62,7 +62,8 @@ class ExperimentConfig:
 
 @dataclass
 class VQModelConfig:
-    model_type: Literal["maskgit_vq"] = "maskgit_vq"  # kind of tokenizer; maskgit_vq: that of MaskGIT
+    # kind of tokenizer, told apart in docs/tokenizers.md
+    model_type: Literal["maskgit_vq", "llamagen_vq", "taming_vqgan", "vqplus"] = "maskgit_vq"
     codebook_size: Count = 1024  # V, number of codes
     token_size: Count = 256  # width of a codebook vector
     num_latent_tokens: Annotated[Count, Follows(GRID, GRID_INTERPOLATION)] = 256  # N, codes per image
@@ -71,6 +72,9 @@ class VQModelConfig:
     # per level; each but one halves the size
     channel_mult: Annotated[list[int], Range(at_least=1)] = field(default_factory=lambda: [1, 1, 2, 2, 4])
     num_res_blocks: Count = 2  # residual blocks per level
+    z_channels: Count = 256  # llamagen_vq, taming_vqgan: width before the 1x1 convolution to token_size
+    # vqplus: lookup (nearest codebook vector) or lookup-free (the sign of each of token_size channels)
+    quantizer_type: Literal["lookup", "lookup-free"] = "lookup"
 
 
 @dataclass
@@ -208,6 +212,7 @@ class TrainingConfig:
 class VQTrainingConfig:
     init_from: str | None = None  # tokenizer weights to start from; null: from scratch
     commitment_weight: Weight = 0.25  # beta of the VQ-VAE loss
+    entropy_weight: Weight = 0.0  # of each code's entropy minus that of their mean: more codes are used
     l2_weight: Weight = 1.0  # of the squared error, beside the absolute error with weight 1
     perceptual_weight: Weight = 0.1  # of the distance between EfficientNet-Lite0 features
     adversarial_weight: Weight = 0.0  # of a discriminator's judgement of these features; 0: without a discriminator
