@@ -8,7 +8,7 @@ same images, and no block of the file is sorted by class (the Inception Score ne
 
 Writes `<output_dir>.npz` (arr_0: uint8 NHWC images, arr_1: int64 labels), `<output_dir>.png` (a grid of some),
 `<output_dir>.yaml` (the resolved config), `<output_dir>.json` (all that the images depend on, and the step
-of the weights) and, with `sampling.save_png`, `<output_dir>.images/`. With a codebook alone (model_type=codes_only) the
+of the weights) and, with `sampling.save_png`, `<output_dir>.images/`. Where the tokenizer is a codebook alone, the
 codes take the place of images: `<output_dir>.tokens`, a store as of scripts/pretokenize.py. While it runs, finished
 batches lie in `<output_dir>.parts/`: the same command continues a killed run from there, with any number of processes.
 What is complete is not made again.

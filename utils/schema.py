@@ -64,8 +64,8 @@ class ExperimentConfig:
 
 @dataclass
 class VQModelConfig:
-    # kind of tokenizer; maskgit_vq: that of MaskGIT; codes_only: a codebook alone, without images
-    model_type: Literal["maskgit_vq", "titok", "codes_only"] = "maskgit_vq"
+    # kind of tokenizer, told apart in docs/tokenizers.md
+    model_type: Literal["maskgit_vq", "llamagen_vq", "taming_vqgan", "vqplus", "titok", "codes_only"] = "maskgit_vq"
     codebook_size: Count = 1024  # V, number of codes
     token_size: Count = 256  # width of a codebook vector
     # N, codes per image; titok and codes_only: to be given
@@ -75,6 +75,9 @@ class VQModelConfig:
     # per level; each but one halves the size
     channel_mult: Annotated[list[int], Range(at_least=1)] = field(default_factory=lambda: [1, 1, 2, 2, 4])
     num_res_blocks: Count = 2  # residual blocks per level
+    z_channels: Count = 256  # llamagen_vq, taming_vqgan: width before the 1x1 convolution to token_size
+    # vqplus: lookup (nearest codebook vector) or lookup-free (the sign of each of token_size channels)
+    quantizer_type: Literal["lookup", "lookup-free"] = "lookup"
     use_l2_norm: bool = False  # titok: features and codebook vectors of length 1 in the look-up
     is_legacy: bool = True  # titok: to pixels through the codes of MaskGIT-VQ (L-32, B-64, S-128); false: straight
     vit_enc_model_size: Literal["tiny", "small", "base", "large"] = "base"  # titok: the encoder; tiny: for tests
@@ -218,6 +221,7 @@ class TrainingConfig:
 class VQTrainingConfig:
     init_from: str | None = None  # tokenizer weights to start from; null: from scratch
     commitment_weight: Weight = 0.25  # beta of the VQ-VAE loss
+    entropy_weight: Weight = 0.0  # of each code's entropy minus that of their mean: more codes are used
     l2_weight: Weight = 1.0  # of the squared error, beside the absolute error with weight 1
     perceptual_weight: Weight = 0.1  # of the distance between EfficientNet-Lite0 features
     adversarial_weight: Weight = 0.0  # of a discriminator's judgement of these features; 0: without a discriminator

@@ -13,24 +13,27 @@ from math import isqrt
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.tokenizers.maskgit_layers import Decoder, fold_upsampling
+from modeling.tokenizers.conv_layers import fold_upsampling
+from modeling.tokenizers.conv_tokenizer import LIVE_ACTIVATIONS
+from modeling.tokenizers.maskgit_layers import Decoder
 from modeling.tokenizers.titok_layers import SIZES, TiTokDecoder, TiTokEncoder
 from modeling.tokenizers.tokenizer import PlainDecoder, Tokenizer
-from modeling.tokenizers.vector_quantizer import VectorQuantizer
+from modeling.tokenizers.vector_quantizer import CosineQuantizer, VectorQuantizer
 from utils.errors import InputError
 from utils.schema import VQModelConfig
 
 PIXEL_CODEBOOK = (1024, 256)  # codes of the MaskGIT-VQ behind a legacy model, and their width
-LIVE_ACTIVATIONS = 6  # tensors of the size of the widest full-resolution one that exist at a time, at most
 PREFIX = "pixel_decoder"
+PATCH_SIZES = ("vit_enc_patch_size", "vit_dec_patch_size")
 
 
-class TiTok(Tokenizer):
+class TiTokVQ(Tokenizer):
     """Images in [0, 1] <-> codes without a grid; `hidden_channels`, `channel_mult` and `num_res_blocks` of the config
     are those of the MaskGIT-VQ decoder of a legacy model."""
+
+    own_keys = ("use_l2_norm", "is_legacy", "vit_enc_model_size", "vit_dec_model_size") + PATCH_SIZES
 
     def __init__(self, config: VQModelConfig) -> None:
         """
@@ -38,22 +41,23 @@ class TiTok(Tokenizer):
             InputError: sizes that do not fit together.
         """
         super().__init__(config)
-        self.use_l2_norm, self.is_legacy = config.use_l2_norm, config.is_legacy
+        self.is_legacy = config.is_legacy
         encoder, decoder = SIZES[config.vit_enc_model_size], SIZES[config.vit_dec_model_size]
         self.latent_tokens = nn.Parameter(encoder.width**-0.5 * torch.randn(self.image_seq_len, encoder.width))
         of_codes = self.image_seq_len, self.codebook_dim
-        grids = [self.resolution // size for size in (config.vit_enc_patch_size, config.vit_dec_patch_size)]
+        grids = [self.resolution // getattr(config, name) for name in PATCH_SIZES]
         self.encoder = TiTokEncoder(encoder, grids[0], config.vit_enc_patch_size, *of_codes, self.is_legacy)
         pixel_codes = PIXEL_CODEBOOK[0] if self.is_legacy else None
         self.decoder = TiTokDecoder(decoder, grids[1], config.vit_dec_patch_size, *of_codes, pixel_codes)
-        self.quantize = VectorQuantizer(config.codebook_size, config.token_size)
+        quantizer = CosineQuantizer if config.use_l2_norm else VectorQuantizer
+        self.quantize = quantizer(config.codebook_size, config.token_size)
         if self.is_legacy:
             self.pixel_quantize = VectorQuantizer(*PIXEL_CODEBOOK)
             self.pixel_decoder = Decoder(replace(config, token_size=PIXEL_CODEBOOK[1]))
 
     @classmethod
     def code_shape_of(cls, config: VQModelConfig) -> tuple[int, ...]:
-        for name in ("vit_enc_patch_size", "vit_dec_patch_size"):
+        for name in PATCH_SIZES:
             if config.resolution % getattr(config, name):
                 raise InputError(
                     f"model.vq_model.resolution={config.resolution}: expected a multiple of "
@@ -107,13 +111,10 @@ class TiTok(Tokenizer):
         return self.encoder(images, self.latent_tokens)
 
     def look_up(self, features: Tensor) -> Tensor:
-        if self.use_l2_norm:
-            return self.quantize.most_similar(features)
         return self.quantize.nearest(features)
 
     def embed(self, codes: Tensor) -> Tensor:
-        vectors = self.quantize.embedding(codes)
-        return F.normalize(vectors, dim=-1) if self.use_l2_norm else vectors
+        return self.quantize.vectors(codes)
 
     def _decode(self, codes: Tensor) -> Tensor:
         decoded = self.decoder(self.embed(codes))

@@ -9,10 +9,12 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from modeling.checks import check_images, checked_codes
+from modeling.tokenizers.vector_quantizer import QuantizerOutput
 from utils.errors import InputError, NonFiniteError
 from utils.files.weights import load_state_dict, weights_sha256
 from utils.schema import VQModelConfig
@@ -26,6 +28,7 @@ class Tokenizer(nn.Module, ABC):
     `utils.files.weights`.
 
     Attributes:
+        own_keys: keys of `model.vq_model` that not every kind of tokenizer reads, but this one.
         model_type: its name in the config.
         codebook_size: V; codebook_dim: Z.
         code_shape: (rows, columns) of a grid whose codes stand in raster order, or (N,) of codes without a grid.
@@ -33,7 +36,8 @@ class Tokenizer(nn.Module, ABC):
         has_images: False of one that knows codes and their vectors alone; what wants images raises `no_images`.
     """
 
-    has_images: bool = True
+    own_keys: ClassVar[tuple[str, ...]] = ()
+    has_images: ClassVar[bool] = True
     model_type: str
     codebook_size: int
     codebook_dim: int
@@ -72,6 +76,18 @@ class Tokenizer(nn.Module, ABC):
         Raises:
             InputError: keys of another model.
         """
+
+    @classmethod
+    def weights_of(cls, state: dict[str, Tensor], source: object) -> dict[str, Tensor]:
+        """The weights among the entries of a file; where published files hold more than these, it is left out by name.
+
+        Args:
+            source: where the entries come from, for the error message.
+
+        Raises:
+            InputError: what is left out is not what it must be.
+        """
+        return state
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
@@ -153,3 +169,19 @@ class PlainDecoder(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.tokenizer._decode(codes)
+
+
+class TrainableTokenizer(Tokenizer):
+    """A tokenizer that scripts/train_tokenizer.py trains."""
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> tuple[Tensor, QuantizerOutput]:
+        """Unclamped reconstructions (B, 3, H, W) of images (B, 3, H, W) in [0, 1], and the quantizer's losses."""
+
+    @abstractmethod
+    def set_vectors(self, codes: Tensor, features: Tensor) -> None:
+        """Put features (K, Z) in place of the codebook vectors of codes (K,), in place."""
+
+    @abstractmethod
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that decay would harm: the codebook (norms and biases are one-dimensional and never decay)."""

@@ -15,11 +15,6 @@ PROJECT = ("scripts", "modeling", "data", "evaluation", "utils")  # not dataclas
 UNREAD = {
     "model.vq_model.model_type",  # train_tokenizer.py trains one kind only
     "model.vq_model.num_latent_tokens",  # others follow it
-    *(f"model.vq_model.{name}" for name in ("use_l2_norm", "is_legacy")),  # of another kind of tokenizer
-    *(
-        f"model.vq_model.vit_{name}"
-        for name in ("enc_model_size", "dec_model_size", "enc_patch_size", "dec_patch_size")
-    ),
     *(f"experiment.{name}" for name in ("project", "name", "entity", "group", "tags")),  # with wandb
     "training.allow_batch_change",  # with another batch
     "experiment.allow_other_tokenizer",  # with another tokenizer

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from modeling.tokenizers import maskgit_layers, titok
+from modeling.tokenizers import conv_layers, titok
 from modeling.tokenizers.registry import tokenizer_sizes
-from modeling.tokenizers.titok import TiTok
+from modeling.tokenizers.titok import TiTokVQ
 from tests.modeling.tokenizers.made_up import formula_images, set_formula_weights
 from utils.errors import InputError
 from utils.schema import VQModelConfig
@@ -49,7 +49,7 @@ def config_of(name: str) -> VQModelConfig:
     return VQModelConfig(model_type="titok", **{**published, **sizes, **TINY[name]})
 
 
-def check(model: TiTok, expected: dict[str, Tensor], images: Tensor, every: int) -> None:
+def check(model: TiTokVQ, expected: dict[str, Tensor], images: Tensor, every: int) -> None:
     """
     Args:
         every: pixels that the expected images hold, in both directions.
@@ -71,9 +71,9 @@ def check(model: TiTok, expected: dict[str, Tensor], images: Tensor, every: int)
 @torch.no_grad()
 def test_tiny(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(titok, "PIXEL_CODEBOOK", (64, 16))
-    monkeypatch.setattr(maskgit_layers, "MIN_GROUP_WIDTH", 1)  # 32 groups in levels of 32 channels
+    monkeypatch.setattr(conv_layers, "MIN_GROUP_WIDTH", 1)  # 32 groups in levels of 32 channels
     config, state = config_of(name), load_file(FIXTURES / name / "weights.safetensors")
-    model, expected = TiTok(config).eval(), arrays_of(FIXTURES / name / "expected.npz")
+    model, expected = TiTokVQ(config).eval(), arrays_of(FIXTURES / name / "expected.npz")
     model.load_state_dict(state)
     check(model, expected, expected["images"], 1)
     logits = model.decoder(model.embed(expected["decode_ids"]))
@@ -86,7 +86,7 @@ def test_tiny(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_keys_of_the_published_files(name: str) -> None:
     config = VQModelConfig(model_type="titok", **PUBLISHED[name])
     with torch.device("meta"):
-        model = TiTok(config)
+        model = TiTokVQ(config)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     lines = (FIXTURES / f"titok/keys_{name}.txt").read_text().splitlines()
     wanted = {key: tuple(map(int, numbers)) for key, *numbers in map(str.split, lines)}
@@ -99,7 +99,7 @@ def test_keys_of_the_published_files(name: str) -> None:
 @torch.no_grad()
 def test_full_size(name: str) -> None:
     expected = arrays_of(FIXTURES / f"titok/expected_{name}.npz")
-    model, seed = TiTok(VQModelConfig(model_type="titok", **PUBLISHED[name])).eval(), int(expected["seed"])
+    model, seed = TiTokVQ(VQModelConfig(model_type="titok", **PUBLISHED[name])).eval(), int(expected["seed"])
     set_formula_weights(model, seed)
     images = formula_images(seed, 1, 256)
     torch.testing.assert_close(images[0, :, 0, :4], expected["image_head"])
@@ -117,4 +117,4 @@ def test_full_size(name: str) -> None:
 )
 def test_sizes_that_do_not_fit(changes: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        TiTok(VQModelConfig(model_type="titok", **changes))
+        TiTokVQ(VQModelConfig(model_type="titok", **changes))
