@@ -118,6 +118,13 @@ def test_terms_of_training(tiny: Published) -> None:
         torch.testing.assert_close(terms[0] + terms[1], expected["quantizer_loss"], atol=1e-5, rtol=1e-5)
 
 
+def test_entropy_is_low_where_each_feature_has_its_own_code() -> None:
+    nearest = 1 - torch.eye(16)
+    assert entropy_loss(nearest).item() == pytest.approx(-np.log(16), abs=1e-3)
+    assert entropy_loss(torch.ones(16, 16)).item() == pytest.approx(0, abs=1e-3)  # no feature is nearer to a code
+    assert entropy_loss(nearest[:1].expand(16, 16)).item() == pytest.approx(0, abs=1e-3)  # all have the same code
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_tokenizers_compute_the_published_functions(name: str) -> None:
