@@ -4,7 +4,7 @@
     python scripts/make_config.py shards outputs/mine --resolution 256 --base configs/rear_b.yaml \\
         --tokenizer maskgit-vqgan-imagenet-f16-256.bin
 
-IMAGES is a folder that scripts/make_shards.py has made. Without --tokenizer, one is to be trained, as in
+IMAGES is a folder that scripts/make_shards.py has made. Without --tokenizer, one is to be trained, with the sizes of
 --new-tokenizer. Everything that is not given or derived is as in --base.
 
 Writes to OUTPUT: rear.yaml (for pretokenize.py, train_rear.py and all that follows) and, without --tokenizer,
