@@ -12,6 +12,8 @@ USED_CODES = "quantize.codebook_used"  # of the last 65,536 codes of the trainin
 
 
 class LlamaGenVQ(VQGAN):
+    """VQGAN with codes that are directions."""
+
     name = "LlamaGen"
     names = Names("conv_blocks", "conv_blocks", False, "res", ("0", "1", "2"))
     level_key = "encoder.conv_blocks.{}.res.{}.conv2.weight"

@@ -9,6 +9,8 @@ from modeling.tokenizers.vqgan import VQGAN, Names
 
 
 class TamingVQGAN(VQGAN):
+    """VQGAN under its first names."""
+
     name = "taming VQGAN"
     names = Names("down", "up", True, "block", ("block_1", "attn_1", "block_2"))
     level_key = "encoder.down.{}.block.{}.conv2.weight"

@@ -68,18 +68,17 @@ class Level(nn.Module):
     """Residual blocks, at the lowest resolution each with attention behind it; then a change of size."""
 
     def __init__(
-        self, widths: list[int], has_attention: bool, block_name: str, resize_name: str, resize: nn.Module | None
+        self, widths: list[int], has_attention: bool, block_name: str, resize_name: str, resize: nn.Module
     ) -> None:
         """
         Args:
             widths: before the first block, and after each.
-            resize: the convolution that changes the size; None: the size stays.
         """
         super().__init__()
         self.block_name, self.resize_name = block_name, resize_name
         self.add_module(block_name, nn.ModuleList(map(ResBlock, widths[:-1], widths[1:])))
         self.attn = nn.ModuleList(Attention(width) if has_attention else nn.Identity() for width in widths[1:])
-        self.add_module(resize_name, nn.Sequential(OrderedDict({"conv": resize} if resize else {})))
+        self.add_module(resize_name, nn.Sequential(OrderedDict(conv=resize)))
 
     def forward(self, x: Tensor) -> Tensor:
         for block, attention in zip(getattr(self, self.block_name), self.attn, strict=True):
@@ -96,16 +95,9 @@ def encoder(config: VQModelConfig, names: Names) -> nn.Sequential:
     """Images (B, 3, H, W) in [-1, 1] -> (B, z_channels, h, w)."""
     widths = [config.hidden_channels * multiple for multiple in config.channel_mult]
     inputs, last = [config.hidden_channels, *widths], len(widths) - 1
-    levels = [
-        Level(
-            [inputs[i]] + config.num_res_blocks * [widths[i]],
-            i == last,
-            names.block,
-            "downsample",
-            DownsampleConv(widths[i]) if i < last else None,
-        )
-        for i in range(len(widths))
-    ]
+    resizes = [*map(DownsampleConv, widths[:-1]), nn.Identity()]
+    blocks = [[inputs[i]] + config.num_res_blocks * [widths[i]] for i in range(len(widths))]
+    levels = [Level(blocks[i], i == last, names.block, "downsample", resizes[i]) for i in range(len(widths))]
     modules: dict[str, nn.Module] = {
         "conv_in": conv3x3(3, config.hidden_channels, bias=True),
         names.down: nn.Sequential(*levels),
@@ -122,20 +114,14 @@ def decoder(config: VQModelConfig, names: Names) -> nn.Sequential:
     encoder's."""
     widths = [config.hidden_channels * multiple for multiple in reversed(config.channel_mult)]
     inputs, last = [widths[0], *widths], len(widths) - 1
-    levels = {
-        str(last - i if names.up_ends_at_0 else i): Level(
-            [inputs[i]] + (config.num_res_blocks + 1) * [widths[i]],
-            i == 0,
-            names.block,
-            "upsample",
-            UpsampleConv(widths[i]) if i < last else None,
-        )
-        for i in range(len(widths))
-    }
+    resizes = [*map(UpsampleConv, widths[:-1]), nn.Identity()]
+    blocks = [[inputs[i]] + (config.num_res_blocks + 1) * [widths[i]] for i in range(len(widths))]
+    levels = [Level(blocks[i], i == 0, names.block, "upsample", resizes[i]) for i in range(len(widths))]
+    numbers = [str(last - i if names.up_ends_at_0 else i) for i in range(len(widths))]
     modules: dict[str, nn.Module] = {
         "conv_in": conv3x3(config.z_channels, widths[0], bias=True),
         "mid": mid(widths[0], names),
-        names.up: nn.Sequential(OrderedDict(levels)),
+        names.up: nn.Sequential(OrderedDict(zip(numbers, levels, strict=True))),
         "norm_out": group_norm(widths[-1]),
         "swish": nn.SiLU(),
         "conv_out": conv3x3(widths[-1], 3, bias=True),
