@@ -38,8 +38,8 @@ class CodesOnly(Tokenizer):
 
     @classmethod
     def sizes_of(cls, state: dict[str, Tensor]) -> VQModelConfig:
-        if [*state] != ["codebook"]:
-            raise InputError("weights with other keys than codebook: expected a codebook alone")
+        if [*state] != ["codebook"] or state["codebook"].ndim != 2:
+            raise InputError("weights of another kind: expected a codebook (V, Z) alone")
         codebook_size, token_size = state["codebook"].shape
         return VQModelConfig(codebook_size=codebook_size, token_size=token_size)
 

@@ -42,6 +42,7 @@ class TiTokVQ(Tokenizer):
         """
         super().__init__(config)
         self.is_legacy = config.is_legacy
+        self._channels = config.hidden_channels * max(config.channel_mult[:2]) if config.is_legacy else 3  # of pixels
         encoder, decoder = SIZES[config.vit_enc_model_size], SIZES[config.vit_dec_model_size]
         self.latent_tokens = nn.Parameter(encoder.width**-0.5 * torch.randn(self.image_seq_len, encoder.width))
         of_codes = self.image_seq_len, self.codebook_dim
@@ -102,10 +103,9 @@ class TiTokVQ(Tokenizer):
 
     @property
     def decoder_activations(self) -> int:
-        channels = self.pixel_decoder.norm_out.num_channels if self.is_legacy else 3
         places = 1 + self.decoder.num_patches + self.image_seq_len
         of_transformer = 4 * self.decoder.ln_pre.normalized_shape[0] * places  # within an MLP
-        return LIVE_ACTIVATIONS * max(channels * self.resolution**2, of_transformer)
+        return LIVE_ACTIVATIONS * max(self._channels * self.resolution**2, of_transformer)
 
     def features(self, images: Tensor) -> Tensor:
         return self.encoder(images, self.latent_tokens)

@@ -48,48 +48,35 @@ def arguments(tiny_config_file: Path, tmp_path_factory: pytest.TempPathFactory) 
         f"config={folder / 'titok.yaml'}",
         f"experiment.tokenizer_checkpoint={folder / 'titok.safetensors'}",
         f"dataset.params.pretokenization={folder / 'codes.tokens'}",
-        "dataset.preprocessing.pretokenize_crops=center",
+        *("dataset.preprocessing.pretokenize_crops=center", "dataset.preprocessing.random_flip=false"),
         *(f"dataset.params.{split}_shards_path_or_url={images}" for split in ("train", "eval")),
         *("training.max_train_steps=2", "training.per_gpu_batch_size=4", "sampling.num_fid_samples=4"),
     ]
 
 
-@pytest.fixture(scope="module")
-def store(arguments: list[str]) -> TokenStore:
+def test_from_images_to_scores(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     pretokenize.main(load_config([*arguments, "experiment.output_dir=unused"]))
-    return TokenStore(Path(arguments[2].partition("=")[2]))
-
-
-def test_from_images_to_scores(
-    arguments: list[str], store: TokenStore, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+    store = TokenStore(Path(arguments[2].partition("=")[2]))
     assert (store.meta.image_seq_len, store.meta.grid_size, len(store)) == (9, None, 12)
     inspect_codes.main(load_config([*arguments, f"experiment.output_dir={tmp_path / 'codes'}"]))
     assert "codes per sample: 9, without a grid" in capsys.readouterr().out
     assert (tmp_path / "codes/codes.png").is_file()
     held_out = ("experiment.eval_every=2", "experiment.eval_samples=2", "experiment.generate_every=2")
     train_rear.main(load_config([*arguments, *held_out, f"experiment.output_dir={tmp_path / 'run'}"]))
+    rows = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert {"val/ar_loss", "val/frechet_lite0_2"} <= {name for row in rows for name in row}
     assert len(list((tmp_path / "run/train_generated_images").iterdir())) == 1
     assert Image.open(tmp_path / "run/heldout_loss_by_position.png").width == 560  # no map beside the curve
-    assert {"val/ar_loss", "val/frechet_lite0_2"} <= {
-        name for row in read_metrics(tmp_path / "run/metrics.jsonl") for name in row
-    }
+    on_images = ("dataset.params.pretokenization=null", f"experiment.output_dir={tmp_path / 'on_images'}")
+    train_rear.main(load_config([*arguments, *on_images]))
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert [row["train/loss"] for row in read_metrics(tmp_path / "on_images/metrics.jsonl")] == losses
     weights = f"experiment.generator_checkpoint={tmp_path / 'run'}"
     sample_imagenet_rear.main(load_config([*arguments, weights, f"experiment.output_dir={tmp_path / 'samples'}"]))
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (4, 32, 32, 3)
     reconstruct.main(load_config([*arguments, f"experiment.output_dir={tmp_path / 'tokenizer'}"]))
     assert np.load(tmp_path / "tokenizer/reconstructions.npz")["arr_0"].shape == (4, 32, 32, 3)
     assert json.loads((tmp_path / "tokenizer/reconstruct.json").read_text())["psnr"] > 0
-
-
-def test_on_the_fly_training_sees_the_stored_codes(arguments: list[str], store: TokenStore, tmp_path: Path) -> None:
-    losses = []
-    for form in ("pretokenization", "images"):
-        more = ["dataset.preprocessing.random_flip=false"]
-        more += ["dataset.params.pretokenization=null"] if form == "images" else []
-        train_rear.main(load_config([*arguments, *more, f"experiment.output_dir={tmp_path / form}"]))
-        losses.append([row["train/loss"] for row in read_metrics(tmp_path / form / "metrics.jsonl")])
-    assert losses[0] == losses[1]
 
 
 def test_the_config_of_a_tokenizer_and_images(arguments: list[str], tmp_path: Path) -> None:

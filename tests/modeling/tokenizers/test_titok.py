@@ -25,12 +25,7 @@ PUBLISHED = {
     "s128": {**LEGACY, "num_latent_tokens": 128, "vit_enc_model_size": "small", "vit_dec_model_size": "small"},
     "bl64_vq8k": {**LATER, "num_latent_tokens": 64, "vit_dec_model_size": "large"},
     "bl128_vq8k": {**LATER, "num_latent_tokens": 128, "vit_dec_model_size": "large"},
-    "sl256_vq8k": {
-        **LATER,
-        "num_latent_tokens": 256,
-        "vit_enc_model_size": "small",
-        "vit_dec_model_size": "large",
-    },
+    "sl256_vq8k": {**LATER, "num_latent_tokens": 256, "vit_enc_model_size": "small", "vit_dec_model_size": "large"},
 }
 PIXEL_DECODER = {"hidden_channels": 32, "channel_mult": [1, 1, 1, 2], "num_res_blocks": 1}
 TINY = {"titok_tiny": PIXEL_DECODER, "titok_tiny_2d_free": {}}  # what its config does not say
@@ -94,7 +89,7 @@ def test_keys_of_the_published_files(name: str) -> None:
     assert tokenizer_sizes(model.state_dict()) == config
 
 
-@pytest.mark.slow  # a quarter of a minute each, most of it for drawing the weights
+@pytest.mark.slow  # most of the time goes into drawing the weights
 @pytest.mark.parametrize("name", ["b64", "s128"])
 @torch.no_grad()
 def test_full_size(name: str) -> None:
