@@ -21,6 +21,8 @@ class HeldOutNumbers:
         self.codes = HeldOut.of(heldout_batches(data, config, world), len(data), tokenizer, world)
         self.distance: SampleDistance | None = None
         if config.experiment.eval_samples:
+            if not tokenizer.has_images:
+                raise tokenizer.no_images(f"experiment.eval_samples={config.experiment.eval_samples}")
             pixels = world.main_first(lambda: HeldOutPixels(config))
             counts = config.experiment.eval_samples, config.sampling.per_gpu_batch_size
             self.distance = SampleDistance(pixels, *counts, world)
@@ -41,4 +43,5 @@ class HeldOutNumbers:
                 with evaluating(whole):
                     numbers |= self.distance(lambda rows: generate_images(whole, self.tokenizer, rows, self.config))
         run.reporter.log(numbers)
-        run.reporter.draw("loss by position", lambda: save_loss_by_position(losses, self.config, run.state.global_step))
+        place = self.tokenizer.code_shape, self.config, run.state.global_step
+        run.reporter.draw("loss by position", lambda: save_loss_by_position(losses, *place))

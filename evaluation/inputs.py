@@ -18,7 +18,13 @@ MIN_IMAGES = 4  # a radius of precision and recall is the distance to the third 
 
 
 def open_input(path: Path, verify: bool) -> Npz:
-    """Check an npz and open it; see `open_npz`, also for the errors."""
+    """Check an npz and open it; see `open_npz`, also for the errors.
+
+    Raises:
+        InputError: a store of codes, as the sampler writes for a tokenizer without images.
+    """
+    if path.suffix == ".tokens":
+        raise InputError(f"{path}: codes, expected an npz of images; decode them with the tokenizer that they are from")
     return open_npz(path, verify, STATISTICS, MIN_IMAGES)
 
 

@@ -136,30 +136,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def save_loss_by_position(losses: HeldOutLosses, config: Config, step: int) -> Image.Image:
+def save_loss_by_position(losses: HeldOutLosses, code_shape: tuple[int, ...], config: Config, step: int) -> Image.Image:
     """Draw them to `<experiment.output_dir>/heldout_loss_by_position.png`."""
-    picture = draw_loss_by_position(losses.by_position, step)
+    picture = draw_loss_by_position(losses.by_position, code_shape, step)
     write_png(Path(config.experiment.output_dir) / "heldout_loss_by_position.png", picture)
     return picture
 
 
-def draw_loss_by_position(by_position: np.ndarray, step: int) -> Image.Image:
-    """Losses (N,) in nats per code against their position, and on the grid of the image if N is a square."""
+def draw_loss_by_position(by_position: np.ndarray, code_shape: tuple[int, ...], step: int) -> Image.Image:
+    """Losses (N,) in nats per code against their position, and on the grid of the codes if `code_shape` is one."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # here, for it slows the start of all ranks
     from matplotlib.figure import Figure
 
-    edge, mean = math.isqrt(len(by_position)), by_position.mean()
-    is_square = edge * edge == len(by_position)
-    figure = Figure(figsize=(9.6 if is_square else 5.6, 3.8), layout="constrained")
+    mean, has_grid = by_position.mean(), len(code_shape) == 2
+    figure = Figure(figsize=(9.6 if has_grid else 5.6, 3.8), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(f"held-out loss by position, step {step}: mean {mean:.3f} nats per code", fontsize="medium")
-    curve, *grid = figure.subplots(1, 1 + is_square, squeeze=False, width_ratios=[1.3, 1][: 1 + is_square])[0]
+    curve, *grid = figure.subplots(1, 1 + has_grid, squeeze=False, width_ratios=[1.3, 1][: 1 + has_grid])[0]
     curve.plot(range(1, len(by_position) + 1), by_position, linewidth=1)
     curve.axhline(mean, color="grey", linewidth=0.8, linestyle="--", label="mean")
-    curve.set(xlabel="position in raster order", ylabel="nats per code", xlim=(1, len(by_position)))
+    x_label = "position in raster order" if has_grid else "position (codes without a grid)"
+    curve.set(xlabel=x_label, ylabel="nats per code", xlim=(1, len(by_position)))
     curve.legend(frameon=False)
     for axes in grid:
-        image = axes.imshow(by_position.reshape(edge, edge), extent=(0.5, edge + 0.5, edge + 0.5, 0.5))
+        rows, columns = code_shape
+        image = axes.imshow(by_position.reshape(code_shape), extent=(0.5, columns + 0.5, rows + 0.5, 0.5))
         axes.set(xlabel="column", ylabel="row")
         axes.locator_params(integer=True)
         figure.colorbar(image, ax=axes, label="nats per code")

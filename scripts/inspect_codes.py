@@ -7,8 +7,8 @@
 Reads the codes of `dataset.params.pretokenization`, all but those that `inspection.rows` names at random, and decodes
 them with `experiment.tokenizer_checkpoint`.
 
-Prints the statistics. Writes to `experiment.output_dir`: codes.png (the grid), statistics.png (how often codes and
-classes occur) and statistics.json.
+Prints the statistics. Writes to `experiment.output_dir`: codes.png (the grid; not for a codebook alone, whose codes
+have no images), statistics.png (how often codes and classes occur) and statistics.json.
 """
 
 import sys
@@ -67,15 +67,17 @@ def look_at(config: Config) -> None:
     check_tokenizer(store, tokenizer.sha256())
     rows = choose_rows(store, config)
     output_dir = Path(config.experiment.output_dir)
-    write_png(output_dir / "codes.png", decoded_grid(store, rows, tokenizer, config))
+    if tokenizer.has_images:
+        write_png(output_dir / "codes.png", decoded_grid(store, rows, tokenizer, config))
     statistics = code_statistics(store)
-    figures = summary(store, statistics)
+    figures = summary(store, statistics, tokenizer.code_shape)
     for name, value in figures.items():
         print(f"{name}: {value}")
     write_text(output_dir / "statistics.json", json.dumps(figures, indent=1) + "\n")
     counts = {"codes, most frequent first": statistics.code_counts, "samples of each class": statistics.class_counts}
     save_histograms({name: -np.sort(-values) for name, values in counts.items()}, output_dir / "statistics.png")
-    print(f"look at {output_dir}/codes.png and {output_dir}/statistics.png")
+    pictures = [f"{output_dir}/codes.png"] if tokenizer.has_images else []
+    print(f"look at {' and '.join([*pictures, f'{output_dir}/statistics.png'])}")
 
 
 def choose_rows(store: TokenStore, config: Config) -> list[int]:
@@ -107,15 +109,16 @@ def decoded_grid(store: TokenStore, rows: list[int], tokenizer: Tokenizer, confi
     return make_captioned_grid(np.concatenate(images), captions, GRID_COLUMNS)
 
 
-def summary(store: TokenStore, statistics: CodeStatistics) -> dict[str, Any]:
+def summary(store: TokenStore, statistics: CodeStatistics, code_shape: tuple[int, ...]) -> dict[str, Any]:
     """By name, for reading and for JSON."""
+    grid = f"grid {code_shape[0]} x {code_shape[1]}" if len(code_shape) == 2 else "without a grid"
     meta, per_class = store.meta, statistics.class_counts
     rarest, commonest = int(per_class.argmin()), int(per_class.argmax())
     return {
         "samples": len(store),
         "images": len(store) // meta.crops_per_image,
         "crops per image": meta.crops_per_image,
-        "codes per sample": f"{meta.image_seq_len}, grid {meta.grid_size} x {meta.grid_size}",
+        "codes per sample": f"{meta.image_seq_len}, {grid}",
         "codebook": meta.codebook_size,
         "codebook used": f"{statistics.usage:.2%}",
         "entropy of the codes": f"{statistics.entropy:.3f} of {math.log2(meta.codebook_size):.3f} bits",

@@ -4,14 +4,15 @@
     python scripts/make_config.py shards outputs/mine --resolution 256 --base configs/rear_b.yaml \\
         --tokenizer maskgit-vqgan-imagenet-f16-256.bin
 
-IMAGES is a folder that scripts/make_shards.py has made. Without --tokenizer, the one to be trained is small: the sizes
-of configs/tokenizer_blue_marble.yaml. Everything that is not given or derived is as in --base.
+IMAGES is a folder that scripts/make_shards.py has made. Without --tokenizer, one is to be trained, with the sizes of
+--new-tokenizer. Everything that is not given or derived is as in --base.
 
 Writes to OUTPUT: rear.yaml (for pretokenize.py, train_rear.py and all that follows) and, without --tokenizer,
 tokenizer.yaml (for train_tokenizer.py). Change them as you like; this script reads neither.
 """
 
 import argparse
+import math
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -57,10 +58,11 @@ def main(argv: list[str] | None = None) -> None:
     }
     output.mkdir(parents=True, exist_ok=True)
     if arguments.tokenizer is None:
-        sizes, tokenizer = VQModelConfig(**OmegaConf.load(SMALL_TOKENIZER).model.vq_model), output / "tokenizer"
+        new = arguments.new_tokenizer
+        sizes, tokenizer = load_config([f"config={new}"]).model.vq_model, output / "tokenizer"
         own = {"experiment.name": f"{output.name}_tokenizer", "experiment.output_dir": str(tokenizer)}
         settings = {**data, **tokenizer_settings(sizes, resolution), **own}
-        write_yaml(output / "tokenizer.yaml", SMALL_TOKENIZER, settings, "python scripts/train_tokenizer.py")
+        write_yaml(output / "tokenizer.yaml", new, settings, "python scripts/train_tokenizer.py")
         tokenizer = tokenizer / "tokenizer.safetensors"
     else:
         tokenizer = arguments.tokenizer
@@ -90,6 +92,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("output", type=Path, help="folder for the configs and for what they make")
     parser.add_argument("--resolution", type=int, required=True, help="pixels, a multiple of 8 for the small tokenizer")
     parser.add_argument("--tokenizer", help="weights of a trained one, .bin, .safetensors or hf://OWNER/REPO/FILE")
+    parser.add_argument("--new-tokenizer", type=Path, default=SMALL_TOKENIZER, help="config; default %(default)s")
     parser.add_argument("--base", type=Path, default=SMALL_BASE, help="default %(default)s")
     parser.add_argument("--no-flip", action="store_true", help="for images whose mirror image is another thing")
     return parser.parse_args(argv)
@@ -117,7 +120,7 @@ def tokenizer_settings(sizes: VQModelConfig, resolution: int) -> dict[str, Any]:
     """
     sizes = replace(sizes, resolution=resolution)
     try:
-        code_shape(sizes)
+        sizes.num_latent_tokens = math.prod(code_shape(sizes))
     except InputError as error:
         raise InputError(f"--resolution {resolution}: {error}") from error
     return {f"model.vq_model.{key}": value for key, value in asdict(sizes).items()}
@@ -137,7 +140,7 @@ def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -
     merged = OmegaConf.load(base)
     for key, value in settings.items():
         OmegaConf.update(merged, key, value)
-    for following in (key for key in KEYS.values() if key.mark(Follows)):
+    for following in (key for key in KEYS.values() if key.mark(Follows) and key.name not in settings):
         section, _, name = following.name.rpartition(".")
         (OmegaConf.select(merged, section) or {}).pop(name, None)
     header = f"# Written by scripts/make_config.py from {base.name}.\n#   {command} config={path}\n"

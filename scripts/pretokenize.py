@@ -80,6 +80,8 @@ def pretokenize(config: Config, held: ExitStack) -> None:
     image_path, output = checked_paths(config)
     store_path = output.with_suffix(".tokens")
     tokenizer = load_tokenizer(config)
+    if not tokenizer.has_images:
+        raise tokenizer.no_images(f"dataset.params.train_shards_path_or_url={image_path}")
     params, preprocessing = config.dataset.params, config.dataset.preprocessing
     num_classes, decoding = config.model.generator.condition_num_classes, Decoding.of(preprocessing)
     source = open_images(image_path, num_classes, decoding)
@@ -160,6 +162,7 @@ def describe(config: Config, tokenizer: Tokenizer, images: ImageDataset, crops: 
         codebook_size=tokenizer.codebook_size,
         crops_per_image=crops,
         class_names=images.source.class_names,
+        grid_size=tokenizer.code_shape[0] if len(tokenizer.code_shape) == 2 else None,
         tokenizer_sha256=tokenizer.sha256(),
         source_sha256=images.fingerprint,
         settings=settings,

@@ -69,6 +69,8 @@ def reconstruct_all(config: Config) -> None:
     """The files of `experiment.output_dir`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(config).to(device)
+    if not tokenizer.has_images:
+        raise tokenizer.no_images("reconstructions")
     heldout = HeldoutImages(config)
     output_dir = Path(config.experiment.output_dir)
     results = [output_dir / f"{name}.npz" for name in ("reference", "reconstructions")]

@@ -8,9 +8,10 @@ same images, and no block of the file is sorted by class (the Inception Score ne
 
 Writes `<output_dir>.npz` (arr_0: uint8 NHWC images, arr_1: int64 labels), `<output_dir>.png` (a grid of some),
 `<output_dir>.yaml` (the resolved config), `<output_dir>.json` (all that the images depend on, and the step
-of the weights) and, with `sampling.save_png`, `<output_dir>.images/`. While it runs, finished batches lie in
-`<output_dir>.parts/`: the same command continues a killed run from there, with any number of processes. What is
-complete is not made again.
+of the weights) and, with `sampling.save_png`, `<output_dir>.images/`. Where the tokenizer is a codebook alone, the
+codes take the place of images: `<output_dir>.tokens`, a store as of scripts/pretokenize.py. While it runs, finished
+batches lie in `<output_dir>.parts/`: the same command continues a killed run from there, with any number of processes.
+What is complete is not made again.
 """
 
 import sys
@@ -30,19 +31,18 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
 import dataclasses
 import shutil
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
+from data.codes.store_files import StoreMeta
+from data.codes.token_writer import new_token_store
 from modeling.rear import ReAR, load_generator
 from modeling.sampling.generate import CodeSampler
-from modeling.sampling.image_decoder import ImageDecoder, PendingImages
+from modeling.sampling.image_decoder import ImageDecoder, KeptCodes
 from modeling.sampling.image_inputs import class_labels_of, image_inputs
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ from utils.files.atomic import complete_file
 from utils.files.lock import only_writer
 from utils.files.made_from import is_made, write_record
 from utils.files.npz import write_npz
-from utils.files.sample_parts import SampleParts
+from utils.files.sample_parts import PartWriter, SampleParts
 from utils.files.weights import weights_sha256
 from utils.images import make_grid, write_png
 from utils.precision import matmul_precision
@@ -61,7 +61,6 @@ from utils.run.folder import code_facts
 from utils.run.trained_weights import TrainedWeights, find_trained_weights
 
 GRID_COLUMNS, GRID_IMAGES = 10, 50
-PNG_THREADS = 4
 
 
 def main(config: Config) -> None:
@@ -73,11 +72,12 @@ def sample(config: Config, held: ExitStack) -> None:
     """Args:
     held: gets the lock of the output, from the first look at what is there to the end.
     """
-    source = config.experiment.generator_checkpoint
+    source, sampling = config.experiment.generator_checkpoint, config.sampling
     if source is None:
         raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
-    output, sampling = Path(config.experiment.output_dir), config.sampling
-    tokenizer = load_tokenizer(config)
+    output, tokenizer = Path(config.experiment.output_dir), load_tokenizer(config)
+    if sampling.save_png and not tokenizer.has_images:
+        raise tokenizer.no_images("sampling.save_png=true")
     with join_world() as world:  # left before the work begins: nothing later waits for a collective
         world.from_main(lambda: held.enter_context(only_writer(output)))
         parts_folder = output.with_name(output.name + ".parts")
@@ -88,7 +88,8 @@ def sample(config: Config, held: ExitStack) -> None:
         check_tokenizer_of(weights, tokenizer, config)
         model = load_generator(weights.path, config.model)
         fingerprint = fingerprint_of(config, model, tokenizer, world.device)
-        if world.from_main(lambda: is_finished(parts, output, fingerprint)):
+        result = output.with_name(output.name + (".npz" if tokenizer.has_images else ".tokens"))
+        if world.from_main(lambda: is_finished(parts, result, fingerprint)):
             return
         world.from_main(lambda: check_images_folder(parts, output))
         missing = parts.begin(fingerprint, world)
@@ -101,7 +102,11 @@ def sample(config: Config, held: ExitStack) -> None:
             writer.write(block, images)
     if world.is_main:
         parts.wait()
-        pack(parts, output, config, fingerprint, {"step": weights.step, "weights": str(weights.path.resolve())})
+        figures = {"step": weights.step, "weights": str(weights.path.resolve())}
+        if tokenizer.has_images:
+            pack(parts, output, config, fingerprint, figures)
+        else:
+            pack_codes(parts, result, tokenizer, config, fingerprint, figures)
 
 
 def check_tokenizer_of(weights: TrainedWeights, tokenizer: Tokenizer, config: Config) -> None:
@@ -118,17 +123,16 @@ def check_tokenizer_of(weights: TrainedWeights, tokenizer: Tokenizer, config: Co
         )
 
 
-def is_finished(parts: SampleParts, output: Path, fingerprint: dict[str, Any]) -> bool:
-    """Whether the npz of this run is there already; says so.
+def is_finished(parts: SampleParts, result: Path, fingerprint: dict[str, Any]) -> bool:
+    """Whether the npz or store of this run is there already; says so.
 
     Raises:
-        InputError: the npz of another run is there.
+        InputError: that of another run is there.
     """
-    npz = output.with_name(output.name + ".npz")
     # with parts, it is what a run that was killed at its end has left
-    if parts.folder.exists() or not is_made(npz, fingerprint):
+    if parts.folder.exists() or not is_made(result, fingerprint):
         return False
-    print(f"{npz}: made from the same weights and config already")
+    print(f"{result}: made from the same weights and config already")
     return True
 
 
@@ -158,7 +162,8 @@ def fingerprint_of(config: Config, model: ReAR, tokenizer: Tokenizer, device: to
 def sample_blocks(
     blocks: Iterable[range], model: ReAR, tokenizer: Tokenizer, config: Config, notices: bool
 ) -> Iterator[tuple[range, np.ndarray]]:
-    """Blocks of indices with their images (B, H, W, 3) uint8; a GPU decodes one beside sampling the next.
+    """Blocks of indices with their images (B, H, W, 3) uint8, or codes (B, N) uint16 of a tokenizer without images; a
+    GPU decodes one block beside sampling the next.
 
     The last block is filled up with its last index while it is sampled: a batch of another size would be compiled anew,
     and its codes could depend on what this process has sampled before.
@@ -176,7 +181,9 @@ def sample_blocks(
         notice=print if notices else lambda line: None,
     )
     half_decoder = reduced and device.type == "cuda"
-    decoder = ImageDecoder(tokenizer, sampling.uint8_rule, torch.float16 if half_decoder else torch.float32)
+    decoder: ImageDecoder | KeptCodes = KeptCodes(tokenizer.codebook_size)
+    if tokenizer.has_images:
+        decoder = ImageDecoder(tokenizer, sampling.uint8_rule, torch.float16 if half_decoder else torch.float32)
     size, previous = min(sampling.per_gpu_batch_size, sampling.num_fid_samples), None
     for block in blocks:
         indices = [*block, *[block[-1]] * (size - len(block))]
@@ -188,7 +195,7 @@ def sample_blocks(
         yield previous[0], finished(decoder, *previous, config)
 
 
-def finished(decoder: ImageDecoder, block: range, pending: PendingImages, config: Config) -> np.ndarray:
+def finished(decoder: ImageDecoder | KeptCodes, block: range, pending: Any, config: Config) -> np.ndarray:
     """
     Raises:
         InputError: logits or pixels that are not finite, with the images and the weights.
@@ -202,39 +209,9 @@ def finished(decoder: ImageDecoder, block: range, pending: PendingImages, config
         ) from error
 
 
-class PartWriter:
-    """Writes parts, and PNG files before them, in worker threads beside the sampling; the parts appear in order."""
-
-    def __init__(self, parts: SampleParts, output: Path, save_png: bool) -> None:
-        self.parts, self.folder = parts, output.with_name(output.name + ".images") if save_png else None
-        self.queue, self.png_pool = ThreadPoolExecutor(1), ThreadPoolExecutor(PNG_THREADS)
-        self.last: Future | None = None
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-
-    def __enter__(self) -> "PartWriter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.queue.shutdown()
-        self.png_pool.shutdown()
-        if self.last is not None:
-            self.last.result()
-
-    def write(self, block: range, images: np.ndarray) -> None:
-        """Queue a block; waits for the one before, so that not more than one is in memory."""
-        if self.last is not None:
-            self.last.result()
-        self.last = self.queue.submit(self._write, block, images)
-
-    def _write(self, block: range, images: np.ndarray) -> None:
-        if self.folder is not None:
-            list(self.png_pool.map(partial(_write_png, self.folder), block, images))
-        self.parts.save(block, images)
-
-
-def _write_png(folder: Path, index: int, image: np.ndarray) -> None:
-    write_png(folder / f"{index:06d}.png", Image.fromarray(image))
+def save_yaml(config: Config, path: Path) -> None:
+    with complete_file(path) as partial:
+        save_config(config, partial)
 
 
 def pack(
@@ -248,8 +225,7 @@ def pack(
     n = config.sampling.num_fid_samples
     first_images = parts.first_images(GRID_IMAGES)
     write_png(output.with_name(output.name + ".png"), make_grid(first_images, GRID_COLUMNS))
-    with complete_file(output.with_name(output.name + ".yaml")) as partial:
-        save_config(config, partial)
+    save_yaml(config, output.with_name(output.name + ".yaml"))
     labels = class_labels_of(range(n), config.model.generator.condition_num_classes)
     npz = output.with_name(output.name + ".npz")
     images = tqdm(parts.load(), desc=npz.name, total=len(parts.blocks), unit="part")
@@ -263,6 +239,29 @@ def pack(
     write_record(npz, fingerprint, figures={"bytes": npz.stat().st_size, **figures})
     shutil.rmtree(parts.folder)
     print(f"{n} images in {npz}")
+
+
+def pack_codes(
+    parts: SampleParts,
+    store: Path,
+    tokenizer: Tokenizer,
+    config: Config,
+    fingerprint: dict[str, Any],
+    figures: dict[str, Any],
+) -> None:
+    """As `pack`, of codes, into a token store."""
+    labels = class_labels_of(range(config.sampling.num_fid_samples), config.model.generator.condition_num_classes)
+    save_yaml(config, store.with_suffix(".yaml"))
+    meta = StoreMeta(tokenizer.image_seq_len, tokenizer.codebook_size, tokenizer_sha256=tokenizer.sha256())
+    with new_token_store(store, meta) as writer:
+        for block, codes in zip(parts.blocks, parts.load(), strict=True):
+            writer.append(codes, labels[block.start : block.stop])
+    write_record(store, fingerprint, figures=figures)
+    shutil.rmtree(parts.folder)
+    print(
+        f"{len(labels)} samples in {store}: decode its tokens.npy, uint16 {len(labels), tokenizer.image_seq_len}, with "
+        "the tokenizer that the codes are from; their classes are in class_ids.npy"
+    )
 
 
 if __name__ == "__main__":

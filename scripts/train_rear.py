@@ -38,7 +38,7 @@ from data.training_batches import TrainingBatches, describe_length, open_trainin
 from evaluation.heldout import HeldOutNumbers
 from modeling.noise import num_noise_uniforms, perturbation_ratio
 from modeling.rear import ReAR, init_from
-from modeling.sampling.sample_grid import save_sample_grid, whole_model
+from modeling.sampling.sample_grid import notices_of_images, save_sample_grid, whole_model
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.training_step import compile_blocks, training_cost, training_step
 from utils.config import Config
@@ -80,6 +80,7 @@ def main(config: Config) -> str:
         averaged = ema.module if ema else model
         modules = {"model": model} | ({"ema": averaged} if ema else {})
         cost = training_cost(model, config, world.size * run.micro_steps)
+        run.notices += notices_of_images(tokenizer, config)
         if heldout is None and experiment.eval_every:
             run.notices.append("experiment.eval_every has no effect: the config names no held-out data")
         run.notices.append(describe_length(config, run.global_batch_size, len(dataset)))
@@ -121,9 +122,10 @@ def main(config: Config) -> str:
             if run.due.weights:
                 run.keep_weights("ema" if ema else "model")
             if run.due.grid:
-                whole = whole_model(averaged, run)
-                run.reporter.draw("samples", partial(save_sample_grid, whole, tokenizer, config, step + 1))
-                del whole  # sharded, it takes as much memory as all shards
+                if tokenizer.has_images:
+                    whole = whole_model(averaged, run)
+                    run.reporter.draw("samples", partial(save_sample_grid, whole, tokenizer, config, step + 1))
+                    del whole  # sharded, it takes as much memory as all shards
                 run.reporter.draw_curves()
 
         batches.tell_notes()

@@ -1,4 +1,4 @@
-"""Train a MaskGIT-VQ tokenizer on images: reconstruction, vector-quantization, perceptual and, for
+"""Train a tokenizer with a codebook on images: reconstruction, vector-quantization, perceptual and, for
 `vq_training.adversarial_weight` > 0, adversarial losses.
 
     OMP_WAIT_POLICY=PASSIVE python scripts/train_tokenizer.py config=configs/tokenizer_blue_marble.yaml
@@ -50,13 +50,15 @@ from data.loading import Batches, on_device
 from data.training_batches import TrainingBatches
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.tokenizers.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
-from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from modeling.tokenizers.perceptual import PerceptualFeatures, perceptual_distance
+from modeling.tokenizers.registry import build_trainable_tokenizer, load_weights
+from modeling.tokenizers.tokenizer import TrainableTokenizer
+from modeling.tokenizers.vector_quantizer import entropy_loss
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.hub import local_file
-from utils.files.weights import load_state_dict, load_strict, save_weights
+from utils.files.weights import save_weights
 from utils.images import make_grid, to_uint8, write_png
 from utils.optim import build_optimizer, set_learning_rate
 from utils.precision import autocast
@@ -81,9 +83,9 @@ def main(config: Config) -> str:
         train_set = run.open_data(lambda: open_images_of(config, "train_shards_path_or_url", augment=True))
         heldout_set = world.main_first(lambda: open_images_of(config, "eval_shards_path_or_url", augment=False))
         torch.manual_seed(training.seed)
-        tokenizer = MaskGitVQ(config.model.vq_model)
+        tokenizer = build_trainable_tokenizer(config.model.vq_model)
         if vq_training.init_from is not None:
-            load_strict(tokenizer, load_state_dict(local_file(vq_training.init_from)), vq_training.init_from)
+            load_weights(tokenizer, local_file(vq_training.init_from))
         tokenizer.to(device)
         features = PerceptualFeatures().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = build_optimizer(tokenizer, config)
@@ -158,7 +160,7 @@ def open_images_of(config: Config, key: str, augment: bool) -> ImageDataset:
 
 
 def training_step(
-    tokenizer: MaskGitVQ,
+    tokenizer: TrainableTokenizer,
     features: PerceptualFeatures,
     discriminator: FeatureDiscriminator,
     images: Tensor,
@@ -185,6 +187,9 @@ def training_step(
         + quantized.codebook_loss
         + vq_training.commitment_weight * quantized.commitment_loss
     )
+    if vq_training.entropy_weight > 0:
+        terms["train/code_entropy"] = entropy_loss(quantized.distances)
+        terms["train/loss"] = terms["train/loss"] + vq_training.entropy_weight * terms["train/code_entropy"]
     if vq_training.adversarial_weight > 0:
         terms["train/generator"] = generator_loss(discriminator(maps))
         terms["train/loss"] = terms["train/loss"] + vq_training.adversarial_weight * terms["train/generator"]
@@ -206,7 +211,7 @@ class CodeUsage(nn.Module):
         """Add codes (B, N) of each process."""
         self.counts += world.sum(torch.bincount(codes.flatten(), minlength=len(self.counts)))
 
-    def revive(self, tokenizer: MaskGitVQ, images: Tensor, world: World) -> int:
+    def revive(self, tokenizer: TrainableTokenizer, images: Tensor, world: World) -> int:
         """Replace the codes that were not used; how many these are."""
         unused = (self.counts == 0).nonzero()[:, 0]
         self.replace(tokenizer, unused, images, world)
@@ -215,11 +220,11 @@ class CodeUsage(nn.Module):
 
     @staticmethod
     @torch.no_grad()
-    def replace(tokenizer: MaskGitVQ, codes: Tensor, images: Tensor, world: World) -> None:
+    def replace(tokenizer: TrainableTokenizer, codes: Tensor, images: Tensor, world: World) -> None:
         """Set the vectors of some codes (K,) to features drawn from images (B, 3, H, W) of rank 0, on all ranks."""
-        features = tokenizer.encoder(images).movedim(1, -1).flatten(0, 2)  # (B h w, Z)
+        features = tokenizer.features(images).flatten(0, 1)  # (B N, Z)
         drawn = features[torch.randint(len(features), (len(codes),), device=features.device)]
-        tokenizer.quantize.embedding.weight[codes] = world.sum(drawn if world.is_main else torch.zeros_like(drawn))
+        tokenizer.set_vectors(codes, world.sum(drawn if world.is_main else torch.zeros_like(drawn)))
 
 
 def average_gradients(module: nn.Module, world: World) -> None:
@@ -232,7 +237,9 @@ def average_gradients(module: nn.Module, world: World) -> None:
         gradient.copy_(values.view_as(gradient))
 
 
-def report(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config, run: TrainingRun) -> dict[str, float]:
+def report(
+    tokenizer: TrainableTokenizer, heldout_set: ImageDataset, config: Config, run: TrainingRun
+) -> dict[str, float]:
     """Write the weights, and figures and a grid of the held-out images; the figures for the log. A full disk ends the
     run only where it costs the final ones."""
     step, folder = run.state.global_step, run.output_dir
@@ -246,13 +253,15 @@ def report(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config, run:
     return {f"heldout/{name}": value for name, value in figures.items()}
 
 
-def export(tokenizer: MaskGitVQ, path: Path, record: dict[str, Any]) -> None:
+def export(tokenizer: TrainableTokenizer, path: Path, record: dict[str, Any]) -> None:
     """Write the weights in float16: half the size, and `load_tokenizer` reads them back as float32."""
     save_weights({key: value.half() for key, value in tokenizer.state_dict().items()}, path, record)
 
 
 @torch.inference_mode()
-def evaluate(tokenizer: MaskGitVQ, heldout_set: ImageDataset, config: Config) -> tuple[dict[str, float], Image.Image]:
+def evaluate(
+    tokenizer: TrainableTokenizer, heldout_set: ImageDataset, config: Config
+) -> tuple[dict[str, float], Image.Image]:
     """Figures over the held-out images, and a grid: rows of originals, each above its row of reconstructions."""
     device = next(tokenizer.parameters()).device
     metrics = ReconstructionMetrics(tokenizer.codebook_size)

@@ -25,6 +25,9 @@ from utils.schema import Config
 ROOT = Path(__file__).resolve().parents[1]
 # Keys of published YAML files that nothing reads, there or here: accepted with a notice.
 IGNORED_KEYS = {"log_grad_norm_every", "kv_cache", "finetune_decoder", "pretrained_tokenizer_weight"}
+# Of VQGAN+: its training, and what the weights tell.
+IGNORED_KEYS |= {"commitment_cost", "entropy_loss_weight", "entropy_loss_temperature", "entropy_gamma"}
+IGNORED_KEYS |= {"num_channels", "num_resolutions", "sample_with_conv"}
 PUBLISHED_FOLDER = ("configs", "training", "generator")
 YAML_BOOLEANS = (("true", "on", "yes"), ("false", "off", "no"))  # words that YAML 1.1 takes for the same boolean
 

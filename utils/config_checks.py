@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from utils.errors import InputError
 from utils.keys import Key, keys_under
 from utils.marks import Follows, Range
-from utils.schema import Config, GeneratorConfig, TrainingConfig, VQModelConfig
+from utils.schema import OWN_NUMBER_OF_CODES, Config, GeneratorConfig, TrainingConfig, VQModelConfig
 
 
 class ConfigError(InputError):
@@ -54,10 +54,10 @@ def check_agreement(merged: DictConfig, keys: Sequence[Key]) -> None:
     Raises:
         ConfigError: a value that follows from others is given and is another one.
     """
-    derived = merged.copy()
+    derived, kind = merged.copy(), OmegaConf.select(merged, "model.vq_model.model_type")
     for key in keys:
         follows = key.mark(Follows)
-        if follows and follows.must_agree:
+        if follows and follows.must_agree and kind not in follows.free_for:
             found = OmegaConf.select(merged, key.name)
             OmegaConf.update(derived, key.name, str(follows))
             expected = OmegaConf.select(derived, key.name)
@@ -83,7 +83,7 @@ def check_fields(config: Config) -> None:
 
 def _check_vq_model(vq_model: VQModelConfig) -> None:
     factor = 2 ** (len(vq_model.channel_mult) - 1)
-    if vq_model.resolution % factor:
+    if vq_model.resolution % factor and vq_model.model_type not in OWN_NUMBER_OF_CODES:
         raise ConfigError(
             f"model.vq_model.resolution={vq_model.resolution}: expected a multiple of {factor} "
             f"({len(vq_model.channel_mult)} levels in channel_mult)"

@@ -43,12 +43,14 @@ class Follows:
     Attributes:
         source: the key, or a formula for readers.
         interpolation: of OmegaConf; empty: the value of the key `source`.
-        must_agree: a given value that differs is an error.
+        must_agree: a given value that differs is an error,
+        free_for: but for these values of model.vq_model.model_type.
     """
 
     source: str
     interpolation: str = ""
     must_agree: bool = True
+    free_for: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.interpolation or f"${{{self.source}}}"

@@ -28,6 +28,8 @@ from utils.marks import (
     Words,
 )
 
+# Kinds of tokenizers whose num_latent_tokens is given, for it does not follow from resolution and channel_mult.
+OWN_NUMBER_OF_CODES = ("titok", "codes_only")
 GRID = "(resolution / 2^(levels - 1))^2"
 GRID_INTERPOLATION = "${codes_per_image:${model.vq_model.resolution},${model.vq_model.channel_mult}}"
 
@@ -62,15 +64,26 @@ class ExperimentConfig:
 
 @dataclass
 class VQModelConfig:
-    model_type: Literal["maskgit_vq"] = "maskgit_vq"  # kind of tokenizer; maskgit_vq: that of MaskGIT
+    # kind of tokenizer, told apart in docs/tokenizers.md
+    model_type: Literal["maskgit_vq", "llamagen_vq", "taming_vqgan", "vqplus", "titok", "codes_only"] = "maskgit_vq"
     codebook_size: Count = 1024  # V, number of codes
     token_size: Count = 256  # width of a codebook vector
-    num_latent_tokens: Annotated[Count, Follows(GRID, GRID_INTERPOLATION)] = 256  # N, codes per image
+    # N, codes per image; titok and codes_only: to be given
+    num_latent_tokens: Annotated[Count, Follows(GRID, GRID_INTERPOLATION, free_for=OWN_NUMBER_OF_CODES)] = 256
     resolution: Count = 256  # image height and width in pixels
     hidden_channels: Count = 128  # channels of the first level
     # per level; each but one halves the size
     channel_mult: Annotated[list[int], Range(at_least=1)] = field(default_factory=lambda: [1, 1, 2, 2, 4])
     num_res_blocks: Count = 2  # residual blocks per level
+    z_channels: Count = 256  # llamagen_vq, taming_vqgan: width before the 1x1 convolution to token_size
+    # vqplus: lookup (nearest codebook vector) or lookup-free (the sign of each of token_size channels)
+    quantizer_type: Literal["lookup", "lookup-free"] = "lookup"
+    use_l2_norm: bool = False  # titok: features and codebook vectors of length 1 in the look-up
+    is_legacy: bool = True  # titok: to pixels through the codes of MaskGIT-VQ (L-32, B-64, S-128); false: straight
+    vit_enc_model_size: Literal["tiny", "small", "base", "large"] = "base"  # titok: the encoder; tiny: for tests
+    vit_dec_model_size: Literal["tiny", "small", "base", "large"] = "base"  # titok: the decoder
+    vit_enc_patch_size: Count = 16  # titok: pixels, height and width of a patch
+    vit_dec_patch_size: Count = 16  # titok: the same of the decoder
 
 
 @dataclass
@@ -211,6 +224,7 @@ class TrainingConfig:
 class VQTrainingConfig:
     init_from: str | None = None  # tokenizer weights to start from; null: from scratch
     commitment_weight: Weight = 0.25  # beta of the VQ-VAE loss
+    entropy_weight: Weight = 0.0  # of each code's entropy minus that of their mean: more codes are used
     l2_weight: Weight = 1.0  # of the squared error, beside the absolute error with weight 1
     perceptual_weight: Weight = 0.1  # of the distance between EfficientNet-Lite0 features
     adversarial_weight: Weight = 0.0  # of a discriminator's judgement of these features; 0: without a discriminator

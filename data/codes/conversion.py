@@ -9,6 +9,7 @@ import json
 import os
 from contextlib import closing
 from itertools import accumulate
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def jsonl_to_store(
     except InputError:
         parts.remove()
         raise
-    fields = StoreMeta(sizes.image_seq_len, sizes.codebook_size, crops_per_image, class_names, source, bad_lines.count)
+    of_jsonl = crops_per_image, class_names, source, bad_lines.count, edge_of_square(sizes.image_seq_len)
+    fields = StoreMeta(sizes.image_seq_len, sizes.codebook_size, *of_jsonl)
     fault_point("join.begin", 0)
     with new_token_store(store_path, fields) as writer:
         for block in tqdm(parts.blocks, desc=store_path.name, unit="part", delay=2):
@@ -105,6 +107,12 @@ def jsonl_to_store(
         fault_point("join.end", 0)
     parts.remove()
     return bad_lines
+
+
+def edge_of_square(image_seq_len: int) -> int | None:
+    """Of a grid that so many codes would fill; None: of none."""
+    edge = isqrt(image_seq_len)
+    return edge if edge**2 == image_seq_len else None
 
 
 def is_conversion(store_path: Path, jsonl: Path, sizes: Sizes, max_bad_fraction: float) -> bool:

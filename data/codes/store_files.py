@@ -26,7 +26,8 @@ class StoreMeta:
     class_names: list[str] | None = None  # in the order of the class ids
     source: dict[str, int | str] | None = None  # of the jsonl with the same samples: name, size, mtime_ns, sha256
     num_skipped: int = 0  # bad lines of the jsonl or images that were left out
-    grid_size: int | None = None  # h = w of the grid that the codes fill in raster order; None: N is no square
+    # h = w of the grid that the codes fill in raster order, from a jsonl where N allows for one; None: without a grid
+    grid_size: int | None = None
     tokenizer_sha256: str | None = None  # of the tokenizer's weights; None: a jsonl does not tell
     source_sha256: str | None = None  # `fingerprint` of the images; None: a jsonl does not tell
     settings: dict[str, int | str | bool] | None = None  # of the pre-tokenization, by config key

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -64,14 +63,12 @@ class TokenStoreWriter:
         self._class_ids.close()
 
     def finished_meta(self) -> StoreMeta:
-        """With what is known now: numbers of samples and classes, the grid and the hashes."""
-        grid_size = isqrt(self.meta.image_seq_len)
+        """With what is known now: numbers of samples and classes, and the hashes."""
         return replace(
             self.meta,
             sha256={TOKENS_FILE: self._tokens.digest.hexdigest(), CLASS_IDS_FILE: self._class_ids.digest.hexdigest()},
             num_samples=self.num_samples,
             num_classes=len(self.meta.class_names or []) or self._largest_class_id + 1,
-            grid_size=grid_size if grid_size**2 == self.meta.image_seq_len else None,
         )
 
 

@@ -105,6 +105,26 @@ class ImageDecoder:
         return torch.cat(parts), torch.stack(finite).all(), are_codes(codes, self.codebook_size)
 
 
+class KeptCodes:
+    """In the place of an `ImageDecoder` for a tokenizer without images: the codes as they are."""
+
+    def __init__(self, codebook_size: int) -> None:
+        self.codebook_size = codebook_size
+
+    def start(self, codes: Tensor) -> Tensor:
+        return codes
+
+    def finish(self, codes: Tensor) -> np.ndarray:
+        """Codes (B, N) uint16.
+
+        Raises:
+            NonFiniteError: codes that `CodeSampler` could not sample.
+        """
+        if not are_codes(codes, self.codebook_size):
+            raise NonFiniteError(LOGITS_NOT_FINITE)
+        return codes.cpu().numpy().astype(np.uint16)
+
+
 def are_codes(codes: Tensor, codebook_size: int) -> Tensor:
     """() bool on the codes' device: all are from 0 to V - 1."""
     return ((codes >= 0) & (codes < codebook_size)).all()

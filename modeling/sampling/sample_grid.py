@@ -16,6 +16,19 @@ from utils.schema import Config
 GRID_CLASSES, GRID_ROWS = 10, 4
 
 
+def notices_of_images(tokenizer: Tokenizer, config: Config) -> list[str]:
+    """Lines for the log of a training whose tokenizer has no images.
+
+    Raises:
+        InputError: it would train on images.
+    """
+    if tokenizer.has_images:
+        return []
+    if config.dataset.params.pretokenization is None:
+        raise tokenizer.no_images("dataset.params.pretokenization=null")
+    return [f"no sample grids: model.vq_model.model_type={tokenizer.model_type} has no decoder"]
+
+
 def whole_model(model: ReAR, run: TrainingRun) -> ReAR:
     """The model or, if it is sharded, one with all its weights on each rank: sampling reads them outside of the forward
     pass. All ranks call it."""

@@ -6,26 +6,11 @@ Legend: B images, H x W pixels, L levels (each but the last halves the size), h 
 Z width of a codebook vector.
 """
 
-import copy
-import math
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeling.tokenizers.conv_layers import UpsampleConv, conv3x3, group_norm
 from utils.schema import VQModelConfig
-
-MAX_GROUPS, MIN_GROUP_WIDTH = 32, 4  # of the group norms
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups as published (narrowest level: 128 channels); fewer in narrow levels, where a group would otherwise
-    hold under four channels and the norm would erase what each of them carries."""
-    return nn.GroupNorm(math.gcd(MAX_GROUPS, channels // MIN_GROUP_WIDTH), channels, eps=1e-6)
-
-
-def conv3x3(in_channels: int, out_channels: int, bias: bool) -> nn.Conv2d:
-    # TF's "SAME" is one pixel on each side at stride 1.
-    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
 
 
 class ResBlock(nn.Module):
@@ -52,8 +37,8 @@ class ResBlock(nn.Module):
         return y + self.nin_shortcut(y if self.changes_width else x)
 
 
-def res_blocks(in_channels: int, out_channels: int, count: int) -> nn.ModuleList:
-    return nn.ModuleList([ResBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(count)])
+def res_blocks(in_channels: int, out_channels: int, count: int) -> nn.Sequential:
+    return nn.Sequential(*(ResBlock(in_channels if i == 0 else out_channels, out_channels) for i in range(count)))
 
 
 class DownLevel(nn.Module):
@@ -65,8 +50,7 @@ class DownLevel(nn.Module):
         self.downsample = downsample
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
+        x = self.block(x)
         return F.avg_pool2d(x, kernel_size=2) if self.downsample else x
 
 
@@ -76,18 +60,11 @@ class UpLevel(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, upsample: bool) -> None:
         super().__init__()
         self.block = res_blocks(in_channels, out_channels, num_res_blocks)
-        self.upsample_conv: nn.Conv2d | nn.ConvTranspose2d | None = None
-        if upsample:
-            self.upsample_conv = conv3x3(out_channels, out_channels, bias=True)
+        self.upsample_conv = UpsampleConv(out_channels) if upsample else None
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
-        if self.upsample_conv is None:
-            return x
-        if isinstance(self.upsample_conv, nn.ConvTranspose2d):  # put there by `fold_upsampling`
-            return self.upsample_conv(x)
-        return self.upsample_conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        x = self.block(x)
+        return x if self.upsample_conv is None else self.upsample_conv(x)
 
 
 class Encoder(nn.Module):
@@ -132,28 +109,3 @@ class Decoder(nn.Module):
         for level in [*self.mid, *reversed(self.up)]:
             z = level(z)
         return self.conv_out(F.silu(self.norm_out(z)))
-
-
-def fold_upsampling(decoder: Decoder) -> Decoder:
-    """A copy for decoding only, in which nearest x2 and the 3x3 convolution after it are one operation.
-
-    A 3x3 convolution of doubled pixels is a transposed 4x4 convolution of stride 2 (in other words, four 2x2
-    convolutions whose results interleave): the same function with 4/9 of the products. The copy has other state-dict
-    keys' shapes and is not meant to be saved.
-    """
-    decoder = copy.deepcopy(decoder)
-    for level in decoder.up:
-        assert isinstance(level, UpLevel)
-        if level.upsample_conv is None:
-            continue
-        weight, bias = level.upsample_conv.weight, level.upsample_conv.bias  # (out, in, 3, 3)
-        assert bias is not None
-        folded = weight.new_zeros(*weight.shape[:2], 4, 4)
-        for row in (0, 1):
-            for column in (0, 1):  # the four copies of a pixel
-                folded[:, :, row : row + 3, column : column + 3] += weight.detach()
-        transposed = nn.ConvTranspose2d(weight.shape[1], weight.shape[0], kernel_size=4, stride=2, padding=1)
-        transposed.weight = nn.Parameter(folded.flip(2, 3).transpose(0, 1).contiguous(), requires_grad=False)
-        transposed.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        level.upsample_conv = transposed
-    return decoder

@@ -1,19 +1,30 @@
 """The table of tokenizers, by `model.vq_model.model_type`, and what is chosen from it."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
 
+from modeling.tokenizers.codes_only import CodesOnly
+from modeling.tokenizers.llamagen_vq import LlamaGenVQ
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
-from modeling.tokenizers.tokenizer import Tokenizer
+from modeling.tokenizers.taming_vqgan import TamingVQGAN
+from modeling.tokenizers.titok import TiTokVQ
+from modeling.tokenizers.tokenizer import Tokenizer, TrainableTokenizer
+from modeling.tokenizers.vq_plus import VQPlus
 from utils.errors import InputError
 from utils.files.hub import local_file
-from utils.files.weights import load_state_dict, load_strict
+from utils.files.weights import load_strict
 from utils.schema import Config, VQModelConfig
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
     "maskgit_vq": MaskGitVQ,
+    "llamagen_vq": LlamaGenVQ,
+    "taming_vqgan": TamingVQGAN,
+    "vqplus": VQPlus,
+    "titok": TiTokVQ,
+    "codes_only": CodesOnly,
 }
 
 
@@ -21,21 +32,54 @@ def build_tokenizer(config: VQModelConfig) -> Tokenizer:
     """A tokenizer of these sizes with random weights.
 
     Raises:
-        InputError: sizes that do not fit together.
+        InputError: sizes that do not fit together, or a key that this kind of tokenizer does not read.
     """
-    return TOKENIZERS[config.model_type](config)
+    return _class_of(config)(config)
+
+
+def build_trainable_tokenizer(config: VQModelConfig) -> TrainableTokenizer:
+    """
+    Raises:
+        InputError: as `build_tokenizer`, or a kind of tokenizer that is not trained here.
+    """
+    tokenizer = build_tokenizer(config)
+    if not isinstance(tokenizer, TrainableTokenizer):
+        trainable = [name for name, kind in TOKENIZERS.items() if issubclass(kind, TrainableTokenizer)]
+        raise InputError(f"model.vq_model.model_type={config.model_type}: expected one of {', '.join(trainable)}")
+    return tokenizer
+
+
+def _class_of(config: VQModelConfig) -> type[Tokenizer]:
+    tokenizer_class = TOKENIZERS[config.model_type]
+    not_read = {key for other in TOKENIZERS.values() for key in other.own_keys} - {*tokenizer_class.own_keys}
+    for key in sorted(not_read):
+        if (value := getattr(config, key)) != getattr(VQModelConfig(), key):
+            raise InputError(f"model.vq_model.{key}={value}: {config.model_type} does not read it; leave it out")
+    return tokenizer_class
+
+
+def load_weights(tokenizer: Tokenizer, path: Path) -> None:
+    """
+    Raises:
+        InputError: the file is missing, damaged or refused, or its keys or shapes are not those of the tokenizer.
+    """
+    load_strict(tokenizer, tokenizer.weights_of(tokenizer.read_state(path), path), path)
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
     """The frozen tokenizer of `experiment.tokenizer_checkpoint` in eval mode, float32 (also from fp16 files), on CPU.
 
     Raises:
-        InputError: the file is missing, damaged or refused, or its keys or shapes differ from `model.vq_model`.
+        InputError: as `build_tokenizer` and `load_weights`.
     """
-    path = local_file(config.experiment.tokenizer_checkpoint)
-    state = load_state_dict(path)
-    tokenizer = build_tokenizer(config.model.vq_model)
-    load_strict(tokenizer, state, path)
+    vq_model = config.model.vq_model
+    tokenizer = build_tokenizer(vq_model)
+    if tokenizer.image_seq_len != vq_model.num_latent_tokens:
+        raise InputError(
+            f"model.vq_model.num_latent_tokens={vq_model.num_latent_tokens}: expected {tokenizer.image_seq_len} "
+            f"(codes of shape {tokenizer.code_shape} of model_type={vq_model.model_type})"
+        )
+    load_weights(tokenizer, local_file(config.experiment.tokenizer_checkpoint))
     return tokenizer.eval().requires_grad_(False)
 
 
@@ -60,4 +104,4 @@ def code_shape(config: VQModelConfig) -> tuple[int, ...]:
     Raises:
         InputError: sizes that do not fit together.
     """
-    return TOKENIZERS[config.model_type].code_shape_of(config)
+    return _class_of(config).code_shape_of(config)

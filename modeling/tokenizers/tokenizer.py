@@ -8,12 +8,15 @@ Legend: B images, H = W pixels, N codes per image, V codebook size, Z width of a
 import copy
 import math
 from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from modeling.checks import check_images, checked_codes
-from utils.errors import NonFiniteError
-from utils.files.weights import weights_sha256
+from modeling.tokenizers.vector_quantizer import QuantizerOutput
+from utils.errors import InputError, NonFiniteError
+from utils.files.weights import load_state_dict, weights_sha256
 from utils.schema import VQModelConfig
 
 
@@ -25,11 +28,17 @@ class Tokenizer(nn.Module, ABC):
     `utils.files.weights`.
 
     Attributes:
+        own_keys: keys of `model.vq_model` that not every kind of tokenizer reads, but this one.
+        model_type: its name in the config.
         codebook_size: V; codebook_dim: Z.
         code_shape: (rows, columns) of a grid whose codes stand in raster order, or (N,) of codes without a grid.
         resolution: H = W in pixels.
+        has_images: False of one that knows codes and their vectors alone; what wants images raises `no_images`.
     """
 
+    own_keys: ClassVar[tuple[str, ...]] = ()
+    has_images: ClassVar[bool] = True
+    model_type: str
     codebook_size: int
     codebook_dim: int
     code_shape: tuple[int, ...]
@@ -43,6 +52,12 @@ class Tokenizer(nn.Module, ABC):
         super().__init__()
         self.codebook_size, self.codebook_dim = config.codebook_size, config.token_size
         self.resolution, self.code_shape = config.resolution, self.code_shape_of(config)
+        self.model_type = config.model_type
+
+    @classmethod
+    def read_state(cls, path: Path) -> dict[str, Tensor]:
+        """The state dict in a file of weights; raises as `load_state_dict`."""
+        return load_state_dict(path)
 
     @classmethod
     @abstractmethod
@@ -61,6 +76,18 @@ class Tokenizer(nn.Module, ABC):
         Raises:
             InputError: keys of another model.
         """
+
+    @classmethod
+    def weights_of(cls, state: dict[str, Tensor], source: object) -> dict[str, Tensor]:
+        """The weights among the entries of a file; where published files hold more than these, it is left out by name.
+
+        Args:
+            source: where the entries come from, for the error message.
+
+        Raises:
+            InputError: what is left out is not what it must be.
+        """
+        return state
 
     @abstractmethod
     def features(self, images: Tensor) -> Tensor:
@@ -121,6 +148,13 @@ class Tokenizer(nn.Module, ABC):
         in which its output then is, or laid out in memory in another way. Here it is the same network."""
         return PlainDecoder(self)
 
+    def no_images(self, purpose: str) -> InputError:
+        """To be raised where `purpose`, for the message, wants images of a tokenizer without."""
+        return InputError(
+            f"{purpose}: wants images, and model.vq_model.model_type={self.model_type} knows codes alone; images are "
+            "encoded and decoded by the tokenizer that the codes are from, outside of this program"
+        )
+
     def sha256(self) -> str:
         """Hash of names, shapes and values of the weights, whatever file they came from."""
         return weights_sha256(self)
@@ -135,3 +169,19 @@ class PlainDecoder(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.tokenizer._decode(codes)
+
+
+class TrainableTokenizer(Tokenizer):
+    """A tokenizer that scripts/train_tokenizer.py trains."""
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> tuple[Tensor, QuantizerOutput]:
+        """Unclamped reconstructions (B, 3, H, W) of images (B, 3, H, W) in [0, 1], and the quantizer's losses."""
+
+    @abstractmethod
+    def set_vectors(self, codes: Tensor, features: Tensor) -> None:
+        """Put features (K, Z) in place of the codebook vectors of codes (K,), in place."""
+
+    @abstractmethod
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that decay would harm: the codebook (norms and biases are one-dimensional and never decay)."""

@@ -26,10 +26,10 @@ from modeling.tokenizers.registry import build_tokenizer
 from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
 from scripts.benchmarks.close_calls import FLOAT32_GAP, largest_gap
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
-from scripts.sample_imagenet_rear import PartWriter, pack, sample_blocks
+from scripts.sample_imagenet_rear import pack, sample_blocks
 from utils.config import load_config
 from utils.errors import InputError
-from utils.files.sample_parts import SampleParts
+from utils.files.sample_parts import PartWriter, SampleParts
 from utils.precision import matmul_precision
 from utils.schema import Config, GeneratorConfig, ModelConfig
 

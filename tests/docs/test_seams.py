@@ -50,8 +50,49 @@ def test_the_trainer_takes_them(tiny_arguments, tmp_path, monkeypatch):
     assert "train/entropy" in titles
     assert (tmp_path / "training_curves.png").is_file()
 """
+COLOURS_TEST = """
+import numpy as np
+from modeling.tokenizers.registry import build_tokenizer
+from scripts import inspect_codes, pretokenize, reconstruct, sample_imagenet_rear, train_rear
+from tests.conftest import make_noise_images
+from utils.config import load_config
+from utils.files.weights import save_weights
+
+
+def test_the_scripts_take_the_tokenizer(tiny_arguments, tmp_path):
+    sizes = ["model_type=colours", "resolution=12", "num_latent_tokens=9", "token_size=3"]
+    images = make_noise_images(tmp_path / "images", 4, 12, 12)
+    arguments = [
+        *tiny_arguments,
+        *(f"model.vq_model.{size}" for size in sizes),
+        *("model.generator.image_seq_len=9", "model.generator.z_dim=3"),
+        *("dataset.preprocessing.crop_size=12", "dataset.preprocessing.resize_shorter_edge=12"),
+        *(f"dataset.params.{split}_shards_path_or_url={images}" for split in ("train", "eval")),
+        f"dataset.params.pretokenization={tmp_path / 'codes.tokens'}",
+        f"experiment.tokenizer_checkpoint={tmp_path / 'colours.safetensors'}",
+        *("training.max_train_steps=1", "sampling.num_fid_samples=4"),
+    ]
+
+    def run(script, name, *more):
+        script.main(load_config([*arguments, f"experiment.output_dir={tmp_path / name}", *more]))
+
+    config = load_config([*arguments, "experiment.output_dir=unused"])
+    save_weights(build_tokenizer(config.model.vq_model).state_dict(), tmp_path / "colours.safetensors")
+    run(pretokenize, "unused")
+    run(inspect_codes, "codes")
+    run(train_rear, "run")
+    run(sample_imagenet_rear, "samples", f"experiment.generator_checkpoint={tmp_path / 'run'}")
+    run(reconstruct, "reconstructions")
+    assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (4, 12, 12, 3)
+    assert (tmp_path / "reconstructions/reconstructions.npz").is_file()
+"""
 IN_THE_COPY = (
-    *("tests/test_toys.py", "tests/test_architecture.py", "tests/scripts/test_count_parameters.py"),
+    *(
+        "tests/test_colours.py",
+        "tests/test_toys.py",
+        "tests/test_architecture.py",
+        "tests/scripts/test_count_parameters.py",
+    ),
     *("tests/modeling/test_losses.py", "tests/modeling/test_noise.py", "tests/utils/test_optim.py"),
     *("tests/modeling/tokenizers/test_conformance.py::test_every_tokenizer_conforms", "tests/utils/test_schedules.py"),
     "tests/modeling/tokenizers/test_conformance.py::test_sizes_are_read_from_the_weights",
@@ -128,6 +169,7 @@ def test_an_example_touches_the_files_of_its_row_and_no_others(
 def test_the_examples_work(touched: tuple[Path, dict[str, set[str]]]) -> None:
     root = touched[0]
     (root / "tests/test_toys.py").write_text(TOYS_TEST)
+    (root / "tests/test_colours.py").write_text(COLOURS_TEST)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *IN_THE_COPY]
     result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)

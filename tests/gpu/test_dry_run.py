@@ -6,6 +6,7 @@ Not covered, as there is no GPU: the backward pass and activation checkpointing,
 values, reading results.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,17 +130,29 @@ class TestSampling:
         assert watch.products == {F32}
 
 
-def test_tokenizer(gpu: FakeGpu, tokenizer: Tokenizer) -> None:
+KINDS = (
+    {"model_type": "maskgit_vq"},
+    {"model_type": "llamagen_vq", "z_channels": 8},
+    {"model_type": "taming_vqgan", "z_channels": 8},
+    {"model_type": "vqplus"},
+    {"model_type": "vqplus", "quantizer_type": "lookup-free", "codebook_size": 256},
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokenizer(gpu: FakeGpu, config: Config, kind: dict[str, Any]) -> None:
+    tokenizer = gpu.put(build_tokenizer(replace(config.model.vq_model, **kind)).eval().requires_grad_(False))
     with gpu, Watch(F32):
         codes = tokenizer.look_up(tokenizer.features(zeros(B, 3, 32, 32)))
         assert (codes.dtype, tuple(codes.shape)) == (torch.int64, (B, N))
         assert tokenizer._decode(codes).dtype == tokenizer.embed(codes).dtype == F32
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", ["truncate", "round"])
-def test_image_decoder(gpu: FakeGpu, config: Config, rule: str) -> None:
+def test_image_decoder(gpu: FakeGpu, config: Config, rule: str, kind: dict[str, Any]) -> None:
     """Made on the CPU, as the one of a GPU has a stream; with chunks as there."""
-    decoder = ImageDecoder(build_tokenizer(config.model.vq_model), rule, F16)
+    decoder = ImageDecoder(build_tokenizer(replace(config.model.vq_model, **kind)), rule, F16)
     decoder.chunk_size = 2
     for network, dtype in ((decoder.decoder, F16), (decoder.exact, F32)):
         gpu.put(network)

@@ -159,11 +159,12 @@ def test_samples_that_cannot_be_read_are_left_out(tiny_arguments: list[str]) -> 
     assert torch.equal(heldout.codes.long(), tokenizer.encode(images)[[0, 1, 3, 4]])
 
 
-def test_the_picture_has_a_map_where_the_codes_fill_a_square() -> None:
+def test_the_picture_has_a_map_where_the_codes_have_a_grid() -> None:
     losses = np.linspace(6, 4, 16)
-    square, line = draw_loss_by_position(losses, 7), draw_loss_by_position(losses[:15], 7)
+    square, line = draw_loss_by_position(losses, (4, 4), 7), draw_loss_by_position(losses, (16,), 7)
     assert square.size == (960, 380)
     assert line.size == (560, 380)
     colours = np.asarray(square)[60:300, 560:860].reshape(-1, 3)
     assert len(np.unique(colours, axis=0)) >= 16
-    assert square != draw_loss_by_position(losses[::-1], 7)
+    assert square != draw_loss_by_position(losses[::-1], (4, 4), 7)
+    assert square != draw_loss_by_position(losses, (2, 8), 7)

@@ -1,5 +1,6 @@
 """From a folder of images to configs that fit it, with one class and with many; the whole road on a tiny scale."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
-from modeling.tokenizers.registry import tokenizer_sizes
+from modeling.tokenizers.registry import build_tokenizer, tokenizer_sizes
 from scripts import (
     inspect_codes,
     make_config,
@@ -59,6 +60,22 @@ def test_classes_and_tokenizer_make_the_config(tmp_path: Path, classes: int) -> 
     assert config.dataset.preprocessing.random_flip
     with pytest.raises(InputError, match=r"--resolution 10: .*resolution=10: expected a multiple of 4 \(3 levels"):
         make_config.main([str(shards), str(tmp_path / "own"), "--resolution", "10", *options[2:]])
+
+
+def test_tokenizers_of_another_kind(tmp_path: Path) -> None:
+    """To be trained, or known from its weights."""
+    shards, new = shards_of(tmp_path, 2), make_config.ROOT / "configs/tokenizer_blue_marble_llamagen.yaml"
+    make_config.main([str(shards), str(tmp_path / "own"), "--resolution", "32", "--new-tokenizer", str(new)])
+    configs = [load_config([f"config={tmp_path / 'own' / name}.yaml"]) for name in ("tokenizer", "rear")]
+    assert configs[0].model.vq_model == configs[1].model.vq_model
+    vq_model = configs[0].model.vq_model
+    assert (vq_model.model_type, vq_model.z_channels, vq_model.resolution) == ("llamagen_vq", 64, 32)
+    sizes = replace(SIZES, model_type="vqplus", quantizer_type="lookup-free", codebook_size=256)
+    save_weights(build_tokenizer(sizes).state_dict(), tmp_path / "weights.safetensors")
+    options = ["--resolution", "8", "--tokenizer", str(tmp_path / "weights.safetensors")]
+    make_config.main([str(shards), str(tmp_path / "own"), *options])
+    found = load_config([f"config={tmp_path / 'own/rear.yaml'}"]).model.vq_model
+    assert found == replace(sizes, resolution=8, num_latent_tokens=4)
 
 
 def test_from_a_folder_to_samples(tmp_path: Path) -> None:

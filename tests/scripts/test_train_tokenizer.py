@@ -73,6 +73,23 @@ def test_training_run(tiny_arguments: list[str], images: Path, tmp_path: Path) -
     assert load_tokenizer(config).codebook_size == 24
 
 
+def test_another_tokenizer_is_trained(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+    """Its codebook vectors have unit length, and the entropy term enters the loss."""
+    more = ["model.vq_model.model_type=llamagen_vq", "model.vq_model.z_channels=8", "vq_training.entropy_weight=0.1"]
+    more.append("training.max_train_steps=6")
+    config = load_config(arguments(tiny_arguments, images, tmp_path / "run", *more))
+    train_tokenizer.main(config)
+    rows = [row for row in read_metrics(tmp_path / "run/metrics.jsonl") if "train/loss" in row]
+    assert rows[-1]["train/l1"] < 0.9 * rows[0]["train/l1"]
+    terms = {"l1": 1, "mse": 1, "perceptual": 0.1, "commitment": 1.25, "code_entropy": 0.1}
+    loss = sum(weight * rows[0][f"train/{name}"] for name, weight in terms.items())
+    assert rows[0]["train/loss"] == pytest.approx(loss, rel=1e-5)
+    assert rows[0]["train/code_entropy"] < 0
+    config.experiment.tokenizer_checkpoint = str(tmp_path / "run/tokenizer.safetensors")
+    vectors = load_tokenizer(config).embed(torch.arange(24)[None])
+    torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(1, 24))
+
+
 def test_training_goes_on_from_given_weights(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     first = tmp_path / "first"
     train_tokenizer.main(load_config(arguments(tiny_arguments, images, first)))
@@ -187,6 +204,10 @@ def test_replaced_codes_are_features(tiny_arguments: list[str], images: Path) ->
         ("dataset.preprocessing.crop_size=8", "crop_size=8: expected model.vq_model.resolution=16"),
         ("dataset.params.train_shards_path_or_url=null", "train_shards_path_or_url: missing"),
         ("dataset.params.eval_shards_path_or_url=null", "eval_shards_path_or_url: missing"),
+        (
+            "model.vq_model.model_type=vqplus",
+            "model_type=vqplus: expected one of maskgit_vq, llamagen_vq, taming_vqgan",
+        ),
     ],
 )
 def test_input_errors(tiny_arguments: list[str], images: Path, tmp_path: Path, argument: str, message: str) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from modeling.sampling.image_decoder import ImageDecoder
-from modeling.tokenizers.maskgit_layers import fold_upsampling
+from modeling.tokenizers.conv_layers import fold_upsampling
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from utils.images import to_uint8
 from utils.schema import VQModelConfig

@@ -1,0 +1,60 @@
+"""The codebook of a tokenizer that is somewhere else: enough to train a generator on its codes and to sample codes."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modeling.tokenizers.tokenizer import Tokenizer
+from utils.errors import InputError
+from utils.schema import VQModelConfig
+
+
+class CodesOnly(Tokenizer):
+    """Codes and their vectors (V, Z), from a `.npy` file or from tensors under the key `codebook`; no images."""
+
+    has_images = False
+
+    def __init__(self, config: VQModelConfig) -> None:
+        super().__init__(config)
+        self.codebook = nn.Parameter(torch.randn(config.codebook_size, config.token_size))
+
+    @classmethod
+    def read_state(cls, path: Path) -> dict[str, Tensor]:
+        if path.suffix != ".npy":
+            return super().read_state(path)
+        try:
+            codebook = np.load(path, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read as a NumPy array: {error}") from error
+        if codebook.ndim != 2 or codebook.dtype.kind != "f" or not np.isfinite(codebook).all():
+            raise InputError(f"{path}: found {codebook.dtype} {codebook.shape}, expected finite floats (V, Z)")
+        return {"codebook": torch.from_numpy(codebook.astype(np.float32))}
+
+    @classmethod
+    def code_shape_of(cls, config: VQModelConfig) -> tuple[int, ...]:
+        return (config.num_latent_tokens,)
+
+    @classmethod
+    def sizes_of(cls, state: dict[str, Tensor]) -> VQModelConfig:
+        if [*state] != ["codebook"] or state["codebook"].ndim != 2:
+            raise InputError("weights of another kind: expected a codebook (V, Z) alone")
+        codebook_size, token_size = state["codebook"].shape
+        return VQModelConfig(codebook_size=codebook_size, token_size=token_size)
+
+    @property
+    def decoder_activations(self) -> int:
+        return 0
+
+    def features(self, images: Tensor) -> Tensor:
+        raise self.no_images("encode")
+
+    def look_up(self, features: Tensor) -> Tensor:
+        raise self.no_images("look_up")
+
+    def embed(self, codes: Tensor) -> Tensor:
+        return self.codebook[codes]
+
+    def _decode(self, codes: Tensor) -> Tensor:
+        raise self.no_images("decode")

@@ -1,0 +1,71 @@
+"""Layers that the convolutional tokenizers share, and decoders made faster.
+
+Legend: B images, C channels, H x W pixels.
+"""
+
+import copy
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MAX_GROUPS, MIN_GROUP_WIDTH = 32, 4  # of the group norms
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups as published (narrowest level: 128 channels); fewer in narrow levels, where a group would otherwise
+    hold under four channels and the norm would erase what each of them carries."""
+    return nn.GroupNorm(math.gcd(MAX_GROUPS, channels // MIN_GROUP_WIDTH), channels, eps=1e-6)
+
+
+def conv3x3(in_channels: int, out_channels: int, bias: bool) -> nn.Conv2d:
+    # TF's "SAME" is one pixel on each side at stride 1.
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+
+
+class DownsampleConv(nn.Conv2d):
+    """Half the size, (B, C, H, W) -> (B, C, H / 2, W / 2): a 3x3 convolution of stride 2, padded right and below."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class UpsampleConv(nn.Conv2d):
+    """Twice the size, (B, C, H, W) -> (B, C, 2 H, 2 W): nearest x2, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def fold_upsampling(decoder: nn.Module) -> nn.Module:
+    """A copy for decoding only, in which nearest x2 and the 3x3 convolution after it are one operation.
+
+    A 3x3 convolution of doubled pixels is a transposed 4x4 convolution of stride 2 (in other words, four 2x2
+    convolutions whose results interleave): the same function with 4/9 of the products. The copy has other state-dict
+    keys' shapes and is not meant to be saved.
+    """
+    decoder = copy.deepcopy(decoder)
+    for parent in list(decoder.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, UpsampleConv):
+                setattr(parent, name, _folded(child))
+    return decoder
+
+
+def _folded(upsample_conv: UpsampleConv) -> nn.ConvTranspose2d:
+    weight, bias = upsample_conv.weight, upsample_conv.bias  # (out, in, 3, 3)
+    assert bias is not None
+    folded = weight.new_zeros(*weight.shape[:2], 4, 4)
+    for row in (0, 1):
+        for column in (0, 1):  # the four copies of a pixel
+            folded[:, :, row : row + 3, column : column + 3] += weight.detach()
+    transposed = nn.ConvTranspose2d(weight.shape[1], weight.shape[0], kernel_size=4, stride=2, padding=1)
+    transposed.weight = nn.Parameter(folded.flip(2, 3).transpose(0, 1).contiguous(), requires_grad=False)
+    transposed.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+    return transposed
