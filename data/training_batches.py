@@ -17,7 +17,7 @@ from data.images.tar_shards import find_shards, has_shards, read_class_names
 from data.images.transforms import training_transform
 from data.loading import Batch, Batches, on_device, read_batch
 from utils.errors import InputError
-from utils.randomness import sample_uniforms
+from utils.randomness import Stream, sample_uniforms
 from utils.ranks import World
 from utils.schema import Config
 
@@ -119,25 +119,29 @@ def passes_done(config: Config, samples_seen: int, num_samples: int) -> dict[str
 class WithUniforms(Dataset):
     """Batches with the random numbers that the training step needs, made where the batches are: in the workers."""
 
-    def __init__(self, dataset: TrainingSet, seed: int, width: int) -> None:
-        self.dataset, self.seed, self.width = dataset, seed, width
+    def __init__(self, dataset: TrainingSet, seed: int, width: int, order_width: int) -> None:
+        self.dataset, self.seed, self.width, self.order_width = dataset, seed, width, order_width
         self.workers = dataset.workers
 
     def __getitems__(self, items: MicroBatch) -> Batch:
         batch = read_batch(self.dataset, items)
-        batch["uniforms"] = sample_uniforms(self.seed, items.step, items.first, len(items), self.width)
+        key = (self.seed, items.step, items.first, len(items))
+        batch["uniforms"] = sample_uniforms(*key, self.width)
+        if self.order_width:  # of a stream of their own, so that the noise is that of raster order
+            batch["order_uniforms"] = sample_uniforms(*key, self.order_width, Stream.TRAINING_ORDERS)
         return batch
 
 
 class TrainingBatches:
-    """Iterates over the batches of a rank, on its device: `class_labels`, `index`, `uniforms` and `codes` or `image`.
+    """Iterates over the batches of a rank, on its device: `class_labels`, `index`, `uniforms`, `codes` or `image`, and
+    `order_uniforms` if there are some.
 
     Args:
         micro_steps: batches per step.
         steps: numbers of the steps to come.
         samples_seen: of all ranks, before these steps.
         stop_requested: whether a stop signal has come.
-        num_uniforms: random numbers of each sample at each step.
+        num_uniforms, num_order_uniforms: random numbers of each sample at each step.
 
     Raises:
         InputError: more different images than `dataset.params.max_bad_fraction` allows cannot be decoded.
@@ -154,6 +158,7 @@ class TrainingBatches:
         samples_seen: int,
         stop_requested: Callable[[], bool],
         num_uniforms: int = 0,
+        num_order_uniforms: int = 0,
     ) -> None:
         batch_sampler = GlobalBatchSampler(
             num_samples=len(dataset),
@@ -168,7 +173,7 @@ class TrainingBatches:
         )
         params, self.device = config.dataset.params, world.device
         on_gpu = world.device.type == "cuda"
-        samples = WithUniforms(dataset, config.training.seed, num_uniforms)
+        samples = WithUniforms(dataset, config.training.seed, num_uniforms, num_order_uniforms)
         self._batches = Batches(samples, batch_sampler, params.num_workers_per_gpu, on_gpu, stop_requested)
         self.notes = dataset.notes if isinstance(dataset, ImageDataset) else None
 

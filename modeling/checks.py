@@ -3,6 +3,8 @@
 Values are looked at where that costs nothing or comes once per batch; on a GPU it waits for the tensor.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,21 @@ def checked_codes(codes: Tensor, image_seq_len: int, largest: int, look: bool = 
     """
     expected = f"(B, {image_seq_len}), integers from 0 to {largest}"
     return _checked_integers("codes", codes, (image_seq_len,), largest, expected, look)
+
+
+def checked_orders(orders: Tensor, shape: Sequence[int], look: bool = True) -> Tensor:
+    """Orders (B, N) as int64; `look` as for the labels.
+
+    Raises:
+        ValueError: no integers, another shape, or a row that does not hold each of 0 to N - 1 once.
+    """
+    expected = f"{tuple(shape)}, each of 0 to {shape[1] - 1} once in every row"
+    if len(orders) != shape[0]:
+        raise ValueError(f"{_describe('orders', orders)}: expected {expected}")
+    orders = _checked_integers("orders", orders, (shape[1],), shape[1] - 1, expected, look)
+    if look and (bad := (orders.sort(dim=1).values != torch.arange(shape[1], device=orders.device)).any(dim=1)).any():
+        raise ValueError(f"orders with {orders[bad][0].tolist()}: expected {expected}")
+    return orders
 
 
 def checked_uniforms(uniforms: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from modeling.losses import LossTerms, drop_class_labels, rear_loss
 from modeling.noise import add_noise, num_noise_uniforms
+from modeling.orders import training_orders
 from modeling.rear import ReAR
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.schema import Config
+from utils.schema import Config, GeneratorConfig
 
 # Bytes that the backward pass needs of a position in a block, per D and per F; counted with torch's
 # saved_tensors_hooks, with dropout. By whether matrix products are in bf16.
@@ -27,19 +28,27 @@ def num_uniforms(image_seq_len: int) -> int:
     return 1 + num_noise_uniforms(image_seq_len)
 
 
+def num_order_uniforms(generator: GeneratorConfig) -> int:
+    """As `order_uniforms`: one that chooses between raster order and another, then N for that."""
+    return 0 if generator.order == "raster" else 1 + generator.image_seq_len
+
+
 def training_step(
     model: nn.Module,
     tokenizer: Tokenizer,
     batch: dict[str, Tensor],
     max_ratio: float,
     config: Config,
+    order_ratio: float = 0.0,
 ) -> LossTerms:
     """Noise the context, run the model, compute the loss: one micro-batch of B images.
 
     Args:
         batch: on the model's device, `class_labels` (B,), `codes` (B, N) or `image` (B, 3, H, W), and `uniforms` (B,
-            `num_uniforms`): random numbers in [0, 1) of these samples at this step.
+            `num_uniforms`): random numbers in [0, 1) of these samples at this step; with an `order_ratio` also
+            `order_uniforms` (B, 1 + N).
         max_ratio: f(t), largest share of replaced codes.
+        order_ratio: share of the samples that are not in raster order.
     """
     generator = config.model.generator
     # (B, N); images as by `encode`, whose checks would wait for the GPU at every step
@@ -49,8 +58,11 @@ def training_step(
     class_labels = drop_class_labels(
         batch["class_labels"], label_uniforms, generator.class_label_dropout, generator.condition_num_classes
     )
+    orders = training_orders(batch["order_uniforms"], order_ratio, generator) if order_ratio > 0 else None
     with torch.autocast(codes.device.type, torch.bfloat16, enabled=config.training.mixed_precision == "bf16"):
-        output = model(context, class_labels)
+        output = model(context, class_labels, orders)
+    if orders is not None:  # what the outputs are compared with stands as they do
+        codes, perturbation_mask = codes.gather(1, orders), perturbation_mask.gather(1, orders)
     return rear_loss(output, codes, tokenizer.embed(codes), perturbation_mask, generator)
 
 

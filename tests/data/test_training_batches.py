@@ -5,7 +5,7 @@ import torch
 
 from data.training_batches import TrainingBatches, open_codes
 from utils.config import load_config
-from utils.randomness import sample_uniforms
+from utils.randomness import Stream, sample_uniforms
 from utils.ranks import World
 
 
@@ -18,11 +18,14 @@ def test_uniforms_are_those_of_the_place_in_the_global_batch(
     overrides = [f"dataset.params.num_workers_per_gpu={workers}", "training.per_gpu_batch_size=4", "training.seed=9"]
     config = load_config([*tiny_arguments, "experiment.output_dir=unused", *overrides])
     store = open_codes(config)
-    by_step = {5: [], 6: []}
+    by_step: dict[int, list[dict[str, torch.Tensor]]] = {5: [], 6: []}
     for rank in range(world_size):
         world = World(rank, world_size, torch.device("cpu"))
-        batches = TrainingBatches(store, config, world, micro_steps, range(5, 7), 13, lambda: False, num_uniforms=34)
+        batches = TrainingBatches(store, config, world, micro_steps, range(5, 7), 13, lambda: False, 34, 17)
         for step in by_step:
-            by_step[step] += [next(batches)["uniforms"] for _ in range(micro_steps)]
-    for step, uniforms in by_step.items():
-        assert torch.equal(torch.cat(uniforms), sample_uniforms(9, step, 0, 4 * micro_steps * world_size, 34))
+            by_step[step] += [next(batches) for _ in range(micro_steps)]
+    streams = {"uniforms": (34, Stream.TRAINING_NOISE), "order_uniforms": (17, Stream.TRAINING_ORDERS)}
+    for step, parts in by_step.items():
+        for name, (width, stream) in streams.items():
+            found = torch.cat([part[name] for part in parts])
+            assert torch.equal(found, sample_uniforms(9, step, 0, 4 * micro_steps * world_size, width, stream))

@@ -17,7 +17,7 @@ def test_a_training_step_noises_the_context_and_keeps_targets_and_embeddings_cle
     uniforms = torch.rand(6, 34, generator=generator)
     fed = []
 
-    def model(context: torch.Tensor, class_labels: torch.Tensor) -> ReAROutput:
+    def model(context: torch.Tensor, class_labels: torch.Tensor, orders: None) -> ReAROutput:
         fed.extend([context, class_labels])
         return ReAROutput(logits, z, -z)
 

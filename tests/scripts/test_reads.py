@@ -84,7 +84,11 @@ def test_training_and_sampling_read(arguments: list[str], recorded: set[str], tm
     train, sample = import_module("scripts.train_rear"), import_module("scripts.sample_imagenet_rear")
     images = ["dataset.params.pretokenization=null", f"experiment.output_dir={tmp_path / 'on_images'}"]
     weights = [f"experiment.generator_checkpoint={tmp_path / 'out'}", f"experiment.output_dir={tmp_path / 'samples'}"]
-    kinds = (["dataset.params.on_bad_sample=skip"], [*images, "training.use_ema=true"], weights)
+    kinds = (
+        ["dataset.params.on_bad_sample=skip"],
+        [*images, "training.use_ema=true", "model.generator.order=annealed"],
+        weights,
+    )
     on_codes, on_images, sampling = (load_config([*arguments, *more]) for more in kinds)
     recorded.clear()  # of what the checks read
     train.main(on_codes)
