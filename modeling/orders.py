@@ -38,3 +38,11 @@ def training_orders(uniforms: Tensor, ratio: float, generator: GeneratorConfig) 
     orders = ORDERS[generator.order](uniforms[:, 1:])
     raster = torch.arange(orders.shape[1], device=orders.device)
     return torch.where(uniforms[:, :1] < ratio, orders, raster)
+
+
+def known_first(known_mask: Tensor, orders: Tensor | None) -> Tensor:
+    """Orders (B, N), None for raster, with the codes of `known_mask` (B, N) before all others of their image."""
+    if orders is None:
+        orders = torch.arange(known_mask.shape[1], device=known_mask.device).expand_as(known_mask)
+    unknown = ~known_mask.gather(1, orders)
+    return orders.gather(1, unknown.int().argsort(dim=1, stable=True))

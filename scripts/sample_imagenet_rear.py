@@ -43,7 +43,7 @@ from tqdm import tqdm
 from modeling.rear import ReAR, load_generator
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_decoder import ImageDecoder, PendingImages
-from modeling.sampling.image_inputs import class_labels_of, image_inputs
+from modeling.sampling.image_inputs import class_labels_of, image_inputs, image_orders
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, flat, save_config
@@ -180,7 +180,8 @@ def sample_blocks(
     size, previous = min(sampling.per_gpu_batch_size, sampling.num_fid_samples), None
     for block in blocks:
         indices = [*block, *[block[-1]] * (size - len(block))]
-        codes = sampler(*image_inputs(indices, model, sampling.seed))[: len(block)]
+        orders = image_orders(indices, model.image_seq_len, sampling)
+        codes = sampler(*image_inputs(indices, model, sampling.seed), orders=orders)[: len(block)]
         if previous is not None:
             yield previous[0], finished(decoder, *previous, config)
         previous = block, decoder.start(codes)

@@ -20,7 +20,7 @@ from pathlib import Path
 READS = (
     *("experiment", "-experiment.generator_checkpoint", "model", "optimizer", "lr_scheduler", "training"),
     *("dataset", "-dataset.preprocessing.pretokenize_crops"),
-    *("sampling.seed", "sampling.uint8_rule", "sampling.per_gpu_batch_size"),
+    *("sampling.seed", "sampling.order", "sampling.uint8_rule", "sampling.per_gpu_batch_size"),
 )
 
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports

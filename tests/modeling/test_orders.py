@@ -14,6 +14,8 @@ from modeling.losses import next_token_loss
 from modeling.noise import random_order_ratio
 from modeling.orders import ORDERS, random_orders, training_orders
 from modeling.rear import ReAR, load_generator
+from modeling.sampling.decoding import DecoderWeights, DecodingState, StepFunctions, decode_one_token, prefill
+from modeling.sampling.generate import guidance_schedule
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.training_step import num_order_uniforms, num_uniforms, training_step
 from utils.config import load_config
@@ -57,6 +59,33 @@ def test_published_rar_weights_load_unchanged_and_give_their_numbers() -> None:
     close((logits.argmax(-1) == targets).float().mean(), expected["correct_orders"])
     loss.backward()
     check_grad_norms(model, "rar_tiny", expected["grad_norms_orders"])
+
+
+@pytest.mark.parametrize("order", ["raster", "random"])
+def test_cached_decoding_gives_the_published_logits_of_every_step(order: str) -> None:
+    config, expected = published("rar_tiny")
+    model = load_generator(FIXTURES / "rar_tiny.safetensors", config).eval()
+    ids, labels, orders = (expected[name] for name in ("ids", "labels", "orders"))
+    cond_logits, uncond_logits = expected["step_cond"], expected["step_null"]
+    generator = config.generator
+    scales = guidance_schedule(generator.guidance_scale, generator.guidance_scale_pow, 16)
+    torch.testing.assert_close(torch.tensor(scales), expected["cfg_per_step"], atol=1e-5, rtol=0)
+    with torch.no_grad():
+        state = DecodingState(DecoderWeights(model, torch.float32), 5, guided=True, with_places=order == "random")
+        state.begin(labels, torch.zeros(ids.shape), orders)
+        state.codes.copy_(ids if order == "raster" else ids.gather(1, orders))
+        if order == "random":
+            assert torch.equal(state.codes_in_raster_order(), ids)
+            cond_logits = expected["logits_orders"][:, :-1]
+            uncond_logits = model(ids, torch.full_like(labels, 10), orders).logits
+        state.fill_modulations(0)
+        for k in range(16):
+            functions = StepFunctions()
+            hidden = prefill(state, functions) if k == 0 else decode_one_token(state, k + 2, False, functions)
+            state.position.add_(1)
+            cond, uncond = model.lm_head(hidden).chunk(2)
+            close(cond, cond_logits[:, k])
+            close(uncond, uncond_logits[:, k])
 
 
 def test_a_training_step_with_orders_noise_and_regularization() -> None:
