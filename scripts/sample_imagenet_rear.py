@@ -58,7 +58,7 @@ from utils.images import make_grid, write_png
 from utils.precision import matmul_precision
 from utils.ranks import join_world
 from utils.run.folder import code_facts
-from utils.run.trained_weights import TrainedWeights, find_trained_weights
+from utils.run.trained_weights import find_trained_weights
 
 GRID_COLUMNS, GRID_IMAGES = 10, 50
 PNG_THREADS = 4
@@ -85,7 +85,7 @@ def sample(config: Config, held: ExitStack) -> None:
         weights = world.from_main(lambda: find_trained_weights(source))
         for notice in weights.notices if world.is_main else []:
             print(notice)
-        check_tokenizer_of(weights, tokenizer, config)
+        weights.check_tokenizer(tokenizer.sha256(), config.experiment)
         model = load_generator(weights.path, config.model)
         fingerprint = fingerprint_of(config, model, tokenizer, world.device)
         if world.from_main(lambda: is_finished(parts, output, fingerprint)):
@@ -102,20 +102,6 @@ def sample(config: Config, held: ExitStack) -> None:
     if world.is_main:
         parts.wait()
         pack(parts, output, config, fingerprint, {"step": weights.step, "weights": str(weights.path.resolve())})
-
-
-def check_tokenizer_of(weights: TrainedWeights, tokenizer: Tokenizer, config: Config) -> None:
-    """
-    Raises:
-        InputError: the weights are known to be trained on the codes of another tokenizer.
-    """
-    expected, found, allowed = weights.tokenizer_sha256, tokenizer.sha256(), config.experiment.allow_other_tokenizer
-    if expected not in (None, found) and not allowed:
-        raise InputError(
-            f"{weights.path}: trained on codes of the tokenizer of sha256 {expected[:12]}..., found {found[:12]}... in "
-            f"experiment.tokenizer_checkpoint={config.experiment.tokenizer_checkpoint}; "
-            "experiment.allow_other_tokenizer=true takes it all the same"
-        )
 
 
 def is_finished(parts: SampleParts, output: Path, fingerprint: dict[str, Any]) -> bool:

@@ -239,6 +239,18 @@ class InspectionConfig:
 
 
 @dataclass
+class CompletionConfig:
+    inputs: str | None = None  # images to complete: a folder of them, a folder per class, or tar shards
+    # whose codes stay: top:SHARE, left:SHARE, center:SHARE (a square in the middle, of this share of each side),
+    # border:SHARE (all but a square in the middle) or a square picture, white where they stay
+    keep: str = "top:0.5"
+    num_images: Count = 40  # the first ones of the inputs
+    num_completions: Count = 3  # of each image; the k-th, from 0, depends on sampling.seed + k
+    # of all images; null: the null class, which is without guidance
+    class_label: Annotated[int | None, Range(at_least=0)] = None
+
+
+@dataclass
 class Config:
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -249,3 +261,4 @@ class Config:
     vq_training: VQTrainingConfig = field(default_factory=VQTrainingConfig)  # scripts/train_tokenizer.py only
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     inspection: InspectionConfig = field(default_factory=InspectionConfig)  # scripts/inspect_codes.py only
+    completion: CompletionConfig = field(default_factory=CompletionConfig)  # scripts/complete_images.py only
