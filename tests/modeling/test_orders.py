@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 
 from modeling.losses import next_token_loss
-from modeling.noise import random_order_ratio
+from modeling.noise import perturbation_ratio, random_order_ratio
 from modeling.orders import ORDERS, random_orders, training_orders
 from modeling.rear import ReAR, load_generator
 from modeling.sampling.decoding import DecoderWeights, DecodingState, StepFunctions, decode_one_token, prefill
@@ -182,3 +182,19 @@ def test_the_config_names_the_orders_of_the_table() -> None:
         choices = typing.get_args(typing.get_type_hints(section)["order"])
         assert choices[0] == "raster"
         assert set(choices[1:]) == set(ORDERS) - ({"annealed"} if section is SamplingConfig else set())
+
+
+@pytest.mark.parametrize("name", ["rar_b", "rar_l", "rar_xl", "rar_xxl", "rear_rar_b", "rear_rar_l"])
+def test_the_shipped_recipes(name: str) -> None:
+    path = FIXTURES.parents[1] / f"configs/{name}.yaml"
+    config = load_config([f"config={path}"])
+    with torch.device("meta"):
+        parameters = dict(ReAR(config.model).named_parameters())
+    millions = sum(value.numel() for key, value in parameters.items() if "_align_mlp" not in key) / 1e6
+    assert float(path.read_text().split(": ")[1].split(" M ")[0].replace(",", "")) == pytest.approx(millions, abs=1)
+    training, generator = config.training, config.model.generator
+    assert training.per_gpu_batch_size * training.gradient_accumulation_steps * 8 == 2048
+    assert random_order_ratio(156_250, generator) == 0.5
+    assert perturbation_ratio(0, generator) == name.startswith("rear")
+    assert any("_align_mlp" in key for key in parameters) == name.startswith("rear")
+    assert config.sampling.order == "raster"
