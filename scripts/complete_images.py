@@ -96,10 +96,11 @@ def complete_all(config: Config) -> None:
         images = decode(completed.flatten(0, 1), tokenizer, config).reshape(*completed.shape[:2], *pixels.shape[1:])
         limit = decode(codes, tokenizer, config)
     grid = kept.view(tokenizer.code_shape).numpy()
+    sampled = ~in_pixels(grid, tokenizer.resolution)
     figures = {
         "kept_codes": f"{int(kept.sum())} of {len(kept)}",
-        "psnr": psnr_of_part(pixels, images, ~in_pixels(grid, tokenizer.resolution)),
-        "psnr_of_the_tokenizer": psnr_of_part(pixels, limit[:, None], ~in_pixels(grid, tokenizer.resolution)),
+        "psnr": psnr_of_part(pixels, images, sampled),
+        "psnr_of_the_tokenizer": psnr_of_part(pixels, limit[:, None], sampled),
     }
     write_png(output_dir / "completions.png", picture(pixels, images, grid))
     write_npz(output_dir / "inputs.npz", {"arr_0": (pixels.shape, np.uint8, [pixels])})
@@ -107,7 +108,8 @@ def complete_all(config: Config) -> None:
     entries = {"arr_0": flat_images, "arr_1": which.astype(np.int64), "kept": grid}
     write_npz(result, {name: (array.shape, array.dtype, [array]) for name, array in entries.items()})
     write_record(result, made_from, figures={"bytes": result.stat().st_size, **figures, **code_facts()})
-    print(f"{output_dir}: " + ", ".join(f"{name} {value}" for name, value in figures.items()))
+    shown = ", ".join(f"{name} {figures[name]:.2f} dB" for name in ("psnr", "psnr_of_the_tokenizer"))
+    print(f"{output_dir}: kept {figures['kept_codes']} codes; of the others {shown}")
 
 
 def kept_codes(config: Config, tokenizer: Tokenizer) -> Tensor:
