@@ -41,7 +41,7 @@ def checked_orders(orders: Tensor, shape: Sequence[int], look: bool = True) -> T
         ValueError: no integers, another shape, or a row that does not hold each of 0 to N - 1 once.
     """
     expected = f"{tuple(shape)}, each of 0 to {shape[1] - 1} once in every row"
-    if len(orders) != shape[0]:
+    if not isinstance(orders, Tensor) or orders.shape != tuple(shape):
         raise ValueError(f"{_describe('orders', orders)}: expected {expected}")
     orders = _checked_integers("orders", orders, (shape[1],), shape[1] - 1, expected, look)
     if look and (bad := (orders.sort(dim=1).values != torch.arange(shape[1], device=orders.device)).any(dim=1)).any():

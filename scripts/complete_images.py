@@ -41,7 +41,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.images.decoding import Decoding
-from data.images.plain_folder import PlainFolder, has_images
+from data.images.plain_folder import PlainFolder, is_plain
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
 from evaluation.reconstruction import psnr_of_part
@@ -189,7 +189,7 @@ def read_inputs(config: Config) -> np.ndarray:
         raise InputError("completion.inputs: missing; give a folder of images or tar shards")
     path, preprocessing = Path(config.completion.inputs), config.dataset.preprocessing
     decoding = Decoding.of(preprocessing)
-    source = PlainFolder(path) if path.is_dir() and has_images(path) else open_images(str(path), decoding=decoding)
+    source = PlainFolder(path) if is_plain(path) else open_images(str(path), decoding=decoding)
     source.decoding = decoding
     transform = training_transform(dataclasses.replace(preprocessing, random_crop=False, random_flip=False))
     dataset, images = ImageDataset(source, transform, seed=0), []

@@ -9,9 +9,9 @@ from data.images.image_source import ImageSource, printable
 from utils.errors import InputError
 
 
-def has_images(folder: Path) -> bool:
-    """Whether some lie in it directly."""
-    return bool(_names(folder))
+def is_plain(folder: Path) -> bool:
+    """A folder that has none within, for classes."""
+    return folder.is_dir() and not any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
 
 
 class PlainFolder(ImageSource):
@@ -24,7 +24,9 @@ class PlainFolder(ImageSource):
     class_names = None
 
     def __init__(self, root: Path) -> None:
-        self.root, self._files = root, _names(root)
+        names = (path.name for path in root.iterdir() if not path.name.startswith("."))
+        self.root = root
+        self._files = sorted(name for name in names if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
         if not self._files:
             raise InputError(f"{root}: found no image")
         self.class_ids = np.zeros(len(self._files), dtype=np.int32)
@@ -37,8 +39,3 @@ class PlainFolder(ImageSource):
 
     def _read(self, index: int) -> bytes:
         return (self.root / self.key(index)).read_bytes()
-
-
-def _names(folder: Path) -> list[str]:
-    names = (path.name for path in folder.iterdir() if not path.name.startswith("."))
-    return sorted(name for name in names if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)

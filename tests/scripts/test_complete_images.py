@@ -142,7 +142,7 @@ def test_shards_and_folders_with_classes_are_inputs_too(arguments: list[str], tm
         (["completion.keep=README.md"], "completion.keep=README.md: found no picture that can be read"),
         (["completion.keep=docs/results/quickstart/training_curves.png"], r"pixels, expected a square"),
         (["completion.class_label=5"], "completion.class_label=5: expected 0 to 4, or null for the null class"),
-        (["completion.inputs=tests/fixtures"], "tests/fixtures: found no sub-folder"),
+        (["completion.inputs=tests/fixtures"], "tests/fixtures: found no image"),
     ],
 )
 def test_what_is_refused(
