@@ -18,7 +18,7 @@ from data.images.tar_shards import find_shards, has_shards, read_class_names
 from data.images.transforms import training_transform
 from data.loading import Batch, Batches, on_device, read_batch
 from utils.errors import InputError
-from utils.randomness import sample_uniforms
+from utils.randomness import Stream, sample_uniforms
 from utils.ranks import World
 from utils.schema import Config, GeneratorConfig
 
@@ -120,15 +120,16 @@ def passes_done(config: Config, samples_seen: int, num_samples: int) -> dict[str
 class Prepared(Dataset):
     """Batches with what a training step would wait for on a GPU, made where the batches are: in the workers."""
 
-    def __init__(self, dataset: TrainingSet, config: Config, num_uniforms: int) -> None:
-        self.dataset, self.num_uniforms, self.workers = dataset, num_uniforms, dataset.workers
+    def __init__(self, dataset: TrainingSet, config: Config, num_uniforms: int, num_order_uniforms: int) -> None:
+        self.dataset, self.workers = dataset, dataset.workers
+        self.num_uniforms, self.num_order_uniforms = num_uniforms, num_order_uniforms
         self.seed, self.generator = config.training.seed, config.model.generator
 
     def __getitems__(self, items: MicroBatch) -> Batch:
-        batch = read_batch(self.dataset, items)
-        drops, batch["uniforms"] = sample_uniforms(self.seed, items.step, items.places, 1 + self.num_uniforms).split(
-            (1, self.num_uniforms), dim=1
-        )
+        batch, key = read_batch(self.dataset, items), (self.seed, items.step, items.places)
+        drops, batch["uniforms"] = sample_uniforms(*key, 1 + self.num_uniforms).split((1, self.num_uniforms), dim=1)
+        if self.num_order_uniforms:  # of a stream of their own, so that the noise is that of raster order
+            batch["order_uniforms"] = sample_uniforms(*key, self.num_order_uniforms, Stream.TRAINING_ORDERS)
         batch["class_labels"] = drop_class_labels(batch["class_labels"], drops[:, 0], self.generator)
         return with_distinct_labels(batch)
 
@@ -148,7 +149,8 @@ def with_distinct_labels(batch: Batch) -> Batch:
 class TrainingBatches:
     """Iterates over the batches of a rank, on its device: `class_labels`, `index` and `codes` or `image`.
 
-    Those of the generator have `uniforms` (B, `num_uniforms`) too, some of their labels are dropped, and `class_labels`
+    Those of the generator have `uniforms` (B, `num_uniforms`) too and perhaps
+    `order_uniforms`, some of their labels are dropped, and `class_labels`
     are the distinct ones that are left, (U,); `class_rows` (B,) tells which of them a sample has.
 
     Args:
@@ -157,6 +159,7 @@ class TrainingBatches:
         samples_seen: of all ranks, before these steps.
         stop_requested: whether a stop signal has come.
         num_uniforms: random numbers that the noise of a sample takes at each step; None: batches for a tokenizer.
+        num_order_uniforms: the same of its order.
 
     Raises:
         InputError: more different images than `dataset.params.max_bad_fraction` allows cannot be decoded.
@@ -173,6 +176,7 @@ class TrainingBatches:
         samples_seen: int,
         stop_requested: Callable[[], bool],
         num_uniforms: int | None = None,
+        num_order_uniforms: int = 0,
     ) -> None:
         batch_sampler = GlobalBatchSampler(
             num_samples=len(dataset),
@@ -188,7 +192,7 @@ class TrainingBatches:
         )
         params, self.device = config.dataset.params, world.device
         on_gpu = world.device.type == "cuda"
-        samples = dataset if num_uniforms is None else Prepared(dataset, config, num_uniforms)
+        samples = dataset if num_uniforms is None else Prepared(dataset, config, num_uniforms, num_order_uniforms)
         self._batches = Batches(samples, batch_sampler, params.num_workers_per_gpu, on_gpu, stop_requested)
         self.notes = dataset.notes if isinstance(dataset, ImageDataset) else None
 

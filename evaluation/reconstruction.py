@@ -1,8 +1,9 @@
-"""How well a tokenizer reconstructs images, and how much of its codebook it uses.
+"""How well a tokenizer reconstructs images, and how much of its codebook it uses; how near completions come.
 
 Legend: B images, H x W pixels, N codes per image, V codebook size.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,3 +41,11 @@ class ReconstructionMetrics:
             "codebook_used": float((self.code_counts > 0).float().mean()),
             "codebook_perplexity": float(entropy.exp()),
         }
+
+
+def psnr_of_part(inputs: np.ndarray, images: np.ndarray, part: np.ndarray) -> float:
+    """Mean of the PSNR, in dB, of K images (B, K, H, W, 3) uint8 for each of inputs (B, H, W, 3), over a part (H, W)
+    bool of the pixels; equal images count 100 dB."""
+    difference = (images[:, :, part].astype(np.float32) - inputs[:, None][:, :, part]) / 255  # (B, K, pixels, 3)
+    errors = np.square(difference).mean(axis=(2, 3), dtype=np.float64)
+    return float(-10 * np.log10(errors.clip(min=1e-10)).mean())

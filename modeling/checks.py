@@ -3,6 +3,8 @@
 Values are looked at where that costs nothing or comes once per batch; on a GPU it waits for the tensor.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,6 +32,52 @@ def checked_codes(codes: Tensor, image_seq_len: int, largest: int, look: bool = 
     """
     expected = f"(B, {image_seq_len}), integers from 0 to {largest}"
     return _checked_integers("codes", codes, (image_seq_len,), largest, expected, look)
+
+
+def checked_orders(orders: Tensor, shape: Sequence[int], look: bool = True) -> Tensor:
+    """Orders (B, N) as int64; `look` as for the labels.
+
+    Raises:
+        ValueError: no integers, another shape, or a row that does not hold each of 0 to N - 1 once.
+    """
+    expected = f"{tuple(shape)}, each of 0 to {shape[1] - 1} once in every row"
+    if not isinstance(orders, Tensor) or orders.shape != tuple(shape):
+        raise ValueError(f"{_describe('orders', orders)}: expected {expected}")
+    orders = _checked_integers("orders", orders, (shape[1],), shape[1] - 1, expected, look)
+    if look and (bad := (orders.sort(dim=1).values != torch.arange(shape[1], device=orders.device)).any(dim=1)).any():
+        raise ValueError(f"orders with {orders[bad][0].tolist()}: expected {expected}")
+    return orders
+
+
+def check_raster(orders: Tensor) -> None:
+    """
+    Raises:
+        ValueError: orders (B, N) that are not raster, for a model that knows no other one.
+    """
+    if (other := orders != torch.arange(orders.shape[1], device=orders.device)).any():
+        row, place = other.nonzero()[0].tolist()
+        raise ValueError(
+            f"code {orders[row, place].item()} before code {place} in image {row}: expected raster order, known codes "
+            "included, as model.generator.order=raster; models trained otherwise take any order"
+        )
+
+
+def checked_known(
+    known_codes: Tensor | None, known_mask: Tensor | None, shape: tuple[int, int], codebook_size: int
+) -> Tensor:
+    """Codes (B, N) as int64 where the mask (B, N) is true, -1 elsewhere.
+
+    Raises:
+        ValueError: one without the other, other types or shapes, or a known code that is not 0 to V - 1.
+    """
+    if not isinstance(known_mask, Tensor) or known_mask.dtype != torch.bool or known_mask.shape != shape:
+        raise ValueError(f"{_describe('known_mask', known_mask)}: expected {shape}, bool")
+    expected = f"{shape}, integers from 0 to {codebook_size - 1} where they are known"
+    if not isinstance(known_codes, Tensor) or known_codes.shape != shape:
+        raise ValueError(f"{_describe('known_codes', known_codes)}: expected {expected}")
+    codes = known_codes.masked_fill(~known_mask, 0)
+    codes = _checked_integers("known_codes", codes, shape[1:], codebook_size - 1, expected, look=True)
+    return codes.masked_fill(~known_mask, -1)
 
 
 def checked_uniforms(uniforms: Tensor, shape: tuple[int, int]) -> Tensor:

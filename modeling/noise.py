@@ -1,7 +1,8 @@
 """The noisy context of training: codes of the context are replaced, at random and less and less as training goes on.
 
 Source: the paper's noisy context regularization (https://arxiv.org/abs/2510.04450, section 3). A new noise is a
-function like those below, a line in `NOISES`, and its name among the choices of `model.generator.perturb_mode`.
+function like those below, a line in `NOISES`, and its name among the choices of `model.generator.perturb_mode`. The
+random orders of `modeling.orders` fade in the same way.
 
 Legend: B images, N codes per image, V codebook size. Random numbers come in as uniforms in [0, 1), so that a result
 depends on its arguments only.
@@ -88,3 +89,10 @@ def perturbation_ratio(step: int, generator: GeneratorConfig) -> float:
         return 0.0
     ratio = perturbation_ratio_at(step, generator.randomness_anneal_start, generator.randomness_anneal_end)
     return generator.perturb_ratio_max * ratio
+
+
+def random_order_ratio(step: int, generator: GeneratorConfig) -> float:
+    """Share of the samples that are not in raster order: `perturbation_ratio_at` for `order=annealed`, else 0 or 1."""
+    if generator.order == "annealed":
+        return perturbation_ratio_at(step, generator.order_anneal_start, generator.order_anneal_end)
+    return float(generator.order != "raster")

@@ -1,6 +1,6 @@
-"""reAR: a raster-order GPT over tokenizer codes, with training-only projectors for embedding regularization.
+"""reAR: a GPT over tokenizer codes in raster or any order, with training-only projectors for embedding regularization.
 
-Paper: https://arxiv.org/abs/2510.04450. The architecture is RAR's (https://arxiv.org/abs/2411.00776) in raster order.
+Paper: https://arxiv.org/abs/2510.04450. The architecture, orders included, is RAR's (https://arxiv.org/abs/2411.00776).
 The state-dict keys are those of the published weights and never change. `modeling/sampling/decoding.py` restates the
 forward pass for one position with a cache.
 
@@ -11,6 +11,9 @@ V codebook size, C classes, U distinct labels of a batch, Z width of a codebook 
     input          cls   class  x1   ...   xN-1   xN
     logits, DE           x1     x2   ...   xN                (each predicts the code one position to the right)
     EN                          x1   ...   xN-1   xN         (each recovers the code at its own position)
+
+With an order, x1 .. xN are the codes orders[0] .. orders[N - 1] of raster order; the embeddings of their own and of the
+predicted positions go with them, those of the timesteps do not.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modeling.blocks import AdaLNBeforeHead, Block, projector, take
-from modeling.checks import checked_class_labels, checked_codes
+from modeling.checks import checked_class_labels, checked_codes, checked_orders
 from utils.files.weights import load_state_dict, load_strict
 from utils.run.trained_weights import find_trained_weights
 from utils.schema import ModelConfig
@@ -34,7 +37,7 @@ TIMESTEP_SLACK = 100
 
 @dataclass
 class ReAROutput:
-    """What a training forward returns; row i belongs to code x(i+1).
+    """What a training forward returns; row i belongs to code x(i+1), of the order of the image if there is one.
 
     `encode_z` and `decode_z` are None where the regularization, or the term, is off.
     """
@@ -114,13 +117,16 @@ class ReAR(nn.Module):
         """Names of embeddings and tables, which are not decayed (timm's convention)."""
         return {"embeddings.weight", "cls_token", "pos_embed", "target_aware_pos_embed", "timesteps_embeddings"}
 
-    def forward(self, codes: Tensor, class_labels: Tensor, class_rows: Tensor | None = None) -> ReAROutput:
+    def forward(
+        self, codes: Tensor, class_labels: Tensor, orders: Tensor | None = None, class_rows: Tensor | None = None
+    ) -> ReAROutput:
         """Teacher-forced pass for training.
 
         Args:
-            codes: (B, N) int, the context: clean or perturbed codes, 0 to V - 1, or `mask_code`.
+            codes: (B, N) int, the context in raster order: clean or perturbed codes, 0 to V - 1, or `mask_code`.
             class_labels: (U,) int, 0 to C - 1, or `null_class`.
-            class_rows: (B,) int, which of these labels an image has; None: U = B, and each image has its own.
+            orders: (B, N) int, for each image the codes 0 to N - 1 in the order of their prediction; None: raster.
+            class_rows: (B,) int, which of the labels an image has; None: U = B, and each image has its own.
 
         Raises:
             ValueError: other shapes or types or, on a CPU, other values; on a GPU looking at them would wait for it.
@@ -128,9 +134,12 @@ class ReAR(nn.Module):
         look = codes.device.type == "cpu"
         codes = checked_codes(codes, self.image_seq_len, self.mask_code, look)
         class_labels = checked_class_labels(class_labels, self.num_classes, look)
+        if orders is not None:
+            orders = checked_orders(orders, codes.shape, look)
+            codes = codes.gather(1, orders)
         prefix = take(self.embed_prefix(class_labels), class_rows)  # (B, 2, D)
         x = torch.cat([prefix, self.embeddings(codes)], dim=1)  # (B, T, D)
-        x = x + self.position_table()
+        x = x + self.position_table(orders)
         condition = self.condition(class_labels)  # (U, T, D)
         encode_z = decode_z = None
         for layer, block in enumerate(self.blocks):
@@ -149,14 +158,18 @@ class ReAR(nn.Module):
         """(B,) class ids -> (B, 2, D) embeddings of [cls, class], without positions."""
         return torch.cat([self.cls_token.expand(len(class_labels), -1, -1), self._embed_class(class_labels)], dim=1)
 
-    def position_table(self) -> Tensor:
-        """(1, T, D): each position's own embedding plus that of the position it predicts.
+    def position_table(self, orders: Tensor | None = None) -> Tensor:
+        """(1, T, D), or (B, T, D) for orders (B, N): each position's own embedding plus that of what it predicts.
 
         The cls token and the last code predict nothing.
         """
         length = self.image_seq_len + 2
-        target_aware = F.pad(self.target_aware_pos_embed[:, 2:length], (0, 0, 1, 1))
-        return self.pos_embed[:, :length] + target_aware
+        own, target_aware = self.pos_embed[:, :length], self.target_aware_pos_embed[:, 2:length]
+        if orders is not None:
+            prefix = own[:, :2].expand(len(orders), -1, -1)
+            own = torch.cat([prefix, F.embedding(orders, own[0, 2:])], dim=1)  # (B, T, D)
+            target_aware = F.embedding(orders, target_aware[0])  # (B, N, D)
+        return own + F.pad(target_aware, (0, 0, 1, 1))
 
     def condition(self, class_labels: Tensor) -> Tensor:
         """(B,) class ids -> (B, T, D): SiLU of class embedding + timestep embedding, the input of every adaLN."""

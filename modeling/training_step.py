@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from modeling.losses import LossTerms, rear_loss
 from modeling.noise import add_noise
+from modeling.orders import training_orders
 from modeling.rear import ReAR
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.precision import autocast, in_bf16
-from utils.schema import Config
+from utils.schema import Config, GeneratorConfig
 
 # Bytes that the backward pass needs of a position in a block, per D and per F; counted with torch's
 # saved_tensors_hooks, with dropout. By whether matrix products are in bf16.
@@ -23,27 +24,37 @@ LOGIT_BYTES = {True: 2, False: 4}  # per position and code
 RESIDUAL_BYTES = 4  # per position and D: all that activation checkpointing keeps of a block
 
 
+def num_order_uniforms(generator: GeneratorConfig) -> int:
+    """As `order_uniforms`: one that chooses between raster order and another, then N for that."""
+    return 0 if generator.order == "raster" else 1 + generator.image_seq_len
+
+
 def training_step(
     model: nn.Module,
     tokenizer: Tokenizer,
     batch: dict[str, Tensor],
     max_ratio: float,
     config: Config,
+    order_ratio: float = 0.0,
 ) -> LossTerms:
     """Noise the context, run the model, compute the loss: one micro-batch of B images.
 
     Args:
         batch: on the model's device, `class_labels` (U,) and `class_rows` (B,) as `ReAR.forward` takes them, `codes`
             (B, N) or `image` (B, 3, H, W), and `uniforms` (B, `num_noise_uniforms`): random numbers in [0, 1) of these
-            samples at this step.
+            samples at this step; with an `order_ratio` also `order_uniforms` (B, 1 + N).
         max_ratio: f(t), largest share of replaced codes.
+        order_ratio: share of the samples that are not in raster order.
     """
     generator = config.model.generator
     # (B, N); images as by `encode`, whose checks would wait for the GPU at every step
     codes = batch["codes"] if "codes" in batch else tokenizer.look_up(tokenizer.features(batch["image"]))
     context, perturbation_mask = add_noise(codes, batch["uniforms"], max_ratio, config.model)
+    orders = training_orders(batch["order_uniforms"], order_ratio, generator) if order_ratio > 0 else None
     with autocast(config.training, codes.device):
-        output = model(context, batch["class_labels"], batch["class_rows"])
+        output = model(context, batch["class_labels"], orders, batch["class_rows"])
+    if orders is not None:  # what the outputs are compared with stands as they do
+        codes, perturbation_mask = codes.gather(1, orders), perturbation_mask.gather(1, orders)
     return rear_loss(output, codes, tokenizer.embed(codes), perturbation_mask, generator)
 
 

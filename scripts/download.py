@@ -3,9 +3,9 @@
     python scripts/download.py tokenizer codes    # for training, 16.5 GB
     python scripts/download.py tokenizer rear_l   # for sampling
 
-Writes ckpt/maskgitvq.bin (tokenizer), dataset/pretokenized/maskgitvq.jsonl (codes: ten crops of each training image)
-and ckpt/reAR-*.safetensors, below the working directory. A download that was cut goes on; a file gets its name when its
-size and sha256 are those that the Hub tells. A file that is there stays as it is.
+Writes ckpt/maskgitvq.bin (tokenizer), dataset/pretokenized/maskgitvq.jsonl (codes: ten crops of each training image),
+ckpt/reAR-*.safetensors and ckpt/rar_*.bin, below the working directory. A download that was cut goes on; a file gets
+its name when its size and sha256 are those that the Hub tells. A file that is there stays as it is.
 """
 
 import argparse
@@ -30,12 +30,14 @@ class Published(NamedTuple):
     place: str
 
 
+RAR_SIZES = ("b", "l", "xl", "xxl")
 FILES = {
     "tokenizer": Published("fun-research/TiTok", "maskgit-vqgan-imagenet-f16-256.bin", "ckpt/maskgitvq.bin"),
     "codes": Published("yucornetto/RAR", "maskgitvq.jsonl", "dataset/pretokenized/maskgitvq.jsonl"),
     "rear_s": Published("qyoo/reAR", "reAR-S.safetensors", "ckpt/reAR-S.safetensors"),
     "rear_b": Published("qyoo/reAR", "reAR-B.safetensors", "ckpt/reAR-B.safetensors"),
     "rear_l": Published("qyoo/reAR", "reAR-L.safetensors", "ckpt/reAR-L.safetensors"),
+    **{f"rar_{size}": Published("yucornetto/RAR", f"rar_{size}.bin", f"ckpt/rar_{size}.bin") for size in RAR_SIZES},
 }
 
 

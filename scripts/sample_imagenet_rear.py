@@ -43,7 +43,7 @@ from data.codes.token_writer import new_token_store
 from modeling.rear import ReAR, load_generator
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_decoder import ImageDecoder, KeptCodes
-from modeling.sampling.image_inputs import class_labels_of, image_inputs
+from modeling.sampling.image_inputs import class_labels_of, image_inputs, image_orders
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, flat, save_config
@@ -58,7 +58,7 @@ from utils.images import make_grid, write_png
 from utils.precision import matmul_precision
 from utils.ranks import join_world
 from utils.run.folder import code_facts
-from utils.run.trained_weights import TrainedWeights, find_trained_weights
+from utils.run.trained_weights import find_trained_weights
 
 GRID_COLUMNS, GRID_IMAGES = 10, 50
 
@@ -85,7 +85,7 @@ def sample(config: Config, held: ExitStack) -> None:
         weights = world.from_main(lambda: find_trained_weights(source))
         for notice in weights.notices if world.is_main else []:
             print(notice)
-        check_tokenizer_of(weights, tokenizer, config)
+        weights.check_tokenizer(tokenizer.sha256(), config.experiment)
         model = load_generator(weights.path, config.model)
         fingerprint = fingerprint_of(config, model, tokenizer, world.device)
         result = output.with_name(output.name + (".npz" if tokenizer.has_images else ".tokens"))
@@ -107,20 +107,6 @@ def sample(config: Config, held: ExitStack) -> None:
             pack(parts, output, config, fingerprint, figures)
         else:
             pack_codes(parts, result, tokenizer, config, fingerprint, figures)
-
-
-def check_tokenizer_of(weights: TrainedWeights, tokenizer: Tokenizer, config: Config) -> None:
-    """
-    Raises:
-        InputError: the weights are known to be trained on the codes of another tokenizer.
-    """
-    expected, found, allowed = weights.tokenizer_sha256, tokenizer.sha256(), config.experiment.allow_other_tokenizer
-    if expected not in (None, found) and not allowed:
-        raise InputError(
-            f"{weights.path}: trained on codes of the tokenizer of sha256 {expected[:12]}..., found {found[:12]}... in "
-            f"experiment.tokenizer_checkpoint={config.experiment.tokenizer_checkpoint}; "
-            "experiment.allow_other_tokenizer=true takes it all the same"
-        )
 
 
 def is_finished(parts: SampleParts, result: Path, fingerprint: dict[str, Any]) -> bool:
@@ -187,7 +173,8 @@ def sample_blocks(
     size, previous = min(sampling.per_gpu_batch_size, sampling.num_fid_samples), None
     for block in blocks:
         indices = [*block, *[block[-1]] * (size - len(block))]
-        codes = sampler(*image_inputs(indices, model, sampling.seed))[: len(block)]
+        orders = image_orders(indices, model.image_seq_len, sampling)
+        codes = sampler(*image_inputs(indices, model, sampling.seed), orders=orders)[: len(block)]
         if previous is not None:
             yield previous[0], finished(decoder, *previous, config)
         previous = block, decoder.start(codes)

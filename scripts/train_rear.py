@@ -20,7 +20,7 @@ from pathlib import Path
 READS = (
     *("experiment", "-experiment.generator_checkpoint", "model", "optimizer", "lr_scheduler", "training"),
     *("dataset", "-dataset.preprocessing.pretokenize_crops"),
-    *("sampling.seed", "sampling.uint8_rule", "sampling.per_gpu_batch_size"),
+    *("sampling.seed", "sampling.order", "sampling.uint8_rule", "sampling.per_gpu_batch_size"),
 )
 
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
@@ -36,11 +36,11 @@ import torch
 
 from data.training_batches import TrainingBatches, describe_length, open_training_data, passes_done
 from evaluation.heldout import HeldOutNumbers
-from modeling.noise import num_noise_uniforms, perturbation_ratio
+from modeling.noise import num_noise_uniforms, perturbation_ratio, random_order_ratio
 from modeling.rear import ReAR, init_from
 from modeling.sampling.sample_grid import notices_of_images, save_sample_grid, whole_model
 from modeling.tokenizers.registry import load_tokenizer
-from modeling.training_step import compile_blocks, training_cost, training_step
+from modeling.training_step import compile_blocks, num_order_uniforms, training_cost, training_step
 from utils.config import Config
 from utils.errors import input_errors_exit
 from utils.optim import MovingAverage, build_optimizer, set_learning_rate
@@ -56,7 +56,7 @@ SAVING_MEMORY = (
 
 def main(config: Config) -> str:
     """Train until the last step or a stop signal; returns what `status.json` says then."""
-    training, experiment = config.training, config.experiment
+    training, experiment, generator = config.training, config.experiment, config.model.generator
     tokenizer = load_tokenizer(config)
     with TrainingRun(config, SAVING_MEMORY) as run:
         world, device = run.world, run.world.device
@@ -87,20 +87,20 @@ def main(config: Config) -> str:
         run.begin(modules, {"optimizer": (model, optimizer)}, training.fsdp, cost.flops, cost.activation_bytes)
         run.reporter.alerts.check_schedules(config)
         work = (run.micro_steps, run.remaining, run.state.samples_seen)
-        width = num_noise_uniforms(model.image_seq_len)
-        batches = TrainingBatches(dataset, config, world, *work, run.stop_requested, width)
+        widths = num_noise_uniforms(model.image_seq_len), num_order_uniforms(generator)
+        batches = TrainingBatches(dataset, config, world, *work, run.stop_requested, *widths)
 
         # The training loop
         parallel.train()
         for step in run.steps():
             lr = set_learning_rate(optimizer, step, config)
-            max_ratio = perturbation_ratio(step, config.model.generator)
+            max_ratio, order_ratio = perturbation_ratio(step, generator), random_order_ratio(step, generator)
             step_terms = []
             for micro_step in range(run.micro_steps):
                 batch = run.measured.next_batch(batches)
                 torch.manual_seed(dropout_seed(training.seed, step, micro_step, world.rank))
                 with accumulating(parallel, is_last=micro_step == run.micro_steps - 1):
-                    terms = training_step(parallel, tokenizer, batch, max_ratio, config)
+                    terms = training_step(parallel, tokenizer, batch, max_ratio, config, order_ratio)
                     (terms.loss / run.micro_steps).backward()
                 step_terms.append(terms)
             grad_norm = clip_gradients(model, training.max_grad_norm, training.fsdp)
@@ -113,8 +113,8 @@ def main(config: Config) -> str:
             run.count_step()
 
             if run.due.log:
-                at_step = {"train/lr": lr, "train/perturbation_ratio": max_ratio}
-                run.log_interval(at_step | passes_done(config, run.state.samples_seen, len(dataset)))
+                ratios = {"train/perturbation_ratio": max_ratio, "train/random_order_ratio": order_ratio}
+                run.log_interval({"train/lr": lr} | ratios | passes_done(config, run.state.samples_seen, len(dataset)))
             if run.due.heldout and heldout is not None:
                 heldout.compute(averaged, run)
             if run.due.save:

@@ -74,6 +74,11 @@ def check_fields(config: Config) -> None:
     _check_vq_model(config.model.vq_model)
     _check_generator(config.model.generator)
     profiled_steps(config.training)
+    if config.sampling.order != "raster" and config.model.generator.order == "raster":
+        raise ConfigError(
+            f"sampling.order={config.sampling.order}: expected raster, as model.generator.order=raster: the model was "
+            "trained in no other one"
+        )
     experiment = config.experiment
     if experiment.init_from is not None and experiment.resume not in ("auto", "true", "false"):
         raise ConfigError(

@@ -20,6 +20,8 @@ class Stream(IntEnum):
     SAMPLING = 3
     SHARDS = 4
     HELDOUT = 5
+    TRAINING_ORDERS = 6
+    SAMPLING_ORDERS = 7
 
 
 def philox(stream: Stream, seed: int, key: int) -> np.random.Philox:
@@ -37,24 +39,26 @@ def permutation(bits: np.random.Philox, count: int) -> np.ndarray:
     return np.argsort(bits.random_raw(count), kind="stable").astype(np.uint32)
 
 
-def sample_uniforms(seed: int, step: int, places: Sequence[int] | np.ndarray, width: int) -> torch.Tensor:
+def sample_uniforms(
+    seed: int, step: int, places: Sequence[int] | np.ndarray, width: int, stream: Stream = Stream.TRAINING_NOISE
+) -> torch.Tensor:
     """Uniforms of the samples at these places of the global batch of a training step.
 
     Returns:
         (len(places), width) float32 in [0, 1).
     """
     blocks = -(-width // 4)  # Philox advances in blocks of 4 doubles
-    bits = (philox(Stream.TRAINING_NOISE, seed, step).advance(int(place) * blocks) for place in places)
+    bits = (philox(stream, seed, step).advance(int(place) * blocks) for place in places)
     return _to_float32(np.stack([uniforms(of_place, width) for of_place in bits]))
 
 
-def image_uniforms(seed: int, indices: list[int], width: int) -> torch.Tensor:
+def image_uniforms(seed: int, indices: list[int], width: int, stream: Stream = Stream.SAMPLING) -> torch.Tensor:
     """Uniforms of the images with these indices, for sampling.
 
     Returns:
         (len(indices), width) float32 in [0, 1).
     """
-    return _keyed_uniforms(Stream.SAMPLING, seed, indices, width)
+    return _keyed_uniforms(stream, seed, indices, width)
 
 
 def heldout_uniforms(rows: Iterable[int], width: int) -> torch.Tensor:

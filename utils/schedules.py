@@ -30,6 +30,8 @@ def schedule_warnings(config: Config) -> list[str]:
     steps = {"lr_scheduler.params.warmup_steps": config.lr_scheduler.params.warmup_steps}
     if generator.perturb_mode != "none":
         steps["model.generator.randomness_anneal_end"] = generator.randomness_anneal_end
+    if generator.order == "annealed":
+        steps["model.generator.order_anneal_end"] = generator.order_anneal_end
     return [
         f"{key}={value} is beyond training.max_train_steps={end}: this schedule does not end within the run"
         for key, value in steps.items()

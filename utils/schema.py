@@ -112,6 +112,11 @@ class GeneratorConfig:
     # step at which the largest share starts to fall from perturb_ratio_max
     randomness_anneal_start: MayChange[NumberFrom0] = 0
     randomness_anneal_end: MayChange[NumberFrom0] = 187_500  # step from which on it is 0
+    # in which the codes are predicted while training: raster, random (another one for each sample at each step) or
+    # annealed (that for a share of the samples, which falls to 0)
+    order: MayChange[Literal["raster", "random", "annealed"]] = "raster"
+    order_anneal_start: MayChange[NumberFrom0] = 125_000  # step at which the share starts to fall from 1
+    order_anneal_end: MayChange[NumberFrom0] = 187_500  # step from which on it is 0
     transition_alignment: bool = True  # the embedding regularization as a whole; logged as train/proj_loss
     transition_alignment_weight: MayChange[Weight] = 1.0  # lambda, the weight of train/proj_loss
     encode_align: bool = True  # the encode term: recover the embedding of the current code
@@ -236,6 +241,7 @@ class SamplingConfig:
     num_fid_samples: Count = 50_000  # images in the npz
     per_gpu_batch_size: Silent[Count] = 50  # images per rank and batch
     seed: Seed = 42  # image i depends on (weights, config, seed, i) only
+    order: Literal["raster", "random"] = "raster"  # of the codes of an image; random: for models trained so
     uint8_rule: Literal["truncate", "round"] = "truncate"  # float to uint8: truncate (the original) or round
     compile: Literal["auto", "on", "off"] = "auto"  # the decode step compiled (CUDA: a graph); auto: on CUDA
     # bf16 (generator; the decoder on CUDA in fp16), no (fp32); auto: bf16 on CUDA
@@ -250,6 +256,18 @@ class InspectionConfig:
 
 
 @dataclass
+class CompletionConfig:
+    inputs: str | None = None  # images to complete: a folder of them, a folder per class, or tar shards
+    # whose codes stay: top:SHARE, left:SHARE, center:SHARE (a square in the middle, of this share of each side),
+    # border:SHARE (all but a square in the middle) or a square picture, white where they stay
+    keep: str = "top:0.5"
+    num_images: Count = 40  # the first ones of the inputs
+    num_completions: Count = 3  # of each image; the k-th, from 0, depends on sampling.seed + k
+    # of all images; null: the null class, which is without guidance
+    class_label: Annotated[int | None, Range(at_least=0)] = None
+
+
+@dataclass
 class Config:
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -260,3 +278,4 @@ class Config:
     vq_training: VQTrainingConfig = field(default_factory=VQTrainingConfig)  # scripts/train_tokenizer.py only
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     inspection: InspectionConfig = field(default_factory=InspectionConfig)  # scripts/inspect_codes.py only
+    completion: CompletionConfig = field(default_factory=CompletionConfig)  # scripts/complete_images.py only

@@ -14,6 +14,9 @@ is one), K = BUCKET positions.
     position       0     1      2    ...   N
     input          cls   class  x1   ...   xN-1          (the last code is never fed back)
     predicts             x1     x2   ...   xN
+
+Where images have orders of their own, x1 .. xN stand in these (`modeling/rear.py`), and so do all codes here. Orders
+are data: one step, and one graph, serves them all.
 """
 
 import math
@@ -57,6 +60,13 @@ class LayerBuffers(NamedTuple):
     mlp: Tensor  # (K U, 3, D)
 
 
+class Places(NamedTuple):
+    """What a step reads of images with orders of their own or with known codes."""
+
+    rows: Tensor  # (B, T) int64, by position: its row of the tables, 0, 1 and those of the codes in their order
+    known_codes: Tensor  # (B, N) int64, in the order of the image; -1: to be sampled
+
+
 class DecoderWeights:
     """A model's weights for decoding: matrices of the blocks in `dtype`, all else float32.
 
@@ -98,9 +108,10 @@ class DecodingState:
     Args:
         images: B of every batch.
         guided: with an unconditional sequence for each image.
+        with_places: images have orders of their own, or known codes; else all are sampled in raster order.
     """
 
-    def __init__(self, weights: DecoderWeights, images: int, guided: bool) -> None:
+    def __init__(self, weights: DecoderWeights, images: int, guided: bool, with_places: bool = False) -> None:
         model, (hidden_size, device) = weights.model, (weights.positions.shape[1], weights.positions.device)
         self.weights, self.guided = weights, guided
         sequences, steps = 2 * images if guided else images, model.image_seq_len
@@ -128,11 +139,22 @@ class DecodingState:
         self.distinct_labels = zeros(0, dtype=torch.int64)
         self.uniforms = zeros(images, steps)
         self.codes = zeros(images, steps, dtype=torch.int64)
+        self.places: Places | None = None
+        if with_places:
+            rows = torch.arange(steps + 2, device=device).repeat(images, 1)
+            self.places = Places(rows, torch.full_like(self.codes, -1))
         self.position = zeros(1, dtype=torch.int64)  # of the newest input
         self.all_positions = torch.arange(length, device=device)
 
-    def begin(self, class_labels: Tensor, uniforms: Tensor) -> None:
-        """Take the class labels (B,) and uniforms (B, N) of the next batch. Waits for the GPU, in `unique`."""
+    def begin(
+        self, class_labels: Tensor, uniforms: Tensor, orders: Tensor | None = None, known_codes: Tensor | None = None
+    ) -> None:
+        """Take the class labels (B,) and uniforms (B, N) of the next batch. Waits for the GPU, in `unique`.
+
+        Args:
+            orders: (B, N), if there are `places`.
+            known_codes: (B, N) in raster order, -1 where there is none; None: none is known.
+        """
         labels = class_labels
         if self.guided:
             labels = torch.cat([labels, torch.full_like(labels, self.weights.model.null_class)])  # (S,)
@@ -141,7 +163,17 @@ class DecodingState:
         self.sequence_labels.copy_(labels)
         self.class_rows.copy_(rows)
         self.uniforms.copy_(uniforms)
+        if self.places is not None and orders is not None:
+            self.places.rows[:, 2:].copy_(orders + 2)
+            known = torch.full_like(orders, -1) if known_codes is None else known_codes.gather(1, orders)
+            self.places.known_codes.copy_(known)
         self.position.zero_()
+
+    def codes_in_raster_order(self) -> Tensor:
+        """(B, N), a copy."""
+        if self.places is None:
+            return self.codes.clone()
+        return torch.empty_like(self.codes).scatter_(1, self.places.rows[:, 2:] - 2, self.codes)
 
     def fill_modulations(self, first: int) -> None:
         """Compute the modulations of the bucket that starts at position `first`, once per distinct class."""
@@ -205,11 +237,21 @@ def compiled_functions() -> StepFunctions:
 
 def prefill(state: DecodingState, functions: StepFunctions) -> Tensor:
     """Feed cls and class and return the head's input (S, D) for the first code."""
-    prefix = state.weights.model.embed_prefix(state.sequence_labels) + state.weights.positions[:2]  # (S, 2, D)
+    prefix = state.weights.model.embed_prefix(state.sequence_labels)  # (S, 2, D)
     x_cls, x_class = prefix.transpose(0, 1).contiguous()  # strides as in later steps, so that nothing is compiled anew
-    forward_position(state, x_cls, 1, False, functions)
+    forward_position(state, x_cls + state.weights.positions[0], 1, False, functions)
     state.position.add_(1)
-    return forward_position(state, x_class, 2, False, functions)
+    by_image = x_class.unflatten(0, (-1, len(state.codes)))  # (1 or 2, B, D)
+    return forward_position(state, (by_image + position_embeddings(state)).flatten(0, 1), 2, False, functions)
+
+
+def position_embeddings(state: DecodingState) -> Tensor:
+    """Of the input at `state.position` and of what it predicts, added: (1, D), or (B, D) where there are `places`."""
+    if state.places is None:
+        return state.weights.positions.index_select(0, state.position)
+    own, predicted = (state.places.rows.index_select(1, state.position + i)[:, 0] for i in (0, 1))  # both (B,)
+    model = state.weights.model
+    return model.pos_embed[0].index_select(0, own) + model.target_aware_pos_embed[0].index_select(0, predicted)
 
 
 def decode_one_token(state: DecodingState, end: int, masked: bool, functions: StepFunctions) -> Tensor:
@@ -220,7 +262,7 @@ def decode_one_token(state: DecodingState, end: int, masked: bool, functions: St
         masked: mask the positions after the current one; not needed where `end` is position + 1.
     """
     codes = state.codes.index_select(1, state.position - 2)[:, 0]  # (B,)
-    x = state.weights.model.embeddings(codes) + state.weights.positions.index_select(0, state.position)  # (B, D)
+    x = state.weights.model.embeddings(codes) + position_embeddings(state)  # (B, D)
     return forward_position(state, torch.cat([x, x]) if state.guided else x, end, masked, functions)
 
 

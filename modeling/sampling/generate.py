@@ -1,4 +1,5 @@
-"""Sampling codes: power-cosine guidance, top-k and top-p, and the loop over the codes of a batch of images.
+"""Sampling codes: power-cosine guidance, top-k and top-p, and the loop over the codes of a batch of images, in raster
+order or another one, all of them or those that are not known.
 
 Legend: B images, N codes per image, S sequences (B; with guidance 2 B, the conditional ones first), D hidden size,
 V codebook size, H x W pixels.
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeling.checks import checked_class_labels, checked_uniforms
+from modeling.checks import check_raster, checked_class_labels, checked_known, checked_orders, checked_uniforms
+from modeling.orders import known_first
 from modeling.rear import ReAR
 from modeling.sampling.decoding import (
     BUCKET,
@@ -24,7 +26,7 @@ from modeling.sampling.decoding import (
     prefill,
 )
 from modeling.sampling.image_decoder import LOGITS_NOT_FINITE, ImageDecoder, are_codes
-from modeling.sampling.image_inputs import image_inputs
+from modeling.sampling.image_inputs import image_inputs, image_orders
 from modeling.sampling.step_graph import StepGraphs
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config_checks import check_generator_ranges
@@ -89,6 +91,9 @@ def choose_codes(hidden: Tensor, state: DecodingState, scales: Tensor, config: G
     logits = state.weights.model.lm_head(hidden) / config.randomize_temperature  # (B, V)
     logits = filter_logits(logits, config.top_k, config.top_p)
     codes = sample_codes(logits, state.uniforms.index_select(1, k)[:, 0])  # (B,)
+    if state.places is not None:
+        known = state.places.known_codes.index_select(1, k)[:, 0]
+        codes = torch.where(known < 0, codes, known)
     state.codes.index_copy_(1, k, codes[:, None])
     state.position.add_(1)
 
@@ -131,8 +136,16 @@ class CodeSampler:
         self.functions = StepFunctions()
 
     @torch.inference_mode()
-    def __call__(self, class_labels: Tensor, uniforms: Tensor, on_step: Callable[[], object] = lambda: None) -> Tensor:
-        """Sample in raster order.
+    def __call__(
+        self,
+        class_labels: Tensor,
+        uniforms: Tensor,
+        on_step: Callable[[], object] = lambda: None,
+        orders: Tensor | None = None,
+        known_codes: Tensor | None = None,
+        known_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Sample in raster order or in `orders`, what is known first.
 
         Args:
             class_labels: (B,) integers from 0 to C - 1, or `model.null_class`; best on the CPU, as the uniforms: they
@@ -140,24 +153,44 @@ class CodeSampler:
             uniforms: (B, N) random numbers in [0, 1), one row per image (`utils.randomness.image_uniforms`): an image
                 depends on its own row only, not on the batch it is in.
             on_step: called after each position, for a progress bar.
+            orders: (B, N) as in `ReAR.forward`; for models that `config.order` says are trained so.
+            known_codes: (B, N) in raster order, for `known_mask`; others are not looked at.
+            known_mask: (B, N) bool; these codes stay and come first, the others are sampled given them. In raster order
+                the known ones must be the first ones of their image.
 
         Returns:
-            (B, N) int64 codes; a GPU may still be at work on them. V where logits were not finite: `ImageDecoder` and
-            `generate` refuse that.
+            (B, N) int64 codes in raster order; a GPU may still be at work on them. V where logits were not finite:
+            `ImageDecoder` and `generate` refuse that.
 
         Raises:
-            ValueError: labels or uniforms of another shape, type or range.
+            ValueError: an argument of another shape, type or range, or an order that the model was not trained for.
         """
         class_labels = checked_class_labels(class_labels, self.weights.model.num_classes)
-        uniforms = checked_uniforms(uniforms, (len(class_labels), self.steps))
+        shape = (len(class_labels), self.steps)
+        uniforms = checked_uniforms(uniforms, shape)
+        if orders is not None:
+            orders = checked_orders(orders, shape)
+        if known_codes is not None or known_mask is not None:
+            known_codes = checked_known(known_codes, known_mask, shape, self.weights.model.codebook_size)
+            orders = known_first(known_codes >= 0, orders)
+        if orders is not None and self.config.order == "raster":
+            check_raster(orders)
         with torch.autocast(self.device.type, enabled=False):  # the precision is `dtype`, wherever this is called
-            return self._sample(class_labels, uniforms, on_step)
+            return self._sample(class_labels, uniforms, on_step, orders, known_codes)
 
-    def _sample(self, class_labels: Tensor, uniforms: Tensor, on_step: Callable[[], object]) -> Tensor:
-        if self.state is None or len(self.state.codes) != len(class_labels):
-            self.state = self._prepare(len(class_labels))
+    def _sample(
+        self,
+        class_labels: Tensor,
+        uniforms: Tensor,
+        on_step: Callable[[], object],
+        orders: Tensor | None,
+        known_codes: Tensor | None,
+    ) -> Tensor:
+        kind = len(class_labels), orders is not None
+        if self.state is None or (len(self.state.codes), self.state.places is not None) != kind:
+            self.state = self._prepare(*kind)
         state = self.state
-        state.begin(class_labels, uniforms)
+        state.begin(class_labels, uniforms, orders, known_codes)
         state.fill_modulations(0)
         choose_codes(prefill(state, self.functions), state, self.scales, self.config)
         on_step()
@@ -169,17 +202,17 @@ class CodeSampler:
             else:
                 self._step(state, position + 1, masked=False)
             on_step()
-        return state.codes.clone()
+        return state.codes_in_raster_order()
 
     def _step(self, state: DecodingState, end: int, masked: bool) -> None:
         hidden = decode_one_token(state, end, masked, self.functions)
         choose_codes(hidden, state, self.scales, self.config)
 
-    def _prepare(self, images: int) -> DecodingState:
+    def _prepare(self, images: int, with_places: bool) -> DecodingState:
         """Allocate for batches of this size; compile and capture where that is asked for."""
         self.graphs = None  # waits for replays, which use the state
         self.state = None  # freed before the next one is allocated
-        state = DecodingState(self.weights, images, guided=self.guidance_scale != 1)
+        state = DecodingState(self.weights, images, guided=self.guidance_scale != 1, with_places=with_places)
         if not compiles(self.compile_mode, self.device):
             return state
         try:
@@ -214,13 +247,22 @@ def bucket_end(position: int) -> int:
     return (position // BUCKET + 1) * BUCKET
 
 
-def generate(model: ReAR, class_labels: Tensor, uniforms: Tensor, config: GeneratorConfig) -> Tensor:
+def generate(
+    model: ReAR,
+    class_labels: Tensor,
+    uniforms: Tensor,
+    config: GeneratorConfig,
+    orders: Tensor | None = None,
+    known_codes: Tensor | None = None,
+    known_mask: Tensor | None = None,
+) -> Tensor:
     """Codes (B, N) of one batch in float32, not compiled; arguments and ValueErrors as in `CodeSampler`.
 
     Raises:
         NonFiniteError: logits that are not finite.
     """
-    codes = CodeSampler(model, config)(class_labels, uniforms)
+    sampler = CodeSampler(model, config)
+    codes = sampler(class_labels, uniforms, orders=orders, known_codes=known_codes, known_mask=known_mask)
     if not are_codes(codes, model.codebook_size):
         raise NonFiniteError(LOGITS_NOT_FINITE)
     return codes
@@ -234,6 +276,7 @@ def generate_images(model: ReAR, tokenizer: Tokenizer, indices: list[int], confi
         (len(indices), H, W, 3) uint8.
     """
     class_labels, uniforms = image_inputs(indices, model, config.sampling.seed)
-    codes = generate(model, class_labels, uniforms, config.model.generator)
+    orders = image_orders(indices, model.image_seq_len, config.sampling)
+    codes = generate(model, class_labels, uniforms, config.model.generator, orders)
     decoder = ImageDecoder(tokenizer, config.sampling.uint8_rule)
     return decoder.finish(decoder.start(codes))

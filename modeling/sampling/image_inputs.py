@@ -1,4 +1,4 @@
-"""What sampling starts from: image i of all images that a seed gives has a class and random numbers of its own."""
+"""What sampling starts from: image i of all images that a seed gives has its class, random numbers and order."""
 
 from collections.abc import Sequence
 
@@ -6,8 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeling.orders import ORDERS
 from modeling.rear import ReAR
-from utils.randomness import image_uniforms
+from utils.randomness import Stream, image_uniforms
+from utils.schema import SamplingConfig
 
 
 def class_labels_of(indices: Sequence[int], num_classes: int) -> np.ndarray:
@@ -30,3 +32,11 @@ def image_inputs(indices: Sequence[int], model: ReAR, seed: int) -> tuple[Tensor
     """Class labels (B,) int64 and uniforms (B, N) of the images with these indices, on the CPU."""
     class_labels = torch.from_numpy(class_labels_of(indices, model.num_classes))
     return class_labels, image_uniforms(seed, list(indices), model.image_seq_len)
+
+
+def image_orders(indices: Sequence[int], image_seq_len: int, sampling: SamplingConfig) -> Tensor | None:
+    """Orders (B, N) int64 of the images with these indices, on the CPU; None: raster."""
+    if sampling.order == "raster":
+        return None
+    uniforms = image_uniforms(sampling.seed, list(indices), image_seq_len, Stream.SAMPLING_ORDERS)
+    return ORDERS[sampling.order](uniforms)

@@ -63,6 +63,9 @@ def graphs(findings: Findings, machine: Machine, work: Path) -> None:
         compare_codes(findings, f"codes by graphs and by single launches, {name}", codes, eager, (model, config), bound)
         again = int((sampler(*inputs) != codes).sum())
         findings.no_difference(f"codes of the same graphs, run again, {name}", again, codes.numel())
+        in_order = sampler(*inputs, orders=torch.arange(config.image_seq_len).expand(IMAGES, -1))
+        what = f"codes by graphs that take orders, of raster order, and by those that take none, {name}"
+        compare_codes(findings, what, in_order, codes, (model, config), bound)
 
 
 @matmul_precision(tf32=False)

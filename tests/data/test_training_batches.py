@@ -6,7 +6,7 @@ import torch
 from data.batch_sampler import order_of_pass
 from data.training_batches import TrainingBatches, drop_class_labels, open_codes
 from utils.config import load_config
-from utils.randomness import sample_uniforms
+from utils.randomness import Stream, sample_uniforms
 from utils.ranks import World
 from utils.schema import GeneratorConfig
 
@@ -21,10 +21,10 @@ def test_a_sample_has_the_random_numbers_of_its_place_in_the_global_batch(
     overrides.append("model.generator.class_label_dropout=0.5")
     config = load_config([*tiny_arguments, "experiment.output_dir=unused", *overrides])
     store = open_codes(config)
-    by_step = {5: [], 6: []}
+    by_step: dict[int, list[dict[str, torch.Tensor]]] = {5: [], 6: []}
     for rank in range(world_size):
         world = World(rank, world_size, torch.device("cpu"))
-        batches = TrainingBatches(store, config, world, micro_steps, range(5, 7), 13, lambda: False, num_uniforms=33)
+        batches = TrainingBatches(store, config, world, micro_steps, range(5, 7), 13, lambda: False, 33, 17)
         for step in by_step:
             by_step[step] += [next(batches) for _ in range(micro_steps)]
     for step, batches_of_step in by_step.items():
@@ -37,6 +37,8 @@ def test_a_sample_has_the_random_numbers_of_its_place_in_the_global_batch(
         labels = torch.where(drops[:, 0] < 0.5, 5, labels)
         assert torch.equal(torch.cat([batch["index"] for batch in batches_of_step]), index[places])
         assert torch.equal(torch.cat([batch["uniforms"] for batch in batches_of_step]), uniforms[places])
+        orders = sample_uniforms(9, step, range(size), 17, Stream.TRAINING_ORDERS)
+        assert torch.equal(torch.cat([batch["order_uniforms"] for batch in batches_of_step]), orders[places])
         found = [batch["class_labels"][batch["class_rows"]] for batch in batches_of_step]
         assert torch.equal(torch.cat(found), labels[places])
         for batch in batches_of_step:

@@ -22,7 +22,7 @@ SECTIONS = {
     "loss term": "A new loss term",
     "noise of the context": "Another noise of the context",
     "tokenizer": "Another tokenizer",
-    "order of the codes": None,  # there is no other one yet
+    "order of the codes": "Another order of the codes",
     "metric": "Another metric",
     "config key": None,  # that of the loss term is one
     "optimizer": "Another optimizer or schedule",
@@ -42,6 +42,7 @@ def test_the_trainer_takes_them(tiny_arguments, tmp_path, monkeypatch):
     titles, original = [], Axes.set_title
     monkeypatch.setattr(Axes, "set_title", lambda self, title: titles.append(title) or original(self, title))
     toys = ["model.generator.entropy_weight=0.5", "model.generator.perturb_mode=shift", "optimizer.name=sgd"]
+    toys += ["model.generator.order=columns", "sampling.order=columns"]
     main(load_config([*tiny_arguments, *toys, f"experiment.output_dir={tmp_path}", "training.max_train_steps=2"]))
     for row in read_metrics(tmp_path / "metrics.jsonl"):
         assert row["train/entropy"] > 0
@@ -97,6 +98,8 @@ IN_THE_COPY = (
     *("tests/modeling/tokenizers/test_conformance.py::test_every_tokenizer_conforms", "tests/utils/test_schedules.py"),
     "tests/modeling/tokenizers/test_conformance.py::test_sizes_are_read_from_the_weights",
     "tests/modeling/tokenizers/test_conformance.py::test_the_config_names_the_tokenizers_of_the_table",
+    "tests/modeling/test_orders.py::test_columns",
+    "tests/modeling/test_orders.py::test_the_config_names_the_orders_of_the_table",
     "tests/evaluation/test_evaluator.py::test_printed_lines_are_those_of_the_original",
 )
 

@@ -20,6 +20,7 @@ REACHED = IN_THE_LOOP | {
     "forward_position",
     "guide",
     "on_gpu",
+    "position_embeddings",
     "sample_codes",
 }
 WAIT = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero", "unique", "masked_select", "bincount"}

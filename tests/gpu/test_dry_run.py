@@ -52,12 +52,15 @@ def integers(*shape: int) -> Tensor:
     return zeros(*shape, dtype=torch.int64)
 
 
-def train(gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config, from_images: bool) -> Watch:
+def train(
+    gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config, from_images: bool, order_ratio: float = 0.0
+) -> Watch:
     with gpu:
         batch = {"image": zeros(B, 3, 32, 32)} if from_images else {"codes": zeros(B, N, dtype=torch.int32)}
         batch |= {"class_labels": integers(U), "class_rows": integers(B), "uniforms": zeros(B, num_noise_uniforms(N))}
+        batch["order_uniforms"] = zeros(B, 1 + N)
         with Watch(BF16, F32) as watch:
-            terms = training_step(model, tokenizer, batch, 0.5, config)
+            terms = training_step(model, tokenizer, batch, 0.5, config, order_ratio)
         assert terms.loss.dtype == F32
         assert terms.loss.requires_grad
     return watch
@@ -69,6 +72,11 @@ def test_training_from_codes(
 ) -> None:
     config.model.generator.perturb_mode = perturb_mode
     assert train(gpu, model, tokenizer, config, from_images=False).products == {BF16}
+
+
+def test_training_in_random_orders(gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config) -> None:
+    config.model.generator.order = "random"
+    assert train(gpu, model, tokenizer, config, from_images=False, order_ratio=1.0).products == {BF16}
 
 
 def test_training_from_images(gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config) -> None:
@@ -86,11 +94,13 @@ def test_the_outputs_of_the_model_under_autocast(gpu: FakeGpu, model: ReAR) -> N
     assert streams == [F32, F32]
 
 
-def sampler(gpu: FakeGpu, model: ReAR, config: Config, dtype: torch.dtype) -> tuple[CodeSampler, DecodingState]:
+def sampler(
+    gpu: FakeGpu, model: ReAR, config: Config, dtype: torch.dtype, with_places: bool = False
+) -> tuple[CodeSampler, DecodingState]:
     """As after `begin` with two distinct labels."""
     with gpu, torch.inference_mode():
         sample = CodeSampler(model.eval(), config.model.generator, dtype)
-        state = DecodingState(sample.weights, B, guided=sample.guidance_scale != 1)
+        state = DecodingState(sample.weights, B, guided=sample.guidance_scale != 1, with_places=with_places)
         state.distinct_labels = integers(2)
     return sample, state
 
@@ -102,12 +112,13 @@ def decode(gpu: FakeGpu, state: DecodingState, masked: bool) -> tuple[Tensor, Wa
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
+@pytest.mark.parametrize("with_places", [False, True])
 class TestSampling:
     def test_modulations_and_prefill(
-        self, gpu: FakeGpu, model: ReAR, config: Config, dtype: torch.dtype, guidance_scale: float
+        self, gpu: FakeGpu, model: ReAR, config: Config, dtype: torch.dtype, guidance_scale: float, with_places: bool
     ) -> None:
         config.model.generator.guidance_scale = guidance_scale
-        _, state = sampler(gpu, model, config, dtype)
+        _, state = sampler(gpu, model, config, dtype, with_places)
         with gpu, torch.inference_mode(), Watch(F32, dtype) as watch:
             for first in (0, 32, 64):
                 state.fill_modulations(first)
@@ -117,10 +128,17 @@ class TestSampling:
 
     @pytest.mark.parametrize("masked", [False, True])
     def test_step(
-        self, gpu: FakeGpu, model: ReAR, config: Config, dtype: torch.dtype, guidance_scale: float, masked: bool
+        self,
+        gpu: FakeGpu,
+        model: ReAR,
+        config: Config,
+        dtype: torch.dtype,
+        guidance_scale: float,
+        with_places: bool,
+        masked: bool,
     ) -> None:
         config.model.generator.guidance_scale = guidance_scale
-        sample, state = sampler(gpu, model, config, dtype)
+        sample, state = sampler(gpu, model, config, dtype, with_places)
         hidden, watch = decode(gpu, state, masked)
         assert hidden.dtype == F32
         assert watch.products == {dtype}
@@ -128,6 +146,8 @@ class TestSampling:
         with gpu, torch.inference_mode(), Watch(F32, F64) as watch:  # float64 in the cumulative sum
             choose_codes(hidden, state, sample.scales, config.model.generator)
         assert watch.products == {F32}
+        with gpu, torch.inference_mode(), Watch(F32):
+            assert state.codes_in_raster_order().shape == (B, N)
 
 
 KINDS = (

@@ -32,7 +32,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, found: str, fa
         ("decode_one_token", "state.position - 2", "(state.position - 2).cpu()"),
         ("forward_position", "state.head.index_select(0, rows)", "state.head[[0] * len(x)]"),  # an index from the host
         ("forward_position", "% BUCKET", "% BUCKET * torch.tensor(1)"),
-        ("decode_one_token", "state.position)", "state.position + state.position.item())"),
+        ("position_embeddings", "state.position)", "state.position + state.position.item())"),
+        ("position_embeddings", "state.position + i", "(state.position + i).cpu()"),
         ("forward_position", "if masked:", "if masked and position < end:"),  # asks for a value
         ("forward_position", "F.layer_norm(x,", "F.layer_norm(x.double(),"),
         ("forward_position", "device=x.device", "device='cpu'"),
@@ -43,7 +44,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, found: str, fa
 def test_a_fault_in_the_decode_step_is_found(
     gpu: FakeGpu, config: Config, model: ReAR, monkeypatch: pytest.MonkeyPatch, name: str, found: str, fault: str
 ) -> None:
-    _, state = sampler(gpu, model, config, torch.bfloat16)
+    _, state = sampler(gpu, model, config, torch.bfloat16, with_places="+ i" in found)
     decode(gpu, state, masked=True)
     plant(monkeypatch, decoding, name, found, fault)
     with pytest.raises((AssertionError, DataDependentOutputException)):
@@ -53,7 +54,7 @@ def test_a_fault_in_the_decode_step_is_found(
 @pytest.mark.parametrize(
     ("name", "found", "fault"),
     [
-        ("forward", "self.position_table()", "self.position_table().double()"),
+        ("forward", "self.position_table(orders)", "self.position_table(orders).double()"),
         ("_embed_class", "1 + class_labels", "1 + class_labels.cpu()"),
     ],
 )

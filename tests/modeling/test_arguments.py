@@ -13,6 +13,7 @@ from modeling.sampling.image_inputs import indices_of_class
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from tests.modeling.tokenizers.test_conformance import SIZES
 from utils.config import load_config
+from utils.config_checks import ConfigError
 from utils.errors import NonFiniteError
 from utils.images import to_uint8
 from utils.randomness import image_uniforms
@@ -100,6 +101,54 @@ def test_uniforms(tiny_model: ReAR, tiny_config: ModelConfig, uniforms: Any, mes
 def test_codes_of_the_model(tiny_model: ReAR, codes: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_model(codes, LABELS)
+
+
+@pytest.mark.parametrize(
+    ("orders", "message"),
+    [
+        (torch.arange(16).expand(3, -1), r"shape \(3, 16\): expected \(2, 16\), each of 0 to 15 once in every row"),
+        (torch.zeros(2, 15, dtype=torch.int64), r"shape \(2, 15\)"),
+        (torch.zeros(2, 16), "torch.float32"),
+        (torch.arange(16).expand(2, -1) + 1, "orders with 16"),
+        (torch.stack([torch.arange(16), torch.arange(16) // 2]), r"orders with \[0, 0, 1, 1"),
+    ],
+)
+def test_orders(tiny_model: ReAR, tiny_config: ModelConfig, orders: torch.Tensor, message: str) -> None:
+    tiny_config.generator.order = "random"
+    with pytest.raises(ValueError, match=message):
+        tiny_model(torch.zeros(2, 16, dtype=torch.int64), LABELS, orders)
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_model, LABELS, UNIFORMS, tiny_config.generator, orders)
+
+
+def test_orders_that_the_model_was_not_trained_for(tiny_model: ReAR, tiny_config: ModelConfig) -> None:
+    orders = torch.arange(16).flip(0).expand(2, -1)
+    with pytest.raises(ValueError, match=r"code 15 before code 0 in image 0: .* as model\.generator\.order=raster"):
+        generate(tiny_model, LABELS, UNIFORMS, tiny_config.generator, orders)
+    with pytest.raises(
+        ConfigError, match=r"sampling\.order=random: expected raster, as model\.generator\.order=raster"
+    ):
+        load_config(["experiment.output_dir=unused", "sampling.order=random"])
+    load_config(["experiment.output_dir=unused", "sampling.order=random", "model.generator.order=annealed"])
+
+
+ALL, CODES = torch.ones(2, 16, dtype=torch.bool), torch.zeros(2, 16, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("codes", "mask", "message"),
+    [
+        (None, ALL, r"known_codes in a NoneType: expected \(2, 16\), integers from 0 to 23"),
+        (CODES, None, r"known_mask in a NoneType: expected \(2, 16\), bool"),
+        (CODES, ALL.float(), "known_mask of torch.float32"),
+        (CODES[:, 1:], ALL, r"known_codes .* shape \(2, 15\)"),
+        (CODES + 24, ALL, "known_codes with 24"),
+        (CODES.float(), ALL, "known_codes of torch.float32"),
+    ],
+)
+def test_known_codes(tiny_model: ReAR, tiny_config: ModelConfig, codes: Any, mask: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(tiny_model, LABELS, UNIFORMS, tiny_config.generator, None, codes, mask)
 
 
 def test_images_of_a_class_that_is_not_there() -> None:

@@ -80,9 +80,9 @@ def test_activation_checkpointing_changes_no_gradient(tiny_config: ModelConfig, 
 def test_modulations_once_per_class_change_neither_outputs_nor_gradients(tiny_model: ReAR) -> None:
     codes, labels = torch.randint(0, 24, (6, 16)), torch.tensor([4, 1, 5, 1, 4, 1])  # 5: the null class
     results = []
-    for labels_and_rows in ((labels,), labels.unique(return_inverse=True)):
+    for class_labels, class_rows in ((labels, None), labels.unique(return_inverse=True)):
         tiny_model.zero_grad()
-        output = tiny_model(codes, *labels_and_rows)
+        output = tiny_model(codes, class_labels, class_rows=class_rows)
         (output.logits.square().mean() + output.encode_z.mean() + output.decode_z.mean()).backward()
         results.append([output.logits, output.encode_z, *(p.grad.clone() for p in tiny_model.parameters())])
     for of_each, of_classes in zip(*results, strict=True):

@@ -19,7 +19,7 @@ def test_a_training_step_noises_the_context_and_keeps_targets_and_embeddings_cle
     batch["uniforms"] = torch.rand(6, 33, generator=generator)
     fed = []
 
-    def model(context: torch.Tensor, class_labels: torch.Tensor, class_rows: torch.Tensor) -> ReAROutput:
+    def model(context: torch.Tensor, class_labels: torch.Tensor, orders: None, class_rows: torch.Tensor) -> ReAROutput:
         fed.extend([context, class_labels, class_rows])
         return ReAROutput(logits, z, -z)
 

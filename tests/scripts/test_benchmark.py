@@ -34,6 +34,7 @@ def test_sampling(capsys: pytest.CaptureFixture) -> None:
     benchmark.main(["sampling", *small, "--end-to-end", "5"])
     figures = last_line(capsys)
     wanted = {"images_per_s", "ratio_no_cache", "ratio_concat_cache", "latency_s", "peak_memory_mb", "cold_start_s"}
+    assert figures["ratio_random_orders"] > 0
     assert wanted <= set(figures)
     assert (figures["tokens"], figures["batch"]) == (16, 3)
     assert 20 < figures["operations_per_step"] < 100

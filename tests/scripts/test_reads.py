@@ -83,8 +83,13 @@ def test_reads(script: str, more: str, arguments: list[str], recorded: set[str],
 def test_training_and_sampling_read(arguments: list[str], recorded: set[str], tmp_path: Path) -> None:
     train, sample = import_module("scripts.train_rear"), import_module("scripts.sample_imagenet_rear")
     images = ["dataset.params.pretokenization=null", f"experiment.output_dir={tmp_path / 'on_images'}"]
+    complete = import_module("scripts.complete_images")
     weights = [f"experiment.generator_checkpoint={tmp_path / 'out'}", f"experiment.output_dir={tmp_path / 'samples'}"]
-    kinds = (["dataset.params.on_bad_sample=skip"], [*images, "training.use_ema=true"], weights)
+    kinds = (
+        ["dataset.params.on_bad_sample=skip"],
+        [*images, "training.use_ema=true", "model.generator.order=annealed"],
+        weights,
+    )
     on_codes, on_images, sampling = (load_config([*arguments, *more]) for more in kinds)
     recorded.clear()  # of what the checks read
     train.main(on_codes)
@@ -94,3 +99,8 @@ def test_training_and_sampling_read(arguments: list[str], recorded: set[str], tm
     recorded.clear()
     sample.main(sampling)
     check("sample_imagenet_rear", recorded, UNREAD | of_training)  # which enter the fingerprint of the samples
+    completing = load_config([*arguments, *weights, f"completion.inputs={tmp_path / 'images'}"])
+    recorded.clear()
+    complete.main(completing)
+    recorded -= {"dataset.preprocessing.random_crop", "dataset.preprocessing.random_flip"}  # as in reconstruct
+    check("complete_images", recorded, UNREAD | of_training)

@@ -97,6 +97,18 @@ def test_number_of_processes_changes_nothing(
     assert (tmp_path / "y.npz").read_bytes() == npz.read_bytes()
 
 
+@pytest.mark.multiprocess
+def test_orders_belong_to_the_images_too(
+    tiny_arguments: list[str], checkpoint: Path, npz: Path, tmp_path: Path
+) -> None:
+    arguments = [*tiny_arguments, "model.generator.order=random", "sampling.order=random"]
+    alone = sample(arguments, checkpoint, tmp_path / "x", "sampling.per_gpu_batch_size=37")
+    done = run_script([SCRIPT, *arguments_of(arguments, checkpoint, tmp_path / "y")], tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "y.npz").read_bytes() == alone.read_bytes()
+    assert not np.array_equal(np.load(alone)["arr_0"], np.load(npz)["arr_0"])
+
+
 def test_a_seed_or_a_class_more_changes_the_images(
     tiny_arguments: list[str], checkpoint: Path, npz: Path, tmp_path: Path
 ) -> None:
@@ -117,9 +129,9 @@ def test_the_last_batch_does_not_depend_on_what_was_sampled_before(
     """Nothing is allocated, compiled or captured for it."""
     sizes, prepare = [], CodeSampler._prepare
 
-    def recording(sampler: CodeSampler, images: int) -> DecodingState:
+    def recording(sampler: CodeSampler, images: int, with_places: bool) -> DecodingState:
         sizes.append(images)
-        return prepare(sampler, images)
+        return prepare(sampler, images, with_places)
 
     monkeypatch.setattr(CodeSampler, "_prepare", recording)
     few = ["sampling.num_fid_samples=11", "sampling.per_gpu_batch_size=4"]

@@ -33,6 +33,8 @@ MEANS = (
     "train/grad_norm",
 )
 
+AT_STEP = ("lr", "perturbation_ratio", "random_order_ratio", "epoch", "dataset_passes")
+
 
 def run(arguments: list[str], folder: Path, *overrides: str) -> list[dict]:
     assert train_rear.main(load_config([*arguments, f"experiment.output_dir={folder}", *overrides])) == "completed"
@@ -41,7 +43,8 @@ def run(arguments: list[str], folder: Path, *overrides: str) -> list[dict]:
 
 def test_a_line_is_the_mean_of_its_steps(tiny_arguments: list[str], tmp_path: Path) -> None:
     """With a skipped update, two micro-batches per step and an end that is no multiple of 7."""
-    steps = ["training.max_train_steps=17", "training.gradient_accumulation_steps=2"]
+    order = ["model.generator.order=annealed", "model.generator.order_anneal_start=4"]
+    steps = ["training.max_train_steps=17", "training.gradient_accumulation_steps=2", *order]
     each = {row["step"]: row for row in run(tiny_arguments, tmp_path / "each", *steps)}
     lines = run(tiny_arguments, tmp_path / "lines", *steps, "experiment.log_every=7")
     assert [row["step"] for row in lines] == [1, 7, 14, 17]
@@ -50,8 +53,8 @@ def test_a_line_is_the_mean_of_its_steps(tiny_arguments: list[str], tmp_path: Pa
         for name in MEANS:
             assert row[name] == pytest.approx(sum(one[name] for one in of_steps) / len(of_steps), rel=1e-6), name
         assert row["train/grad_norm_max"] == max(one["train/grad_norm"] for one in of_steps)
-        for name in ("train/lr", "train/perturbation_ratio", "train/epoch", "train/dataset_passes"):
-            assert row[name] == of_steps[-1][name]
+        for name in AT_STEP:
+            assert row[f"train/{name}"] == of_steps[-1][f"train/{name}"]
     assert {"perf/images_per_s", "perf/step_ms", "perf/data_wait_pct"} <= lines[1].keys()
     assert "perf/step_ms" not in lines[0]  # the first step is not like the others
 

@@ -13,6 +13,7 @@ from utils.files.weights import read_record
 from utils.run.checkpoint import EMA, MODEL, UNFINISHED, checkpoint_folders, step_of
 from utils.run.manifest import MANIFEST_FILE, check_sizes
 from utils.run.status import STATUS_FILE, read_status
+from utils.schema import ExperimentConfig
 
 FINAL_FILE = "model.safetensors"  # of a run folder, and of a folder in the published layout
 
@@ -31,6 +32,19 @@ class TrainedWeights:
     step: int | None = None
     tokenizer_sha256: str | None = None
     notices: list[str] = field(default_factory=list)
+
+    def check_tokenizer(self, found: str, experiment: ExperimentConfig) -> None:
+        """
+        Raises:
+            InputError: the weights are known to be trained on codes of another tokenizer than that of sha256 `found`.
+        """
+        expected = self.tokenizer_sha256
+        if expected not in (None, found) and not experiment.allow_other_tokenizer:
+            raise InputError(
+                f"{self.path}: trained on codes of the tokenizer of sha256 {expected[:12]}..., found {found[:12]}... "
+                f"in experiment.tokenizer_checkpoint={experiment.tokenizer_checkpoint}; "
+                "experiment.allow_other_tokenizer=true takes it all the same"
+            )
 
 
 def find_trained_weights(source: str) -> TrainedWeights:

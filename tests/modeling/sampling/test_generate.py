@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from modeling.orders import random_orders
 from modeling.rear import ReAR
 from modeling.sampling import decoding
 from modeling.sampling import generate as generate_module
@@ -19,19 +20,25 @@ from modeling.sampling.generate import (
     guide,
     sample_codes,
 )
-from utils.randomness import image_uniforms
+from utils.randomness import Stream, image_uniforms
 from utils.schema import GeneratorConfig, ModelConfig, VQModelConfig
 
 
-def recompute(model: ReAR, labels: torch.Tensor, uniforms: torch.Tensor, config) -> torch.Tensor:
-    """The slow road: the whole prefix through the training forward for every code."""
-    codes = torch.zeros(len(labels), model.image_seq_len, dtype=torch.long)
+def recompute(
+    model: ReAR, labels: torch.Tensor, uniforms: torch.Tensor, config, orders=None, known=None
+) -> torch.Tensor:
+    """The slow road: the whole prefix through the training forward for every code; `known` has -1 for others."""
+    codes, images = torch.zeros(len(labels), model.image_seq_len, dtype=torch.long), torch.arange(len(labels))
     scales = guidance_schedule(config.guidance_scale, config.guidance_scale_pow, model.image_seq_len)
     for k in range(model.image_seq_len):
         with torch.no_grad():
-            cond = model(codes, labels).logits[:, k]
-            uncond = model(codes, torch.full_like(labels, model.num_classes)).logits[:, k]
-        codes[:, k] = sample_codes(guide(cond, uncond, scales[k]) / config.randomize_temperature, uniforms[:, k])
+            cond = model(codes, labels, orders).logits[:, k]
+            uncond = model(codes, torch.full_like(labels, model.num_classes), orders).logits[:, k]
+        found = sample_codes(guide(cond, uncond, scales[k]) / config.randomize_temperature, uniforms[:, k])
+        place = torch.tensor(k) if orders is None else orders[:, k]
+        codes[images, place] = (
+            found if known is None else torch.where(known[images, place] < 0, found, known[images, place])
+        )
     return codes
 
 
@@ -90,6 +97,81 @@ def test_cached_decoding_equals_recomputation(shape: tuple[int, ...]) -> None:
         fast = sample(labels, uniforms)
         assert torch.equal(fast, recompute(model, labels, uniforms, config))
         assert len(fast.unique()) > 5
+
+
+@pytest.mark.usefixtures("device_code")
+@pytest.mark.parametrize("shape", [(32, 2, 4, 16), (24, 1, 3, 70)])
+def test_cached_decoding_in_random_orders_equals_recomputation(shape: tuple[int, ...]) -> None:
+    model, config = random_model(*shape)
+    config.order = "random"
+    labels, sample = torch.tensor([0, 1, 6, 6, 3]), CodeSampler(model, config)
+    for seed in range(2):
+        uniforms = image_uniforms(seed, list(range(5)), shape[-1])
+        orders = random_orders(image_uniforms(seed, list(range(5)), shape[-1], Stream.SAMPLING_ORDERS))
+        fast = sample(labels, uniforms, orders=orders)
+        assert torch.equal(fast, recompute(model, labels, uniforms, config, orders))
+        raster = torch.arange(shape[-1]).expand(5, -1)
+        assert torch.equal(sample(labels, uniforms, orders=raster), sample(labels, uniforms))
+        assert not torch.equal(fast, sample(labels, uniforms))
+
+
+@pytest.mark.usefixtures("device_code")
+def test_one_step_serves_all_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers, compiled functions and graphs are made once: an order is data."""
+    model, config = random_model(32, 2, 4, 16)
+    config.order = "random"
+    sample, made = CodeSampler(model, config), []
+    original = CodeSampler._prepare
+    monkeypatch.setattr(CodeSampler, "_prepare", lambda *arguments: made.append(1) or original(*arguments))
+    labels, uniforms = torch.tensor([2, 5]), image_uniforms(0, [0, 1], 16)
+    for seed in range(3):
+        orders = random_orders(image_uniforms(seed, [0, 1], 16, Stream.SAMPLING_ORDERS))
+        codes = sample(labels, uniforms, orders=orders)
+        assert torch.equal(codes, generate(model, labels, uniforms, config, orders))
+    assert len(made) == 1 + 3
+
+
+@pytest.mark.usefixtures("device_code")
+@pytest.mark.parametrize("in_random_order", [False, True])
+def test_known_codes_come_first_and_stay(in_random_order: bool) -> None:
+    model, config = random_model(32, 2, 4, 40)
+    config.order = "annealed"
+    labels, uniforms = torch.tensor([2, 5, 7]), image_uniforms(0, [0, 1, 2], 40)
+    orders = random_orders(image_uniforms(0, [0, 1, 2], 40, Stream.SAMPLING_ORDERS)) if in_random_order else None
+    given, mask = torch.randint(40, (3, 40)), torch.rand(3, 40) < torch.tensor([[0.2], [0.5], [0.9]])
+    codes = generate(model, labels, uniforms, config, orders, given, mask)
+    assert torch.equal(codes[mask], given[mask])
+    rest = torch.arange(40).expand(3, -1) if orders is None else orders
+    by_hand = [
+        [c for c in row if m[c]] + [c for c in row if not m[c]] for row, m in zip(rest.tolist(), mask, strict=True)
+    ]
+    known = torch.where(mask, given, -1)
+    assert torch.equal(codes, recompute(model, labels, uniforms, config, torch.tensor(by_hand), known))
+    everything = torch.ones_like(mask)
+    assert torch.equal(generate(model, labels, uniforms, config, orders, given, everything), given)
+    nothing = generate(model, labels, uniforms, config, orders, given, ~everything)
+    assert torch.equal(nothing, generate(model, labels, uniforms, config, orders))
+
+
+@pytest.mark.usefixtures("device_code")
+def test_in_raster_order_a_known_prefix_is_completed() -> None:
+    """The teacher-forced prefix and the free run behind it; prefixes of any length together."""
+    model, config = random_model(32, 2, 4, 40)
+    labels, uniforms = torch.tensor([2, 5, 6]), image_uniforms(0, [0, 1, 2], 40)
+    free = generate(model, labels, uniforms, config)
+    mask = torch.arange(40) < torch.tensor([[7], [33], [0]])
+    assert torch.equal(generate(model, labels, uniforms, config, known_codes=free, known_mask=mask), free)
+    given = torch.randint(40, (3, 40), generator=torch.manual_seed(0), dtype=torch.int32)
+    codes = generate(model, labels, uniforms, config, known_codes=given, known_mask=mask)
+    known = torch.where(mask, given, -1).long()
+    assert torch.equal(codes, recompute(model, labels, uniforms, config, known=known))
+    assert torch.equal(codes[mask], given[mask].long())
+    assert torch.equal(codes[2], free[2])
+    assert not torch.equal(codes[:2], free[:2])
+    with pytest.raises(
+        ValueError, match="code 33 before code 0 in image 0: expected raster order, known codes included"
+    ):
+        generate(model, labels, uniforms, config, known_codes=given, known_mask=mask.flip(1))
 
 
 @pytest.mark.usefixtures("device_code")

@@ -1,9 +1,11 @@
 import numpy as np
 import torch
 
+from modeling.orders import random_orders
 from modeling.rear import ReAR
-from modeling.sampling.image_inputs import class_labels_of, image_inputs, indices_of_class
-from utils.randomness import image_uniforms
+from modeling.sampling.image_inputs import class_labels_of, image_inputs, image_orders, indices_of_class
+from utils.randomness import Stream, image_uniforms
+from utils.schema import SamplingConfig
 
 
 def test_classes_take_turns() -> None:
@@ -22,3 +24,12 @@ def test_an_images_inputs_do_not_depend_on_the_others(tiny_model: ReAR) -> None:
     assert labels.dtype == torch.int64
     assert torch.equal(uniforms, image_uniforms(9, [7, 3], 16))
     assert torch.equal(image_inputs([3], tiny_model, seed=9)[1], uniforms[1:])
+
+
+def test_orders_are_those_of_seed_and_index() -> None:
+    sampling = SamplingConfig(seed=9, order="random")
+    orders = image_orders([7, 3], 16, sampling)
+    assert torch.equal(orders, random_orders(image_uniforms(9, [7, 3], 16, Stream.SAMPLING_ORDERS)))
+    assert torch.equal(image_orders([3], 16, sampling), orders[1:])
+    assert not torch.equal(orders, random_orders(image_uniforms(9, [7, 3], 16)))  # the numbers that choose the codes
+    assert image_orders([3], 16, SamplingConfig()) is None
