@@ -15,7 +15,7 @@ from modeling.rear import ReAROutput
 from utils.run.interval import Ratio
 from utils.schema import GeneratorConfig
 
-ROWS_AT_ONCE = 4096  # of the logits, in float32
+LOGITS_AT_ONCE = 2**22  # in float32
 
 
 @dataclass
@@ -32,7 +32,8 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
-        log_sums = torch.cat([rows.float().logsumexp(dim=1) for rows in logits.split(ROWS_AT_ONCE)])
+        ctx.rows_at_once = max(1, LOGITS_AT_ONCE // logits.shape[1])
+        log_sums = torch.cat([rows.float().logsumexp(dim=1) for rows in logits.split(ctx.rows_at_once)])
         ctx.save_for_backward(logits, targets, log_sums)
         return log_sums - logits.gather(1, targets[:, None])[:, 0].float()
 
@@ -40,7 +41,7 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, targets, log_sums = ctx.saved_tensors
         result, columns = torch.empty_like(logits), (tensor[:, None] for tensor in (targets, log_sums, grad))
-        pieces = (tensor.split(ROWS_AT_ONCE) for tensor in (result, logits, *columns))
+        pieces = (tensor.split(ctx.rows_at_once) for tensor in (result, logits, *columns))
         for out, rows, target, log_sum, of_loss in zip(*pieces, strict=True):
             probabilities = (rows.float() - log_sum).exp()
             at_target = probabilities.gather(1, target) - 1

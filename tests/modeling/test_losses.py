@@ -18,7 +18,7 @@ def test_next_token_loss_of_known_logits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_token_losses_are_torchs_cross_entropy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "ROWS_AT_ONCE", 4)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 32)
     logits = (5 * torch.randn(3, 5, 8)).to(dtype).requires_grad_()
     targets, weights = torch.randint(0, 8, (3, 5)), torch.randn(3, 5)
     wanted = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view(3, 5)
