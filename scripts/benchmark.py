@@ -3,6 +3,7 @@
     python scripts/benchmark.py sampling --width 64 --layers 2 --tokens 64 256 --batch 4
     python scripts/benchmark.py decode --resolution 64 --batch 8
     python scripts/benchmark.py training --width 256 --layers 4 --tokens 256 --batch 64 --classes 20
+    python scripts/benchmark.py codebook --sizes 1024 16384
     python scripts/benchmark.py npz --images 5000
     python scripts/benchmark.py data --lines 100000 1000000
     python scripts/benchmark.py precision config=configs/rear_blue_marble.yaml \\
@@ -24,7 +25,7 @@ if __name__ == "__main__":
 from utils.errors import input_errors_exit
 from utils.run.folder import describe_environment
 
-COMMANDS = ("sampling", "decode", "training", "npz", "data", "precision")  # modules of scripts/benchmarks
+COMMANDS = ("sampling", "decode", "training", "codebook", "npz", "data", "precision")  # modules of scripts/benchmarks
 
 
 def main(argv: list[str]) -> None:

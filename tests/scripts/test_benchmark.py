@@ -12,7 +12,7 @@ from data.codes.conversion import jsonl_to_store
 from data.codes.jsonl import Sizes, format_lines
 from modeling.rear import ReAR
 from scripts import benchmark
-from scripts.benchmarks import data, measure, precision, sampling, training
+from scripts.benchmarks import codebook, data, measure, precision, sampling, training
 from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
 from utils.config import load_config
 from utils.errors import InputError
@@ -83,6 +83,19 @@ def test_training(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
                 benchmark.main(["training", *small, "--repeats", "1"])
 
 
+def test_codebook(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmark.main(["codebook", "--sizes", "16", "4096", "--batch", "1", "--rows", "2", "--repeats", "1"])
+    figures = last_line(capsys)
+    assert [row["size"] for row in figures["settings"]] == [16, 4096]
+    assert 0 < figures["loss_mb"] < figures["loss_copied_mb"]
+    assert all(figures[f"sample{way}_ms"] > 0 for way in ("", "_top_k", "_top_p"))
+    for limit, what in (("MAX_LOSS_DIFFERENCE", "loss"), ("MAX_GRADIENT_DIFFERENCE", "gradients")):
+        with monkeypatch.context() as patch:
+            patch.setattr(codebook, limit, -1.0)
+            with pytest.raises(InputError, match=f"gate: {what}"):
+                benchmark.main(["codebook", "--sizes", "16", "--batch", "1"])
+
+
 def test_npz(capsys: pytest.CaptureFixture) -> None:
     benchmark.main(
         ["npz", "--images", "7", "--baseline-images", "5", "--resolution", "16", "--batch", "2", "--repeats", "2"]
@@ -151,4 +164,4 @@ def test_teacher_forced_logits_are_the_models(tiny_model: ReAR) -> None:
 def test_help_names_the_commands(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["--help"])
-    assert "{sampling,decode,training,npz,data,precision}" in capsys.readouterr().out
+    assert "{sampling,decode,training,codebook,npz,data,precision}" in capsys.readouterr().out
