@@ -22,7 +22,8 @@ READS = (
     *("-experiment.init_from", "-experiment.tokenizer_checkpoint", "-experiment.generator_checkpoint"),
     *("model.vq_model", "dataset", "-dataset.params.pretokenization", "-dataset.params.eval_pretokenization"),
     *("-dataset.params.verify_hashes", "-dataset.preprocessing.pretokenize_crops", "optimizer", "lr_scheduler"),
-    *("training", "-training.use_ema", "-training.ema_decay", "-training.fsdp", "vq_training", "sampling.uint8_rule"),
+    *("training", "-training.use_ema", "-training.ema_decay", "-training.fsdp", "-training.compile", "vq_training"),
+    "sampling.uint8_rule",
 )
 
 if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
