@@ -222,6 +222,9 @@ class VQTrainingConfig:
 @dataclass
 class SamplingConfig:
     num_fid_samples: Count = 50_000  # images in the npz
+    # classes in turns: ids, or names of classes of the training data (a number is an id); null: all in their order
+    class_labels: list[str] | None = None
+    images_per_class: Count | None = None  # so many of each, in place of num_fid_samples; null: num_fid_samples in all
     per_gpu_batch_size: Silent[Count] = 50  # images per rank and batch
     seed: Seed = 42  # image i depends on (weights, config, seed, i) only
     order: Literal["raster", "random"] = "raster"  # of the codes of an image; random: for models trained so
