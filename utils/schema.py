@@ -254,6 +254,19 @@ class CompletionConfig:
 
 
 @dataclass
+class SweepConfig:
+    reference: str | None = None  # npz of images: one half chooses the best setting, the other scores it
+    # values of model.generator.guidance_scale; each with every other value below
+    guidance_scale: Annotated[list[float], Range(at_least=0, at_most=1000)] = field(
+        default_factory=lambda: [1.0, 2.0, 4.0, 8.0]
+    )
+    # values of model.generator.guidance_scale_pow; null: that one alone
+    guidance_scale_pow: Annotated[list[float] | None, Range(at_least=0)] = None
+    # values of model.generator.randomize_temperature; null: that one alone
+    randomize_temperature: Annotated[list[float] | None, Range(at_least=1e-6)] = None
+
+
+@dataclass
 class Config:
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -265,3 +278,4 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     inspection: InspectionConfig = field(default_factory=InspectionConfig)  # scripts/inspect_codes.py only
     completion: CompletionConfig = field(default_factory=CompletionConfig)  # scripts/complete_images.py only
+    sweep: SweepConfig = field(default_factory=SweepConfig)  # scripts/sweep_guidance.py only
