@@ -1,5 +1,6 @@
 """The training data of a config and its batches."""
 
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,6 +87,36 @@ def training_classes(config: Config) -> tuple[list[str], str] | None:
         if names is not None:
             return names, str(store)
     return None
+
+
+def asked_classes(config: Config) -> list[int]:
+    """Class ids of `sampling.class_labels`, in that order.
+
+    Raises:
+        InputError: none, one twice, an id that the model does not know, or a name that the training data do not have.
+    """
+    asked, num_classes = config.sampling.class_labels, config.model.generator.condition_num_classes
+    if asked is None:
+        return list(range(num_classes))
+    names: list[str] = []
+    where = "the training data, which tell no names"
+    if not all(map(str.isdecimal, asked)):
+        names, where = training_classes(config) or (names, where)
+    known = {name: class_id for class_id, name in enumerate(names[:num_classes])}
+    class_ids: list[int] = []
+    for word in asked:
+        class_id = int(word) if word.isdecimal() else known.get(word, num_classes)
+        if class_id >= num_classes:
+            near = difflib.get_close_matches(word, names, 1, 0.3)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            expected = f"0 to {num_classes - 1} or the name of a class of {where}"
+            raise InputError(f"sampling.class_labels: found {word!r}, expected {expected}{hint}")
+        if class_id in class_ids:
+            raise InputError(f"sampling.class_labels: found class {class_id} twice, expected each once")
+        class_ids.append(class_id)
+    if not class_ids:
+        raise InputError("sampling.class_labels=[]: expected at least one class, or null for all")
+    return class_ids
 
 
 def check_tokenizer(store: TokenStore, tokenizer_sha256: str) -> None:

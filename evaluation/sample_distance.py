@@ -38,7 +38,7 @@ class SampleDistance:
         if len(heldout) < 2:
             raise InputError(f"experiment.eval_samples={num_samples}: found {len(heldout)} held-out image, expected 2")
         self.num_samples, self.batch_size, self.world = num_samples, batch_size, world
-        name, self.extractor = world.main_first(lambda: find_extractor(world.device))
+        name, self.extractor = world.main_first(lambda: find_extractor(world.device, "experiment.eval_samples"))
         self.key = f"val/{name}_{num_samples}"
         self.image_shape = heldout.read(0, 1).shape[1:]
         self.heldout = self._moments(heldout, "held-out images")
@@ -57,8 +57,11 @@ class SampleDistance:
         return collected.pool.mean_and_covariance()
 
 
-def find_extractor(device: torch.device) -> tuple[str, Extractor]:
+def find_extractor(device: torch.device, needed_by: str) -> tuple[str, Extractor]:
     """Inception if its weights are in torch hub's cache, else EfficientNet-Lite0; with the name of the distance.
+
+    Args:
+        needed_by: key of the config, for the error.
 
     Raises:
         InputError: neither is there, or damaged weights.
@@ -70,7 +73,7 @@ def find_extractor(device: torch.device) -> tuple[str, Extractor]:
             return "frechet_lite0", EfficientNetLite0(device)
         except ImportError as error:
             raise InputError(
-                f"experiment.eval_samples: expected Inception weights or the package {error.name} "
+                f"{needed_by}: expected Inception weights or the package {error.name} "
                 f"(requirements-dev.txt), found neither ({str(no_weights).removeprefix('--inception: ')})"
             ) from error
     return "fid", Inception(device, weights)

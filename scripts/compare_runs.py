@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import numpy as np
 
 from utils.config import read_yaml
+from utils.console import markdown_table
 from utils.errors import InputError, input_errors_exit
 from utils.run.curves import NOT_DRAWN, Points, draw_curve, panel_grid, points_of, save_figure
 from utils.run.metrics_file import read_metrics
@@ -114,7 +115,7 @@ def last_values(runs: list[Run]) -> str:
             older = f" (step {steps[-1]})" if steps and steps[-1] != run.rows[-1]["step"] else ""
             cells.append(f"{values[-1]:.5g}{older}" if steps else "-")
         lines.append([name, *cells])
-    return table(["last value", *(run.label for run in runs)], lines)
+    return markdown_table(["last value", *(run.label for run in runs)], lines)
 
 
 def config_differences(runs: list[Run]) -> str:
@@ -126,11 +127,8 @@ def config_differences(runs: list[Run]) -> str:
     keys = dict.fromkeys(key for config in configs for key in config if key not in OWN_KEYS)
     lines = [[key, *(str(config.get(key, "-")) for config in configs)] for key in keys]
     differing = [line for line in lines if len(set(line[1:])) > 1]
-    return table(["config", *(run.label for run in runs)], differing) if differing else "configs: no key differs"
-
-
-def table(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
+    head = ["config", *(run.label for run in runs)]
+    return markdown_table(head, differing) if differing else "configs: no key differs"
 
 
 if __name__ == "__main__":

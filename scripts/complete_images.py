@@ -46,9 +46,10 @@ from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
 from evaluation.reconstruction import psnr_of_part
 from modeling.orders import known_first
-from modeling.rear import ReAR, load_generator
+from modeling.rear import ReAR
 from modeling.sampling.completion import complete, in_region
 from modeling.sampling.image_decoder import ImageDecoder
+from modeling.sampling.image_sampler import load_trained
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
@@ -59,8 +60,8 @@ from utils.files.npz import write_npz
 from utils.files.weights import weights_sha256
 from utils.images import make_grid, to_float, write_png
 from utils.precision import matmul_precision
+from utils.ranks import World
 from utils.run.folder import code_facts
-from utils.run.trained_weights import find_trained_weights
 
 REGION = re.compile(r"(top|left|center|border):(0?\.\d+)")
 GRID_ROWS = 8  # images in the picture
@@ -75,6 +76,8 @@ def main(config: Config) -> None:
 def complete_all(config: Config) -> None:
     """The files of `experiment.output_dir`."""
     tokenizer = load_tokenizer(config)
+    if not tokenizer.has_images:
+        raise tokenizer.no_images("completion.inputs")
     kept = kept_codes(config, tokenizer)
     model = load_model(config, tokenizer)
     pixels = read_inputs(config)
@@ -166,17 +169,10 @@ def load_model(config: Config, tokenizer: Tokenizer) -> ReAR:
     Raises:
         InputError: no weights, weights of another model or tokenizer, or a class label that the model does not know.
     """
-    source, label = config.experiment.generator_checkpoint, config.completion.class_label
-    if source is None:
-        raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
-    num_classes = config.model.generator.condition_num_classes
+    label, num_classes = config.completion.class_label, config.model.generator.condition_num_classes
     if label is not None and label >= num_classes:
         raise InputError(f"completion.class_label={label}: expected 0 to {num_classes - 1}, or null for the null class")
-    weights = find_trained_weights(source)
-    for notice in weights.notices:
-        print(notice)
-    weights.check_tokenizer(tokenizer.sha256(), config.experiment)
-    return load_generator(weights.path, config.model)
+    return load_trained(config, tokenizer, World(0, 1, torch.device("cpu")))[0]
 
 
 def read_inputs(config: Config) -> np.ndarray:

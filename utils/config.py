@@ -6,6 +6,7 @@ python -m utils.config config=configs/rear_b.yaml training.seed=1   the resolved
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -29,6 +30,7 @@ IGNORED_KEYS = {"log_grad_norm_every", "kv_cache", "finetune_decoder", "pretrain
 IGNORED_KEYS |= {"commitment_cost", "entropy_loss_weight", "entropy_loss_temperature", "entropy_gamma"}
 IGNORED_KEYS |= {"num_channels", "num_resolutions", "sample_with_conv"}
 PUBLISHED_FOLDER = ("configs", "training", "generator")
+NOT_TEXT = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "timestamp"))  # of YAML values
 YAML_BOOLEANS = (("true", "on", "yes"), ("false", "off", "no"))  # words that YAML 1.1 takes for the same boolean
 
 OmegaConf.register_resolver(
@@ -183,8 +185,11 @@ def _check_literals(node: yaml.Node | None, source: str, name: str = "") -> None
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
             _check_literals(value, source, name)
-    elif isinstance(node, yaml.ScalarNode) and name in KEYS and not KEYS[name].may_be(node.value):
-        raise ConfigError(f"{source}: {name}={node.value}: expected {KEYS[name].kind}")
+    elif isinstance(node, yaml.ScalarNode) and name in KEYS:
+        if not KEYS[name].may_be(node.value):
+            raise ConfigError(f"{source}: {name}={node.value}: expected {KEYS[name].kind}")
+        if KEYS[name].lists_texts and node.tag in NOT_TEXT and not re.fullmatch("-?(0|[1-9][0-9]*)", node.value):
+            raise ConfigError(f"{source}: {name}={node.value}: expected text; put it in quotes")
 
 
 def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,7 @@
-"""Standard output and error that may fail without harm: what a program makes is worth more than what it says."""
+"""Standard output and error that may fail without harm: what a program makes is worth more than what it says.
+
+And tables in Markdown, for it and for files.
+"""
 
 import os
 import sys
@@ -31,6 +34,10 @@ class Console:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def markdown_table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
 
 
 @contextmanager

@@ -32,6 +32,7 @@ KINDS = {
     float: "a number",
     str: "text",
     list[int]: "a list of whole numbers",
+    list[float]: "a list of numbers",
     list[str]: "a list of texts, as [a, b]",
     type(None): "null",
 }
@@ -65,6 +66,10 @@ class Key:
     @property
     def is_text(self) -> bool:
         return str in self._parts
+
+    @property
+    def lists_texts(self) -> bool:
+        return list[str] in self._parts
 
     def may_be(self, text: str) -> bool:
         """Whether this text of a command line or file says a value of this type, or one in a list of them, as it is.

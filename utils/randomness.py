@@ -22,6 +22,7 @@ class Stream(IntEnum):
     HELDOUT = 5
     TRAINING_ORDERS = 6
     SAMPLING_ORDERS = 7
+    REFERENCE_HALVES = 8
 
 
 def philox(stream: Stream, seed: int, key: int) -> np.random.Philox:

@@ -239,6 +239,9 @@ class VQTrainingConfig:
 @dataclass
 class SamplingConfig:
     num_fid_samples: Count = 50_000  # images in the npz
+    # classes in turns: ids, or names of classes of the training data (a number is an id); null: all in their order
+    class_labels: list[str] | None = None
+    images_per_class: Count | None = None  # so many of each, in place of num_fid_samples; null: num_fid_samples in all
     per_gpu_batch_size: Silent[Count] = 50  # images per rank and batch
     seed: Seed = 42  # image i depends on (weights, config, seed, i) only
     order: Literal["raster", "random"] = "raster"  # of the codes of an image; random: for models trained so
@@ -268,6 +271,19 @@ class CompletionConfig:
 
 
 @dataclass
+class SweepConfig:
+    reference: str | None = None  # npz of images: one half chooses the best setting, the other scores it
+    # values of model.generator.guidance_scale; each with every other value below
+    guidance_scale: Annotated[list[float], Range(at_least=0, at_most=1000)] = field(
+        default_factory=lambda: [1.0, 2.0, 4.0, 8.0]
+    )
+    # values of model.generator.guidance_scale_pow; null: that one alone
+    guidance_scale_pow: Annotated[list[float] | None, Range(at_least=0)] = None
+    # values of model.generator.randomize_temperature; null: that one alone
+    randomize_temperature: Annotated[list[float] | None, Range(at_least=1e-6)] = None
+
+
+@dataclass
 class Config:
     experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -279,3 +295,4 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     inspection: InspectionConfig = field(default_factory=InspectionConfig)  # scripts/inspect_codes.py only
     completion: CompletionConfig = field(default_factory=CompletionConfig)  # scripts/complete_images.py only
+    sweep: SweepConfig = field(default_factory=SweepConfig)  # scripts/sweep_guidance.py only

@@ -17,15 +17,28 @@ def class_labels_of(indices: Sequence[int], num_classes: int) -> np.ndarray:
     return np.asarray(indices, np.int64) % num_classes
 
 
-def indices_of_class(class_label: int, count: int, num_classes: int) -> list[int]:
-    """The first `count` images of a class.
+def indices_of_classes(class_labels: Sequence[int], count: int, num_classes: int) -> list[int]:
+    """Indices of `count` images, in which these classes take turns, each from its first image on. Of all classes in
+    their order that is 0, 1, 2, ...
 
     Raises:
         ValueError: a class label that is not 0 to C - 1; the null class has no images.
     """
-    if class_label not in range(num_classes):
-        raise ValueError(f"class label {class_label}: expected 0 to {num_classes - 1}")
-    return [class_label + i * num_classes for i in range(count)]
+    for class_label in class_labels:
+        if class_label not in range(num_classes):
+            raise ValueError(f"class label {class_label}: expected 0 to {num_classes - 1}")
+    turns = (divmod(place, len(class_labels)) for place in range(count))
+    return [class_labels[which] + turn * num_classes for turn, which in turns]
+
+
+def asked_images(sampling: SamplingConfig, class_labels: Sequence[int], num_classes: int) -> list[int]:
+    """Indices of the images that `sampling` asks for.
+
+    Args:
+        class_labels: the ids of `sampling.class_labels`.
+    """
+    count, per_class = sampling.num_fid_samples, sampling.images_per_class
+    return indices_of_classes(class_labels, per_class * len(class_labels) if per_class else count, num_classes)
 
 
 def image_inputs(indices: Sequence[int], model: ReAR, seed: int) -> tuple[Tensor, Tensor]:

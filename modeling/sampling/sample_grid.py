@@ -7,7 +7,7 @@ from PIL import Image
 
 from modeling.rear import ReAR
 from modeling.sampling.generate import generate_images
-from modeling.sampling.image_inputs import indices_of_class
+from modeling.sampling.image_inputs import indices_of_classes
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.images import make_grid
 from utils.run.training_run import TrainingRun
@@ -46,8 +46,7 @@ def whole_model(model: ReAR, run: TrainingRun) -> ReAR:
 def save_sample_grid(model: ReAR, tokenizer: Tokenizer, config: Config, step: int) -> Image.Image:
     """A column of samples for each of the first classes; always the same classes and random numbers."""
     columns = min(GRID_CLASSES, model.num_classes)
-    by_class = [indices_of_class(class_label, GRID_ROWS, model.num_classes) for class_label in range(columns)]
-    indices = [by_class[column][row] for row in range(GRID_ROWS) for column in range(columns)]
+    indices = indices_of_classes(range(columns), GRID_ROWS * columns, model.num_classes)
     was_training = model.training
     grid = make_grid(generate_images(model.eval(), tokenizer, indices, config), columns)
     model.train(was_training)

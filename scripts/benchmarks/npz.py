@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from modeling.sampling.image_inputs import class_labels_of
 from scripts.benchmarks.measure import describe, extra_rss_mb, interleaved, seconds
 from scripts.sample_imagenet_rear import pack
 from utils.config import load_config
@@ -78,7 +79,8 @@ def write_parts(output: Path, images: int, arguments: argparse.Namespace, pixels
 def pack_parts(output: Path, images: int, arguments: argparse.Namespace) -> None:
     config = load_config([f"experiment.output_dir={output}", f"sampling.num_fid_samples={images}"])
     parts = SampleParts(output.with_name(output.name + ".parts"), images, arguments.batch)
-    pack(parts, output, config, fingerprint={}, figures={})
+    labels = class_labels_of(range(images), config.model.generator.condition_num_classes)
+    pack(parts, output, config, labels, fingerprint={}, figures={})
 
 
 def png_way(folder: Path, pixels: np.ndarray) -> None:

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modeling.rear import ReAR
 from modeling.sampling.decoding import DecodingState, StepFunctions, decode_one_token
 from modeling.sampling.generate import CodeSampler, choose_codes
-from modeling.sampling.image_inputs import image_inputs, image_orders
+from modeling.sampling.image_inputs import class_labels_of, image_inputs, image_orders
+from modeling.sampling.image_sampler import ImageSampler
 from modeling.tokenizers.registry import build_tokenizer
 from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
 from scripts.benchmarks.close_calls import FLOAT32_GAP, largest_gap
@@ -230,11 +231,12 @@ def end_to_end(model: ReAR, config: GeneratorConfig, batch: int, arguments: argp
         parts = SampleParts(output.with_name("samples.parts"), images, batch)
         parts.claim({})
         first_second: list[float] = []
+        sampler, indices = ImageSampler(model, tokenizer, full, len(parts.blocks[0]), print), list(range(images))
         with PartWriter(parts, output, save_png=False) as writer:
-            for block, pixels in sample_blocks(parts.blocks, model, tokenizer, full, notices=True):
+            for block, pixels in sample_blocks(parts.blocks, indices, sampler, full):
                 first_second.append(time.perf_counter())
                 writer.write(block, pixels)
-        pack(parts, output, full, fingerprint={}, figures={})
+        pack(parts, output, full, class_labels_of(indices, model.num_classes), fingerprint={}, figures={})
         duration = time.perf_counter() - first_second[0]
     rate = (images - len(parts.blocks[0])) / duration
     print(f"end to end, batch {batch}: {rate:.4g} images/s after the first batch, npz included")

@@ -57,7 +57,9 @@ def test_named_keys_exist(page: Path) -> None:
     sections = {key.split(".")[0] for key in known}
     for words in in_backticks(page):
         for name in re.findall(r"(?<![\w./])[a-z_]+(?:\.[a-z_0-9]+)+(?![\w/])", words):
-            is_file = name.endswith((".py", ".json", ".jsonl", ".npz", ".yaml", ".txt", ".png", ".tar", ".safetensors"))
+            is_file = name.endswith(
+                (".py", ".md", ".json", ".jsonl", ".npz", ".yaml", ".txt", ".png", ".tar", ".safetensors")
+            )
             assert name.split(".")[0] not in sections or is_file or name in known, name
 
 

@@ -54,7 +54,7 @@ def stub_distance(world: World) -> tuple[dict[str, float], list[list[int]]]:
         return samples[numbers]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample_distance, "find_extractor", lambda device: ("frechet_stub", StubExtractor()))
+        patch.setattr(sample_distance, "find_extractor", lambda device, needed_by: ("frechet_stub", StubExtractor()))
         distance = SampleDistance(InMemory(heldout), 12, 5, world)
     assert distance(generate) == distance(lambda numbers: samples[numbers])
     return distance(lambda numbers: samples[numbers]), asked
@@ -73,7 +73,7 @@ def test_the_distance_is_the_evaluators(empty_cache: Path, tmp_path: Path, alone
 
 def test_inception_is_taken_where_its_weights_are(empty_cache: Path, inception_weights: Path) -> None:
     (empty_cache / CACHED_NAMES[1]).symlink_to(inception_weights)
-    name, extractor = find_extractor(torch.device("cpu"))
+    name, extractor = find_extractor(torch.device("cpu"), "experiment.eval_samples")
     assert name == "fid"
     assert extractor.pool_dim == 2048
 
@@ -81,7 +81,7 @@ def test_inception_is_taken_where_its_weights_are(empty_cache: Path, inception_w
 def test_no_back_end_is_one_line(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(InputError, match=r"experiment\.eval_samples: expected Inception weights or the package effic"):
-        find_extractor(torch.device("cpu"))
+        find_extractor(torch.device("cpu"), "experiment.eval_samples")
 
 
 def compute_on_rank(output: Path) -> None:
@@ -100,7 +100,7 @@ def test_two_processes_share_the_same_batches(alone: World, tmp_path: Path) -> N
 
 
 def test_a_model_without_finite_numbers_has_no_distance(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_distance, "find_extractor", lambda device: ("fid", StubExtractor()))
+    monkeypatch.setattr(sample_distance, "find_extractor", lambda device, needed_by: ("fid", StubExtractor()))
     distance = SampleDistance(InMemory(images()[0]), 4, 2, alone)
 
     def generate(numbers: list[int]) -> np.ndarray:

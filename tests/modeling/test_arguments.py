@@ -9,7 +9,7 @@ import torch
 from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler, generate, generate_images
 from modeling.sampling.image_decoder import ImageDecoder
-from modeling.sampling.image_inputs import indices_of_class
+from modeling.sampling.image_inputs import indices_of_classes
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from tests.modeling.tokenizers.test_conformance import SIZES
 from utils.config import load_config
@@ -154,7 +154,7 @@ def test_known_codes(tiny_model: ReAR, tiny_config: ModelConfig, codes: Any, mas
 def test_images_of_a_class_that_is_not_there() -> None:
     for label in (-1, 5):
         with pytest.raises(ValueError, match=f"class label {label}: expected 0 to 4"):
-            indices_of_class(label, 3, 5)
+            indices_of_classes([0, label], 3, 5)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,16 @@ import torch
 from data.codes.token_store import TokenStore
 from evaluation.inputs import open_input
 from modeling.tokenizers.registry import load_tokenizer
-from scripts import convert_tokens, inspect_codes, pretokenize, reconstruct, sample_imagenet_rear, train_rear
+from scripts import (
+    complete_images,
+    convert_tokens,
+    inspect_codes,
+    pretokenize,
+    reconstruct,
+    sample_imagenet_rear,
+    sweep_guidance,
+    train_rear,
+)
 from tests.conftest import make_noise_images
 from tests.docs.pages import fences
 from tests.docs.test_commands import split
@@ -137,6 +146,8 @@ def test_what_wants_images_is_refused(sampled: Path, arguments: list[str], run: 
         (train_rear, *held_out),
         (train_rear, "experiment.eval_every=1", "experiment.eval_samples=2"),
         (sample_imagenet_rear, "sampling.save_png=true", f"experiment.generator_checkpoint={run}"),
+        (sweep_guidance, f"sweep.reference={tmp_path / 'x.npz'}"),
+        (complete_images, f"completion.inputs={images}"),
     ]
     for script, *more in refused:
         with pytest.raises(InputError, match=r"wants images, and .*model_type=codes_only knows codes alone"):

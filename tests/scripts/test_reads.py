@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.evaluation.made_up import StubExtractor
 from utils.config import load_config
 from utils.keys import KEYS, keys_under
 
@@ -80,11 +81,14 @@ def test_reads(script: str, more: str, arguments: list[str], recorded: set[str],
     check(script, recorded)
 
 
-def test_training_and_sampling_read(arguments: list[str], recorded: set[str], tmp_path: Path) -> None:
+def test_training_and_sampling_read(
+    arguments: list[str], recorded: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train, sample = import_module("scripts.train_rear"), import_module("scripts.sample_imagenet_rear")
     images = ["dataset.params.pretokenization=null", f"experiment.output_dir={tmp_path / 'on_images'}"]
     complete = import_module("scripts.complete_images")
     weights = [f"experiment.generator_checkpoint={tmp_path / 'out'}", f"experiment.output_dir={tmp_path / 'samples'}"]
+    weights += ["sampling.class_labels=[cat]"]
     kinds = (
         ["dataset.params.on_bad_sample=skip"],
         [*images, "training.use_ema=true", "model.generator.order=annealed"],
@@ -104,3 +108,11 @@ def test_training_and_sampling_read(arguments: list[str], recorded: set[str], tm
     complete.main(completing)
     recorded -= {"dataset.preprocessing.random_crop", "dataset.preprocessing.random_flip"}  # as in reconstruct
     check("complete_images", recorded, UNREAD | of_training)
+    np.savez(tmp_path / "reference.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
+    more = [f"sweep.reference={tmp_path / 'reference.npz'}", f"experiment.output_dir={tmp_path / 'sweep'}"]
+    sweeping = load_config([*arguments, *weights, *more])
+    recorded.clear()
+    sweep = import_module("scripts.sweep_guidance")
+    monkeypatch.setattr(sweep, "find_extractor", lambda device, needed_by: ("fid", StubExtractor()))
+    sweep.main(sweeping)
+    check("sweep_guidance", recorded, UNREAD | of_training)

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from modeling.rear import ReAR, load_generator
+from modeling.sampling import image_sampler
 from modeling.sampling.decoding import DecodingState
 from modeling.sampling.generate import CodeSampler
+from modeling.sampling.image_sampler import ImageSampler
 from modeling.tokenizers.registry import load_tokenizer
 from scripts import sample_imagenet_rear
 from tests.processes import ROOT, rank_environments, run_script, start_script
@@ -138,11 +140,72 @@ def test_the_last_batch_does_not_depend_on_what_was_sampled_before(
     config = load_config(arguments_of(tiny_arguments, checkpoint, Path("unused"), *few))
     model, tokenizer = load_generator(checkpoint, config.model).eval(), load_tokenizer(config)
     blocks = [range(4), range(4, 8), range(8, 11)]
-    *_, (_, images) = sample_imagenet_rear.sample_blocks(blocks, model, tokenizer, config, notices=False)
-    [(block, alone)] = sample_imagenet_rear.sample_blocks(blocks[-1:], model, tokenizer, config, notices=False)
+    several, one = (ImageSampler(model, tokenizer, config, 4, print) for _ in range(2))
+    *_, (_, images) = sample_imagenet_rear.sample_blocks(blocks, list(range(11)), several, config)
+    [(block, alone)] = sample_imagenet_rear.sample_blocks(blocks[-1:], list(range(11)), one, config)
     assert (block, len(alone)) == (range(8, 11), 3)
     assert np.array_equal(images, alone)
     assert sizes == [4, 4]
+
+
+def test_some_classes_alone_are_the_same_images(
+    tiny_arguments: list[str], checkpoint: Path, npz: Path, tmp_path: Path
+) -> None:
+    asked = ["sampling.class_labels=[3,1]", "sampling.images_per_class=7"]
+    alone = np.load(sample(tiny_arguments, checkpoint, tmp_path / "x", *asked))
+    everything = np.load(npz)
+    assert alone["arr_1"].tolist() == [3, 1] * 7
+    for label in (3, 1):
+        images = everything["arr_0"][everything["arr_1"] == label]
+        np.testing.assert_array_equal(alone["arr_0"][alone["arr_1"] == label], images[:7])
+    assert "class_labels:\n  - '3'" in (tmp_path / "x.yaml").read_text()
+
+    in_all = sample(tiny_arguments, checkpoint, tmp_path / "y", asked[0], "sampling.num_fid_samples=3")
+    assert np.load(in_all)["arr_1"].tolist() == [3, 1, 3]
+    each = sample(tiny_arguments, checkpoint, tmp_path / "z", "sampling.images_per_class=2")
+    np.testing.assert_array_equal(np.load(each)["arr_0"], everything["arr_0"][:10])
+    with pytest.raises(InputError, match=r"x\.npz: exists and was made otherwise \(sampling\.class_labels=\[3, 1\]"):
+        sample(tiny_arguments, checkpoint, tmp_path / "x", "sampling.class_labels=[1,3]", asked[1])
+
+
+def test_classes_by_name(tiny_arguments: list[str], checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("cat", "dog", "12"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / "images" / name / "0.png")
+    data = f"dataset.params.train_shards_path_or_url={tmp_path / 'images'}"
+    arguments = [*tiny_arguments, "sampling.images_per_class=2"]
+    named = sample(arguments, checkpoint, tmp_path / "x", data, "sampling.class_labels=[dog,cat]")
+    assert np.load(named)["arr_1"].tolist() == [2, 1, 2, 1]
+    before = named.stat().st_mtime_ns
+    sample(arguments, checkpoint, tmp_path / "x", "sampling.class_labels=[2,1]")  # the same
+    assert named.stat().st_mtime_ns == before
+    message = r"class_labels: found 'dgo', expected 0 to 4 or .* of .*images; did you mean 'dog'"
+    with pytest.raises(InputError, match=message):
+        sample(tiny_arguments, checkpoint, tmp_path / "y", data, "sampling.class_labels=[dgo]")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            "[0,5]",
+            r"class_labels: found '5', expected 0 to 4 or the name of a class of the training data",
+        ),
+        ("[-1]", r"class_labels: found '-1', expected 0 to 4"),
+        ("[cat]", r"class_labels: found 'cat', expected 0 to 4"),
+        ("[2,2]", r"class_labels: found class 2 twice"),
+        ("[]", r"class_labels=\[\]: expected at least one class"),
+        ("3", r"class_labels=3: expected a list of texts, as \[a, b\] or null"),
+        ("[010]", r"class_labels=010: expected text; put it in quotes"),
+        ("[cat,no]", r"class_labels=no: expected text; put it in quotes"),
+    ],
+)
+def test_classes_that_are_not_there(
+    tiny_arguments: list[str], checkpoint: Path, tmp_path: Path, asked: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        sample(tiny_arguments, checkpoint, tmp_path / "x", f"sampling.class_labels={asked}")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_missing_and_foreign_weights_are_named(tiny_arguments: list[str], checkpoint: Path, tmp_path: Path) -> None:
@@ -160,8 +223,11 @@ def test_values_that_are_not_finite_name_the_images_and_the_weights(
     tiny_arguments: list[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, what: str
 ) -> None:
     """Damaged after loading, since a file with such values is refused."""
-    load = {"model": "load_generator", "tokenizer": "load_tokenizer"}[broken]
-    original = getattr(sample_imagenet_rear, load)
+    owner, load = {
+        "model": (image_sampler, "load_generator"),
+        "tokenizer": (sample_imagenet_rear, "load_tokenizer"),
+    }[broken]
+    original = getattr(owner, load)
 
     def damaged(*arguments: object) -> torch.nn.Module:
         module = original(*arguments)
@@ -169,7 +235,7 @@ def test_values_that_are_not_finite_name_the_images_and_the_weights(
         head.bias.data[1] = torch.nan
         return module
 
-    monkeypatch.setattr(sample_imagenet_rear, load, damaged)
+    monkeypatch.setattr(owner, load, damaged)
     with pytest.raises(InputError, match=rf"images 0 to 7: the {what} are not finite.*generator_checkpoint=") as caught:
         sample(tiny_arguments, checkpoint, tmp_path / "x")
     assert str(checkpoint) in str(caught.value)
@@ -242,7 +308,7 @@ def test_parts_of_another_run_are_refused(
             sample(tiny_arguments, checkpoint, tmp_path / "x")
     overrides = [override]
     if override == "other code":
-        monkeypatch.setattr(sample_imagenet_rear, "code_facts", lambda: {"code": "0ther"})
+        monkeypatch.setattr(image_sampler, "code_facts", lambda: {"code": "0ther"})
         overrides = []
     if override == "other weights":
         state = load_state_dict(checkpoint)

@@ -43,6 +43,7 @@ def test_a_saved_config_reads_back_equal(tmp_path: Path) -> None:
         (["training.max_train_steps=1e3"], "training.max_train_steps=1e3: expected a whole number"),
         (["training.use_ema=2.5"], "training.use_ema=2.5: expected true or false"),
         (["inspection.rows=3"], "inspection.rows=3: expected a list of whole numbers or null"),
+        (["sweep.guidance_scale=[1,x]"], "sweep.guidance_scale=x: expected a list of numbers"),
         (["inspection.rows=[0,-1]"], "inspection.rows=[0, -1]: expected at least 0"),
         (["model.vq_model.channel_mult=[]"], "model.vq_model.channel_mult=[]: expected at least one value"),
         (["model.vq_model.resolution=8"], "resolution=8: expected a multiple of 16 (5 levels in channel_mult)"),
@@ -181,14 +182,15 @@ def test_every_key_has_a_meaning_and_every_number_a_range(key: Key) -> None:
     assert key.meaning
     assert key.kind
     kinds = {key.type, *getattr(key.type, "__args__", ())}
-    if not kinds & {int, float, list[int]}:
+    lists = kinds & {list[int], list[float]}
+    if not lists and not kinds & {int, float}:
         return
     allowed = key.mark(Range)
-    numbers = ["nan", "inf", "-inf"] if float in kinds else []
+    numbers = ["nan", "inf", "-inf"] if kinds & {float, list[float]} else []
     numbers += [allowed.at_least - 1 if allowed.at_least > float("-inf") else allowed.above]
     numbers += [bound for bound in (allowed.at_most + 1, allowed.below) if bound < float("inf")]
     for number in numbers:
-        value = f"[{number}]" if list[int] in kinds else number
+        value = f"[{number}]" if lists else number
         with pytest.raises(ConfigError, match=rf"^{key.name}=\[?{number}(\.0)?\]?: expected "):
             load_config([OUT, f"{key.name}={value}"])
 

@@ -1,0 +1,106 @@
+"""From the indices of images to their bytes, as the config asks for: what the sampler and the sweep share."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeling.rear import ReAR, load_generator
+from modeling.sampling.generate import CodeSampler
+from modeling.sampling.image_decoder import ImageDecoder, KeptCodes
+from modeling.sampling.image_inputs import image_inputs, image_orders
+from modeling.tokenizers.tokenizer import Tokenizer
+from utils.config import flat
+from utils.errors import InputError
+from utils.files.weights import weights_sha256
+from utils.ranks import World
+from utils.run.folder import code_facts
+from utils.run.trained_weights import TrainedWeights, find_trained_weights
+from utils.schema import Config
+
+
+class ImageSampler:
+    """Samples batches of up to `batch_size` images.
+
+    A smaller batch is filled up with its last index while it is sampled: one of another size would be compiled anew,
+    and its codes could depend on what this process has sampled before.
+
+    Args:
+        model, tokenizer: on the same device, in eval mode.
+        notice: receives what `sampling.compile=auto` had to give up, one line.
+
+    Attributes:
+        decoder: from these codes to images, or of a tokenizer without images to the codes themselves.
+    """
+
+    def __init__(
+        self, model: ReAR, tokenizer: Tokenizer, config: Config, batch_size: int, notice: Callable[[str], object]
+    ) -> None:
+        self.model, self.sampling, self.batch_size = model, config.sampling, batch_size
+        precision, on_gpu = config.sampling.mixed_precision, model.cls_token.device.type == "cuda"
+        reduced = precision == "bf16" or (precision == "auto" and on_gpu)
+        dtype = torch.bfloat16 if reduced else torch.float32
+        self.sampler = CodeSampler(model, config.model.generator, dtype, config.sampling.compile, notice)
+        self.decoder: ImageDecoder | KeptCodes = KeptCodes(tokenizer.codebook_size)
+        if tokenizer.has_images:
+            half_decoder = torch.float16 if reduced and on_gpu else torch.float32
+            self.decoder = ImageDecoder(tokenizer, config.sampling.uint8_rule, half_decoder)
+
+    def codes(self, indices: Sequence[int]) -> Tensor:
+        """Codes (B, N) of the images with these indices; a GPU may still be at work on them."""
+        filled = [*indices, *[indices[-1]] * (self.batch_size - len(indices))]
+        inputs = image_inputs(filled, self.model, self.sampling.seed)
+        return self.sampler(*inputs, orders=image_orders(filled, self.model.image_seq_len, self.sampling))[
+            : len(indices)
+        ]
+
+    def __call__(self, indices: Sequence[int]) -> np.ndarray:
+        """The images (B, H, W, 3) uint8 with these indices, or codes (B, N) uint16.
+
+        Raises:
+            NonFiniteError: logits or pixels that are not finite.
+        """
+        pending: Any = self.decoder.start(self.codes(indices))
+        return self.decoder.finish(pending)
+
+
+def load_trained(config: Config, tokenizer: Tokenizer, world: World) -> tuple[ReAR, TrainedWeights]:
+    """The model of `experiment.generator_checkpoint` on the CPU, and where it came from. All ranks call it.
+
+    Raises:
+        InputError: no weights, or those of another model or tokenizer.
+    """
+    source = config.experiment.generator_checkpoint
+    if source is None:
+        raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
+    weights = world.from_main(lambda: find_trained_weights(source))
+    for notice in weights.notices if world.is_main else []:
+        print(notice)
+    weights.check_tokenizer(tokenizer.sha256(), config.experiment)
+    return load_generator(weights.path, config.model), weights
+
+
+def images_made_from(
+    config: Config, class_labels: list[int], indices: list[int], model: ReAR, tokenizer: Tokenizer, device: torch.device
+) -> dict[str, Any]:
+    """All that images depend on, by config key.
+
+    Args:
+        class_labels, indices: what `sampling` asks for.
+    """
+    sections = {"model": dataclasses.asdict(config.model), "sampling": dataclasses.asdict(config.sampling)}
+    facts = dict(flat(sections))
+    del facts["sampling.images_per_class"]
+    return {
+        **facts,
+        "sampling.num_fid_samples": len(indices),
+        "sampling.class_labels": None if config.sampling.class_labels is None else class_labels,
+        "training.enable_tf32": config.training.enable_tf32,
+        "device": device.type,
+        "sha256 of experiment.generator_checkpoint": weights_sha256(model),
+        "sha256 of experiment.tokenizer_checkpoint": tokenizer.sha256(),
+        **code_facts(),
+    }
