@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.codes.store_files import StoreMeta
+from data.codes.store_files import StoreMeta, check_codebook_size
 from data.codes.token_writer import new_token_store
 from modeling.rear import ReAR, load_generator
 from modeling.sampling.generate import CodeSampler
@@ -76,8 +76,11 @@ def sample(config: Config, held: ExitStack) -> None:
     if source is None:
         raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
     output, tokenizer = Path(config.experiment.output_dir), load_tokenizer(config)
-    if sampling.save_png and not tokenizer.has_images:
-        raise tokenizer.no_images("sampling.save_png=true")
+    result = output.with_name(output.name + (".npz" if tokenizer.has_images else ".tokens"))
+    if not tokenizer.has_images:
+        check_codebook_size(result, tokenizer.codebook_size)
+        if sampling.save_png:
+            raise tokenizer.no_images("sampling.save_png=true")
     with join_world() as world:  # left before the work begins: nothing later waits for a collective
         world.from_main(lambda: held.enter_context(only_writer(output)))
         parts_folder = output.with_name(output.name + ".parts")
@@ -88,7 +91,6 @@ def sample(config: Config, held: ExitStack) -> None:
         weights.check_tokenizer(tokenizer.sha256(), config.experiment)
         model = load_generator(weights.path, config.model)
         fingerprint = fingerprint_of(config, model, tokenizer, world.device)
-        result = output.with_name(output.name + (".npz" if tokenizer.has_images else ".tokens"))
         if world.from_main(lambda: is_finished(parts, result, fingerprint)):
             return
         world.from_main(lambda: check_images_folder(parts, output))
