@@ -28,7 +28,7 @@ from data.images.image_source import ImageSource
 from data.images.notices import notify
 from data.images.reading import open_images
 from data.images.shard_writer import HELDOUT_PREFIX
-from modeling.tokenizers.registry import code_shape, tokenizer_sizes
+from modeling.tokenizers.registry import check_weights, code_shape, tokenizer_sizes
 from utils.config import load_config
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = tokenizer / "tokenizer.safetensors"
     else:
         tokenizer = arguments.tokenizer
-        sizes = tokenizer_sizes(load_state_dict(local_file(tokenizer)))
+        sizes = sizes_in(tokenizer, resolution)
     settings = {
         **data,
         **tokenizer_settings(sizes, resolution),
@@ -110,6 +110,21 @@ def find_shards(folder: Path) -> tuple[str, str]:
         raise InputError(f"{folder}: found shards of the kinds {train}, expected one, made by scripts/make_shards.py")
     heldout = HELDOUT_PREFIX if HELDOUT_PREFIX in prefixes else train[0]
     return str(folder / f"{train[0]}-*.tar"), str(folder / f"{heldout}-*.tar")
+
+
+def sizes_in(tokenizer: str, resolution: int) -> VQModelConfig:
+    """Of a tokenizer from its weights.
+
+    Raises:
+        InputError: no weights of a tokenizer, or a resolution that they cannot have.
+    """
+    state = load_state_dict(local_file(tokenizer))
+    sizes = replace(tokenizer_sizes(state), resolution=resolution)
+    try:
+        check_weights(sizes, state, tokenizer)
+    except InputError as error:
+        raise InputError(f"--resolution {resolution}: {error}") from error
+    return sizes
 
 
 def tokenizer_settings(sizes: VQModelConfig, resolution: int) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.codes.store_files import StoreMeta
+from data.codes.store_files import StoreMeta, check_codebook_size
 from data.codes.token_writer import new_token_store
 from data.training_batches import asked_classes
 from modeling.sampling.image_decoder import ImageDecoder, KeptCodes
@@ -71,8 +71,11 @@ def sample(config: Config, held: ExitStack) -> None:
     """
     output, sampling = Path(config.experiment.output_dir), config.sampling
     tokenizer = load_tokenizer(config)
-    if sampling.save_png and not tokenizer.has_images:
-        raise tokenizer.no_images("sampling.save_png=true")
+    result = output.with_name(output.name + (".npz" if tokenizer.has_images else ".tokens"))
+    if not tokenizer.has_images:
+        check_codebook_size(result, tokenizer.codebook_size)
+        if sampling.save_png:
+            raise tokenizer.no_images("sampling.save_png=true")
     with join_world() as world:  # left before the work begins: nothing later waits for a collective
         world.from_main(lambda: held.enter_context(only_writer(output)))
         classes = world.from_main(lambda: asked_classes(config))
@@ -80,7 +83,6 @@ def sample(config: Config, held: ExitStack) -> None:
         indices = asked_images(sampling, classes, model.num_classes)
         parts = SampleParts(output.with_name(output.name + ".parts"), len(indices), sampling.per_gpu_batch_size)
         fingerprint = images_made_from(config, classes, indices, model, tokenizer, world.device)
-        result = output.with_name(output.name + (".npz" if tokenizer.has_images else ".tokens"))
         if world.from_main(lambda: is_finished(parts, result, fingerprint)):
             return
         world.from_main(lambda: check_images_folder(parts, output))

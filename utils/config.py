@@ -26,9 +26,10 @@ from utils.schema import Config
 ROOT = Path(__file__).resolve().parents[1]
 # Keys of published YAML files that nothing reads, there or here: accepted with a notice.
 IGNORED_KEYS = {"log_grad_norm_every", "kv_cache", "finetune_decoder", "pretrained_tokenizer_weight"}
-# Of VQGAN+: its training, and what the weights tell.
-IGNORED_KEYS |= {"commitment_cost", "entropy_loss_weight", "entropy_loss_temperature", "entropy_gamma"}
-IGNORED_KEYS |= {"num_channels", "num_resolutions", "sample_with_conv"}
+# Of VQGAN+ and TiTok, in this section only: their training, and what the weights tell.
+IGNORED_VQ_KEYS = {"commitment_cost", "entropy_loss_weight", "entropy_loss_temperature", "entropy_gamma"}
+IGNORED_VQ_KEYS |= {"num_channels", "num_resolutions", "sample_with_conv"}
+IGNORED_KEYS |= {f"model.vq_model.{name}" for name in IGNORED_VQ_KEYS}
 PUBLISHED_FOLDER = ("configs", "training", "generator")
 NOT_TEXT = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "timestamp"))  # of YAML values
 YAML_BOOLEANS = (("true", "on", "yes"), ("false", "off", "no"))  # words that YAML 1.1 takes for the same boolean
@@ -203,7 +204,7 @@ def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _update(merged: DictConfig, values: dict[str, Any], source: str) -> None:
     for name, value in values.items():
-        if name.rsplit(".", 1)[-1] in IGNORED_KEYS:
+        if {name, name.rsplit(".", 1)[-1]} & IGNORED_KEYS:
             print(f"{source}: {name} has no effect and is ignored", file=sys.stderr)
             continue
         if any(known.startswith(f"{name}.") for known in KEYS):

@@ -78,8 +78,9 @@ class VQModelConfig:
     z_channels: Count = 256  # llamagen_vq, taming_vqgan: width before the 1x1 convolution to token_size
     # vqplus: lookup (nearest codebook vector) or lookup-free (the sign of each of token_size channels)
     quantizer_type: Literal["lookup", "lookup-free"] = "lookup"
-    use_l2_norm: bool = False  # titok: features and codebook vectors of length 1 in the look-up
     is_legacy: bool = True  # titok: to pixels through the codes of MaskGIT-VQ (L-32, B-64, S-128); false: straight
+    # titok: features and codebook vectors of length 1 in the look-up
+    use_l2_norm: Annotated[bool, Follows("model.vq_model.is_legacy", must_agree=False)] = True
     vit_enc_model_size: Literal["tiny", "small", "base", "large"] = "base"  # titok: the encoder; tiny: for tests
     vit_dec_model_size: Literal["tiny", "small", "base", "large"] = "base"  # titok: the decoder
     vit_enc_patch_size: Count = 16  # titok: pixels, height and width of a patch

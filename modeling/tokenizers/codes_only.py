@@ -25,12 +25,16 @@ class CodesOnly(Tokenizer):
         if path.suffix != ".npy":
             return super().read_state(path)
         try:
-            codebook = np.load(path, allow_pickle=False)
+            with path.open("rb") as file:
+                codebook = np.lib.format.read_array(file, allow_pickle=False)
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read as a NumPy array: {error}") from error
-        if codebook.ndim != 2 or codebook.dtype.kind != "f" or not np.isfinite(codebook).all():
+        is_table = codebook.ndim == 2 and codebook.dtype.kind == "f"
+        with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite, and is refused
+            vectors = codebook.astype(np.float32) if is_table else None
+        if vectors is None or not np.isfinite(vectors).all():
             raise InputError(f"{path}: found {codebook.dtype} {codebook.shape}, expected finite floats (V, Z)")
-        return {"codebook": torch.from_numpy(codebook.astype(np.float32))}
+        return {"codebook": torch.from_numpy(vectors)}
 
     @classmethod
     def code_shape_of(cls, config: VQModelConfig) -> tuple[int, ...]:

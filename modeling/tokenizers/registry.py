@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from modeling.tokenizers.codes_only import CodesOnly
@@ -15,7 +16,7 @@ from modeling.tokenizers.tokenizer import Tokenizer, TrainableTokenizer
 from modeling.tokenizers.vq_plus import VQPlus
 from utils.errors import InputError
 from utils.files.hub import local_file
-from utils.files.weights import load_strict
+from utils.files.weights import check_fits, load_strict
 from utils.schema import Config, VQModelConfig
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
@@ -64,6 +65,17 @@ def load_weights(tokenizer: Tokenizer, path: Path) -> None:
         InputError: the file is missing, damaged or refused, or its keys or shapes are not those of the tokenizer.
     """
     load_strict(tokenizer, tokenizer.weights_of(tokenizer.read_state(path), path), path)
+
+
+def check_weights(config: VQModelConfig, state: dict[str, Tensor], source: object) -> None:
+    """The checks of `load_weights` on the entries of a file, for a tokenizer of these sizes, which is not built.
+
+    Raises:
+        InputError: as `build_tokenizer` and `load_weights`.
+    """
+    with torch.device("meta"):
+        tokenizer = build_tokenizer(config)
+    check_fits(tokenizer, tokenizer.weights_of(state, source), source)
 
 
 def load_tokenizer(config: Config) -> Tokenizer:

@@ -87,7 +87,7 @@ class TiTokVQ(Tokenizer):
                 vit_dec_model_size=_size_of(state, "decoder"),
                 vit_enc_patch_size=encoder_patch,
             )
-            sizes.use_l2_norm = sizes.is_legacy  # so it is in all that are published
+            sizes.use_l2_norm = sizes.is_legacy  # so it is in all that are published, and by default
             if sizes.is_legacy:
                 levels = 1 + max(int(key.split(".")[2]) for key in state if key.startswith(f"{PREFIX}.up."))
                 widths = [len(state[f"{PREFIX}.up.{level}.block.0.conv2.weight"]) for level in range(levels)]

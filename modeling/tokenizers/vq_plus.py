@@ -103,10 +103,12 @@ class VQPlus(ConvTokenizer):
 
 
 def _are_bits(values: Tensor) -> bool:
-    return torch.equal(values.double(), 2.0 ** torch.arange(len(values), dtype=torch.float64))
+    return torch.equal(values.double(), 2.0 ** torch.arange(values.numel(), dtype=torch.float64))
 
 
 def _are_all_vectors(vectors: Tensor) -> bool:
+    if vectors.ndim != 2:
+        return False
     count, bits = vectors.shape
     return count == 2**bits and torch.equal(vectors.float(), SignQuantizer(bits).vectors(torch.arange(count)))
 

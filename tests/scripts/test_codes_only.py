@@ -163,18 +163,32 @@ BAD_CODEBOOKS = {
     "no table": (np.zeros(24, np.float32), r"found float32 \(24,\), expected finite floats \(V, Z\)"),
     "of integers": (np.zeros((24, 8), np.int64), r"found int64 \(24, 8\), expected finite floats"),
     "with NaN": (np.full((24, 8), np.nan), r"found float64 \(24, 8\), expected finite floats"),
+    "beyond float32": (np.full((24, 8), 1e39), r"found float64 \(24, 8\), expected finite floats"),
     "of objects": (np.array([{}]), "cannot be read as a NumPy array"),
+    "of no bytes": (None, "cannot be read as a NumPy array"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_CODEBOOKS)
 def test_a_bad_codebook_is_named(arguments: list[str], tmp_path: Path, case: str) -> None:
     codebook, message = BAD_CODEBOOKS[case]
-    np.save(tmp_path / "bad.npy", codebook)
+    if codebook is None:
+        (tmp_path / "bad.npy").touch()
+    else:
+        np.save(tmp_path / "bad.npy", codebook)
     wrong = [f"experiment.output_dir={tmp_path / 'x'}", f"experiment.tokenizer_checkpoint={tmp_path / 'bad.npy'}"]
     with pytest.raises(InputError, match=rf"bad\.npy: .*{message}"):
         train_rear.main(load_config([*arguments, *wrong]))
     assert not (tmp_path / "x").exists()
+
+
+def test_more_codes_than_a_store_holds_are_not_sampled(arguments: list[str], run: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "large.npy", np.zeros((2**16 + 1, 8), np.float32))
+    large = f"experiment.tokenizer_checkpoint={tmp_path / 'large.npy'}"
+    config = load_config(sampling_of(arguments, run, tmp_path / "x", large, "model.vq_model.codebook_size=65537"))
+    with pytest.raises(InputError, match=r"x\.tokens: codebook_size=65537, expected at most 65536"):
+        sample_imagenet_rear.main(config)
+    assert [path.name for path in tmp_path.iterdir()] == ["large.npy"]
 
 
 def test_the_number_of_codes_is_given(arguments: list[str], tmp_path: Path) -> None:

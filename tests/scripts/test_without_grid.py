@@ -89,6 +89,10 @@ def test_the_config_of_a_tokenizer_and_images(arguments: list[str], tmp_path: Pa
     assert {key: getattr(config.model.vq_model, key) for key in TITOK} == TITOK
     assert (config.model.generator.image_seq_len, config.model.generator.z_dim) == (9, 8)
     load_tokenizer(config)
+    with pytest.raises(
+        InputError, match=r"--resolution 16: .*titok\.safetensors: .*encoder\.positional_embedding \(17, 32"
+    ):
+        make_config.main([str(tmp_path / "shards"), str(tmp_path / "other"), "--resolution", "16", *options[2:]])
 
 
 def test_the_number_of_codes_of_a_grid_is_not_chosen(tiny_arguments: list[str]) -> None:

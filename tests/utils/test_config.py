@@ -133,6 +133,9 @@ def test_keys_that_published_files_hold_and_nothing_reads(tmp_path: Path, capsys
     notices = capsys.readouterr().err.splitlines()
     assert len(notices) == 4
     assert f"{path}: experiment.log_grad_norm_every has no effect and is ignored" in notices
+    assert load_config([OUT, "model.vq_model.entropy_loss_weight=0.1"]) == load_config([OUT])
+    with pytest.raises(ConfigError, match=r"unknown key .*did you mean 'vq_training\.entropy_weight'"):
+        load_config([OUT, "vq_training.entropy_loss_weight=0.1"])
 
 
 PUBLISHED_KEYS = {

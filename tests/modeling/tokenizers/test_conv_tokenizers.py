@@ -194,6 +194,7 @@ def test_computed_tensors_of_published_files_are_compared(tmp_path: Path) -> Non
     for key, changed in (
         ("quantize.codebook", buffers["quantize.codebook"].flip(1)),
         ("quantize.codebook", buffers["quantize.codebook"][:512]),
+        ("quantize.codebook", buffers["quantize.codebook"][None]),
         ("quantize.bits_to_indices", buffers["quantize.bits_to_indices"].flip(0)),
     ):
         torch.save(tokenizer.state_dict() | buffers | {key: changed}, path)

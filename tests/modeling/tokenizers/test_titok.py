@@ -17,8 +17,8 @@ from utils.errors import InputError
 from utils.schema import VQModelConfig
 
 FIXTURES = Path(__file__).parents[2] / "fixtures/tokenizers"
-LEGACY = {"codebook_size": 4096, "token_size": 12, "use_l2_norm": True}
-LATER = {"codebook_size": 8192, "token_size": 64, "is_legacy": False}
+LEGACY = {"codebook_size": 4096, "token_size": 12}
+LATER = {"codebook_size": 8192, "token_size": 64, "is_legacy": False, "use_l2_norm": False}
 PUBLISHED = {
     "l32": {**LEGACY, "num_latent_tokens": 32, "vit_enc_model_size": "large", "vit_dec_model_size": "large"},
     "b64": {**LEGACY, "num_latent_tokens": 64},
