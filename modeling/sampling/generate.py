@@ -160,7 +160,7 @@ class CodeSampler:
 
         Returns:
             (B, N) int64 codes in raster order; a GPU may still be at work on them. V where logits were not finite:
-            `ImageDecoder` and `generate` refuse that.
+            `ImageDecoder`, `KeptCodes` and `generate` refuse that.
 
         Raises:
             ValueError: an argument of another shape, type or range, or an order that the model was not trained for.

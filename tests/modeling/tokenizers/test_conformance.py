@@ -3,16 +3,18 @@
 import copy
 import typing
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from modeling.sampling.image_decoder import ImageDecoder
-from modeling.tokenizers.registry import TOKENIZERS, build_tokenizer, code_shape, tokenizer_sizes
+from modeling.tokenizers.registry import TOKENIZERS, build_tokenizer, code_shape, load_weights, tokenizer_sizes
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import load_config
 from utils.errors import InputError
+from utils.files.weights import save_weights
 from utils.images import to_uint8
 from utils.schema import VQModelConfig
 
@@ -249,6 +251,15 @@ def test_every_tokenizer_conforms(sizes: VQModelConfig) -> None:
 def test_sizes_are_read_from_the_weights(sizes: VQModelConfig) -> None:
     found = tokenizer_sizes(build_tokenizer(sizes).state_dict())
     assert replace(found, resolution=sizes.resolution) == sizes
+
+
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_weights_are_read_back(sizes: VQModelConfig, tmp_path: Path) -> None:
+    """None of them is left out or renamed on the way."""
+    ours, other = build_tokenizer(sizes), build_tokenizer(sizes)
+    save_weights(ours.state_dict(), tmp_path / "weights.safetensors")
+    load_weights(other, tmp_path / "weights.safetensors")
+    assert other.sha256() == ours.sha256()
 
 
 @pytest.mark.parametrize("tokenizer_class", [ToyTokenizer, WithoutGrid])
