@@ -180,9 +180,9 @@ def with_distinct_labels(batch: Batch) -> Batch:
 class TrainingBatches:
     """Iterates over the batches of a rank, on its device: `class_labels`, `index` and `codes` or `image`.
 
-    Those of the generator have `uniforms` (B, `num_uniforms`) too and perhaps
-    `order_uniforms`, some of their labels are dropped, and `class_labels`
-    are the distinct ones that are left, (U,); `class_rows` (B,) tells which of them a sample has.
+    Those of the generator have `uniforms` (B, `num_uniforms`) too, and `order_uniforms` (B, `num_order_uniforms`) if
+    there are any. Some of their labels are dropped; `class_labels` (U,) are the distinct ones then, and `class_rows`
+    (B,) tells which of them a sample has.
 
     Args:
         micro_steps: batches per step.

@@ -1,7 +1,6 @@
 """The training objective as pure functions of tensors (paper, section 3: https://arxiv.org/abs/2510.04450).
 
-Legend: B images, N codes per image, V codebook size, Z width of a codebook vector. Random numbers come in as
-uniforms in [0, 1), so that a result depends on its arguments only.
+Legend: B images, N codes per image, V codebook size, Z width of a codebook vector, M rows of logits.
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,8 @@ Paper: https://arxiv.org/abs/2510.04450. The architecture, orders included, is R
 The state-dict keys are those of the published weights and never change. `modeling/sampling/decoding.py` restates the
 forward pass for one position with a cache.
 
-Legend: B images, N codes per image, T = N + 2 positions [cls, class, x1 .. xN], D hidden size, H heads, d = D / H,
-V codebook size, C classes, U distinct labels of a batch, Z width of a codebook vector.
+Legend: B images, N codes per image, T = N + 2 positions [cls, class, x1 .. xN], D hidden size, V codebook size,
+C classes, U distinct labels of a batch, Z width of a codebook vector.
 
     position       0     1      2    ...   N      N + 1
     input          cls   class  x1   ...   xN-1   xN

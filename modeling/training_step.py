@@ -71,10 +71,10 @@ def compile_blocks(model: ReAR, config: Config, device: torch.device) -> list[st
     if training.compile == "off" or (training.compile == "auto" and (device.type == "cpu" or training.fsdp)):
         return []
     size, shape = training.per_gpu_batch_size, (model.image_seq_len + 2, config.model.generator.hidden_size)
-    rows = torch.zeros(size, dtype=torch.int64, device=device)
-    for block in model.blocks:
-        block.compile()
     try:
+        for block in model.blocks:
+            block.compile()
+        rows = torch.zeros(size, dtype=torch.int64, device=device)
         for labels in (2, 3):  # after the second time for any number of labels
             x, condition = (torch.zeros(n, *shape, device=device, requires_grad=True) for n in (size, labels))
             with autocast(training, device):

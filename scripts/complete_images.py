@@ -1,7 +1,7 @@
 """Complete images from a part of their codes: the rest is sampled given them.
 
     python scripts/complete_images.py config=configs/rear_rar_l.yaml experiment.output_dir=outputs/completed \\
-        experiment.generator_checkpoint=outputs/rear_rar_l completion.inputs=photos completion.keep=border:0.5
+        experiment.generator_checkpoint=outputs/rear_rar_l completion.inputs=photos completion.keep=top:0.5
 
 The images are cropped in the centre and encoded; the codes of the part that `completion.keep` names stay as they are.
 A model in raster order (`model.generator.order=raster`) completes what comes after them, so that only top:SHARE, or a
@@ -143,6 +143,8 @@ def kept_codes(config: Config, tokenizer: Tokenizer) -> Tensor:
             f"completion.keep={keep}: expected top:SHARE, as model.generator.order=raster: a model that was trained in "
             "raster order alone completes what comes after the kept codes"
         )
+    if config.model.generator.order == "annealed" and not is_prefix:
+        print(f"completion.keep={keep}: weights from the end of an annealed run know raster order alone (top:SHARE)")
     return kept
 
 

@@ -130,6 +130,10 @@ def check_training(config: Config) -> None:
             f"experiment.eval_samples={samples}: expected images to compare with in "
             "dataset.params.eval_shards_path_or_url"
         )
+    if training.fsdp and training.compile == "on":
+        raise ConfigError(
+            "training.compile=on: expected auto or off, as training.fsdp=true: sharded, nothing is compiled"
+        )
     if training.stop_steps is not None and training.stop_steps > training.max_train_steps:
         raise ConfigError(
             f"training.stop_steps={training.stop_steps}: expected at most max_train_steps={training.max_train_steps}"

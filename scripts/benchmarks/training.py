@@ -60,7 +60,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     model = ReAR(config.model).to(device())
     for block in model.blocks:  # no adaLN of zeros, which would hide the blocks from the gate
         nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)  # type: ignore[index,union-attr]
-    print(*compile_blocks(model, config, device()), sep="\n", end="")
+    print(*(f"{notice}\n" for notice in compile_blocks(model, config, device())), sep="", end="")
     batch = made_up_batch(model, config)
     restated = partial(published_loss, block_function=published_block)
     check_equal(model, tokenizer, batch, config, restated)

@@ -86,3 +86,7 @@ def test_without_a_compiler_the_blocks_run_as_they_are(
         compile_blocks(model, config, torch.device("cpu"))
     config.training.compile = "auto"
     assert compile_blocks(model, config, torch.device("cpu")) == []  # not tried
+    (notice,) = compile_blocks(model, config, torch.device("cuda"))
+    assert notice.endswith("the blocks run uncompiled, since compiling them failed: Failed to find C compiler.")
+    rows = torch.tensor([1, 0, 1])
+    model.blocks[0](torch.zeros(3, 18, 32), torch.zeros(2, 18, 32), rows)  # no half of a compiler left

@@ -101,6 +101,14 @@ def test_any_part_stays_with_models_of_any_order(
     assert arrays["images"].shape == (10, 16, 16, 3)
 
 
+def test_annealed_models_are_told_apart(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    said = []
+    for keep in ("top:0.5", "border:0.5"):
+        run(arguments, tmp_path / keep, f"completion.keep={keep}", "model.generator.order=annealed")
+        said.append("weights from the end of an annealed run know raster order alone" in capsys.readouterr().out)
+    assert said == [False, True]
+
+
 def test_the_regions() -> None:
     def text(name: str, share: float) -> list[str]:
         return ["".join(".#"[kept] for kept in row) for row in in_region(name, share, 4, 4).astype(int)]
@@ -142,7 +150,7 @@ def test_shards_and_folders_with_classes_are_inputs_too(arguments: list[str], tm
         (["completion.keep=README.md"], "completion.keep=README.md: found no picture that can be read"),
         (["completion.keep=docs/results/quickstart/training_curves.png"], r"pixels, expected a square"),
         (["completion.class_label=5"], "completion.class_label=5: expected 0 to 4, or null for the null class"),
-        (["completion.inputs=tests/fixtures"], "tests/fixtures: found no image"),
+        (["completion.inputs=scripts_bash"], "scripts_bash: found no image"),
     ],
 )
 def test_what_is_refused(

@@ -255,6 +255,12 @@ def test_a_run_cannot_stop_after_its_end() -> None:
         check_training(load_config([*arguments, "training.stop_steps=11"]))
 
 
+def test_sharded_blocks_are_not_compiled() -> None:
+    check_training(load_config([OUT, "training.fsdp=true"]))
+    with pytest.raises(ConfigError, match=r"training.compile=on: expected auto or off, as training.fsdp=true"):
+        check_training(load_config([OUT, "training.fsdp=true", "training.compile=on"]))
+
+
 def test_the_project_s_own_configs_are_suggested_elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=f"did you mean '{ROOT}/configs/rear_b.yaml'"):
