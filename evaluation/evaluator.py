@@ -76,27 +76,24 @@ class Evaluator:
     ) -> None:
         self.world, self.batch_size, self.device = world, batch_size, device or world.device
         self.extractor = world.main_first(lambda: load_extractor(backend, inception, self.device))
-        self.reference = self._open(reference)
+        self.reference = self.open(reference)
         self.settings = {"backend": backend, "device": self.device.type}
         self.settings |= {"distance": distance} if backend == "inception" else {}
         self.keep_as = FEATURE_DTYPES[distance] if backend == "inception" else None
 
-    def __call__(self, samples: Path) -> dict[str, Any]:
-        """The report: `metrics` by name, `warnings`, and what they were computed from; if one with the same origin lies
-        beside the samples, that one. Says on stdout what is compared.
-
-        Raises:
-            InputError: the samples are not as expected; no feature has been computed then.
+    def __call__(self, samples: Npz) -> dict[str, Any]:
+        """The report of opened samples: `metrics` by name, `warnings`, and what they were computed from; if one
+        with the same origin lies beside the samples, that one. Says on stdout what is compared.
         """
-        npz, backend = self._open(samples), self.settings["backend"]
-        report = self.settings | describe(self.reference, npz, self.extractor, backend)
+        backend = self.settings["backend"]
+        report = self.settings | describe(self.reference, samples, self.extractor, backend)
         if self.world.is_main:
             print_description(report)
-        if done := self.world.from_main(lambda: find_same(samples, report)):
+        if done := self.world.from_main(lambda: find_same(samples.images.path, report)):
             return done
-        sides = [self.of_reference, self._collect(npz, "samples")]
+        sides = [self.of_reference, self._collect(samples, "samples")]
         if backend == "inception":
-            report["metrics"] = adm_metrics([self.reference, npz], sides, self.world, self.device)
+            report["metrics"] = adm_metrics([self.reference, samples], sides, self.world, self.device)
         else:
             moments = (side.pool.mean_and_covariance() for side in sides)
             report["metrics"] = {"frechet_distance": frechet_distance(*next(moments), *next(moments))}
@@ -106,7 +103,11 @@ class Evaluator:
     def of_reference(self) -> Collected:
         return self._collect(self.reference, "reference")
 
-    def _open(self, path: Path) -> Npz:
+    def open(self, path: Path) -> Npz:
+        """
+        Raises:
+            InputError: a file that is not as expected.
+        """
         npz = self.world.main_first(lambda: open_input(path, verify=self.world.is_main))
         check_statistics(npz, self.extractor.weights_sha256)
         return npz
@@ -179,8 +180,9 @@ def main() -> None:
     with join_world() as world:
         steps = world.from_main(lambda: [find_step(path, run) for path in samples]) if run else []
         evaluator = Evaluator(world=world, **args)
-        for number, path in enumerate(samples):
-            report = evaluator(path)
+        opened = [evaluator.open(path) for path in samples]  # what is wrong with any is told before the work begins
+        for number, (path, npz) in enumerate(zip(samples, opened, strict=True)):
+            report = evaluator(npz)
             if world.is_main:
                 print_metrics(report)
                 print(f"report: {write_report(report, path)}", file=sys.stderr)

@@ -36,7 +36,7 @@ from utils.files.hub import local_file
 from utils.files.weights import load_state_dict
 from utils.keys import KEYS
 from utils.marks import Follows
-from utils.schema import Config, VQModelConfig
+from utils.schema import OWN_NUMBER_OF_CODES, Config, VQModelConfig
 
 ROOT = Path(__file__).parents[1]
 SMALL_BASE, SMALL_TOKENIZER = ROOT / "configs/rear_blue_marble.yaml", ROOT / "configs/tokenizer_blue_marble.yaml"
@@ -138,7 +138,10 @@ def tokenizer_settings(sizes: VQModelConfig, resolution: int) -> dict[str, Any]:
         sizes.num_latent_tokens = math.prod(code_shape(sizes))
     except InputError as error:
         raise InputError(f"--resolution {resolution}: {error}") from error
-    return {f"model.vq_model.{key}": value for key, value in asdict(sizes).items()}
+    settings = {f"model.vq_model.{key}": value for key, value in asdict(sizes).items()}
+    if sizes.model_type not in OWN_NUMBER_OF_CODES:
+        del settings["model.vq_model.num_latent_tokens"]  # it follows from the others
+    return settings
 
 
 def balanced_count(images: ImageSource, num_classes: int) -> int:

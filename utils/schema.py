@@ -208,7 +208,7 @@ class TrainingConfig:
     # bf16 (autocast) or no (fp32); auto: bf16 on CUDA, for few CPUs are fast at it
     mixed_precision: Literal["auto", "bf16", "no"] = "auto"
     # the blocks compiled; auto: on CUDA, unless sharded; a CPU takes about a minute for it
-    compile: Silent[Literal["auto", "on", "off"]] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
     enable_tf32: bool = True  # TF32 matrix products on NVIDIA GPUs
     enable_wandb: Silent[bool] = True  # log to wandb too; metrics.jsonl is written in any case
     use_ema: bool = False  # keep an exponential moving average of the weights and sample from it

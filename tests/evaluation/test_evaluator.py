@@ -48,7 +48,8 @@ def stub_metrics(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluator, "load_extractor", lambda *_: StubExtractor())
         patch.setattr(moments, "SPLIT_SIZE", 50)
-        report = Evaluator(files["reference"], world, distance="fp32", batch_size=batch_size)(files[samples])
+        compare = Evaluator(files["reference"], world, distance="fp32", batch_size=batch_size)
+        report = compare(compare.open(files[samples]))
     return report["metrics"]
 
 
@@ -146,11 +147,10 @@ def test_several_samples_share_the_features_of_the_reference(
     monkeypatch.setattr(evaluator, "collect", collect)
     monkeypatch.setattr(evaluator, "load_extractor", lambda *_: StubExtractor())
     compare = Evaluator(files["reference"], alone, distance="fp32")
-    reports = [compare(files[name]) for name in ("samples", "shuffled")]
+    reports = [compare(compare.open(files[name])) for name in ("samples", "shuffled")]
     assert collected == ["reference", "samples", "shuffled"]
-    one_by_one = [
-        Evaluator(files["reference"], alone, distance="fp32")(files[name]) for name in ("samples", "shuffled")
-    ]
+    others = [Evaluator(files["reference"], alone, distance="fp32") for _ in range(2)]
+    one_by_one = [other(other.open(files[name])) for other, name in zip(others, ("samples", "shuffled"), strict=True)]
     assert reports == one_by_one
 
 

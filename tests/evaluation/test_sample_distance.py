@@ -65,7 +65,8 @@ def test_the_distance_is_the_evaluators(empty_cache: Path, tmp_path: Path, alone
     for name, array in (("heldout", heldout), ("samples", samples)):
         np.savez(tmp_path / f"{name}.npz", arr_0=array)
     files = (tmp_path / "heldout.npz", tmp_path / "samples.npz")
-    expected = Evaluator(files[0], alone, "efficientnet_lite0", batch_size=5)(files[1])["metrics"]["frechet_distance"]
+    evaluator = Evaluator(files[0], alone, "efficientnet_lite0", batch_size=5)
+    expected = evaluator(evaluator.open(files[1]))["metrics"]["frechet_distance"]
     distance = SampleDistance(InMemory(heldout), 12, 5, alone)
     assert distance(lambda numbers: samples[numbers]) == {"val/frechet_lite0_12": pytest.approx(expected, rel=1e-9)}
     assert expected > 1
