@@ -55,7 +55,7 @@ class StatusKeeper:
     def __init__(self, output_dir: Path, world: World, group_timeout: int, saving_memory: str) -> None:
         self.output_dir, self.world, self.group_timeout = output_dir, world, group_timeout
         self.saving_memory = saving_memory  # keys that do, for the message when it runs out
-        self.has_begun, self.now = False, Status("running", 0)
+        self.has_begun, self._has_written, self.now = False, False, Status("running", 0)
         self._owner = world.from_main(os.getpid)  # of the lock
 
     def begin(self, step: int) -> list[str]:
@@ -81,6 +81,7 @@ class StatusKeeper:
     def write(self) -> None:
         if self.world.is_main:
             write_status(self.output_dir, self.now)
+            self._has_written = True
 
     def update(self) -> None:
         """While running: a full disk must not end the run for this."""
@@ -113,7 +114,8 @@ class StatusKeeper:
             self.now.status, self.now.reason = "failed", reason
             if self.world.is_main or owner_inside(self.output_dir) in (None, self._owner):  # not yet another launch's
                 with suppress(OSError):  # the error itself is what to tell
-                    write_status(self.output_dir, self.now, self.world.rank)
+                    of_this_launch = self._has_written or not self.world.is_main
+                    write_status(self.output_dir, self.now, self.world.rank, first_failure_stays=of_this_launch)
         if meaning is not error:
             raise meaning from error
 
@@ -127,11 +129,16 @@ class StatusKeeper:
                 )
 
 
-def write_status(output_dir: Path, status: Status, rank: int = 0) -> None:
-    """Replace the file in one go. The first failure stays: other ranks only report that they lost the failed one."""
+def write_status(output_dir: Path, status: Status, rank: int = 0, first_failure_stays: bool = False) -> None:
+    """Replace the file in one go.
+
+    Args:
+        first_failure_stays: leave what another rank of this launch says of its failure, for this one may only report
+            that it lost that rank.
+    """
     status.time = datetime.now(timezone.utc).isoformat(timespec="seconds")
     path, text = output_dir / STATUS_FILE, json.dumps(asdict(status), indent=1) + "\n"
-    if status.status == "failed" and rank > 0:
+    if first_failure_stays:
         before = read_status_or_none(output_dir)
         if before is not None and before.status == "failed":
             return
