@@ -22,6 +22,7 @@ from modeling.noise import add_noise
 from modeling.rear import ReAR
 from modeling.tokenizers.tokenizer import Tokenizer
 from scripts.benchmarks.baselines import modulate, published_inputs
+from utils.precision import autocast
 from utils.schema import Config
 
 BlockFunction = Callable[[Block, Tensor, Tensor, Tensor], Tensor]
@@ -40,7 +41,7 @@ def published_loss(
     context, mask = add_noise(codes, batch["uniforms"], max_ratio, config.model)
     targets = tokenizer.embed(codes)  # (B, N, Z)
     labels = batch["class_labels"][batch["class_rows"]]  # (B,)
-    with torch.autocast(codes.device.type, torch.bfloat16, enabled=config.training.mixed_precision == "bf16"):
+    with autocast(config.training, codes.device):
         logits, encode_z, decode_z = _forward(model, labels, context, block_function)
     encode, decode = (-(F.normalize(z.float(), dim=-1) * F.normalize(targets.float(), dim=-1)).sum(-1)
                       for z in (encode_z, decode_z))  # fmt: skip
