@@ -1,4 +1,4 @@
-"""The parts of the generator: blocks with adaLN, and projectors.
+"""The parts of the generator: blocks with adaLN.
 
 Images of the same class have the same adaLN modulations, so these are computed once for each of U distinct labels;
 `rows` tells which of them an image has.
@@ -122,14 +122,3 @@ def adaln_linear(hidden_size: int, outputs: int) -> nn.Sequential:
     """Linear D -> outputs * D. Its SiLU is the same in every block, so `condition` comes with it applied;
     the Identity holds its place in the published keys (`adaLN_modulation.1`)."""
     return nn.Sequential(nn.Identity(), nn.Linear(hidden_size, outputs * hidden_size))
-
-
-def projector(hidden_size: int, projection_dim: int, z_dim: int) -> nn.Sequential:
-    """Training-only MLP from hidden states to codebook vectors: three layers, as in the released weights."""
-    return nn.Sequential(
-        nn.Linear(hidden_size, projection_dim),
-        nn.SiLU(),
-        nn.Linear(projection_dim, projection_dim),
-        nn.SiLU(),
-        nn.Linear(projection_dim, z_dim),
-    )

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.rear import ReAROutput
+from modeling.robust_embedding import alignment_loss, cosine_to_codes
 from utils.run.interval import Ratio
 from utils.schema import GeneratorConfig
 
@@ -56,23 +56,6 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean of `token_losses`."""
     return token_losses(logits, targets).mean()
-
-
-def cosine_to_codes(projection: Tensor, codebook_vectors: Tensor) -> Tensor:
-    """(B, N) float32 cosines of projected hidden states (B, N, Z) and the embeddings (B, N, Z) of the clean codes."""
-    return F.cosine_similarity(projection.float(), codebook_vectors.float(), dim=-1)
-
-
-def alignment_loss(cosine: Tensor, excluded: Tensor | None = None) -> Tensor:
-    """Mean of -cos over all B * N positions.
-
-    Args:
-        cosine: (B, N).
-        excluded: (B, N) bool; such positions add 0, and the divisor stays B * N, as in the released code.
-    """
-    if excluded is not None:
-        cosine = cosine.masked_fill(excluded, 0.0)
-    return -cosine.mean()
 
 
 def rear_loss(

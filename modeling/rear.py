@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling.blocks import AdaLNBeforeHead, Block, projector, take
+from modeling.blocks import AdaLNBeforeHead, Block, take
 from modeling.checks import checked_class_labels, checked_codes, checked_orders
+from modeling.robust_embedding import projector
 from utils.files.weights import load_state_dict, load_strict
 from utils.run.trained_weights import find_trained_weights
 from utils.schema import ModelConfig

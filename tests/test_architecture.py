@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,11 @@ def test_imports_go_one_way(path: Path) -> None:
     if package != "scripts":
         assert "accelerate" not in modules
         assert "wandb" not in modules or path.name == "tracking.py"
+
+
+def test_the_regularizer_can_be_copied_elsewhere() -> None:
+    modules = {module.split(".")[0] for module in imported_modules(ROOT / "modeling/robust_embedding.py")}
+    assert modules - sys.stdlib_module_names == {"torch"}
 
 
 TRAINS_A_TOKENIZER = "scripts/train_tokenizer.py"  # needs more of one than the others do

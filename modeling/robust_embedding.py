@@ -1,0 +1,269 @@
+"""reAR's regularization of any autoregressive transformer over the codes of an image tokenizer.
+
+This file needs torch alone: to use it in another code base, copy it there. This project trains with the same functions.
+
+    robust = RobustEmbedding(codebook, hidden_size=768)  # the tokenizer's (V, Z); its parameters go into the optimizer
+    robust.attach(model, encode="blocks.0", decode="blocks.15", prefix=1)
+    ...
+    noisy, mask = robust.perturb(codes, progress=step / num_steps)
+    logits = model(noisy)
+    loss = cross_entropy(logits, codes) + robust.loss(codes, mask)
+
+Source: the paper, section 3 (https://arxiv.org/abs/2510.04450), with projectors and mask rule of its released code.
+
+Legend: B images, N codes x1 .. xN per image, P positions before x1 (a class, a prompt), D hidden size, V codebook size,
+Z width of a codebook vector.
+
+    position         0 ..   P - 1    P     ...    P + N - 2    P + N - 1
+    input            prefix          x1    ...    xN-1         xN (not with `last_code=False`)
+    decode, logits          x1       x2    ...    xN           -
+    encode                           x1    ...    xN-1         xN
+
+Random numbers come in as uniforms in [0, 1), so that a result depends on its arguments only.
+"""
+
+from collections.abc import Callable
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ANNEAL_END = 0.75  # share of the training steps after which the context is clean
+
+# (codes (B, N), uniforms (B, 2 N + 1), largest ratio, V) -> (noisy codes (B, N), bool mask (B, N) of replaced ones)
+Noise = Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
+
+
+def num_noise_uniforms(image_seq_len: int) -> int:
+    """Uniforms of each sequence: one for its ratio, N that choose codes, N for what replaces them."""
+    return 2 * image_seq_len + 1
+
+
+def codes_to_replace(uniforms: Tensor, max_ratio: float) -> Tensor:
+    """Mask (B, N) of the codes to replace; each sequence draws from U(0, max_ratio) how probable that is for its codes.
+
+    Args:
+        uniforms: (B, 2 N + 1), of which the ratio is the first and the choices are the next N.
+    """
+    image_seq_len = uniforms.shape[1] // 2
+    ratio, choice = uniforms[:, :1], uniforms[:, 1 : 1 + image_seq_len]
+    return choice < ratio * max_ratio
+
+
+def switch_codes(codes: Tensor, uniforms: Tensor, max_ratio: float, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """Replace chosen codes by random ones of the whole codebook, so a new code may be the old one."""
+    mask = codes_to_replace(uniforms, max_ratio)
+    replacement = (uniforms[:, 1 + codes.shape[1] :] * codebook_size).to(codes.dtype)
+    return torch.where(mask, replacement, codes), mask
+
+
+def mask_codes(codes: Tensor, uniforms: Tensor, max_ratio: float, codebook_size: int) -> tuple[Tensor, Tensor]:
+    """Replace chosen codes by a mask code, which stands behind the codebook (`codebook_size`)."""
+    mask = codes_to_replace(uniforms, max_ratio)
+    return torch.where(mask, codebook_size, codes), mask
+
+
+def perturbation_ratio_at(step: float, anneal_start: float, anneal_end: float) -> float:
+    """Largest share of codes that are replaced: 1 until `anneal_start`, linear to 0 at `anneal_end`, 0 after.
+
+    With 0 and 3/4 of the steps it is the paper's f(t) = max(0, 1 - 4t/3).
+    """
+    if step >= anneal_end:
+        return 0.0
+    if step <= anneal_start:
+        return 1.0
+    return (anneal_end - step) / (anneal_end - anneal_start)
+
+
+def projector(hidden_size: int, projection_dim: int, z_dim: int) -> nn.Sequential:
+    """Training-only MLP from hidden states to codebook vectors: three layers, as in the released weights."""
+    return nn.Sequential(
+        nn.Linear(hidden_size, projection_dim),
+        nn.SiLU(),
+        nn.Linear(projection_dim, projection_dim),
+        nn.SiLU(),
+        nn.Linear(projection_dim, z_dim),
+    )
+
+
+def cosine_to_codes(projection: Tensor, codebook_vectors: Tensor) -> Tensor:
+    """(B, N) float32 cosines of projected hidden states (B, N, Z) and the embeddings (B, N, Z) of the clean codes."""
+    return F.cosine_similarity(projection.float(), codebook_vectors.float(), dim=-1)
+
+
+def alignment_loss(cosine: Tensor, excluded: Tensor | None = None) -> Tensor:
+    """Mean of -cos over all B * N positions.
+
+    Args:
+        cosine: (B, N).
+        excluded: (B, N) bool; such positions add 0, and the divisor stays B * N, as in the released code.
+    """
+    if excluded is not None:
+        cosine = cosine.masked_fill(excluded, 0.0)
+    return -cosine.mean()
+
+
+class RobustEmbedding(nn.Module):
+    """Noise of the context, and two projectors that read hidden states of a model by hooks.
+
+    The hooks do nothing while the model is in eval mode. Under activation checkpointing, whose second pass they take
+    part in, it must be torch's with `use_reentrant=False`. Call `attach` before `torch.compile`; under
+    DistributedDataParallel make this a submodule of the model, so that its gradients are averaged too.
+
+    Args:
+        codebook: (V, Z) float, the tokenizer's embeddings of codes 0 .. V - 1. A copy is kept as a buffer, which is
+            neither trained nor in the state dict.
+        hidden_size: D of the model.
+        projection_dim: width within the projectors.
+        weight: lambda, of the sum of encode and decode term.
+        max_ratio: largest share of replaced codes at the start; f(t) is times this.
+        noise: `switch_codes`, `mask_codes` (the model then needs an embedding for code V) or one like these.
+    """
+
+    codebook: Tensor
+
+    def __init__(
+        self,
+        codebook: Tensor,
+        hidden_size: int,
+        projection_dim: int = 2048,
+        weight: float = 1.0,
+        max_ratio: float = 1.0,
+        noise: Noise = switch_codes,
+    ) -> None:
+        super().__init__()
+        if codebook.ndim != 2 or not codebook.is_floating_point():
+            raise ValueError(f"codebook: found {codebook.dtype} {tuple(codebook.shape)}, expected floats (V, Z)")
+        self.hidden_size, self.weight, self.max_ratio, self.noise = hidden_size, weight, max_ratio, noise
+        self.register_buffer("codebook", codebook.detach().clone(), persistent=False)
+        self.encode_align_mlp = projector(hidden_size, projection_dim, codebook.shape[1])
+        self.decode_align_mlp = projector(hidden_size, projection_dim, codebook.shape[1])
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        self._hooks: list[Any] = []
+        self._projected: dict[str, Tensor] = {}  # by term, of the last forward pass of the model
+        self._in_forward = self._with_gradients = False
+
+    @torch.no_grad()
+    def perturb(self, codes: Tensor, progress: float, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The noisy context for the model's input; targets stay the clean codes.
+
+        Args:
+            codes: (B, N) int, 0 to V - 1.
+            progress: t, the share of the training steps that are done, 0 to 1.
+            uniforms: (B, 2 N + 1) in [0, 1); None: drawn from torch's generator.
+
+        Returns:
+            noisy codes (B, N), and the bool mask (B, N) of replaced ones.
+
+        Raises:
+            ValueError: another progress, shape or type.
+        """
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress={progress}: expected 0 to 1, the share of the training steps that are done")
+        if codes.ndim != 2 or codes.is_floating_point():
+            raise ValueError(f"codes: found {codes.dtype} {tuple(codes.shape)}, expected integers (B, N)")
+        shape = len(codes), num_noise_uniforms(codes.shape[1])
+        if uniforms is None:
+            uniforms = torch.rand(shape, device=codes.device)
+        if uniforms.shape != shape:
+            raise ValueError(f"uniforms: found {tuple(uniforms.shape)}, expected (B, 2 N + 1) = {shape}")
+        ratio = self.max_ratio * perturbation_ratio_at(progress, 0.0, ANNEAL_END)
+        return self.noise(codes, uniforms, ratio, len(self.codebook))
+
+    def attach(self, model: nn.Module, encode: str, decode: str, prefix: int, last_code: bool = True) -> None:
+        """Read two blocks from now on, at each forward pass of `model` in training mode.
+
+        Args:
+            model: what is called in training, or what a wrapper like DistributedDataParallel calls.
+            encode, decode: names of blocks as in `model.named_modules()`; their output is (B, T, D), or a tuple that
+                begins with it. The paper takes the first block and one at 3/4 of the depth.
+            prefix: P, the positions before x1; at least 1, the last of which predicts x1.
+            last_code: whether xN is in the input, so that T = P + N; else T = P + N - 1, and the encode term is the
+                mean over x1 .. xN-1.
+
+        Raises:
+            ValueError: no block of that name, or no prefix.
+            RuntimeError: attached already.
+        """
+        if self._hooks:
+            raise RuntimeError("attached already: call detach() first")
+        if prefix < 1:
+            raise ValueError(f"prefix={prefix}: expected at least 1, a position that predicts the first code")
+        modules = dict(model.named_modules())
+        for name in (encode, decode):
+            if name not in modules:
+                near = ", ".join(get_close_matches(name, modules, n=3, cutoff=0.0))
+                raise ValueError(f"no module {name!r} in {type(model).__name__}; names near it: {near}")
+        self.prefix, self.last_code = prefix, last_code
+        reads = {"encode": slice(prefix, None), "decode": slice(prefix - 1, -1 if last_code else None)}
+        self._hooks = [
+            model.register_forward_pre_hook(self._begin),
+            modules[encode].register_forward_hook(partial(self._project, "encode", encode, reads["encode"])),
+            modules[decode].register_forward_hook(partial(self._project, "decode", decode, reads["decode"])),
+            model.register_forward_hook(self._end),
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._projected.clear()
+
+    def loss(self, codes: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The scalar weight * (encode + decode), each the mean of -cos, of the last forward pass; once for each pass.
+
+        Args:
+            codes: (B, N) the clean codes.
+            mask: (B, N) bool of `perturb`; the encode term leaves these out, as the released code does. None: it has
+                them, as in the paper.
+
+        Raises:
+            RuntimeError: no forward pass to read.
+            ValueError: other shapes than those of the forward pass.
+        """
+        if self._projected.keys() != {"encode", "decode"}:
+            raise RuntimeError(
+                "nothing to read: expected attach(), then a forward pass of the model in training mode since the last "
+                "loss()"
+            )
+        encode_z, decode_z = self._projected.pop("encode"), self._projected.pop("decode")
+        encoded = codes.shape[1] - (not self.last_code)
+        found, expected = (len(encode_z), self.prefix + encode_z.shape[1]), (len(codes), self.prefix + encoded)
+        if found != expected:
+            raise ValueError(
+                f"the encode block saw (B, T) = {found}, expected {expected}: {self.prefix} of prefix + {encoded} codes"
+            )
+        if mask is not None and mask.shape != codes.shape:
+            raise ValueError(f"mask: found {tuple(mask.shape)}, expected that of the codes, {tuple(codes.shape)}")
+        vectors = F.embedding(codes, self.codebook)  # (B, N, Z)
+        excluded = None if mask is None else mask[:, :encoded]
+        encode = alignment_loss(cosine_to_codes(encode_z, vectors[:, :encoded]), excluded)
+        return self.weight * (encode + alignment_loss(cosine_to_codes(decode_z, vectors)))
+
+    def _begin(self, model: nn.Module, inputs: Any) -> None:
+        self._projected.clear()
+        self._in_forward, self._with_gradients = True, torch.is_grad_enabled()
+
+    def _end(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        self._in_forward = False
+
+    def _project(self, term: str, name: str, positions: slice, block: nn.Module, inputs: Any, output: Any) -> None:
+        """Runs the projector where the block runs, so within checkpointing, whose second pass must do the same."""
+        if not block.training:
+            return
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[2] != self.hidden_size:
+            found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+            raise ValueError(f"{name}: its output is {found}, expected (B, T, {self.hidden_size})")
+        if self._in_forward and self._with_gradients and not torch.is_grad_enabled():
+            raise RuntimeError(f"{name} runs without gradients: checkpoint activations with use_reentrant=False")
+        projected = (self.encode_align_mlp if term == "encode" else self.decode_align_mlp)(hidden[:, positions])
+        if self._in_forward:  # and not in the second pass, during backward
+            self._projected[term] = projected
