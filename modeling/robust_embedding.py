@@ -109,9 +109,9 @@ def alignment_loss(cosine: Tensor, excluded: Tensor | None = None) -> Tensor:
 class RobustEmbedding(nn.Module):
     """Noise of the context, and two projectors that read hidden states of a model by hooks.
 
-    The hooks do nothing while the model is in eval mode. Under activation checkpointing, whose second pass they take
-    part in, it must be torch's with `use_reentrant=False`. Call `attach` before `torch.compile`; under
-    DistributedDataParallel make this a submodule of the model, so that its gradients are averaged too.
+    The hooks do nothing while the model is in eval mode. They take part in the second pass of activation checkpointing,
+    which must be torch's with `use_reentrant=False`. Call `attach` before `torch.compile` does its work. Under
+    DistributedDataParallel or `fully_shard` make this a submodule of the model, so that its gradients are averaged too.
 
     Args:
         codebook: (V, Z) float, the tokenizer's embeddings of codes 0 .. V - 1. A copy is kept as a buffer, which is

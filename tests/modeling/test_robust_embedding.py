@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from modeling.losses import next_token_loss
@@ -15,7 +17,10 @@ from modeling.rear import ReAR
 from modeling.robust_embedding import ANNEAL_END, RobustEmbedding, alignment_loss, cosine_to_codes, mask_codes
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.training_step import training_step
+from tests.processes import run_ranks
 from utils.config import load_config
+from utils.ranks import join_world
+from utils.run.sharding import SHARDS_ON_CPU
 
 
 class Toy(nn.Module):
@@ -94,6 +99,41 @@ def test_on_our_model_it_is_our_training_step_bit_for_bit(tiny_arguments: list[s
         robust.loss(codes, mask)
 
 
+def train_on_ranks(wrappers: tuple[str, ...]) -> None:
+    """Half of a batch on each of two ranks, with the projectors in the model, against the whole batch."""
+    codes = torch.arange(20).view(4, 5) % 9
+    tokens = torch.cat([torch.zeros(4, 2, dtype=torch.int64), codes], dim=1)
+
+    def gradients(wrapper: str, part: slice) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = Toy()
+        model.robust = RobustEmbedding(torch.randn(9, 4), 6, projection_dim=5)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        model.robust.attach(model, encode="layers.0", decode="layers.2", prefix=2)
+        called = DistributedDataParallel(model) if wrapper == "ddp" else model
+        if wrapper == "fsdp":
+            for module in (*model.layers, model):
+                fully_shard(module)
+        loss = called(tokens[part]).square().mean() + model.robust.loss(codes[part])
+        loss.backward()
+        found = {name: parameter.grad for name, parameter in model.named_parameters()}
+        return {name: grad.full_tensor() if wrapper == "fsdp" else grad for name, grad in found.items()}
+
+    wanted = gradients("none", slice(None))
+    assert len(wanted) == 7 + 12
+    with join_world() as world:
+        for wrapper in wrappers:
+            found = gradients(wrapper, slice(2 * world.rank, 2 * world.rank + 2))
+            for name, gradient in wanted.items():
+                torch.testing.assert_close(found[name], gradient, msg=f"{wrapper} {name}")
+
+
+@pytest.mark.multiprocess
+def test_on_several_processes_gradients_of_the_projectors_are_averaged_too() -> None:
+    run_ranks(train_on_ranks, ("ddp", "fsdp") if SHARDS_ON_CPU else ("ddp",), processes=2)
+
+
 @pytest.mark.parametrize("last_code", [True, False])
 def test_the_terms_read_where_a_code_is_and_where_it_is_predicted(last_code: bool) -> None:
     torch.manual_seed(0)
@@ -114,6 +154,7 @@ def test_the_terms_read_where_a_code_is_and_where_it_is_predicted(last_code: boo
         torch.testing.assert_close(robust.loss(codes, given), wanted)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 def test_checkpointing_needs_the_form_that_keeps_gradients(toy: tuple[Toy, RobustEmbedding]) -> None:
     model, robust = toy
     codes, tokens = torch.zeros(3, 5, dtype=torch.int64), torch.arange(21).view(3, 7) % 9
