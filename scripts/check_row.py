@@ -23,10 +23,10 @@ if __name__ == "__main__":
 
 import torch
 
-from evaluation.inception import find_cached_weights
+from evaluation.inception import PUBLISHED_SHA256, find_cached_weights
 from evaluation.report import TITLES, find_report
 from evaluation.rows import Judged, Row, RowFile
-from utils.config import flat, load_config
+from utils.config import flat, load_config, read_yaml
 from utils.console import markdown_table
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
@@ -37,6 +37,7 @@ from utils.run.folder import describe_environment
 from utils.run.trained_weights import find_trained_weights
 from utils.schema import Config
 
+TOKENIZER = "experiment.tokenizer_checkpoint"
 # Of model and sampling, what a row leaves open, and images_per_class, which is told as the number of images.
 OPEN = {"seed", "per_gpu_batch_size", "save_png", "compile", "mixed_precision", "images_per_class"}
 SHOWN = (
@@ -95,11 +96,17 @@ def facts_of(row: Row, config: Config, samples: Path, reference: str) -> dict[st
     }
 
 
-def other_settings(config: Config, made_from: dict[str, Any]) -> list[str]:
-    """In what samples differ from those of the row."""
+def other_settings(row: Row, config: Config, samples: Path, facts: dict[str, Any]) -> list[str]:
+    """In what samples, or their score, differ from those of the row."""
     sections = {"model": dataclasses.asdict(config.model), "sampling": dataclasses.asdict(config.sampling)}
     wanted = {key: value for key, value in flat(sections) if key.removeprefix("sampling.") not in OPEN}
-    return [f"{key}={made_from.get(key)}, not {value}" for key, value in wanted.items() if made_from.get(key) != value]
+    found = {TOKENIZER: read_yaml(samples.with_suffix(".yaml"))[TOKENIZER], **facts["samples"]}
+    wanted[TOKENIZER] = config.experiment.tokenizer_checkpoint
+    other = [f"{key}={found.get(key)}, not {value}" for key, value in wanted.items() if found.get(key) != value]
+    features = facts["evaluation"]["weights"]["sha256"]
+    if row.backend == "inception" and not features.startswith(PUBLISHED_SHA256):
+        other.append(f"features by weights of sha256 {features[:8]}, not {PUBLISHED_SHA256}")
+    return other
 
 
 def verdict_of(name: str, judged: dict[str, Judged], other: list[str]) -> str:
@@ -110,7 +117,7 @@ def verdict_of(name: str, judged: dict[str, Judged], other: list[str]) -> str:
     return f"{name}: FAIL: {', '.join(wrong)}" if wrong else f"{name}: PASS"
 
 
-def table_of(judged: dict[str, Judged], with_verdict: bool) -> str:
+def table_of(judged: dict[str, Judged]) -> str:
     lines = []
     for metric, number in judged.items():
         expected, difference, tolerance = "not published", "-", "-"
@@ -118,8 +125,7 @@ def table_of(judged: dict[str, Judged], with_verdict: bool) -> str:
             expected, difference = f"{number.expected:g}", f"{number.found - number.expected:+.4g}"
         if number.tolerance is not None:
             tolerance = f"{number.tolerance:.3g}"
-        verdict = VERDICTS[number.right if with_verdict else None]
-        lines.append([TITLES[metric], expected, f"{number.found:.6g}", difference, tolerance, verdict])
+        lines.append([TITLES[metric], expected, f"{number.found:.6g}", difference, tolerance, VERDICTS[number.right]])
     return markdown_table(["number", "expected", "found", "difference", "tolerance", "verdict"], lines)
 
 
@@ -142,8 +148,9 @@ def conclude(name: str, row: Row, rows: RowFile, config: Config, samples: Path, 
     """Print and write the verdict on samples; whether it is PASS."""
     facts = facts_of(row, config, samples, reference)
     judged = rows.judge(row, facts["evaluation"]["metrics"])
-    other = other_settings(config, facts["samples"])
-    verdict, table = verdict_of(name, judged, other), table_of(judged, with_verdict=not other)
+    if other := other_settings(row, config, samples, facts):
+        judged = {metric: dataclasses.replace(number, right=None) for metric, number in judged.items()}
+    verdict, table = verdict_of(name, judged, other), table_of(judged)
     numbers = {metric: dataclasses.asdict(number) for metric, number in judged.items()}
     found = {"verdict": verdict, "numbers": numbers, "other settings": other, "published": row.published, **facts}
     write_text(samples.with_suffix(".verdict.json"), json.dumps(found, indent=2) + "\n")

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from scripts import check_row
 from scripts.download import FILES
 from tests.evaluation.made_up import blocky_images
 from tests.processes import ROOT
-from utils.config import load_config
+from utils.config import flat, load_config, save_config
 from utils.errors import InputError
 from utils.files.hashing import file_sha256
 from utils.files.weights import save_weights
@@ -119,18 +120,22 @@ def test_a_wrong_row_fails_and_the_right_one_passes(
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-2] == "tiny: PASS"
 
-    monkeypatch.setitem(check_row.VERDICTS, True, "unexpected")  # samples of other settings pass by no number
+    config = tmp_path / "other.yaml"
+    config.write_text(Path(row["config"]).read_text().replace("tokenizer.safetensors", "another.safetensors"))
     for values, said in (
         ({"num_images": 37}, "sampling.num_fid_samples=20, not 37"),
         ({"guidance_scale": 3}, "model.generator.guidance_scale=2.0, not 3.0"),
+        ({"config": str(config)}, r"experiment.tokenizer_checkpoint=\S*/tokenizer\.\w+, not \S*/another\.\w+"),
     ):
         rows = write_rows(expected={"frechet_distance": number["found"]}, **values)
         with pytest.raises(SystemExit):
             check(monkeypatch, "tiny", "--rows", rows, "--samples", samples)
         printed = capsys.readouterr().out
-        assert f"tiny: no verdict: the samples are not those of the row ({said})" in printed
-        assert "unexpected" not in printed
-        assert json.loads((tmp_path / "samples.verdict.json").read_text())["other settings"] == [said]
+        assert re.search(rf"tiny: no verdict: the samples are not those of the row \({said}\)\n", printed)
+        assert "PASS" not in printed
+        found = json.loads((tmp_path / "samples.verdict.json").read_text())
+        assert found["numbers"]["frechet_distance"]["right"] is None
+    assert "PASS" not in (tmp_path / "samples.verdict.md").read_text()
 
     other = tmp_path / "model.safetensors"
     other.write_bytes(Path(row["checkpoint"]).read_bytes())
@@ -243,10 +248,21 @@ def test_each_number_is_judged_by_its_tolerance() -> None:
     assert [number.right for number in judged.values()] == [False, True, None, True, False]
     assert judged["fid"].tolerance == pytest.approx(0.026 * 1.95)
     assert check_row.verdict_of("rar_b", judged, []) == "rar_b: FAIL: Inception Score, Recall"
-    assert "| sFID | not published | 6 | - | - | - |" in check_row.table_of(judged, with_verdict=True)
+    assert "| sFID | not published | 6 | - | - | - |" in check_row.table_of(judged)
     plain = rows.judge(rows["ar_l"], found | {"fid": 3.1})
     assert [number.right for number in plain.values()] == [None, True, None, None, None]
     assert check_row.verdict_of("ar_l", plain, []) == "ar_l: PASS"
+
+
+def test_scores_by_other_features_get_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    row = SHIPPED["rear_b"]
+    config = load_config(["experiment.output_dir=unused", *row.arguments("weights")])
+    save_config(config, tmp_path / "samples.yaml")
+    made_from = dict(flat({"model": asdict(config.model), "sampling": asdict(config.sampling)}))
+    for sha256, told in (("6726825d" * 8, []), ("0" * 64, ["features by weights of sha256 00000000, not 6726825d"])):
+        facts = {"samples": made_from, "evaluation": {"weights": {"sha256": sha256}}}
+        assert check_row.other_settings(row, config, tmp_path / "samples.npz", facts) == told
 
 
 @pytest.mark.parametrize("name", SHIPPED)
