@@ -5,13 +5,15 @@ config.json is a config file like any other (`config=FOLDER/config.json`), and i
 
 import json
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from utils.config import Config, ConfigError, load_config
+from utils.config import Config, load_config
 from utils.errors import InputError
 from utils.files.atomic import write_text
 from utils.files.hub import local_folder
@@ -70,7 +72,9 @@ class HubModel(
                 that do not fit it.
         """
         folder = local_folder(pretrained_model_name_or_path, [CONFIG_FILE, WEIGHTS_FILE], **download)
-        model = cls.of_config(read_config(folder))
+        config = read_config(folder)
+        with naming(folder / CONFIG_FILE):
+            model = cls.of_config(config)
         model.load_weights(folder / WEIGHTS_FILE)
         return model.eval()
 
@@ -81,6 +85,9 @@ class HubModel(
             record: kept with the weights; see `save_weights`.
         """
         save_weights(self.state_dict(), folder / WEIGHTS_FILE, record)
+        self.write_config(folder)
+
+    def write_config(self, folder: Path) -> None:
         write_text(folder / CONFIG_FILE, json.dumps(self.sections(), indent=2) + "\n")
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -96,9 +103,16 @@ def read_config(folder: Path) -> Config:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise InputError(f"{folder}: found no {CONFIG_FILE}, expected a folder of save_pretrained or export_model.py")
-    try:
+    with naming(path):
         # Values that follow from others are not compared: what matters of them, the weights tell.
         return load_config([f"config={path}", "experiment.output_dir=unused"], reads=[])
-    except ConfigError as error:
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An InputError inside begins with the name of the file."""
+    try:
+        yield
+    except InputError as error:
         text = str(error)
-        raise ConfigError(text if str(path) in text else f"{path}: {text}") from error
+        raise InputError(text if str(path) in text else f"{path}: {text}") from error

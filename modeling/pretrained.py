@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from modeling.hub_model import CONFIG_FILE, WEIGHTS_FILE, read_config
+from modeling.hub_model import CONFIG_FILE, WEIGHTS_FILE, naming, read_config
 from modeling.rear import ReAR
 from modeling.sampling.image_sampler import ImageSampler
 from modeling.tokenizers.registry import build_tokenizer
@@ -73,7 +73,9 @@ def load_pretrained_tokenizer(folder: Path, weights: str | None = None) -> Token
     Raises:
         InputError: a file that is missing or damaged or does not fit.
     """
-    tokenizer = build_tokenizer(read_config(folder).model.vq_model)
+    config = read_config(folder)
+    with naming(folder / CONFIG_FILE):
+        tokenizer = build_tokenizer(config.model.vq_model)
     if weights is None and not (folder / WEIGHTS_FILE).exists() and (folder / REFERENCE_FILE).is_file():
         reference = read_json(folder / REFERENCE_FILE)
         raise InputError(f"{folder}: holds no weights, and refers to {reference}; give tokenizer_weights=")

@@ -72,4 +72,5 @@ def local_folder(source: str | Path, files: Sequence[str], **download: Any) -> P
 
 
 def _neither(source: str | Path, error: Exception) -> InputError:
-    return InputError(f"{source}: neither on the Hub nor in its cache: {str(error).strip().splitlines()[0]}")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return InputError(f"{source}: neither on the Hub nor in its cache: {' '.join(lines[:2])}")
