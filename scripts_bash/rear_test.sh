@@ -1,23 +1,43 @@
 #!/usr/bin/env bash
 # Sample 50,000 images and score them. Further arguments override the config:
 #   CHECKPOINT=reAR-B.safetensors REFERENCE=VIRTUAL_imagenet256_labeled.npz bash scripts_bash/rear_test.sh
-# Without REFERENCE it samples only.
+# Without REFERENCE it samples only. Or check a published number, a row of configs/rows.yaml (ROWS is another such file):
+#   ROW=rear_b bash scripts_bash/rear_test.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-CONFIG=${CONFIG:-configs/rear_b.yaml}
+ROW=${ROW:-}
 NUM_GPUS=${NUM_GPUS:-8}
-NAME=$(basename "$CONFIG" .yaml)
-CHECKPOINT=${CHECKPOINT:-outputs/$NAME}
-OUTPUT_DIR=${OUTPUT_DIR:-outputs/${NAME}_samples}
-REFERENCE=${REFERENCE:-}
-BACKEND=${BACKEND:-inception}
-
 export PYTHONPATH="$PWD"
-torchrun --standalone --nproc_per_node="$NUM_GPUS" scripts/sample_imagenet_rear.py config="$CONFIG" \
-  experiment.output_dir="$OUTPUT_DIR" experiment.generator_checkpoint="$CHECKPOINT" "$@"
+
+if [[ -n "$ROW" ]]; then
+  if [[ -n "${CONFIG:-}${BACKEND:-}" ]]; then
+    echo "error: ROW=$ROW names config and back end: leave CONFIG and BACKEND out" >&2
+    exit 1
+  fi
+  CHECK=("$ROW" --rows "${ROWS:-configs/rows.yaml}")
+  CHECK+=(${CHECKPOINT:+--checkpoint "$CHECKPOINT"} ${REFERENCE:+--reference "$REFERENCE"})
+  NEEDED=$(python scripts/check_row.py "${CHECK[@]}")
+  { read -r BACKEND; read -r REFERENCE; mapfile -t ARGUMENTS; } <<<"$NEEDED"
+  OUTPUT_DIR=${OUTPUT_DIR:-outputs/row_$ROW}
+else
+  CONFIG=${CONFIG:-configs/rear_b.yaml}
+  NAME=$(basename "$CONFIG" .yaml)
+  CHECKPOINT=${CHECKPOINT:-outputs/$NAME}
+  OUTPUT_DIR=${OUTPUT_DIR:-outputs/${NAME}_samples}
+  REFERENCE=${REFERENCE:-}
+  BACKEND=${BACKEND:-inception}
+  ARGUMENTS=(config="$CONFIG" experiment.generator_checkpoint="$CHECKPOINT")
+fi
+
+torchrun --standalone --nproc_per_node="$NUM_GPUS" scripts/sample_imagenet_rear.py "${ARGUMENTS[@]}" \
+  experiment.output_dir="$OUTPUT_DIR" "$@"
 
 if [[ -n "$REFERENCE" ]]; then
   torchrun --standalone --nproc_per_node="$NUM_GPUS" evaluation/evaluator.py "$REFERENCE" "$OUTPUT_DIR.npz" --backend "$BACKEND"
   echo "The original evaluator reads the same file (docs/evaluation.md): python evaluator.py $REFERENCE $OUTPUT_DIR.npz"
+fi
+
+if [[ -n "$ROW" ]]; then
+  python scripts/check_row.py "${CHECK[@]}" --samples "$OUTPUT_DIR.npz"
 fi
