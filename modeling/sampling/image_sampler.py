@@ -23,7 +23,7 @@ from utils.schema import Config
 
 
 class ImageSampler:
-    """Samples batches of up to `batch_size` images; kept, it compiles and captures once for all of them.
+    """Samples batches of up to `batch_size` images; kept, it prepares for them once.
 
     A smaller batch is filled up with its last index while it is sampled: one of another size would be compiled anew,
     and its codes could depend on what this process has sampled before.
