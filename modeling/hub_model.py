@@ -40,7 +40,7 @@ class HubModel(
     """Gives `from_pretrained`; huggingface_hub's mixin gives `save_pretrained` and `push_to_hub`.
 
     The mixin's own way to a config takes a dataclass without its nested ones and drops keys that it does not know, so
-    that only files and uploads are left to it.
+    that only files and uploads are left to it. Its card is filled by jinja2, which torch brings.
     """
 
     @abstractmethod

@@ -44,6 +44,7 @@ class CardFacts:
     record: dict[str, Any]  # what else they tell
     numbers: dict[str, tuple[float, int]]  # from the run's metrics: value and step
     class_names: list[str] | None
+    is_ema: bool  # the weights are their mean along the run
     as_reference: bool  # of the tokenizer there is no copy
     shown: list[int] = field(default_factory=list)  # class labels of the picture
 
@@ -111,7 +112,7 @@ def _model_rows(facts: CardFacts, model: ReAR, tokenizer: Tokenizer) -> list[lis
         noise = f"{trained.perturb_mode}, of up to {trained.perturb_ratio_max} of the codes, 0 from step {end} on"
         rows |= {
             "training": f"{facts.step} of {facts.config.training.max_train_steps} steps",
-            "weights": "their mean along the run (EMA)" if facts.config.training.use_ema else "those of that step",
+            "weights": "their mean along the run (EMA)" if facts.is_ema else "those of that step",
             "order of the codes": trained.order,
             "noise of the context": noise if trained.perturb_mode != "none" else "none",
             "embedding regularization": f"weight {weight}" if trained.transition_alignment else "none",

@@ -30,7 +30,7 @@ from utils.files.json_file import read_json
 from utils.files.weights import read_record
 from utils.keys import keys_under
 from utils.precision import matmul_precision
-from utils.schema import Config, GeneratorConfig, ModelConfig, SamplingConfig
+from utils.schema import Config, ModelConfig, SamplingConfig
 
 TOKENIZER = "tokenizer"  # folder below that of the model
 REFERENCE_FILE = "reference.json"  # there in place of weights: what they are, and where they were
@@ -135,6 +135,8 @@ def generate_images(
     config = with_settings(model, settings, SamplingConfig(seed=seed, order=order))
     if sampler is None:
         sampler = ImageSampler(model, tokenizer, config, min(batch_size, len(labels)))
+    if sampler.model is not model:
+        raise ValueError("sampler: of another model, expected one of the model that is given")
     sampler.configure(config)
     batches = torch.arange(len(labels)).split(sampler.batch_size)
     steps = len(batches) * model.image_seq_len
@@ -150,7 +152,6 @@ def with_settings(model: ReAR, settings: tuple[float | None, ...], sampling: Sam
     """
     names = ("guidance_scale", "guidance_scale_pow", "randomize_temperature", "top_k", "top_p")
     given: dict[str, Any] = {name: value for name, value in zip(names, settings, strict=True) if value is not None}
-    generator: GeneratorConfig = replace(model.config.generator, **given)
-    config = Config(model=ModelConfig(generator=generator), sampling=sampling)
+    config = Config(model=ModelConfig(generator=replace(model.config.generator, **given)), sampling=sampling)
     check_ranges(config, keys_under(["model.generator", "sampling"]))
     return config

@@ -46,7 +46,9 @@ from utils.files.made_from import is_made, write_record
 from utils.files.weights import weights_sha256
 from utils.images import make_captioned_grid, write_png
 from utils.ranks import World
+from utils.run.checkpoint import EMA
 from utils.run.folder import code_facts
+from utils.run.manifest import MANIFEST_FILE
 from utils.run.metrics_file import METRICS_FILE, read_metrics
 from utils.run.trained_weights import TrainedWeights
 
@@ -118,7 +120,10 @@ def export(config: Config, folder: Path, arguments: argparse.Namespace) -> None:
     tokenizer.to(device)
     record = {**weights.record, "tokenizer_sha256": tokenizer.sha256()}
     as_reference = arguments.tokenizer == "reference"
-    facts = CardFacts(config, weights.step, weights.record, numbers_of(weights), class_names(config), as_reference)
+    facts = CardFacts(
+        *(config, weights.step, weights.record, numbers_of(weights), class_names(config)),
+        *(is_ema(weights.path, config), as_reference),
+    )
     source = arguments.push or folder.name  # not the way to it, which is nobody's business
     with complete_folder(folder) as partial:
         model.write(partial, record)
@@ -131,6 +136,12 @@ def export(config: Config, folder: Path, arguments: argparse.Namespace) -> None:
         figures = {key: weights.record.get(key) for key in ("step", "data", "code")}
         write_record(folder, made_from, partial / EXPORT_FILE, {**figures, "exported_by": code_facts()})
     print(f"{folder}: exported; look at {folder / 'README.md'}")
+
+
+def is_ema(path: Path, config: Config) -> bool:
+    """Of a checkpoint the file tells; weights that lie alone are those that sampling reads."""
+    of_checkpoint = (path.parent / MANIFEST_FILE).is_file()
+    return path.stem == EMA if of_checkpoint else config.training.use_ema
 
 
 def class_names(config: Config) -> list[str] | None:

@@ -133,7 +133,7 @@ class CodeSampler:
     @torch.inference_mode()
     def configure(self, config: GeneratorConfig) -> None:
         """Sample with this guidance, temperature, top-k and top-p from now on. Where only the strength of the guidance
-        changes, the graphs stay; what is compiled stays in any case.
+        changes, buffers and graphs stay.
 
         Raises:
             ValueError: a value outside its range.

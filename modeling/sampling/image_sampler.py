@@ -23,7 +23,7 @@ from utils.schema import Config
 
 
 class ImageSampler:
-    """Samples batches of up to `batch_size` images; kept, it compiles and captures once for all of them.
+    """Samples batches of up to `batch_size` images; kept, it prepares for them once.
 
     A smaller batch is filled up with its last index while it is sampled: one of another size would be compiled anew,
     and its codes could depend on what this process has sampled before.
@@ -32,6 +32,7 @@ class ImageSampler:
         model, tokenizer: on the same device, in eval mode; their weights must not change while this object is used.
         config: the sections `sampling` and `model.generator` are read, the latter for guidance, temperature and so on.
         notice: receives what `sampling.compile=auto` had to give up, one line.
+        exact: in float32 and not compiled, whatever the config says.
 
     Attributes:
         decoder: from these codes to images, or of a tokenizer without images to the codes themselves.
@@ -47,6 +48,7 @@ class ImageSampler:
         config: Config,
         batch_size: int,
         notice: Callable[[str], object] = print,
+        exact: bool = False,
     ) -> None:
         of_model, of_tokenizer = ((one.image_seq_len, one.codebook_size) for one in (model, tokenizer))
         if of_model != of_tokenizer:
@@ -54,10 +56,11 @@ class ImageSampler:
                 f"tokenizer of {of_tokenizer} codes (of an image, in all): expected {of_model} of the model"
             )
         self.model, self.sampling, self.batch_size = model, config.sampling, batch_size
-        precision, on_gpu = config.sampling.mixed_precision, model.cls_token.device.type == "cuda"
+        precision, compile_mode = ("no", "off") if exact else (self.sampling.mixed_precision, self.sampling.compile)
+        on_gpu = model.cls_token.device.type == "cuda"
         reduced = precision == "bf16" or (precision == "auto" and on_gpu)
         dtype = torch.bfloat16 if reduced else torch.float32
-        self.sampler = CodeSampler(model, config.model.generator, dtype, config.sampling.compile, notice)
+        self.sampler = CodeSampler(model, config.model.generator, dtype, compile_mode, notice)
         self.decoder: ImageDecoder | KeptCodes = KeptCodes(tokenizer.codebook_size)
         if tokenizer.has_images:
             half_decoder = torch.float16 if reduced and on_gpu else torch.float32

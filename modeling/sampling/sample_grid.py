@@ -1,7 +1,6 @@
 """The samples that training makes from time to time."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +49,7 @@ def whole_model(model: ReAR, run: TrainingRun) -> ReAR:
 @deterministic(False)  # CUDA counts no cumulative sum as deterministic; along rows, as here, they are
 def exact_samples(model: ReAR, tokenizer: Tokenizer, indices: Sequence[int], config: Config) -> np.ndarray:
     """The images (B, H, W, 3) uint8 with these indices, in float32 and not compiled: a few, of weights that change."""
-    sampling = replace(config.sampling, mixed_precision="no", compile="off")
-    return ImageSampler(model, tokenizer, replace(config, sampling=sampling), len(indices))(indices)
+    return ImageSampler(model, tokenizer, config, len(indices), exact=True)(indices)
 
 
 def save_sample_grid(model: ReAR, tokenizer: Tokenizer, config: Config, step: int) -> Image.Image:

@@ -1,5 +1,6 @@
 """Images from Python: what the arguments of `generate_images` do, and what a kept sampler keeps."""
 
+import copy
 import dataclasses
 import re
 from typing import Any
@@ -109,6 +110,12 @@ def test_wrong_arguments(
     kept = ImageSampler(tiny_model, tokenizer, Config(model=tiny_model.config), 2)
     with pytest.raises(ValueError, match=re.escape(message)):
         generate_images(tiny_model, tokenizer, labels, sampler=kept, **settings)
+
+
+def test_a_sampler_of_another_model(tiny_model: ReAR, tokenizer: Tokenizer) -> None:
+    other = ImageSampler(copy.deepcopy(tiny_model), tokenizer, Config(model=tiny_model.config), 2)
+    with pytest.raises(ValueError, match="sampler: of another model"):
+        generate_images(tiny_model, tokenizer, [0], sampler=other)
 
 
 def test_a_tokenizer_of_other_codes(tiny_model: ReAR) -> None:

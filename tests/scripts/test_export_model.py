@@ -159,6 +159,13 @@ def test_a_bare_file_with_a_licence_and_a_reference(run: Path, exported: Path, t
     np.testing.assert_array_equal(preset, generate_images(*load_pretrained(exported), [1, 2], guidance_scale=2))
 
 
+def test_a_checkpoint_that_is_not_the_ema(run: Path, tmp_path: Path) -> None:
+    assert export(run / "checkpoint-3/model.safetensors", tmp_path / "x", "--samples", "0").returncode == 0
+    assert "| weights | those of that step |" in (tmp_path / "x/README.md").read_text()
+    ours, model = (load_file(folder / "model.safetensors") for folder in (tmp_path / "x", run / "checkpoint-3"))
+    assert all(torch.equal(ours[key], model[key]) for key in ours)
+
+
 def test_codes_only(run: Path, tmp_path: Path) -> None:
     config = load_config([f"config={run / 'config.yaml'}"])
     np.save(tmp_path / "codebook.npy", load_tokenizer(config).embed(torch.arange(24)[None])[0].numpy())
@@ -238,7 +245,7 @@ def test_pushed_and_loaded_from_the_hub(run: Path, exported: Path, tmp_path: Pat
         assert hub.private == {"someone/tiles"}
         files = {str(path.relative_to(tmp_path / "tiles")): path for path in (tmp_path / "tiles").rglob("*.*")}
         assert hub.files["someone/tiles"] == {name: path.read_bytes() for name, path in files.items()}
-        assert hub.cards == [files["README.md"].read_text()]  # that the Hub is asked to validate
+        assert {*hub.cards} == {files["README.md"].read_text()}  # that the Hub is asked to validate
         assert 'load_pretrained("someone/tiles")' in hub.cards[0]
         cache = {"endpoint": hub.endpoint, "cache_dir": tmp_path / "cache"}
         model, tokenizer = load_pretrained("someone/tiles", **cache)
