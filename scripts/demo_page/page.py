@@ -1,0 +1,247 @@
+"""The page: its controls, and what they ask of the model. Everything that is computed stands in model.py."""
+
+import os
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
+
+import html
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from scripts.demo_page.model import DemoModel, Settings
+from scripts.demo_page.uploads import MAX_BYTES, read_upload
+from utils.errors import environment_error
+from utils.schema import DemoConfig
+
+CANVAS = 384  # pixels, of the picture under the brush
+BRUSH = "what is brushed over"
+REGIONS = {"all below": "top", "all right of it": "left", "all around the middle": "center", "the middle": "border"}
+COMPLETES = {
+    "any": "This model was trained in random orders: it fills in any part of a picture.",
+    "top": "This model predicts codes in raster order: it fills in what lies below a part that stays.",
+    "none": "The tokenizer's codes have no grid: no part of a picture can be filled in.",
+}
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
+FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # of the visitor's machine
+CSS = ".pictures img {image-rendering: pixelated}"
+
+
+def launch(page: gr.Blocks, demo: DemoConfig) -> None:
+    """Serve the page until Ctrl-C or SIGTERM.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    font, font_mono = FONTS
+    page.queue().launch(
+        server_name=demo.host,
+        server_port=demo.port,
+        max_file_size=MAX_BYTES,
+        theme=gr.themes.Default(font=font, font_mono=font_mono),
+        css=CSS,
+        quiet=True,
+        prevent_thread_lock=True,
+        footer_links=[],
+        share=False,
+        ssr_mode=False,
+        mcp_server=False,
+        run_history=False,
+        enable_monitoring=False,
+    )
+    print(f"http://{demo.host}:{demo.port} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What a visitor can mend becomes a message on the page."""
+    try:
+        yield
+    except Exception as error:
+        line = environment_error(error)
+        if line is None:
+            raise
+        raise gr.Error(html.escape(line), print_exception=False) from error
+
+
+def build_page(model: DemoModel) -> gr.Blocks:
+    with gr.Blocks(title="reAR", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+        gr.Markdown(f"## reAR\n{description(model)}")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                class_label, asked = controls(model)
+            with gr.Column(scale=3):
+                with gr.Tab("Sample"):
+                    sample_tab(model, class_label, asked)
+                with gr.Tab("Complete"):
+                    complete_tab(model, class_label, asked)
+                with gr.Tab("Reconstruct"):
+                    reconstruct_tab(model)
+    return page
+
+
+def description(model: DemoModel) -> str:
+    tokenizer = model.tokenizer
+    parameters = sum(parameter.numel() for parameter in model.model.parameters()) / 1e6
+    step = "" if model.weights.step is None else f", step {model.weights.step}"
+    return (
+        f"`{html.escape(str(model.weights.path))}`{step}: {parameters:.1f} M parameters, {len(model.classes)} classes, "
+        f"{tokenizer.resolution} x {tokenizer.resolution} pixels, {tokenizer.image_seq_len} codes of "
+        f"{tokenizer.codebook_size}"
+    )
+
+
+def controls(model: DemoModel) -> tuple[gr.Dropdown, list[gr.components.Component]]:
+    """The class; number of images, seed and `Settings`."""
+    config, most = model.config, model.config.demo.max_images
+    generator = config.model.generator
+    choices = [(name, class_id) for class_id, name in enumerate(model.classes)]
+    class_label = gr.Dropdown(choices, value=0, label="class", elem_id="class")
+    count = gr.Slider(1, most, value=min(4, most), step=1, label="images", elem_id="count")
+    seed = gr.Number(config.sampling.seed, precision=0, minimum=0, label="seed", elem_id="seed")
+    scale, temperature = generator.guidance_scale or 1.0, generator.randomize_temperature
+    settings = [
+        gr.Slider(1, max(20, scale), scale, step=0.05, label="guidance (1: none)", elem_id="guidance"),
+        gr.Slider(0.1, max(2, temperature), temperature, step=0.01, label="temperature", elem_id="temperature"),
+    ]
+    with gr.Accordion("truncation", open=False):
+        most_codes = model.tokenizer.codebook_size
+        settings.append(gr.Slider(0, most_codes, generator.top_k, step=1, label="top-k (0: all codes)"))
+        settings.append(gr.Slider(0.05, 1, generator.top_p, step=0.01, label="top-p (1: all codes)"))
+    return class_label, [count, seed, *settings]
+
+
+def sample_tab(model: DemoModel, class_label: gr.Dropdown, asked: list[gr.components.Component]) -> None:
+    button = gr.Button("Sample", variant="primary", elem_id="sample")
+    pictures = gallery("samples")
+
+    def sample(class_label: int, count: int, seed: int, *settings: Any) -> Iterator[list[np.ndarray]]:
+        with told():
+            for images in model.sample(class_label, count, seed, Settings(*settings)):
+                yield list(images)
+
+    button.click(sample, [class_label, *asked], pictures, **ONE_AT_A_TIME)
+
+
+def complete_tab(model: DemoModel, class_label: gr.Dropdown, asked: list[gr.components.Component]) -> None:
+    gr.Markdown(COMPLETES[model.completes])
+    if model.completes == "none":
+        return
+    brushes, original = model.completes == "any", gr.State()
+    regions = [BRUSH, *REGIONS] if brushes else ["all below"]
+    with gr.Row():
+        with gr.Column():
+            use = picture_source(model, "complete")
+            region = gr.Radio(regions, value=regions[0], label="fill in", elem_id="region")
+            share = gr.Slider(0.1, 0.9, 0.5, step=0.05, label="share that stays (of the picture's side), if not brushed")
+            with_class = gr.Checkbox(True, label="with the class (without: no guidance)")
+            button = gr.Button("Complete", variant="primary", elem_id="complete")
+        canvas = gr.ImageEditor(
+            type="numpy",
+            sources=(),
+            transforms=(),
+            layers=False,
+            brush=gr.Brush(default_size=48, colors=["#ff2d6f"], color_mode="fixed") if brushes else False,
+            canvas_size=(CANVAS, CANVAS),
+            fixed_canvas=True,
+            format="png",
+            label="picture",
+            elem_id="canvas",
+            elem_classes="pictures",
+        )
+    pictures = gallery("completions")
+
+    def show(image: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+        large = np.asarray(Image.fromarray(image).resize((CANVAS, CANVAS), Image.Resampling.NEAREST))
+        return image, {"background": large, "layers": [], "composite": None}
+
+    use(show, [original, canvas])
+
+    def complete(
+        image: np.ndarray | None,
+        drawn: dict[str, Any],
+        region: str,
+        share: float,
+        with_class: bool,
+        class_label: int,
+        count: int,
+        seed: int,
+        *settings: Any,
+    ) -> Iterator[list[tuple[np.ndarray, str]]]:
+        if image is None:
+            raise gr.Error("first choose a picture", print_exception=False)
+        with told():
+            kept = model.kept_around(brushed(drawn)) if region == BRUSH else model.kept_region(REGIONS[region], share)
+            label = class_label if with_class else None
+            first = [(image, "picture"), (model.without(image, kept), "stays")]
+            for images in model.complete(image, kept, label, count, seed, Settings(*settings)):
+                yield first + [(one, f"seed {seed + k}") for k, one in enumerate(images)]
+
+    inputs = [original, canvas, region, share, with_class, class_label, *asked]
+    button.click(complete, inputs, pictures, **ONE_AT_A_TIME)
+
+
+def reconstruct_tab(model: DemoModel) -> None:
+    gr.Markdown("The tokenizer's codes of a picture, decoded: what is lost here is lost to every sample.")
+    use = picture_source(model, "reconstruct")
+    with gr.Row():
+        shown = [
+            gr.Image(label=label, format="png", interactive=False, elem_id=label, elem_classes="pictures")
+            for label in ("picture", "reconstruction")
+        ]
+    figures = gr.Markdown(elem_id="figures")
+
+    def reconstruct(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
+        decoded, found = model.reconstruct(image)
+        used = round(found["codebook_used"] * model.tokenizer.codebook_size)
+        codes = f"{model.tokenizer.image_seq_len} codes, {used} of them different"
+        return image, decoded, f"PSNR {found['psnr']:.2f} dB; {codes}"
+
+    use(reconstruct, [*shown, figures])
+
+
+def picture_source(model: DemoModel, name: str) -> Callable[[Callable[[np.ndarray], Any], list], None]:
+    """Controls that give a picture: an upload, or a held-out image if there are some.
+
+    Returns:
+        What a function of a picture (H, W, 3) uint8 and the outputs for its result are given to.
+    """
+    upload = gr.File(label="upload a picture", height=130, elem_id=f"{name}_upload")
+    if model.heldout is not None:
+        with gr.Row():
+            last = len(model.heldout) - 1
+            number = gr.Number(0, precision=0, minimum=0, maximum=last, label=f"held-out image, 0 to {last}")
+            take = gr.Button("Take it", elem_id=f"{name}_take")
+
+    def use(work: Callable[[np.ndarray], Any], outputs: list) -> None:
+        def from_upload(path: str) -> Any:
+            with told():
+                return work(read_upload(Path(path), model.config.dataset.preprocessing))
+
+        def from_heldout(number: int) -> Any:
+            with told():
+                return work(model.heldout_image(number)[0])
+
+        upload.upload(from_upload, upload, outputs, **ONE_AT_A_TIME)
+        if model.heldout is not None:
+            take.click(from_heldout, number, outputs, **ONE_AT_A_TIME)
+
+    return use
+
+
+def brushed(drawn: dict[str, Any]) -> np.ndarray:
+    """Mask (H', W') bool of the pixels that a brush was over."""
+    layers = [layer[..., 3] > 0 for layer in drawn["layers"]]
+    return np.any([np.zeros((CANVAS, CANVAS), bool), *layers], axis=0)
+
+
+def gallery(name: str) -> gr.Gallery:
+    return gr.Gallery(
+        format="png", columns=4, object_fit="contain", height="auto", label=name, elem_id=name, elem_classes="pictures"
+    )
