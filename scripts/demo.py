@@ -48,7 +48,7 @@ def main(config: Config) -> None:
         os.environ["GRADIO_TEMP_DIR"] = folder  # before gradio is imported
         from scripts.demo_page.page import build_page, launch
 
-        launch(build_page(model), config.demo)
+        launch(build_page(model), config.demo.host, config.demo.port)
 
 
 if __name__ == "__main__":

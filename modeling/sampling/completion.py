@@ -26,7 +26,7 @@ def in_region(name: str, share: float, rows: int, columns: int) -> np.ndarray:
 
 
 def completion_sampler(model: ReAR, config: Config) -> CodeSampler:
-    """What `complete` samples with, for as many configs as differ in neither the section model nor in having a class."""
+    """What `complete` samples with, for all configs with the same section model that have a class, or have none."""
     generator = config.model.generator
     if config.completion.class_label is None:  # guidance would compare the null class with itself
         generator = replace(generator, guidance_scale=1.0)

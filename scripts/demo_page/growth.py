@@ -14,7 +14,7 @@ from torch import Tensor
 from modeling.sampling.decoding import DecodingState
 from modeling.sampling.generate import CodeSampler
 
-Frame = tuple[Tensor, Tensor]  # codes (B, N), and (B, N) bool, which of them are there already; the others are 0
+Frame = tuple[Tensor, Tensor]  # codes (B, N), and which of them are sampled or known, (B, N) bool
 
 
 def growing_codes(
@@ -62,10 +62,10 @@ def growing_codes(
 
 
 def codes_so_far(state: DecodingState, done: int) -> Frame:
-    """A copy of the first `done` codes of each image in its order."""
-    codes = state.codes_in_raster_order()
-    order = torch.arange(codes.shape[1], device=codes.device).expand_as(codes)
-    if state.places is not None:
-        order = state.places.rows[:, 2:] - 2
-    is_there = torch.zeros_like(codes, dtype=torch.bool).scatter_(1, order[:, :done], True)
-    return codes.where(is_there, 0), is_there
+    """The first `done` codes of each image in its order. The others repeat them: decoders normalize over the whole
+    picture, and would show these in other colours beside codes that do not belong to them."""
+    length = state.codes.shape[1]
+    places = torch.arange(length, device=state.codes.device)
+    order = places.expand_as(state.codes) if state.places is None else state.places.rows[:, 2:] - 2
+    codes = torch.empty_like(state.codes).scatter_(1, order, state.codes[:, places % done])
+    return codes, torch.zeros_like(codes, dtype=torch.bool).scatter_(1, order[:, :done], True)

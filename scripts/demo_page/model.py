@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -146,7 +146,8 @@ class DemoModel:
         shape = self.tokenizer.code_shape
         frames = FRAMES if len(shape) == 2 else 0  # without a grid each code is in all pixels
         for codes, is_there in growing_codes(sampler, in_turn, frames, known):
-            images = self.decoder.finish(self.decoder.start(codes))
+            pending: Any = self.decoder.start(codes)
+            images = self.decoder.finish(pending)
             if not is_there.all():
                 masks = [in_pixels(grid, self.tokenizer.resolution) for grid in is_there.view(-1, *shape).cpu().numpy()]
                 images = np.where(np.stack(masks)[..., None], images, np.uint8(GREY))

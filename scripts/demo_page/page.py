@@ -17,11 +17,10 @@ from PIL import Image
 from scripts.demo_page.model import DemoModel, Settings
 from scripts.demo_page.uploads import MAX_BYTES, read_upload
 from utils.errors import environment_error
-from utils.schema import DemoConfig
 
 CANVAS = 384  # pixels, of the picture under the brush
 BRUSH = "what is brushed over"
-REGIONS = {"all below": "top", "all right of it": "left", "all around the middle": "center", "the middle": "border"}
+REGIONS = {"below": "top", "right": "left", "around the middle": "center", "the middle": "border"}
 COMPLETES = {
     "any": "This model was trained in random orders: it fills in any part of a picture.",
     "top": "This model predicts codes in raster order: it fills in what lies below a part that stays.",
@@ -29,10 +28,11 @@ COMPLETES = {
 }
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # of the visitor's machine
-CSS = ".pictures img {image-rendering: pixelated}"
+CSS = ".pictures img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}"
+BUTTONS = ("download", "fullscreen")  # none that uploads
 
 
-def launch(page: gr.Blocks, demo: DemoConfig) -> None:
+def launch(page: gr.Blocks, host: str, port: int) -> None:
     """Serve the page until Ctrl-C or SIGTERM.
 
     Raises:
@@ -40,8 +40,8 @@ def launch(page: gr.Blocks, demo: DemoConfig) -> None:
     """
     font, font_mono = FONTS
     page.queue().launch(
-        server_name=demo.host,
-        server_port=demo.port,
+        server_name=host,
+        server_port=port,
         max_file_size=MAX_BYTES,
         theme=gr.themes.Default(font=font, font_mono=font_mono),
         css=CSS,
@@ -54,7 +54,7 @@ def launch(page: gr.Blocks, demo: DemoConfig) -> None:
         run_history=False,
         enable_monitoring=False,
     )
-    print(f"http://{demo.host}:{demo.port} (Ctrl-C ends it)", flush=True)
+    print(f"http://{host}:{port} (Ctrl-C ends it)", flush=True)
     page.block_thread()
 
 
@@ -91,8 +91,8 @@ def description(model: DemoModel) -> str:
     parameters = sum(parameter.numel() for parameter in model.model.parameters()) / 1e6
     step = "" if model.weights.step is None else f", step {model.weights.step}"
     return (
-        f"`{html.escape(str(model.weights.path))}`{step}: {parameters:.1f} M parameters, {len(model.classes)} classes, "
-        f"{tokenizer.resolution} x {tokenizer.resolution} pixels, {tokenizer.image_seq_len} codes of "
+        f"`{model.config.experiment.generator_checkpoint}`{step}: {parameters:.1f} M parameters, {len(model.classes)} "
+        f"classes, {tokenizer.resolution} x {tokenizer.resolution} pixels, {tokenizer.image_seq_len} codes of "
         f"{tokenizer.codebook_size}"
     )
 
@@ -134,38 +134,27 @@ def complete_tab(model: DemoModel, class_label: gr.Dropdown, asked: list[gr.comp
     if model.completes == "none":
         return
     brushes, original = model.completes == "any", gr.State()
-    regions = [BRUSH, *REGIONS] if brushes else ["all below"]
+    use = picture_source(model, "complete")
     with gr.Row():
+        canvas = brush_canvas() if brushes else picture("to complete")
         with gr.Column():
-            use = picture_source(model, "complete")
+            regions = [BRUSH, *REGIONS] if brushes else ["below"]
             region = gr.Radio(regions, value=regions[0], label="fill in", elem_id="region")
-            share = gr.Slider(0.1, 0.9, 0.5, step=0.05, label="share that stays (of the picture's side), if not brushed")
-            with_class = gr.Checkbox(True, label="with the class (without: no guidance)")
+            share = gr.Slider(0.1, 0.9, 0.5, step=0.05, label="share that stays", visible=not brushes, elem_id="share")
+            with_class = gr.Checkbox(False, label="with the class (without: no guidance)", elem_id="with_class")
             button = gr.Button("Complete", variant="primary", elem_id="complete")
-        canvas = gr.ImageEditor(
-            type="numpy",
-            sources=(),
-            transforms=(),
-            layers=False,
-            brush=gr.Brush(default_size=48, colors=["#ff2d6f"], color_mode="fixed") if brushes else False,
-            canvas_size=(CANVAS, CANVAS),
-            fixed_canvas=True,
-            format="png",
-            label="picture",
-            elem_id="canvas",
-            elem_classes="pictures",
-        )
     pictures = gallery("completions")
+    region.change(lambda name: gr.Slider(visible=name != BRUSH), region, share)
 
-    def show(image: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
+    def show(image: np.ndarray) -> tuple[np.ndarray, Any]:
         large = np.asarray(Image.fromarray(image).resize((CANVAS, CANVAS), Image.Resampling.NEAREST))
-        return image, {"background": large, "layers": [], "composite": None}
+        return image, {"background": large, "layers": [], "composite": None} if brushes else large
 
     use(show, [original, canvas])
 
     def complete(
         image: np.ndarray | None,
-        drawn: dict[str, Any],
+        drawn: Any,
         region: str,
         share: float,
         with_class: bool,
@@ -191,10 +180,7 @@ def reconstruct_tab(model: DemoModel) -> None:
     gr.Markdown("The tokenizer's codes of a picture, decoded: what is lost here is lost to every sample.")
     use = picture_source(model, "reconstruct")
     with gr.Row():
-        shown = [
-            gr.Image(label=label, format="png", interactive=False, elem_id=label, elem_classes="pictures")
-            for label in ("picture", "reconstruction")
-        ]
+        shown = [picture("original"), picture("reconstruction")]
     figures = gr.Markdown(elem_id="figures")
 
     def reconstruct(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, str]:
@@ -212,12 +198,12 @@ def picture_source(model: DemoModel, name: str) -> Callable[[Callable[[np.ndarra
     Returns:
         What a function of a picture (H, W, 3) uint8 and the outputs for its result are given to.
     """
-    upload = gr.File(label="upload a picture", height=130, elem_id=f"{name}_upload")
-    if model.heldout is not None:
-        with gr.Row():
+    with gr.Row():
+        upload = gr.UploadButton("Upload a picture", size="md", elem_id=f"{name}_upload")
+        if model.heldout is not None:
             last = len(model.heldout) - 1
-            number = gr.Number(0, precision=0, minimum=0, maximum=last, label=f"held-out image, 0 to {last}")
-            take = gr.Button("Take it", elem_id=f"{name}_take")
+            take = gr.Button(f"Take held-out 0 to {last}:", size="md", elem_id=f"{name}_take")
+            number = gr.Number(0, precision=0, minimum=0, maximum=last, container=False, elem_id=f"{name}_number")
 
     def use(work: Callable[[np.ndarray], Any], outputs: list) -> None:
         def from_upload(path: str) -> Any:
@@ -243,5 +229,38 @@ def brushed(drawn: dict[str, Any]) -> np.ndarray:
 
 def gallery(name: str) -> gr.Gallery:
     return gr.Gallery(
-        format="png", columns=4, object_fit="contain", height="auto", label=name, elem_id=name, elem_classes="pictures"
+        format="png",
+        columns=4,
+        height="fit-content",
+        buttons=BUTTONS,
+        label=name,
+        elem_id=name,
+        elem_classes="pictures",
+    )
+
+
+def picture(name: str) -> gr.Image:
+    return gr.Image(
+        format="png",
+        height=CANVAS,
+        interactive=False,
+        buttons=BUTTONS,
+        label=name,
+        elem_id=name,
+        elem_classes="pictures",
+    )
+
+
+def brush_canvas() -> gr.ImageEditor:
+    return gr.ImageEditor(
+        type="numpy",
+        sources=(),
+        transforms=(),
+        layers=False,
+        brush=gr.Brush(default_size=48, colors=["#ff2d6f"], color_mode="fixed"),
+        canvas_size=(CANVAS, CANVAS),
+        fixed_canvas=True,
+        format="png",
+        label="to complete",
+        elem_id="canvas",
     )
