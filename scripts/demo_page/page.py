@@ -28,7 +28,10 @@ COMPLETES = {
 }
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}
 FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # of the visitor's machine
-CSS = ".pictures img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}"
+CSS = """
+.pictures img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
+.pictures .grid-wrap {overflow-y: auto}
+"""
 BUTTONS = ("download", "fullscreen")  # none that uploads
 
 
