@@ -146,6 +146,7 @@ def complete_tab(model: DemoModel, class_label: gr.Dropdown, asked: list[gr.comp
             share = gr.Slider(0.1, 0.9, 0.5, step=0.05, label="share that stays", visible=not brushes, elem_id="share")
             with_class = gr.Checkbox(False, label="with the class (without: no guidance)", elem_id="with_class")
             button = gr.Button("Complete", variant="primary", elem_id="complete")
+            stays = picture("stays", height=CANVAS // 2)
     pictures = gallery("completions")
     region.change(lambda name: gr.Slider(visible=name != BRUSH), region, share)
 
@@ -165,18 +166,18 @@ def complete_tab(model: DemoModel, class_label: gr.Dropdown, asked: list[gr.comp
         count: int,
         seed: int,
         *settings: Any,
-    ) -> Iterator[list[tuple[np.ndarray, str]]]:
+    ) -> Iterator[tuple[Any, list[tuple[np.ndarray, str]]]]:
         if image is None:
             raise gr.Error("first choose a picture", print_exception=False)
         with told():
             kept = model.kept_around(brushed(drawn)) if region == BRUSH else model.kept_region(REGIONS[region], share)
             label = class_label if with_class else None
-            first = [(image, "picture"), (model.without(image, kept), "stays")]
+            yield model.without(image, kept), []
             for images in model.complete(image, kept, label, count, seed, Settings(*settings)):
-                yield first + [(one, f"seed {seed + k}") for k, one in enumerate(images)]
+                yield gr.skip(), [(one, f"seed {seed + k}") for k, one in enumerate(images)]
 
     inputs = [original, canvas, region, share, with_class, class_label, *asked]
-    button.click(complete, inputs, pictures, **ONE_AT_A_TIME)
+    button.click(complete, inputs, [stays, pictures], **ONE_AT_A_TIME)
 
 
 def reconstruct_tab(model: DemoModel) -> None:
@@ -242,16 +243,9 @@ def gallery(name: str) -> gr.Gallery:
     )
 
 
-def picture(name: str) -> gr.Image:
-    return gr.Image(
-        format="png",
-        height=CANVAS,
-        interactive=False,
-        buttons=BUTTONS,
-        label=name,
-        elem_id=name,
-        elem_classes="pictures",
-    )
+def picture(name: str, height: int = CANVAS) -> gr.Image:
+    size = {"height": height, "format": "png"}
+    return gr.Image(interactive=False, buttons=BUTTONS, label=name, elem_id=name, elem_classes="pictures", **size)
 
 
 def brush_canvas() -> gr.ImageEditor:
