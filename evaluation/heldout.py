@@ -5,8 +5,7 @@ from data.training_batches import TrainingSet
 from evaluation.sample_distance import SampleDistance
 from modeling.heldout import HeldOut, evaluating, heldout_losses, save_loss_by_position
 from modeling.rear import ReAR
-from modeling.sampling.generate import generate_images
-from modeling.sampling.sample_grid import whole_model
+from modeling.sampling.sample_grid import exact_samples, whole_model
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.ranks import World
@@ -41,7 +40,7 @@ class HeldOutNumbers:
             if self.distance is not None:
                 whole = whole_model(model, run)
                 with evaluating(whole):
-                    numbers |= self.distance(lambda rows: generate_images(whole, self.tokenizer, rows, self.config))
+                    numbers |= self.distance(lambda rows: exact_samples(whole, self.tokenizer, rows, self.config))
         run.reporter.log(numbers)
         place = self.tokenizer.code_shape, self.config, run.state.global_step
         run.reporter.draw("loss by position", lambda: save_loss_by_position(losses, *place))

@@ -16,8 +16,9 @@ With an order, x1 .. xN are the codes orders[0] .. orders[N - 1] of raster order
 predicted positions go with them, those of the timesteps do not.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,10 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling.blocks import AdaLNBeforeHead, Block, projector, take
 from modeling.checks import checked_class_labels, checked_codes, checked_orders
+from modeling.hub_model import HubModel
 from utils.files.weights import load_state_dict, load_strict
 from utils.run.trained_weights import find_trained_weights
-from utils.schema import ModelConfig
+from utils.schema import Config, ModelConfig
 
 # Rows that the published tables have beyond the length of the sequence; unused.
 POSITION_SLACK = 1024
@@ -47,16 +49,20 @@ class ReAROutput:
     decode_z: Tensor | None  # (B, N, Z) from the position that predicts the code
 
 
-class ReAR(nn.Module):
+class ReAR(HubModel):
     """Class-conditional autoregressive transformer.
 
     Args:
         config: `vq_model.codebook_size` and the `generator` section are read. With `transition_alignment: false`
             the projectors are not built, which leaves the plain AR model.
+
+    Attributes:
+        config: the same; its guidance, temperature, top-k and top-p are the defaults of sampling.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.config = config
         generator, hidden_size = config.generator, config.generator.hidden_size
         self.codebook_size = config.vq_model.codebook_size
         self.num_classes = generator.condition_num_classes
@@ -89,6 +95,13 @@ class ReAR(nn.Module):
         self.encode_align_mlp = projector(*widths) if regularized and generator.encode_align else None
         self.decode_align_mlp = projector(*widths) if regularized and generator.decode_align else None
         self.init_weights()
+
+    def sections(self) -> dict[str, Any]:
+        return {"model": asdict(self.config)}
+
+    @classmethod
+    def of_config(cls, config: Config) -> "ReAR":
+        return cls(config.model)
 
     def init_weights(self) -> None:
         """Truncated normal (std 0.02) everywhere, but zero for biases, cls token and adaLN outputs."""

@@ -52,7 +52,7 @@ from data.training_batches import TrainingBatches
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.tokenizers.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
 from modeling.tokenizers.perceptual import PerceptualFeatures, perceptual_distance
-from modeling.tokenizers.registry import build_trainable_tokenizer, load_weights
+from modeling.tokenizers.registry import build_trainable_tokenizer
 from modeling.tokenizers.tokenizer import TrainableTokenizer
 from modeling.tokenizers.vector_quantizer import entropy_loss
 from utils.config import Config
@@ -86,7 +86,7 @@ def main(config: Config) -> str:
         torch.manual_seed(training.seed)
         tokenizer = build_trainable_tokenizer(config.model.vq_model)
         if vq_training.init_from is not None:
-            load_weights(tokenizer, local_file(vq_training.init_from))
+            tokenizer.load_weights(local_file(vq_training.init_from))
         tokenizer.to(device)
         features = PerceptualFeatures().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         optimizer = build_optimizer(tokenizer, config)

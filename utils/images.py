@@ -76,6 +76,15 @@ def make_captioned_grid(images: np.ndarray, captions: list[str], columns: int) -
     return make_grid(np.concatenate([images, below], axis=1), columns)
 
 
+def save_grid(images: np.ndarray, path: str | Path, columns: int | None = None) -> None:
+    """Write images (B, H, W, 3) uint8 as one PNG picture.
+
+    Args:
+        columns: None: about as many as rows.
+    """
+    write_png(Path(path), make_grid(images, columns or math.ceil(len(images) ** 0.5)))
+
+
 def write_png(path: Path, image: Image.Image) -> None:
     """The file appears when it is complete."""
     with complete_file(path) as partial:

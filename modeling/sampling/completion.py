@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_inputs import image_orders
 from utils.randomness import image_uniforms
@@ -25,14 +24,6 @@ def in_region(name: str, share: float, rows: int, columns: int) -> np.ndarray:
     return regions[name]
 
 
-def completion_sampler(model: ReAR, config: Config) -> CodeSampler:
-    """What `complete` samples with, for all configs with the same section model that have a class, or have none."""
-    generator = config.model.generator
-    if config.completion.class_label is None:  # guidance would compare the null class with itself
-        generator = replace(generator, guidance_scale=1.0)
-    return CodeSampler(model, generator, compile_mode=config.sampling.compile)
-
-
 def complete(
     codes: Tensor, kept: Tensor, sampler: CodeSampler, config: Config, on_step: Callable[[], object] = lambda: None
 ) -> Tensor:
@@ -40,14 +31,17 @@ def complete(
 
     Args:
         kept: (N,) bool, the codes that stay.
-        sampler: of `completion_sampler`.
+        sampler: is configured for this.
         on_step: called for each position of each batch.
 
     Raises:
         ValueError: codes that a model in raster order cannot start from.
     """
-    (n, length), sampling, label = codes.shape, config.sampling, config.completion.class_label
-    label = sampler.weights.model.null_class if label is None else label
+    (n, length), sampling, generator = codes.shape, config.sampling, config.model.generator
+    if config.completion.class_label is None:  # guidance would compare the null class with itself
+        generator = replace(generator, guidance_scale=1.0)
+    label = sampler.weights.model.null_class if config.completion.class_label is None else config.completion.class_label
+    sampler.configure(generator)
     samplings = [replace(sampling, seed=sampling.seed + k) for k in range(config.completion.num_completions)]
     images = list(range(n))
     uniforms = torch.stack([image_uniforms(one.seed, images, length) for one in samplings], dim=1)  # (n, K, N)

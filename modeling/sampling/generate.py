@@ -8,7 +8,6 @@ V codebook size, H x W pixels.
 import math
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,14 +24,11 @@ from modeling.sampling.decoding import (
     on_gpu,
     prefill,
 )
-from modeling.sampling.image_decoder import LOGITS_NOT_FINITE, ImageDecoder, are_codes
-from modeling.sampling.image_inputs import image_inputs, image_orders
+from modeling.sampling.image_decoder import LOGITS_NOT_FINITE, are_codes
 from modeling.sampling.step_graph import StepGraphs
-from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config_checks import check_generator_ranges
 from utils.errors import NonFiniteError
-from utils.precision import deterministic
-from utils.schema import Config, GeneratorConfig
+from utils.schema import GeneratorConfig
 
 
 def guidance_schedule(guidance_scale: float, guidance_scale_pow: float, steps: int) -> list[float]:
@@ -121,19 +117,36 @@ class CodeSampler:
         compile_mode: str = "off",
         notice: Callable[[str], object] = print,
     ) -> None:
-        check_generator_ranges(config)
         if other := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
             raise ValueError(f"model in {other.pop()}: expected torch.float32; sampling rounds it to its own `dtype`")
-        self.config, self.compile_mode, self.notice = config, compile_mode, notice
-        self.guidance_scale = config.guidance_scale or 1.0  # 0 is 1 in the published code
+        self.compile_mode, self.notice = compile_mode, notice
         with torch.inference_mode():
             self.weights = DecoderWeights(model, dtype)
         self.steps, self.device = model.image_seq_len, model.cls_token.device
-        scales = guidance_schedule(self.guidance_scale, config.guidance_scale_pow, self.steps)
-        self.scales = torch.tensor(scales, device=self.device)  # (N,)
+        self.scales = torch.empty(self.steps, device=self.device)  # (N,)
         self.graphs: StepGraphs | None = None  # goes before the state, whose buffers it uses
         self.state: DecodingState | None = None
         self.functions = StepFunctions()
+        self.captured: tuple[bool, float, int, float] | None = None  # what graphs hold of the config
+        self.configure(config)
+
+    @torch.inference_mode()
+    def configure(self, config: GeneratorConfig) -> None:
+        """Sample with this guidance, temperature, top-k and top-p from now on. Where only the strength of the guidance
+        changes, buffers and graphs stay.
+
+        Raises:
+            ValueError: a value outside its range.
+        """
+        check_generator_ranges(config)
+        self.config = config
+        self.guidance_scale = config.guidance_scale or 1.0  # 0 is 1 in the published code
+        self.scales.copy_(torch.tensor(guidance_schedule(self.guidance_scale, config.guidance_scale_pow, self.steps)))
+        captured = self.guidance_scale != 1, config.randomize_temperature, config.top_k, config.top_p
+        if self.state is not None and captured != self.captured:
+            self.graphs = None  # waits for replays, which use the state
+            self.state = None
+        self.captured = captured
 
     @torch.inference_mode()
     def __call__(
@@ -266,17 +279,3 @@ def generate(
     if not are_codes(codes, model.codebook_size):
         raise NonFiniteError(LOGITS_NOT_FINITE)
     return codes
-
-
-@deterministic(False)  # CUDA counts no cumulative sum as deterministic; along rows, as here, they are
-def generate_images(model: ReAR, tokenizer: Tokenizer, indices: list[int], config: Config) -> np.ndarray:
-    """The images with these indices, in float32; see `image_inputs` for what they depend on.
-
-    Returns:
-        (len(indices), H, W, 3) uint8.
-    """
-    class_labels, uniforms = image_inputs(indices, model, config.sampling.seed)
-    orders = image_orders(indices, model.image_seq_len, config.sampling)
-    codes = generate(model, class_labels, uniforms, config.model.generator, orders)
-    decoder = ImageDecoder(tokenizer, config.sampling.uint8_rule)
-    return decoder.finish(decoder.start(codes))

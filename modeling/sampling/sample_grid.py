@@ -1,15 +1,18 @@
-"""The grid of samples that training saves from time to time."""
+"""The samples that training makes from time to time."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
 from modeling.rear import ReAR
-from modeling.sampling.generate import generate_images
 from modeling.sampling.image_inputs import indices_of_classes
+from modeling.sampling.image_sampler import ImageSampler
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.images import make_grid
+from utils.precision import deterministic
 from utils.run.training_run import TrainingRun
 from utils.schema import Config
 
@@ -43,12 +46,18 @@ def whole_model(model: ReAR, run: TrainingRun) -> ReAR:
         return whole
 
 
+@deterministic(False)  # CUDA counts no cumulative sum as deterministic; along rows, as here, they are
+def exact_samples(model: ReAR, tokenizer: Tokenizer, indices: Sequence[int], config: Config) -> np.ndarray:
+    """The images (B, H, W, 3) uint8 with these indices, in float32 and not compiled: a few, of weights that change."""
+    return ImageSampler(model, tokenizer, config, len(indices), exact=True)(indices)
+
+
 def save_sample_grid(model: ReAR, tokenizer: Tokenizer, config: Config, step: int) -> Image.Image:
     """A column of samples for each of the first classes; always the same classes and random numbers."""
     columns = min(GRID_CLASSES, model.num_classes)
     indices = indices_of_classes(range(columns), GRID_ROWS * columns, model.num_classes)
     was_training = model.training
-    grid = make_grid(generate_images(model.eval(), tokenizer, indices, config), columns)
+    grid = make_grid(exact_samples(model.eval(), tokenizer, indices, config), columns)
     model.train(was_training)
     folder = Path(config.experiment.output_dir) / "train_generated_images"
     folder.mkdir(exist_ok=True)

@@ -1,7 +1,6 @@
 """The table of tokenizers, by `model.vq_model.model_type`, and what is chosen from it."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from modeling.tokenizers.tokenizer import Tokenizer, TrainableTokenizer
 from modeling.tokenizers.vq_plus import VQPlus
 from utils.errors import InputError
 from utils.files.hub import local_file
-from utils.files.weights import check_fits, load_strict
+from utils.files.weights import check_fits
 from utils.schema import Config, VQModelConfig
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
@@ -59,19 +58,11 @@ def _class_of(config: VQModelConfig) -> type[Tokenizer]:
     return tokenizer_class
 
 
-def load_weights(tokenizer: Tokenizer, path: Path) -> None:
-    """
-    Raises:
-        InputError: the file is missing, damaged or refused, or its keys or shapes are not those of the tokenizer.
-    """
-    load_strict(tokenizer, tokenizer.weights_of(tokenizer.read_state(path), path), path)
-
-
 def check_weights(config: VQModelConfig, state: dict[str, Tensor], source: object) -> None:
-    """The checks of `load_weights` on the entries of a file, for a tokenizer of these sizes, which is not built.
+    """The checks of `Tokenizer.load_weights` on the entries of a file, for one of these sizes, which is not built.
 
     Raises:
-        InputError: as `build_tokenizer` and `load_weights`.
+        InputError: as `build_tokenizer` and `Tokenizer.load_weights`.
     """
     with torch.device("meta"):
         tokenizer = build_tokenizer(config)
@@ -82,7 +73,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     """The frozen tokenizer of `experiment.tokenizer_checkpoint` in eval mode, float32 (also from fp16 files), on CPU.
 
     Raises:
-        InputError: as `build_tokenizer` and `load_weights`.
+        InputError: as `build_tokenizer` and `Tokenizer.load_weights`.
     """
     vq_model = config.model.vq_model
     tokenizer = build_tokenizer(vq_model)
@@ -91,7 +82,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
             f"model.vq_model.num_latent_tokens={vq_model.num_latent_tokens}: expected {tokenizer.image_seq_len} "
             f"(codes of shape {tokenizer.code_shape} of model_type={vq_model.model_type})"
         )
-    load_weights(tokenizer, local_file(config.experiment.tokenizer_checkpoint))
+    tokenizer.load_weights(local_file(config.experiment.tokenizer_checkpoint))
     return tokenizer.eval().requires_grad_(False)
 
 

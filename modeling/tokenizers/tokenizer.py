@@ -8,19 +8,23 @@ Legend: B images, H = W pixels, N codes per image, V codebook size, Z width of a
 import copy
 import math
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from modeling.checks import check_images, checked_codes
+from modeling.hub_model import HubModel
 from modeling.tokenizers.vector_quantizer import QuantizerOutput
 from utils.errors import InputError, NonFiniteError
-from utils.files.weights import load_state_dict, weights_sha256
-from utils.schema import VQModelConfig
+from utils.files.weights import load_state_dict, load_strict, weights_sha256
+from utils.schema import Config, VQModelConfig
+
+T = TypeVar("T", bound="Tokenizer")
 
 
-class Tokenizer(nn.Module, ABC):
+class Tokenizer(HubModel, ABC):
     """Images in [0, 1] <-> codes; a network that works in another range converts inside.
 
     A new tokenizer implements the abstract methods below and enters the table of registry.py; it overrides
@@ -29,6 +33,7 @@ class Tokenizer(nn.Module, ABC):
 
     Attributes:
         own_keys: keys of `model.vq_model` that not every kind of tokenizer reads, but this one.
+        config: its sizes.
         model_type: its name in the config.
         codebook_size: V; codebook_dim: Z.
         code_shape: (rows, columns) of a grid whose codes stand in raster order, or (N,) of codes without a grid.
@@ -38,6 +43,7 @@ class Tokenizer(nn.Module, ABC):
 
     own_keys: ClassVar[tuple[str, ...]] = ()
     has_images: ClassVar[bool] = True
+    config: VQModelConfig
     model_type: str
     codebook_size: int
     codebook_dim: int
@@ -50,9 +56,20 @@ class Tokenizer(nn.Module, ABC):
             InputError: sizes that do not fit together.
         """
         super().__init__()
+        self.config = config
         self.codebook_size, self.codebook_dim = config.codebook_size, config.token_size
         self.resolution, self.code_shape = config.resolution, self.code_shape_of(config)
         self.model_type = config.model_type
+
+    def sections(self) -> dict[str, Any]:
+        return {"model": {"vq_model": asdict(self.config)}}
+
+    @classmethod
+    def of_config(cls: type[T], config: Config) -> T:
+        return cls(config.model.vq_model)
+
+    def load_weights(self, path: Path) -> None:
+        load_strict(self, self.weights_of(self.read_state(path), path), path)
 
     @classmethod
     def read_state(cls, path: Path) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from data.heldout import open_heldout_images
 from data.images.reading import ImageDataset
 from data.training_batches import training_classes
 from evaluation.reconstruction import ReconstructionMetrics
-from modeling.sampling.completion import complete, completion_sampler
+from modeling.sampling.completion import complete
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_inputs import image_inputs, image_orders, indices_of_classes
 from modeling.sampling.image_sampler import ImageSampler, load_trained
@@ -32,7 +32,7 @@ from utils.ranks import World
 from utils.schema import Config
 
 FRAMES = 12  # pictures of an image as it grows, before the last
-KEPT_SAMPLERS = 4  # each has buffers, and on a GPU graphs, for a number of images and their settings
+KEPT_SAMPLERS = 4  # each has buffers, and on a GPU graphs, for a number of images
 IMAGENET_CLASSES = 1000
 
 
@@ -72,15 +72,10 @@ class DemoModel:
         self.completes = order if len(tokenizer.code_shape) == 2 else "none"
         self.busy = Lock()  # a sampler serves one thread at a time
         self._samplers = lru_cache(KEPT_SAMPLERS)(self._new_sampler)
-        self._completion_samplers = lru_cache(KEPT_SAMPLERS)(self._new_completion_sampler)
 
-    def _new_sampler(self, images: int, settings: Settings) -> CodeSampler:
-        generator = replace(self.config.model.generator, **settings._asdict())
-        return CodeSampler(self.model, generator, self.dtype, self.config.sampling.compile)
-
-    def _new_completion_sampler(self, images: int, settings: Settings, with_class: bool) -> CodeSampler:
-        label = 0 if with_class else None
-        return completion_sampler(self.model, self._asked(images, 0, settings, label))
+    def _new_sampler(self, images: int, completing: bool) -> CodeSampler:
+        """Its buffers are for these; it is configured for each click."""
+        return CodeSampler(self.model, self.config.model.generator, self.dtype, self.config.sampling.compile)
 
     def _asked(self, count: int, seed: int, settings: Settings, class_label: int | None = None) -> Config:
         """The config of the scripts that do the same.
@@ -110,12 +105,16 @@ class DemoModel:
         Raises:
             InputError: a value outside its range, or weights that compute no finite numbers.
         """
-        sampling = self._asked(count, seed, settings).sampling
+        config, sampler = self._asked(count, seed, settings), self._samplers(count, False)
         indices = indices_of_classes([class_label], count, self.model.num_classes)
         inputs = image_inputs(indices, self.model, seed)
-        orders = image_orders(indices, self.model.image_seq_len, sampling)
-        sampler = self._samplers(count, settings)
-        yield from self._grow(sampler, lambda on_step: sampler(*inputs, on_step, orders), 0)
+        orders = image_orders(indices, self.model.image_seq_len, config.sampling)
+
+        def sampled(on_step: Callable[[], object]) -> Tensor:
+            sampler.configure(config.model.generator)
+            return sampler(*inputs, on_step, orders)
+
+        yield from self._grow(sampler, sampled, 0)
 
     def complete(
         self, image: np.ndarray, kept: Tensor, class_label: int | None, count: int, seed: int, settings: Settings
@@ -130,8 +129,7 @@ class DemoModel:
         Raises:
             InputError: as `sample`.
         """
-        config = self._asked(count, seed, settings, class_label)
-        sampler = self._completion_samplers(count, settings, class_label is not None)
+        config, sampler = self._asked(count, seed, settings, class_label), self._samplers(count, True)
         codes = self._encode(image)[1].cpu()
         known = int(kept.sum())
         yield from self._grow(sampler, lambda on_step: complete(codes, kept, sampler, config, on_step)[0], known)

@@ -48,9 +48,9 @@ def split(command: str) -> tuple[dict[str, str], list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_fenced_block_is_checked(page: Path) -> None:
-    """Here the commands; in test_seams.py the examples of docs/extending.md."""
+    """Here the commands; in test_seams.py the examples of extending.md, in test_export_model.py those of python.md."""
     assert {language for language, _ in fences(page)} <= {"bash", "python"}
-    assert page.name == "extending.md" or "python" not in dict(fences(page))
+    assert page.name in ("extending.md", "python.md") or "python" not in dict(fences(page))
     assert page.read_text().count("```") == 2 * len(fences(page))
 
 
@@ -91,8 +91,8 @@ def check_arguments(script: str, arguments: list[str], monkeypatch: pytest.Monke
     others = [word for word in arguments if word not in overrides]
     if script in ("scripts_bash/download.sh", "scripts_bash/gpu_check.sh"):
         script = script.replace("_bash", "").replace(".sh", ".py")
-    if script.endswith(".py") and not overrides:
-        parse(script, others, monkeypatch)
+    if script.endswith(".py") and (not overrides or others):
+        parse(script, arguments, monkeypatch)
     elif script == "scripts_bash/test.sh":
         assert others[::2] in ([], ["-k"], ["-m"])  # pytest's
     else:

@@ -15,8 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from data.heldout import HeldOutPixels
 from evaluation.sample_distance import SampleDistance
 from modeling.rear import load_generator
-from modeling.sampling.generate import generate_images
-from modeling.sampling.sample_grid import save_sample_grid
+from modeling.sampling.sample_grid import exact_samples, save_sample_grid
 from modeling.tokenizers.registry import load_tokenizer
 from tests.conftest import make_noise_images
 from tests.faults.runs import NO_DROPOUT, Run, assert_equal_runs
@@ -126,7 +125,7 @@ def test_ema_samples_and_heldout_losses_are_those_of_replicated_training(
     found = Image.open(sharded.folder / "train_generated_images/0000012.png")
     np.testing.assert_array_equal(found, expected)
     distance = SampleDistance(HeldOutPixels(config), 4, 2, World(0, 1, torch.device("cpu")))
-    for name, value in distance(lambda rows: generate_images(whole, tokenizer, rows, config)).items():
+    for name, value in distance(lambda rows: exact_samples(whole, tokenizer, rows, config)).items():
         assert rows[0][-1][name] == pytest.approx(value, rel=1e-6)
 
 

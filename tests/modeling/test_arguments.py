@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from modeling.rear import ReAR
-from modeling.sampling.generate import CodeSampler, generate, generate_images
+from modeling.sampling.generate import CodeSampler, generate
 from modeling.sampling.image_decoder import ImageDecoder
 from modeling.sampling.image_inputs import indices_of_classes
+from modeling.sampling.sample_grid import exact_samples
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from tests.modeling.tokenizers.test_conformance import SIZES
 from utils.config import load_config
@@ -242,8 +243,9 @@ def test_pixels_and_features_that_are_not_finite(tokenizer: MaskGitVQ) -> None:
         tokenizer.encode(torch.rand(2, 3, 32, 32))
 
 
-def test_the_sample_grid_of_training_ends_alike(tiny_model: ReAR, tokenizer: MaskGitVQ) -> None:
+def test_the_sample_grid_of_training_ends_alike(tiny_model: ReAR) -> None:
+    tokenizer = MaskGitVQ(dataclasses.replace(SIZES["maskgit_vq"], codebook_size=24, resolution=16)).eval()
     tiny_model.lm_head.bias.data[0] = torch.nan
     config = load_config(["experiment.output_dir=unused"])
     with pytest.raises(NonFiniteError, match="logits"):
-        generate_images(tiny_model, tokenizer, [0, 1], config)
+        exact_samples(tiny_model, tokenizer, [0, 1], config)

@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 
 from modeling.rear import ReAR
-from modeling.sampling.generate import CodeSampler, generate_images
+from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_inputs import image_inputs
+from modeling.sampling.image_sampler import ImageSampler
 from scripts import complete_images, demo, reconstruct
 from scripts.demo_page.growth import growing_codes
 from scripts.demo_page.model import FRAMES, DemoModel, Settings, class_names
@@ -67,7 +68,7 @@ def with_settings(config: Config, seed: int) -> Config:
 def test_samples_grow_into_those_of_the_sampler(arguments: list[str], order: str) -> None:
     model = DemoModel(load_config([*arguments, f"sampling.order={order}"]))
     *frames, last = model.sample(3, 2, 7, SETTINGS)
-    wanted = generate_images(model.model, model.tokenizer, [3, 3 + 5], with_settings(model.config, 7))
+    wanted = ImageSampler(model.model, model.tokenizer, with_settings(model.config, 7), 2)([3, 3 + 5])
     np.testing.assert_array_equal(last, wanted)
     assert len(frames) == FRAMES
     for i, frame in enumerate(frames, 1):
@@ -81,12 +82,11 @@ def test_the_same_again_is_prepared_once(model: DemoModel, monkeypatch: pytest.M
     prepared = []
     original = CodeSampler._prepare
     monkeypatch.setattr(CodeSampler, "_prepare", lambda *given: prepared.append(given[1]) or original(*given))
-    settings = SETTINGS._replace(guidance_scale=2.5)
-    pictures = [
-        list(model.sample(class_label, count, 0, settings))[-1] for class_label, count in ((0, 2), (1, 4), (0, 2))
-    ]
+    stronger = SETTINGS._replace(guidance_scale=2.5)
+    asked = [(0, 2, SETTINGS), (1, 4, SETTINGS), (3, 2, stronger), (0, 2, SETTINGS)]
+    pictures = [list(model.sample(label, count, 0, settings))[-1] for label, count, settings in asked]
     assert prepared == [2, 4]
-    np.testing.assert_array_equal(pictures[0], pictures[2])
+    np.testing.assert_array_equal(pictures[0], pictures[3])
 
 
 @pytest.mark.parametrize("class_label", [None, 2])

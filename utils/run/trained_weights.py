@@ -5,6 +5,7 @@ A file means itself, a checkpoint folder its EMA or else its model, a run folder
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from utils.errors import InputError
 from utils.files.hashing import file_sha256
@@ -25,12 +26,14 @@ class TrainedWeights:
         path: the file to load.
         step: after how many steps; None: the file does not tell.
         tokenizer_sha256: of the tokenizer on whose codes they were trained; None: the file does not tell.
+        record: all that the file or its checkpoint tells (`Provenance.record`).
         notices: lines for the user: what was chosen, and why.
     """
 
     path: Path
     step: int | None = None
     tokenizer_sha256: str | None = None
+    record: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
 
     def check_tokenizer(self, found: str, experiment: ExperimentConfig) -> None:
@@ -102,9 +105,10 @@ def _of_checkpoint(folder: Path, name: str | None = None) -> TrainedWeights:
     found, expected = file_sha256(folder / name), manifest.files[name].sha256
     if found != expected:
         raise InputError(f"{folder / name}: damaged, found sha256 {found[:12]}..., expected {expected[:12]}...")
-    return TrainedWeights(folder / name, manifest.state.global_step, manifest.provenance.tokenizer_sha256)
+    step, provenance = manifest.state.global_step, manifest.provenance
+    return TrainedWeights(folder / name, step, provenance.tokenizer_sha256, provenance.record(step))
 
 
 def _from_record(path: Path) -> TrainedWeights:
     record = read_record(path)
-    return TrainedWeights(path, record.get("step"), record.get("tokenizer_sha256"))
+    return TrainedWeights(path, record.get("step"), record.get("tokenizer_sha256"), record)

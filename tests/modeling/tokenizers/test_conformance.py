@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modeling.sampling.image_decoder import ImageDecoder
-from modeling.tokenizers.registry import TOKENIZERS, build_tokenizer, code_shape, load_weights, tokenizer_sizes
+from modeling.tokenizers.registry import TOKENIZERS, build_tokenizer, code_shape, tokenizer_sizes
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import load_config
 from utils.errors import InputError
@@ -258,7 +258,7 @@ def test_weights_are_read_back(sizes: VQModelConfig, tmp_path: Path) -> None:
     """None of them is left out or renamed on the way."""
     ours, other = build_tokenizer(sizes), build_tokenizer(sizes)
     save_weights(ours.state_dict(), tmp_path / "weights.safetensors")
-    load_weights(other, tmp_path / "weights.safetensors")
+    other.load_weights(tmp_path / "weights.safetensors")
     assert other.sha256() == ours.sha256()
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modeling.tokenizers import conv_layers
 from modeling.tokenizers.conv_tokenizer import ConvTokenizer
-from modeling.tokenizers.registry import build_tokenizer, load_tokenizer, load_weights, tokenizer_sizes
+from modeling.tokenizers.registry import build_tokenizer, load_tokenizer, tokenizer_sizes
 from modeling.tokenizers.tokenizer import TrainableTokenizer
 from modeling.tokenizers.vector_quantizer import SignQuantizer, entropy_loss
 from tests.modeling.tokenizers.made_up import formula_weight
@@ -179,7 +179,7 @@ def test_published_files_load(tmp_path: Path, name: str, nest: str | None, more:
     state["another"] = torch.zeros(1)
     torch.save({nest: state} if nest else state, tmp_path / "other.pt")
     with pytest.raises(InputError, match=r"1 unexpected \(another\)"):
-        load_weights(tokenizer, tmp_path / "other.pt")
+        tokenizer.load_weights(tmp_path / "other.pt")
 
 
 def test_computed_tensors_of_published_files_are_compared(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_computed_tensors_of_published_files_are_compared(tmp_path: Path) -> Non
     }
     path = tmp_path / "published.bin"
     torch.save(tokenizer.state_dict() | buffers, path)
-    load_weights(tokenizer, path)
+    tokenizer.load_weights(path)
     for key, changed in (
         ("quantize.codebook", buffers["quantize.codebook"].flip(1)),
         ("quantize.codebook", buffers["quantize.codebook"][:512]),
@@ -199,7 +199,7 @@ def test_computed_tensors_of_published_files_are_compared(tmp_path: Path) -> Non
     ):
         torch.save(tokenizer.state_dict() | buffers | {key: changed}, path)
         with pytest.raises(InputError, match=rf"published\.bin: {key}: found other values than expected"):
-            load_weights(tokenizer, path)
+            tokenizer.load_weights(path)
 
 
 def test_bits_of_codes() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from utils.errors import InputError
 from utils.files import hub
@@ -59,3 +60,32 @@ def test_errors_name_the_source(cache: Path, source: str, message: str) -> None:
         hub.local_file(source)
     assert str(error.value).startswith(f"{source}: ")
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_is_looked_for_on_the_hub_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(repo: str, **options: object) -> str:
+        asked.append((repo, options["revision"]))
+        raise LocalEntryNotFoundError("cannot\nreach the Hub")
+
+    asked: list[tuple[str, object]] = []
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs/rear").mkdir(parents=True)
+    (tmp_path / "outputs/file").write_text("")
+    for source in ("outputs/rear", Path("outputs/rear"), "outputs", str(tmp_path / "outputs/rear")):
+        assert hub.local_folder(source, []) == Path(source)
+    for source, message in {
+        "outputs/raer": "outputs/raer: found no such folder, expected a folder; hf://outputs/raer would ask the",
+        "outputs/file": "outputs/file: found a file, expected a folder",
+        Path("someone/model"): "someone/model: found no such folder, expected a folder",
+        "model": "model: found no such folder, expected a folder",
+        "./someone/model": "./someone/model: found no such folder, expected a folder",
+        "/someone/model": "/someone/model: found no such folder, expected a folder",
+    }.items():
+        with pytest.raises(InputError, match=f"^{message}"):
+            hub.local_folder(source, [])
+    assert asked == []
+    for source in ("someone/model", "hf://someone/model", "hf://someone/model@v2", "hf://outputs/raer"):
+        with pytest.raises(InputError, match=r"neither on the Hub nor in its cache: cannot reach the Hub$"):
+            hub.local_folder(source, [])
+    assert asked == [("someone/model", None)] * 2 + [("someone/model", "v2"), ("outputs/raer", None)]

@@ -1,0 +1,256 @@
+"""A run, exported: loaded again it makes the images of the sampler, and what is wrong with it is told in one line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+
+from modeling.pretrained import class_names, generate_images, load_pretrained
+from modeling.tokenizers.registry import load_tokenizer
+from scripts import sample_imagenet_rear, train_rear
+from tests.conftest import make_tiny_project
+from tests.docs.pages import fences
+from tests.hub_server import local_hub
+from tests.processes import ROOT, Done, run_script
+from utils.config import load_config
+from utils.errors import InputError
+from utils.files.weights import save_weights
+from utils.run.metrics_file import read_metrics
+
+SCRIPT = "scripts/export_model.py"
+TRAINING = ("training.max_train_steps=3", "experiment.generate_every=9", "experiment.eval_every=3")
+LABELS = [i % 5 for i in range(37)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With projectors, EMA and held-out losses, of codes whose classes have names."""
+    project = make_tiny_project(tmp_path_factory.mktemp("project"))
+    folder = project.parent / "rear"
+    held_out = f"dataset.params.eval_pretokenization={project.parent / 'codes.jsonl'}"
+    more = [held_out, f"experiment.output_dir={folder}", "training.use_ema=true", "experiment.name=tiles"]
+    train_rear.main(load_config([f"config={project}", *TRAINING, *more]))
+    meta = project.parent / "codes.tokens/meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"class_names": ["a", "b|c", "d", "e", "f"]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "tiles"
+    assert export(run, folder).returncode == 0
+    return folder
+
+
+def export(run: Path, folder: Path, *more: str) -> Done:
+    return run_script([SCRIPT, str(run), str(folder), *more], folder.parent)
+
+
+def test_what_is_loaded_makes_the_images_of_the_sampler(run: Path, exported: Path, tmp_path: Path) -> None:
+    arguments = [f"config={run / 'config.yaml'}", f"experiment.generator_checkpoint={run}"]
+    sample_imagenet_rear.main(load_config([*arguments, f"experiment.output_dir={tmp_path / 'x'}"]))
+    model, tokenizer = load_pretrained(exported)
+    assert not model.training
+    assert not tokenizer.training
+    expected = np.load(tmp_path / "x.npz")
+    assert expected["arr_1"].tolist() == LABELS
+    np.testing.assert_array_equal(generate_images(model, tokenizer, LABELS), expected["arr_0"])
+
+    folder = [f"config={exported / 'config.json'}", f"experiment.generator_checkpoint={exported}"]
+    folder += [f"experiment.tokenizer_checkpoint={exported / 'tokenizer/model.safetensors'}"]
+    more = [f"experiment.output_dir={tmp_path / 'y'}", "sampling.num_fid_samples=37"]
+    sample_imagenet_rear.main(load_config([*folder, *more]))
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npz")["arr_0"], expected["arr_0"])
+
+
+def test_the_weights_are_the_ema_without_projectors(run: Path, exported: Path) -> None:
+    ours, ema = load_file(exported / "model.safetensors"), load_file(run / "checkpoint-3/ema.safetensors")
+    assert {key for key in ema if "_align_mlp." not in key} == ours.keys() < ema.keys()
+    assert all(torch.equal(ours[key], ema[key]) for key in ours)
+
+
+def test_the_card_tells_what_is_known(run: Path, exported: Path) -> None:
+    card = ModelCard.load(exported / "README.md")
+    assert card.data.license is None
+    assert card.data.library_name == "re-ar"
+    assert "More Information Needed" not in card.text
+    assert "\n# tiles\n" in card.text
+    assert "None is stated" in card.text
+    loss = read_metrics(run / "metrics.jsonl")[-1]["val/ar_loss"]
+    record = json.loads((run / "checkpoint-3/manifest.json").read_text())["provenance"]
+    for told in ("| 3 of 3 steps |", f"| {loss:.5g} | 3 |", record["data_hash"], record["tokenizer_sha256"], "(EMA)"):
+        assert told in card.text, told
+    assert r"| 1 | b\|c |" in card.text
+    with Image.open(exported / "samples.png") as picture:
+        assert picture.width == 5 * 18 - 2
+    assert class_names(exported) == ["a", "b|c", "d", "e", "f"]
+    assert sorted(path.name for path in exported.iterdir()) == [
+        *("README.md", "classes.json", "config.json", "export.json", "model.safetensors", "samples.png", "tokenizer"),
+    ]
+    assert str(exported.parent) not in "".join(path.read_text() for path in exported.rglob("*.[jm][sd]*"))
+
+
+def test_the_lines_of_the_card_and_of_the_page_run(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(exported.parent)
+    of_page = [code for language, code in fences(ROOT / "docs/python.md") if language == "python"]
+    [of_card] = [code for language, code in fences(exported / "README.md") if language == "python"]
+    for code in (of_card, *of_page):
+        Path("grid.png").unlink(missing_ok=True)
+        exec(code.replace("outputs/tiles", "tiles"), {})
+        with Image.open("grid.png") as picture:
+            assert min(picture.size) >= 16
+
+
+def test_an_export_is_whole_and_stays(run: Path, exported: Path, tmp_path: Path) -> None:
+    again = export(run, exported)
+    assert (again.returncode, again.stdout) == (0, f"{exported}: made from the same already\n")
+    other = export(run, exported, "--license", "mit")
+    assert other.returncode == 1
+    assert other.stderr == (
+        f"error: {exported}: exists and was made otherwise (--license=None there, found mit); delete it or choose "
+        "another output\n"
+    )
+    weights = load_file(exported / "model.safetensors")
+    weights["lm_head.bias"][0] = 3e38  # finite, as its logits are not
+    weights["lm_head.weight"][0] = 3e38
+    save_weights(weights, tmp_path / "bad.safetensors")
+    for source, said in ((tmp_path / "bad.safetensors", "logits are not finite"), (tmp_path / "absent", "config.yaml")):
+        more = [f"config={run / 'config.yaml'}"] if source.exists() else []
+        done = export(source, tmp_path / "x", *more)
+        assert done.returncode == 1
+        assert said in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+        assert [path.name for path in tmp_path.iterdir() if path.name.startswith("x")] == []
+
+
+def test_a_bare_file_with_a_licence_and_a_reference(run: Path, exported: Path, tmp_path: Path) -> None:
+    """What a published file does not tell is not told."""
+    bare = tmp_path / "bare.safetensors"
+    save_weights(load_file(exported / "model.safetensors"), bare)
+    options = ["--license", "cc-by-nc-4.0", "--tokenizer", "reference", "--samples", "0"]
+    config = [
+        f"config={run / 'config.yaml'}",
+        "model.generator.guidance_scale=2",
+        "dataset.params.pretokenization=null",
+    ]
+    folder = tmp_path / "x"
+    assert "found no config.yaml" in export(bare, folder, *options).stderr
+    assert export(bare, folder, *config, *options).returncode == 0
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.license == "cc-by-nc-4.0"
+    for told in ("not told by the weights", "no held-out numbers", "names are not known", "guidance_scale 2.0"):
+        assert told in card.text, told
+    assert not (folder / "samples.png").exists()
+    with pytest.raises(InputError, match=r"tokenizer: holds no weights, and refers to .*'tokenizer.safetensors'"):
+        load_pretrained(folder)
+    weights = load_config([config[0]]).experiment.tokenizer_checkpoint
+    model, tokenizer = load_pretrained(folder, tokenizer_weights=weights)
+    assert model.config.generator.guidance_scale == 2
+    preset = generate_images(model, tokenizer, [1, 2])
+    np.testing.assert_array_equal(preset, generate_images(*load_pretrained(exported), [1, 2], guidance_scale=2))
+
+
+def test_a_checkpoint_that_is_not_the_ema(run: Path, tmp_path: Path) -> None:
+    assert export(run / "checkpoint-3/model.safetensors", tmp_path / "x", "--samples", "0").returncode == 0
+    assert "| weights | those of that step |" in (tmp_path / "x/README.md").read_text()
+    ours, model = (load_file(folder / "model.safetensors") for folder in (tmp_path / "x", run / "checkpoint-3"))
+    assert all(torch.equal(ours[key], model[key]) for key in ours)
+
+
+def test_codes_only(run: Path, tmp_path: Path) -> None:
+    config = load_config([f"config={run / 'config.yaml'}"])
+    np.save(tmp_path / "codebook.npy", load_tokenizer(config).embed(torch.arange(24)[None])[0].numpy())
+    more = ["model.vq_model.model_type=codes_only", f"experiment.tokenizer_checkpoint={tmp_path / 'codebook.npy'}"]
+    assert export(run, tmp_path / "x", *more, "experiment.allow_other_tokenizer=true").returncode == 0
+    assert not (tmp_path / "x/samples.png").exists()
+    codes = generate_images(*load_pretrained(tmp_path / "x"), [0, 5])
+    assert (codes.shape, codes.dtype) == ((2, 16), np.uint16)
+
+
+BROKEN = {
+    "config.json": [
+        (
+            lambda text: text.replace('"top_k"', '"topk"'),
+            "config.json: unknown key 'model.generator.topk'; did you mean",
+        ),
+        (lambda text: text.replace('"top_k": 0', '"top_k": -1'), "config.json: model.generator.top_k=-1: expected"),
+        (lambda text: text.replace('"top_k": 0', '"top_k": "x"'), "config.json: model.generator.top_k=x: expected"),
+        (lambda text: text.replace('"hidden_size": 32', '"hidden_size": 64'), "model.safetensors: does not fit ReAR"),
+        (lambda text: text[:200], "config.json, line "),
+        (lambda text: "[1]", "config.json: expected a mapping of sections"),
+        (None, ": found no config.json, expected a folder"),
+    ],
+    "model.safetensors": [
+        (lambda weights: weights[:-9], "model.safetensors: "),
+        (lambda weights: weights[:-9] + bytes([weights[-9] ^ 1]) + weights[-8:], "model.safetensors: damaged"),
+        (lambda weights: b"", "model.safetensors: "),
+        (None, "model.safetensors: "),
+    ],
+    "tokenizer/config.json": [
+        (lambda text: text.replace("maskgit_vq", "titok"), "tokenizer/config.json: model.vq_model.vit_dec_patch")
+    ],
+    "tokenizer/model.safetensors": [(None, "tokenizer/model.safetensors: ")],
+    "classes.json": [(lambda text: text[:-4], "classes.json: found no JSON")],
+}
+
+
+@pytest.mark.parametrize(("name", "number"), [(name, i) for name, cases in BROKEN.items() for i in range(len(cases))])
+def test_a_damaged_folder_is_one_line(exported: Path, tmp_path: Path, name: str, number: int) -> None:
+    damage, message = BROKEN[name][number]
+    shutil.copytree(exported, tmp_path / "x")
+    path = tmp_path / "x" / name
+    if damage is None:
+        path.unlink()
+    elif path.suffix == ".json":
+        path.write_text(damage(path.read_text()))
+        assert path.read_text() != (exported / name).read_text()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(InputError) as error:
+        class_names(tmp_path / "x") if name == "classes.json" else load_pretrained(tmp_path / "x")
+    assert str(error.value).startswith(str(tmp_path / "x"))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_another_tokenizer_is_refused(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "x")
+    weights = load_file(exported / "tokenizer/model.safetensors")
+    weights["quantize.embedding.weight"] += 1
+    save_weights(weights, tmp_path / "x/tokenizer/model.safetensors")
+    with pytest.raises(InputError, match=r"x: trained on codes of the tokenizer of sha256 \w+\.\.\., found"):
+        load_pretrained(tmp_path / "x")
+
+
+def test_pushed_and_loaded_from_the_hub(run: Path, exported: Path, tmp_path: Path) -> None:
+    """By huggingface_hub itself, from a process that reaches no other Hub."""
+    refused = export(run, tmp_path / "tiles", "--push", "no such name")
+    assert refused.stderr.startswith("error: --push no such name: ")
+    assert not (tmp_path / "tiles").exists()
+    with local_hub() as hub:
+        home = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_of_nobody"}
+        command = [sys.executable, ROOT / SCRIPT, run, tmp_path / "tiles", "--push", "someone/tiles", "--private"]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1", **home}
+        done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert hub.private == {"someone/tiles"}
+        files = {str(path.relative_to(tmp_path / "tiles")): path for path in (tmp_path / "tiles").rglob("*.*")}
+        assert hub.files["someone/tiles"] == {name: path.read_bytes() for name, path in files.items()}
+        assert {*hub.cards} == {files["README.md"].read_text()}  # that the Hub is asked to validate
+        assert 'load_pretrained("someone/tiles")' in hub.cards[0]
+        cache = {"endpoint": hub.endpoint, "cache_dir": tmp_path / "cache"}
+        model, tokenizer = load_pretrained("someone/tiles", **cache)
+        assert class_names("someone/tiles", **cache) == class_names(exported)
+    images = generate_images(*load_pretrained(exported), [3, 1])
+    np.testing.assert_array_equal(generate_images(model, tokenizer, [3, 1]), images)
+    offline = load_pretrained("someone/tiles", cache_dir=tmp_path / "cache", local_files_only=True)
+    np.testing.assert_array_equal(generate_images(*offline, [3, 1]), images)
