@@ -6,6 +6,7 @@ Legend: B images, N codes per image, H = W pixels, V codebook size.
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from data.heldout import open_heldout_images
 from data.images.reading import ImageDataset
 from data.training_batches import training_classes
 from evaluation.reconstruction import ReconstructionMetrics
+from modeling.pretrained import class_names as exported_class_names
 from modeling.sampling.completion import complete
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_inputs import image_inputs, image_orders, indices_of_classes
@@ -208,10 +210,14 @@ class DemoModel:
 
 
 def class_names(config: Config) -> list[str]:
-    """A name for each class: that in the training data, or that of ImageNet's 1,000, behind its id."""
-    num_classes, known = config.model.generator.condition_num_classes, training_classes(config)
-    names = known[0] if known is not None else []
-    if known is None and num_classes == IMAGENET_CLASSES:
+    """For each class its id with its name in the training data or an exported model, or that of ImageNet's 1,000."""
+    num_classes, folder = config.model.generator.condition_num_classes, config.experiment.generator_checkpoint
+    names, known = [], training_classes(config)
+    if known is not None:
+        names = known[0]
+    elif folder is not None and Path(folder).is_dir():
+        names = exported_class_names(Path(folder)) or []
+    if not names and num_classes == IMAGENET_CLASSES:
         from torchvision.models import ResNet50_Weights  # slow to import
 
         names = ResNet50_Weights.DEFAULT.meta["categories"]

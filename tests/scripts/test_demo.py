@@ -256,6 +256,10 @@ def test_names_of_classes(arguments: list[str], tmp_path: Path) -> None:
     make_noise_images(tmp_path, 1, 16, 16)
     named = load_config([*arguments, f"dataset.params.train_shards_path_or_url={tmp_path}"])
     assert class_names(named) == ["0 cat", "1 dog", "2", "3", "4"]
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported/classes.json").write_text('["a", "b", "c", "d", "e"]')
+    exported = load_config([*arguments, f"experiment.generator_checkpoint={tmp_path / 'exported'}"])
+    assert class_names(exported) == ["0 a", "1 b", "2 c", "3 d", "4 e"]
     imagenet = class_names(load_config(["config=configs/rear_b.yaml", "dataset.params.pretokenization=null"]))
     assert (len(imagenet), imagenet[207], imagenet[360]) == (1000, "207 golden retriever", "360 otter")
 
