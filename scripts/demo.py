@@ -28,6 +28,7 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
 
 import os
 import signal
+import socket
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
 
@@ -35,12 +36,13 @@ from scripts.demo_page.model import DemoModel
 from scripts.demo_page.uploads import bound_all_pictures
 from utils.errors import InputError, input_errors_exit
 from utils.precision import matmul_precision
-from utils.schema import Config
+from utils.schema import Config, DemoConfig
 
 
 def main(config: Config) -> None:
     if find_spec("gradio") is None:
         raise InputError("scripts/demo.py needs gradio, which is not installed: pip install -r requirements-demo.txt")
+    check_address(config.demo)
     model = DemoModel(config)
     bound_all_pictures()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what follows is cleaned up
@@ -49,6 +51,17 @@ def main(config: Config) -> None:
         from scripts.demo_page.page import build_page, launch
 
         launch(build_page(model), config.demo.host, config.demo.port)
+
+
+def check_address(demo: DemoConfig) -> None:
+    """
+    Raises:
+        InputError: the page could not be served there.
+    """
+    try:
+        socket.create_server((demo.host, demo.port)).close()
+    except OSError as error:
+        raise InputError(f"demo.host={demo.host}, demo.port={demo.port}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

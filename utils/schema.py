@@ -4,8 +4,7 @@ A new key is one such line, and nothing else but the code that reads it: `python
 of the scripts print what stands here. `utils.marks` explains the marks within `Annotated[...]`. Mark a key of the
 section model with MayChange if a run may be continued with another value of it; without a mark that is refused.
 
-Key names are those of the RAR / TiTok / reAR family, so that its YAML files load unchanged. Steps are optimizer
-steps. `utils.config.load_config` fills this schema from YAML and the command line.
+Key names are those of the RAR / TiTok / reAR family, so that its YAML files load unchanged. Steps are of the optimizer.
 """
 
 from dataclasses import dataclass, field

@@ -36,11 +36,7 @@ BUTTONS = ("download", "fullscreen")  # none that uploads
 
 
 def launch(page: gr.Blocks, host: str, port: int) -> None:
-    """Serve the page until Ctrl-C or SIGTERM.
-
-    Raises:
-        OSError: the port is taken.
-    """
+    """Serve the page until Ctrl-C or SIGTERM."""
     font, font_mono = FONTS
     page.queue().launch(
         server_name=host,
@@ -225,9 +221,9 @@ def picture_source(model: DemoModel, name: str) -> Callable[[Callable[[np.ndarra
     return use
 
 
-def brushed(drawn: dict[str, Any]) -> np.ndarray:
-    """Mask (H', W') bool of the pixels that a brush was over."""
-    layers = [layer[..., 3] > 0 for layer in drawn["layers"]]
+def brushed(drawn: dict[str, Any] | None) -> np.ndarray:
+    """Mask (H', W') bool of the pixels that a brush was over; None: the canvas was cleared."""
+    layers = [layer[..., 3] > 0 for layer in drawn["layers"]] if drawn else []
     return np.any([np.zeros((CANVAS, CANVAS), bool), *layers], axis=0)
 
 

@@ -2,6 +2,7 @@
 in test_demo_page.py."""
 
 import os
+import socket
 import time
 import zlib
 from collections.abc import Callable
@@ -262,6 +263,14 @@ def test_names_of_classes(arguments: list[str], tmp_path: Path) -> None:
     assert class_names(exported) == ["0 a", "1 b", "2 c", "3 d", "4 e"]
     imagenet = class_names(load_config(["config=configs/rear_b.yaml", "dataset.params.pretokenization=null"]))
     assert (len(imagenet), imagenet[207], imagenet[360]) == (1000, "207 golden retriever", "360 otter")
+
+
+def test_an_address_that_is_taken_is_named(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "find_spec", lambda name: name)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=rf"demo\.host=127\.0\.0\.1, demo\.port={port}: Address already in use"):
+            demo.main(load_config([*arguments, f"demo.port={port}"]))
 
 
 def test_without_gradio_one_line_says_what_to_install(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

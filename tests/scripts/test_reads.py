@@ -12,6 +12,7 @@ from PIL import Image
 from modeling.rear import ReAR
 from scripts.demo_page.model import DemoModel, Settings
 from tests.evaluation.made_up import StubExtractor
+from tests.processes import free_port
 from utils.config import load_config
 from utils.files.weights import save_weights
 from utils.keys import KEYS, keys_under
@@ -126,7 +127,8 @@ def test_training_and_sampling_read(
 def test_the_demo_reads(
     arguments: list[str], recorded: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = load_config([*arguments, f"experiment.generator_checkpoint={tmp_path / 'model.safetensors'}"])
+    more = [f"experiment.generator_checkpoint={tmp_path / 'model.safetensors'}", f"demo.port={free_port()}"]
+    config = load_config([*arguments, *more])
     save_weights(ReAR(config.model).state_dict(), tmp_path / "model.safetensors")
     recorded.clear()
     visit(config, monkeypatch)
