@@ -48,6 +48,7 @@ from evaluation.reconstruction import psnr_of_part
 from modeling.orders import known_first
 from modeling.rear import ReAR
 from modeling.sampling.completion import complete, in_region
+from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_decoder import ImageDecoder
 from modeling.sampling.image_sampler import load_trained
 from modeling.tokenizers.registry import load_tokenizer
@@ -94,7 +95,8 @@ def complete_all(config: Config) -> None:
         count = len(codes) * config.completion.num_completions
         steps = -(-count // config.sampling.per_gpu_batch_size) * codes.shape[1]
         with tqdm(desc="sampling", total=steps, unit="code") as progress:
-            completed = complete(codes, kept, model, config, progress.update)
+            sampler = CodeSampler(model, config.model.generator, compile_mode=config.sampling.compile)
+            completed = complete(codes, kept, sampler, config, progress.update)
         assert torch.equal(completed[:, :, kept], codes[:, None, kept].expand(-1, completed.shape[1], -1))
         images = decode(completed.flatten(0, 1), tokenizer, config).reshape(*completed.shape[:2], *pixels.shape[1:])
         limit = decode(codes, tokenizer, config)

@@ -4,6 +4,18 @@
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
+# For the tests of the demo page, which are skipped where these cannot be had: gradio, which does not fit the oldest
+# versions, and Debian's Chromium, which root alone installs.
+if ! python -m pip show -q gradio 2> /dev/null; then
+  python -m pip install --quiet --disable-pip-version-check -r requirements-demo.txt ${CONSTRAINTS:+-c "$CONSTRAINTS"} ||
+    echo "requirements-demo.txt is not installed"
+fi
+if [[ $EUID == 0 ]] && command -v apt-get > /dev/null && ! command -v chromedriver > /dev/null; then
+  echo "installing Chromium"
+  { apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver; } &> /dev/null ||
+    echo "Chromium is not installed"
+fi
+
 export OMP_NUM_THREADS=1 # as torchrun sets it: runs are compared bit for bit, and a number of threads rounds its own way
 ruff check .
 ruff format --check .

@@ -4,8 +4,7 @@ A new key is one such line, and nothing else but the code that reads it: `python
 of the scripts print what stands here. `utils.marks` explains the marks within `Annotated[...]`. Mark a key of the
 section model with MayChange if a run may be continued with another value of it; without a mark that is refused.
 
-Key names are those of the RAR / TiTok / reAR family, so that its YAML files load unchanged. Steps are optimizer
-steps. `utils.config.load_config` fills this schema from YAML and the command line.
+Key names are those of the RAR / TiTok / reAR family, so that its YAML files load unchanged. Steps are of the optimizer.
 """
 
 from dataclasses import dataclass, field
@@ -56,8 +55,7 @@ class ExperimentConfig:
     init_from: str | None = None  # fine-tuning: start from these weights, as generator_checkpoint, with new classes
     # auto: continue if there is a checkpoint; true: there must be one; false: none; or a path
     resume: Silent[Annotated[str, Words(("auto", "true", "false"))]] = "auto"
-    # .bin, .safetensors or hf://OWNER/REPO/FILE
-    tokenizer_checkpoint: Silent[str] = "ckpt/maskgitvq.bin"
+    tokenizer_checkpoint: Silent[str] = "ckpt/maskgitvq.bin"  # .bin, .safetensors or hf://OWNER/REPO/FILE
     allow_other_tokenizer: Silent[bool] = False  # sample or train on with another tokenizer than the weights remember
     generator_checkpoint: Silent[str | None] = None  # to sample from: a file (or hf://...), checkpoint or run folder
 
@@ -110,8 +108,7 @@ class GeneratorConfig:
     perturb_mode: MayChange[Literal["switch", "mask", "none"]] = "switch"
     perturb_ratio_max: MayChange[Share] = 1.0  # largest share of codes that are replaced in a sequence, at the start
     perturb_ratio_fixed: MayChange[bool] = False  # that share in every sequence, instead of one drawn from U(0, it)
-    # step at which the largest share starts to fall from perturb_ratio_max
-    randomness_anneal_start: MayChange[NumberFrom0] = 0
+    randomness_anneal_start: MayChange[NumberFrom0] = 0  # step at which the largest share starts to fall
     randomness_anneal_end: MayChange[NumberFrom0] = 187_500  # step from which on it is 0
     # in which the codes are predicted while training: raster, random (another one for each sample at each step) or
     # annealed (that for a share of the samples, which falls to 0)
@@ -159,8 +156,7 @@ class PreprocessingConfig:
     random_flip: bool = True  # images read while training: mirror every second one
     # per image when pre-tokenizing: center (1), center_flip (2) or ten_crop (10)
     pretokenize_crops: Literal["center", "center_flip", "ten_crop"] = "ten_crop"
-    # the colour behind transparent pixels
-    background: Literal["white", "grey", "black"] = "white"
+    background: Literal["white", "grey", "black"] = "white"  # the colour behind transparent pixels
     exif_orientation: bool = False  # turn photos as their EXIF entry says; false: ignore it, as ADM does
 
 
@@ -199,10 +195,8 @@ class LRSchedulerConfig:
 
 @dataclass
 class TrainingConfig:
-    # micro-batches per optimizer step; derived if global_batch_size is given
-    gradient_accumulation_steps: Silent[Count] = 1
-    # images per optimizer step, whatever the number of processes; null: product
-    global_batch_size: Silent[Count | None] = None
+    gradient_accumulation_steps: Silent[Count] = 1  # micro-batches per step; derived if global_batch_size is given
+    global_batch_size: Silent[Count | None] = None  # images per step, whatever the number of processes; null: product
     allow_batch_change: Silent[bool] = False  # continue a checkpoint that was written at another global batch
     per_gpu_batch_size: Silent[Count] = 256  # images per rank and micro-batch
     # bf16 (autocast) or no (fp32); auto: bf16 on CUDA, for few CPUs are fast at it
@@ -275,13 +269,18 @@ class CompletionConfig:
 class SweepConfig:
     reference: str | None = None  # npz of images: one half chooses the best setting, the other scores it
     # values of model.generator.guidance_scale; each with every other value below
-    guidance_scale: Annotated[list[float], Range(at_least=0, at_most=1000)] = field(
-        default_factory=lambda: [1.0, 2.0, 4.0, 8.0]
-    )
+    guidance_scale: Annotated[list[float], Range(0, 1000)] = field(default_factory=lambda: [1.0, 2.0, 4.0, 8.0])
     # values of model.generator.guidance_scale_pow; null: that one alone
     guidance_scale_pow: Annotated[list[float] | None, Range(at_least=0)] = None
     # values of model.generator.randomize_temperature; null: that one alone
     randomize_temperature: Annotated[list[float] | None, Range(at_least=1e-6)] = None
+
+
+@dataclass
+class DemoConfig:
+    host: str = "127.0.0.1"  # address that the page listens on; 0.0.0.0: other machines reach it too
+    port: Annotated[int, Range(1, 65_535)] = 7860  # of the page
+    max_images: Count = 16  # that a click may ask for
 
 
 @dataclass
@@ -297,3 +296,4 @@ class Config:
     inspection: InspectionConfig = field(default_factory=InspectionConfig)  # scripts/inspect_codes.py only
     completion: CompletionConfig = field(default_factory=CompletionConfig)  # scripts/complete_images.py only
     sweep: SweepConfig = field(default_factory=SweepConfig)  # scripts/sweep_guidance.py only
+    demo: DemoConfig = field(default_factory=DemoConfig)  # scripts/demo.py only

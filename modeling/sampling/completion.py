@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_inputs import image_orders
 from utils.randomness import image_uniforms
@@ -26,12 +25,13 @@ def in_region(name: str, share: float, rows: int, columns: int) -> np.ndarray:
 
 
 def complete(
-    codes: Tensor, kept: Tensor, model: ReAR, config: Config, on_step: Callable[[], object] = lambda: None
+    codes: Tensor, kept: Tensor, sampler: CodeSampler, config: Config, on_step: Callable[[], object] = lambda: None
 ) -> Tensor:
     """Codes (n, K, N) of the `completion.num_completions` of codes (n, N), both on the CPU.
 
     Args:
         kept: (N,) bool, the codes that stay.
+        sampler: is configured for this.
         on_step: called for each position of each batch.
 
     Raises:
@@ -40,14 +40,14 @@ def complete(
     (n, length), sampling, generator = codes.shape, config.sampling, config.model.generator
     if config.completion.class_label is None:  # guidance would compare the null class with itself
         generator = replace(generator, guidance_scale=1.0)
-    label = model.null_class if config.completion.class_label is None else config.completion.class_label
+    label = sampler.weights.model.null_class if config.completion.class_label is None else config.completion.class_label
+    sampler.configure(generator)
     samplings = [replace(sampling, seed=sampling.seed + k) for k in range(config.completion.num_completions)]
     images = list(range(n))
     uniforms = torch.stack([image_uniforms(one.seed, images, length) for one in samplings], dim=1)  # (n, K, N)
     by_seed = [image_orders(images, length, one) for one in samplings]
     orders = torch.stack([one for one in by_seed if one is not None], dim=1) if sampling.order != "raster" else None
-    sampler, found = CodeSampler(model, generator, compile_mode=sampling.compile), []
-    total = n * len(samplings)
+    found, total = [], n * len(samplings)
     for rows in torch.arange(total).split(size := min(total, sampling.per_gpu_batch_size)):
         filled = rows.new_full((size,), total - 1)  # to a whole batch, so that nothing is compiled anew
         filled[: len(rows)] = rows

@@ -21,7 +21,8 @@ from tests.docs.pages import PAGES, ROOT, commands, fences, page_name
 from utils.config import load_config
 
 COMMANDS = sorted({command for page in PAGES for command in commands(page)})
-WRITTEN_BY_OTHERS = re.compile(r"outputs/\w+/(rear|tokenizer)\.yaml")  # of the commands, by make_config.py
+# Of the commands: make_config.py, export_model.py.
+WRITTEN_BY_OTHERS = re.compile(r"outputs/\w+/((rear|tokenizer)\.yaml|config\.json)")
 BROUGHT = {"LOC_synset_mapping.txt"}
 OF_OTHER_PROGRAMS = ("pip ", "pre-commit ", "ruff ", "source ", "python -m venv", "python -m pytest", "export ")
 OVERRIDE = re.compile(r"(config|[a-z_]+(\.[a-z_0-9]+)+)=.*", flags=re.DOTALL)

@@ -3,6 +3,7 @@
 import json
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from scripts import (
     sweep_guidance,
     train_rear,
 )
+from scripts.demo_page.model import DemoModel
 from tests.conftest import make_noise_images
 from tests.docs.pages import fences
 from tests.docs.test_commands import split
@@ -148,6 +150,7 @@ def test_what_wants_images_is_refused(sampled: Path, arguments: list[str], run: 
         (sample_imagenet_rear, "sampling.save_png=true", f"experiment.generator_checkpoint={run}"),
         (sweep_guidance, f"sweep.reference={tmp_path / 'x.npz'}"),
         (complete_images, f"completion.inputs={images}"),
+        (SimpleNamespace(main=DemoModel), f"experiment.generator_checkpoint={run}"),
     ]
     for script, *more in refused:
         with pytest.raises(InputError, match=r"wants images, and .*model_type=codes_only knows codes alone"):

@@ -10,8 +10,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from data.codes.token_store import TokenStore
+from modeling.rear import ReAR
 from modeling.tokenizers.registry import build_tokenizer, load_tokenizer
 from scripts import inspect_codes, make_config, make_shards, pretokenize, reconstruct, sample_imagenet_rear, train_rear
+from scripts.demo_page.model import DemoModel, Settings
 from tests.conftest import make_noise_images
 from utils.config import load_config, to_yaml
 from utils.errors import InputError
@@ -93,6 +95,20 @@ def test_the_config_of_a_tokenizer_and_images(arguments: list[str], tmp_path: Pa
         InputError, match=r"--resolution 16: .*titok\.safetensors: .*encoder\.positional_embedding \(17, 32"
     ):
         make_config.main([str(tmp_path / "shards"), str(tmp_path / "other"), "--resolution", "16", *options[2:]])
+
+
+def test_the_demo_shows_the_finished_image_alone(arguments: list[str], tmp_path: Path) -> None:
+    config = load_config(
+        [
+            *arguments,
+            "experiment.output_dir=unused",
+            f"experiment.generator_checkpoint={tmp_path / 'model.safetensors'}",
+        ]
+    )
+    save_weights(ReAR(config.model).state_dict(), tmp_path / "model.safetensors")
+    model = DemoModel(config)
+    assert model.completes == "none"
+    assert [images.shape for images in model.sample(0, 2, 0, Settings(1.0, 1.0, 0, 1.0))] == [(2, 32, 32, 3)]
 
 
 def test_the_number_of_codes_of_a_grid_is_not_chosen(tiny_arguments: list[str]) -> None:
