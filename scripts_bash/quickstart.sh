@@ -8,15 +8,19 @@ source "$(dirname "$0")/environment.sh"
 
 OUT=${OUT:-outputs/quickstart}
 NUM_SAMPLES=${NUM_SAMPLES:-740} # as many as there are held-out tiles
+# On a CPU two processes share the work: operations as small as these gain little from threads.
+PROCESSES=$(python -c 'import torch; print(1 if torch.cuda.is_available() else 2)')
 CONFIG=(config=configs/rear_blue_marble.yaml dataset.params.pretokenization="$OUT/train.tokens"
   dataset.params.train_shards_path_or_url="$OUT/images/train-*.tar"
-  dataset.params.eval_shards_path_or_url="$OUT/images/heldout-*.tar" "$@")
-THREADS=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$THREADS}
+  dataset.params.eval_shards_path_or_url="$OUT/images/heldout-*.tar"
+  training.global_batch_size=32 training.per_gpu_batch_size=$((32 / PROCESSES)) "$@")
+CPUS=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(((CPUS + PROCESSES - 1) / PROCESSES))}
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that spin while they wait take the CPU from each other
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 # keep freed memory: scoring is faster
-SAMPLE=(python scripts/sample_imagenet_rear.py "${CONFIG[@]}" sampling.num_fid_samples="$NUM_SAMPLES")
-RECONSTRUCT=(python scripts/reconstruct.py "${CONFIG[@]}" sampling.num_fid_samples="$NUM_SAMPLES")
+LAUNCH=(torchrun --standalone --nproc_per_node="$PROCESSES")
+SAMPLE=("${LAUNCH[@]}" scripts/sample_imagenet_rear.py "${CONFIG[@]}" sampling.num_fid_samples="$NUM_SAMPLES")
+RECONSTRUCT=("${LAUNCH[@]}" scripts/reconstruct.py "${CONFIG[@]}" sampling.num_fid_samples="$NUM_SAMPLES")
 
 STARTED=() NAMES=()
 step() { printf '\n== %s\n' "$*"; STARTED+=("$SECONDS"); NAMES+=("$*"); }
@@ -25,11 +29,11 @@ step "1/6 images: tiles of the Blue Marble in twelve regions"
 python scripts/build_blue_marble.py "$OUT/images"
 
 step "2/6 codes: the tokenizer on the training tiles, and how well it reconstructs held-out ones"
-[[ -d $OUT/train.tokens ]] || python scripts/pretokenize.py "${CONFIG[@]}"
+[[ -d $OUT/train.tokens ]] || "${LAUNCH[@]}" scripts/pretokenize.py "${CONFIG[@]}"
 "${RECONSTRUCT[@]}" experiment.output_dir="$OUT/tokenizer"
 
 step "3/6 training: reAR on the codes (the same command again continues)"
-python scripts/train_rear.py "${CONFIG[@]}" experiment.output_dir="$OUT/rear"
+"${LAUNCH[@]}" scripts/train_rear.py "${CONFIG[@]}" experiment.output_dir="$OUT/rear"
 python scripts/train_rear.py "${CONFIG[@]}" experiment.output_dir="$OUT/untrained" training.stop_steps=0
 
 step "4/6 samples of the trained and of an untrained model"
@@ -39,7 +43,7 @@ step "4/6 samples of the trained and of an untrained model"
 step "5/6 scores against the held-out tiles; training tiles, as real as these, tell what can be reached"
 "${RECONSTRUCT[@]}" experiment.output_dir="$OUT/train_tiles" \
   dataset.params.eval_shards_path_or_url="$OUT/images/train-*.tar"
-python evaluation/evaluator.py "$OUT/tokenizer/reference.npz" --backend efficientnet_lite0 \
+"${LAUNCH[@]}" evaluation/evaluator.py "$OUT/tokenizer/reference.npz" --backend efficientnet_lite0 \
   "$OUT"/{samples,untrained_samples,tokenizer/reconstructions,train_tiles/reference}.npz
 
 step "6/6 report"

@@ -35,7 +35,8 @@ def quickstart(out: Path) -> Iterator[subprocess.Popen]:
         f"dataset.params.train_shards_path_or_url={out}/images/train-000002.tar",  # a quarter of the tiles
         "dataset.preprocessing.pretokenize_crops=center",
         f"training.max_train_steps={STEPS}",
-        "training.per_gpu_batch_size=4",
+        "training.global_batch_size=4",
+        "training.per_gpu_batch_size=2",
         "lr_scheduler.params.warmup_steps=1",
         "model.generator.randomness_anneal_end=3",
         "experiment.log_every=1",
