@@ -22,7 +22,7 @@ def test_killed_on_one_process_and_continued_on_two(plain_oracle: Run, tmp_path:
     whole, run, pair = (Run(arguments, tmp_path / name) for name in ("whole", "run", "pair"))
     whole.completed()
     assert whole.curves()[0] != plain_oracle.curves()[0]
-    assert run(REAR_FAULT="step.6:kill") == [-signal.SIGKILL]
+    assert run(REAR_FAULT="save.begin.8") == [-signal.SIGKILL]
     run.completed()
     assert "steps 4 to 12" in run.log()
     assert_equal_runs(run, whole)

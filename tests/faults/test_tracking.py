@@ -186,7 +186,7 @@ def test_wandb_holds_the_history_of_a_run_that_was_killed_and_went_back(
 ) -> None:
     run.arguments += [*WANDB_ON, "experiment.keep_every=4"]
     offline = {key: environment[key] for key in ("HOME", "WANDB_API_KEY")} | {"WANDB_MODE": "offline"}
-    assert run(REAR_FAULT="step.6", **offline) == [-signal.SIGKILL]
+    assert run(REAR_FAULT="save.begin.8", **offline) == [-signal.SIGKILL]
     time.sleep(1)  # wandb names the folder of a start by the second
     killed_id = (run.folder / "wandb_run_id").read_text().strip()
     run.completed(**offline)
