@@ -133,11 +133,11 @@ def test_same_seed_same_weights(tiny_arguments: list[str], images: Path, tmp_pat
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("fault", ["step.7", "save.discriminator.8"])
+@pytest.mark.parametrize("fault", ["save.begin.8", "save.discriminator.8"])
 def test_a_killed_run_continues_bit_for_bit(
     tiny_arguments: list[str], images: Path, tmp_path: Path, fault: str
 ) -> None:
-    """Between steps and in the middle of a save, with codes revived and the discriminator updated before and after."""
+    """Before a save and in the middle of it, with codes revived and the discriminator updated before and after."""
     more = ["vq_training.adversarial_weight=0.5", "training.max_train_steps=12", "experiment.save_every=4"]
     train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / "whole", *more)))
     command = arguments(tiny_arguments, images, tmp_path / "killed", *more)
