@@ -10,15 +10,16 @@ OUT=${OUT:-outputs/quickstart}
 NUM_SAMPLES=${NUM_SAMPLES:-740} # as many as there are held-out tiles
 # On a CPU two processes share the work: operations as small as these gain little from threads.
 PROCESSES=$(python -c 'import torch; print(1 if torch.cuda.is_available() else 2)')
+CPUS=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS} # of all processes together
+LAUNCH=(env OMP_NUM_THREADS=$(((OMP_NUM_THREADS + PROCESSES - 1) / PROCESSES)) torchrun --standalone --nproc_per_node="$PROCESSES")
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that spin while they wait take the CPU from each other
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 # keep freed memory: scoring is faster
+
 CONFIG=(config=configs/rear_blue_marble.yaml dataset.params.pretokenization="$OUT/train.tokens"
   dataset.params.train_shards_path_or_url="$OUT/images/train-*.tar"
   dataset.params.eval_shards_path_or_url="$OUT/images/heldout-*.tar"
   training.global_batch_size=32 training.per_gpu_batch_size=$((32 / PROCESSES)) "$@")
-CPUS=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS}
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that spin while they wait take the CPU from each other
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 # keep freed memory: scoring is faster
-LAUNCH=(env OMP_NUM_THREADS=$(((OMP_NUM_THREADS + PROCESSES - 1) / PROCESSES)) torchrun --standalone --nproc_per_node="$PROCESSES")
 SAMPLE=("${LAUNCH[@]}" scripts/sample_imagenet_rear.py "${CONFIG[@]}" sampling.num_fid_samples="$NUM_SAMPLES")
 RECONSTRUCT=(python scripts/reconstruct.py "${CONFIG[@]}" sampling.num_fid_samples="$NUM_SAMPLES")
 
