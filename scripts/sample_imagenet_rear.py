@@ -85,7 +85,7 @@ def sample(config: Config, held: ExitStack) -> None:
         fingerprint = images_made_from(config, classes, indices, model, tokenizer, world.device)
         if world.from_main(lambda: is_finished(parts, result, fingerprint)):
             return
-        world.from_main(lambda: check_images_folder(parts, output))
+        world.from_main(lambda: check_neighbours(parts, output, result))
         missing = parts.begin(fingerprint, world)
     model.to(world.device).eval()
     tokenizer.to(world.device)
@@ -118,11 +118,16 @@ def is_finished(parts: SampleParts, result: Path, fingerprint: dict[str, Any]) -
     return True
 
 
-def check_images_folder(parts: SampleParts, output: Path) -> None:
+def check_neighbours(parts: SampleParts, output: Path, result: Path) -> None:
     """
     Raises:
-        InputError: a new run would add its PNG files to those of another one.
+        InputError: a new run would add its PNG files to those of another one, or its record would take the place of
+            that of images beside codes, or the reverse.
     """
+    for suffix in (".npz", ".tokens"):
+        other = output.with_name(output.name + suffix)
+        if other != result and other.exists():
+            raise InputError(f"{other}: is of another run, with the same name; delete it or choose another output_dir")
     folder = output.with_name(output.name + ".images")
     if folder.is_dir() and not parts.folder.exists() and next(folder.iterdir(), None):
         raise InputError(f"{folder}: holds the images of another run; delete it or choose another output_dir")

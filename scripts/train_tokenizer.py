@@ -189,7 +189,7 @@ def training_step(
         + vq_training.commitment_weight * quantized.commitment_loss
     )
     if vq_training.entropy_weight > 0:
-        terms["train/code_entropy"] = entropy_loss(quantized.distances)
+        terms["train/code_entropy"] = entropy_loss(quantized.distances())
         terms["train/loss"] = terms["train/loss"] + vq_training.entropy_weight * terms["train/code_entropy"]
     if vq_training.adversarial_weight > 0:
         terms["train/generator"] = generator_loss(discriminator(maps))

@@ -9,6 +9,9 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.errors import InputError
+from utils.schema import VQModelConfig
+
 MAX_GROUPS, MIN_GROUP_WIDTH = 32, 4  # of the group norms
 
 
@@ -16,6 +19,17 @@ def group_norm(channels: int) -> nn.GroupNorm:
     """32 groups as published (narrowest level: 128 channels); fewer in narrow levels, where a group would otherwise
     hold under four channels and the norm would erase what each of them carries."""
     return nn.GroupNorm(math.gcd(MAX_GROUPS, channels // MIN_GROUP_WIDTH), channels, eps=1e-6)
+
+
+def check_first_level(config: VQModelConfig) -> None:
+    """
+    Raises:
+        InputError: channels of which no group norm can be made.
+    """
+    if config.hidden_channels % MIN_GROUP_WIDTH:
+        raise InputError(
+            f"model.vq_model.hidden_channels={config.hidden_channels}: expected a multiple of {MIN_GROUP_WIDTH}"
+        )
 
 
 def conv3x3(in_channels: int, out_channels: int, bias: bool) -> nn.Conv2d:

@@ -10,7 +10,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from modeling.tokenizers.conv_layers import MIN_GROUP_WIDTH, fold_upsampling
+from modeling.tokenizers.conv_layers import check_first_level, fold_upsampling
 from modeling.tokenizers.tokenizer import PlainDecoder, Tokenizer, TrainableTokenizer
 from modeling.tokenizers.vector_quantizer import QuantizerOutput, SignQuantizer, VectorQuantizer
 from utils.errors import InputError
@@ -39,10 +39,7 @@ class ConvTokenizer(Tokenizer):
 
     def __init__(self, config: VQModelConfig) -> None:
         super().__init__(config)
-        if config.hidden_channels % MIN_GROUP_WIDTH:
-            raise InputError(
-                f"model.vq_model.hidden_channels={config.hidden_channels}: expected a multiple of {MIN_GROUP_WIDTH}"
-            )
+        check_first_level(config)
         self._widest = config.hidden_channels * max(config.channel_mult[:2])  # at full resolution
 
     @classmethod

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeling.tokenizers.conv_layers import fold_upsampling
+from modeling.tokenizers.conv_layers import check_first_level, fold_upsampling
 from modeling.tokenizers.conv_tokenizer import LIVE_ACTIVATIONS
 from modeling.tokenizers.maskgit_layers import Decoder
 from modeling.tokenizers.titok_layers import SIZES, TiTokDecoder, TiTokEncoder
@@ -53,6 +53,7 @@ class TiTokVQ(Tokenizer):
         quantizer = CosineQuantizer if config.use_l2_norm else VectorQuantizer
         self.quantize = quantizer(config.codebook_size, config.token_size)
         if self.is_legacy:
+            check_first_level(config)
             self.pixel_quantize = VectorQuantizer(*PIXEL_CODEBOOK)
             self.pixel_decoder = Decoder(replace(config, token_size=PIXEL_CODEBOOK[1]))
 

@@ -3,7 +3,9 @@
 Legend: B images, h x w grid of codes, N = h * w codes per image in raster order, V codebook size, Z width of a vector.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +25,8 @@ class QuantizerOutput:
     codes: Tensor  # (B, N) int64
     codebook_loss: Tensor  # mean squared distance, moves the codebook
     commitment_loss: Tensor  # the same number, moves the encoder
-    distances: Tensor  # (B N, V) float32, those of `VectorQuantizer.distances`
+    # makes those of `VectorQuantizer.distances`, (B N, V) float32: 1 GiB for 64 images of 256 codes and V = 16,384
+    distances: Callable[[], Tensor]
 
 
 class VectorQuantizer(nn.Module):
@@ -51,21 +54,26 @@ class VectorQuantizer(nn.Module):
     def nearest(self, features: Tensor) -> Tensor:
         """Codes (B, N) int64 of features (B, N, Z)."""
         flat = self.comparable(features.flatten(0, 1).float(), dim=1)  # (B N, Z)
-        parts = flat.split(max(1, MOST_DISTANCES // self.embedding.num_embeddings))
-        return torch.cat([self.distances(part).argmin(dim=1) for part in parts]).view(features.shape[:2])
+        return self._nearest(flat).view(features.shape[:2])
+
+    @torch.no_grad()
+    def _nearest(self, features: Tensor) -> Tensor:
+        """Codes (M,) int64 of comparable features (M, Z), some at a time: the distances never stand all in memory."""
+        parts = features.split(max(1, MOST_DISTANCES // self.embedding.num_embeddings))
+        return torch.cat([self.distances(part).argmin(dim=1) for part in parts])
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantize features (B, Z, h, w) with the straight-through gradient of VQ-VAE."""
         features = self.comparable(features.float(), dim=1)
-        distances = self.distances(rearrange(features, "b z h w -> (b h w) z"))
-        codes = distances.argmin(dim=1).view(len(features), -1)
+        flat = rearrange(features, "b z h w -> (b h w) z")
+        codes = self._nearest(flat.detach()).view(len(features), -1)
         vectors = rearrange(self.vectors(codes), "b (h w) z -> b z h w", h=features.shape[2])
         return QuantizerOutput(
             quantized=features + (vectors - features).detach(),
             codes=codes,
             codebook_loss=F.mse_loss(vectors, features.detach()),
             commitment_loss=F.mse_loss(features, vectors.detach()),
-            distances=distances,
+            distances=partial(self.distances, flat),
         )
 
 

@@ -124,6 +124,18 @@ def test_what_is_sampled_is_not_sampled_again(
         sample_imagenet_rear.main(load_config([*command, "sampling.seed=1"]))
 
 
+def test_codes_and_images_of_one_name_are_refused(
+    sampled: Path, run: Path, arguments: list[str], tokenizer_arguments: list[str], tmp_path: Path
+) -> None:
+    images = sampling_of(tokenizer_arguments, run, sampled.with_suffix(""), "experiment.allow_other_tokenizer=true")
+    with pytest.raises(InputError, match=r"x\.tokens: is of another run"):
+        sample_imagenet_rear.main(load_config(images))
+    (tmp_path / "z.npz").touch()
+    with pytest.raises(InputError, match=r"z\.npz: is of another run"):
+        sample_imagenet_rear.main(load_config(sampling_of(arguments, run, tmp_path / "z")))
+    assert sorted(path.name for path in sampled.parent.iterdir()) == ["x.json", "x.tokens", "x.yaml"]
+
+
 def test_sampled_codes_are_counted_and_trained_on(sampled: Path, arguments: list[str], tmp_path: Path, capsys) -> None:
     on_samples = [*arguments, f"dataset.params.pretokenization={sampled}", f"experiment.output_dir={tmp_path / 'x'}"]
     inspect_codes.main(load_config(on_samples))

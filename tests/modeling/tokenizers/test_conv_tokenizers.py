@@ -110,7 +110,7 @@ def test_terms_of_training(tiny: Published) -> None:
     expected = tiny.expected
     reconstruction, output = tiny.tokenizer(tiny.in_our_range(expected["images"]))
     torch.testing.assert_close(tiny.in_their_range(reconstruction), expected["reconstruction"], atol=1e-4, rtol=0)
-    terms = output.codebook_loss, 0.25 * output.commitment_loss, 0.1 * entropy_loss(output.distances)
+    terms = output.codebook_loss, 0.25 * output.commitment_loss, 0.1 * entropy_loss(output.distances())
     if "train_vq_loss" in expected:
         wanted = [expected[f"train_{name}_loss"] for name in ("vq", "commit", "entropy")]
         torch.testing.assert_close(torch.stack(terms), torch.stack(wanted), atol=1e-5, rtol=1e-5)
