@@ -25,6 +25,7 @@ T = TypeVar("T")
 LAUNCH_TIMEOUT_S = 120  # until all processes have met
 GROUP_TIMEOUT_S = 600  # until a rank that does not answer in a collective is taken for dead
 NO_LIMIT = timedelta(days=30)
+THREADS_REST_S = 0.2  # at the end, for the threads of the group: see `_keep_to_the_end`
 NAMED_IN_ERRORS = 3  # differences that an error message spells out
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FLIGHT_RECORDER = {
@@ -181,15 +182,20 @@ def join_world(
     patient_group = dist.new_group(backend="gloo", timeout=NO_LIMIT)
     for group in (dist.group.WORLD, patient_group):
         _keep_to_the_end(group)
-    yield World(rank, size, device, patient_group)
-    dist.destroy_process_group()  # not after an error: it may wait for the rank that is gone
+    try:
+        yield World(rank, size, device, patient_group)
+        dist.destroy_process_group()  # not after an error: it may wait for the rank that is gone
+    finally:
+        time.sleep(THREADS_REST_S)
 
 
 def _keep_to_the_end(group: object) -> None:
     """Take a reference that is never given back, so that the process ends with the group still in memory.
 
     torch (2.6 at least) frees a gloo group while it holds the GIL and waits for the threads of the group, one of which
-    may wait for the GIL to free the tensor of its last reduction: now and then a process would not end.
+    may wait for the GIL to free the tensor of its last reduction: now and then a process would not end. Kept, such a
+    thread may ask for the GIL of an interpreter that is ending, which aborts the process; before, on a machine with
+    more to do than cores, it needs a moment in which this one sleeps: `THREADS_REST_S`.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
