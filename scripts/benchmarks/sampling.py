@@ -132,7 +132,7 @@ def one_image_seconds(model: ReAR, config: GeneratorConfig, arguments: argparse.
 
 def measure(
     model: ReAR, config: GeneratorConfig, batch: int, arguments: argparse.Namespace, limits: dict[str, float]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """One setting: times of all ways, cold start, memory, and shares of the ceilings."""
     inputs = image_inputs(range(batch), model, seed=0)
     labels, uniforms = (values.to(device()) for values in inputs)
@@ -162,7 +162,8 @@ def measure(
         f"  at least {work.flops / batch / 1e9:.4g} GFLOP and {work.bytes / batch / 1e9:.4g} GB per image: "
         f"{work.flops / medians['ours'] / limits['flops']:.1%} and "
         f"{work.bytes / medians['ours'] / limits['bytes']:.1%} of the ceilings; "
-        f"per step {work.bytes / (config.image_seq_len + 1) / 1e6:.4g} MB on average and {operations} operations"
+        f"per step {work.bytes / (config.image_seq_len + 1) / 1e6:.4g} MB on average and "
+        f"{operations.number} operations, attention by {operations.attention}"
     )
     return {
         "images_per_s": batch / medians["ours"],
@@ -175,7 +176,8 @@ def measure(
         "peak_memory_mb": memory,
         "gflop_per_image": work.flops / batch / 1e9,
         "gb_per_image": work.bytes / batch / 1e9,
-        "operations_per_step": operations,
+        "operations_per_step": operations.number,
+        "attention": operations.attention,
         "share_of_flops": work.flops / medians["ours"] / limits["flops"],
         "share_of_bytes": work.bytes / medians["ours"] / limits["bytes"],
     }
@@ -186,19 +188,24 @@ class CountOperations(TorchDispatchMode):
     once."""
 
     number = 0
+    attention = "matrix products"  # or the kernel that torch chose
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         self.number += not func.is_view
+        if "attention" in func.__name__:
+            self.attention = func.__name__
         return func(*args, **(kwargs or {}))
 
 
-def step_operations(sampler: CodeSampler) -> int:
-    """Operations of a decode step that is neither compiled nor in a graph."""
+def step_operations(sampler: CodeSampler) -> CountOperations:
+    """Of a decode step that is neither compiled nor in a graph, but masked where a graph would be."""
     state = DecodingState(sampler.weights, 1, guided=sampler.guidance_scale != 1)
     state.position.fill_(2)
     with torch.inference_mode(), CountOperations() as operations:
-        choose_codes(decode_one_token(state, 3, False, StepFunctions()), state, sampler.scales, sampler.config)
-    return operations.number
+        choose_codes(
+            decode_one_token(state, 3, device().type == "cuda", StepFunctions()), state, sampler.scales, sampler.config
+        )
+    return operations
 
 
 @dataclass

@@ -38,6 +38,10 @@ def test_sampling(capsys: pytest.CaptureFixture) -> None:
     assert wanted <= set(figures)
     assert (figures["tokens"], figures["batch"]) == (16, 3)
     assert 20 < figures["operations_per_step"] < 100
+    assert figures["attention"] == "matrix products"
+    with torch.inference_mode(), sampling.CountOperations() as operations:
+        torch.nn.functional.scaled_dot_product_attention(*torch.ones(3, 1, 1, 4, 8).unbind())
+    assert "scaled_dot_product" in operations.attention
     assert [(row["tokens"], row["batch"]) for row in figures["settings"]] == [(4, 1), (4, 3), (16, 1), (16, 3)]
     assert figures["end_to_end_images_per_s"] > 0
 
