@@ -176,8 +176,7 @@ def measure(
         "peak_memory_mb": memory,
         "gflop_per_image": work.flops / batch / 1e9,
         "gb_per_image": work.bytes / batch / 1e9,
-        "operations_per_step": operations.number,
-        "attention": operations.attention,
+        **{"operations_per_step": operations.number, "attention": operations.attention},
         "share_of_flops": work.flops / medians["ours"] / limits["flops"],
         "share_of_bytes": work.bytes / medians["ours"] / limits["bytes"],
     }
