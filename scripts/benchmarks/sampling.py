@@ -201,9 +201,8 @@ def step_operations(sampler: CodeSampler) -> CountOperations:
     state = DecodingState(sampler.weights, 1, guided=sampler.guidance_scale != 1)
     state.position.fill_(2)
     with torch.inference_mode(), CountOperations() as operations:
-        choose_codes(
-            decode_one_token(state, 3, device().type == "cuda", StepFunctions()), state, sampler.scales, sampler.config
-        )
+        hidden = decode_one_token(state, 3, device().type == "cuda", StepFunctions())
+        choose_codes(hidden, state, sampler.scales, sampler.config)
     return operations
 
 
