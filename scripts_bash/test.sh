@@ -5,9 +5,11 @@ set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
 # For the tests of the demo page, which are skipped where these cannot be had: gradio, which does not fit the oldest
-# versions, and Debian's Chromium, which root alone installs.
-if ! python -m pip show -q gradio 2> /dev/null; then
-  python -m pip install --quiet --disable-pip-version-check -r requirements-demo.txt ${CONSTRAINTS:+-c "$CONSTRAINTS"} ||
+# versions (pip tries for many minutes), and Debian's Chromium, which root alone installs.
+if [[ -n ${CONSTRAINTS:-} ]]; then
+  echo "requirements-demo.txt is not installed: gradio does not fit $CONSTRAINTS"
+elif ! python -m pip show -q gradio 2> /dev/null; then
+  python -m pip install --quiet --disable-pip-version-check -r requirements-demo.txt ||
     echo "requirements-demo.txt is not installed"
 fi
 if [[ $EUID == 0 ]] && command -v apt-get > /dev/null && ! command -v chromedriver > /dev/null; then
