@@ -121,7 +121,7 @@ def export(config: Config, folder: Path, arguments: argparse.Namespace) -> None:
     record = {**weights.record, "tokenizer_sha256": tokenizer.sha256()}
     as_reference = arguments.tokenizer == "reference"
     facts = CardFacts(
-        *(config, weights.step, weights.record, numbers_of(weights), class_names(config)),
+        *(config, weights.step, weights.record, numbers_of(weights), training_class_names(config)),
         *(is_ema(weights.path, config), as_reference),
     )
     source = arguments.push or folder.name  # not the way to it, which is nobody's business
@@ -144,7 +144,7 @@ def is_ema(path: Path, config: Config) -> bool:
     return path.stem == EMA if of_checkpoint else config.training.use_ema
 
 
-def class_names(config: Config) -> list[str] | None:
+def training_class_names(config: Config) -> list[str] | None:
     """Of the training data, if they are here and tell them."""
     found, count = training_classes(config), config.model.generator.condition_num_classes
     return found[0][:count] if found is not None and len(found[0]) >= count else None

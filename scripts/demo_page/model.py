@@ -18,7 +18,7 @@ from data.heldout import open_heldout_images
 from data.images.reading import ImageDataset
 from data.training_batches import training_classes
 from evaluation.reconstruction import ReconstructionMetrics
-from modeling.pretrained import class_names as exported_class_names
+from modeling.pretrained import class_names
 from modeling.sampling.completion import complete
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_inputs import image_inputs, image_orders, indices_of_classes
@@ -69,7 +69,7 @@ class DemoModel:
         self.model, self.tokenizer = model.to(device).eval(), tokenizer.to(device).eval()
         as_the_sampler = ImageSampler(self.model, self.tokenizer, config, 1, print)
         self.decoder, self.dtype = as_the_sampler.decoder, as_the_sampler.sampler.weights.dtype
-        self.classes, self.heldout = class_names(config), heldout_images(config)
+        self.classes, self.heldout = class_choices(config), heldout_images(config)
         order = "top" if config.model.generator.order == "raster" else "any"
         self.completes = order if len(tokenizer.code_shape) == 2 else "none"
         self.busy = Lock()  # a sampler serves one thread at a time
@@ -209,14 +209,14 @@ class DemoModel:
         return item["image"].numpy(), item["class_labels"]
 
 
-def class_names(config: Config) -> list[str]:
+def class_choices(config: Config) -> list[str]:
     """For each class its id with its name in the training data or an exported model, or that of ImageNet's 1,000."""
     num_classes, folder = config.model.generator.condition_num_classes, config.experiment.generator_checkpoint
     names, known = [], training_classes(config)
     if known is not None:
         names = known[0]
     elif folder is not None and Path(folder).is_dir():
-        names = exported_class_names(Path(folder)) or []
+        names = class_names(Path(folder)) or []
     if not names and num_classes == IMAGENET_CLASSES:
         from torchvision.models import ResNet50_Weights  # slow to import
 

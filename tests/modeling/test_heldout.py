@@ -120,7 +120,10 @@ def compute_on_rank(arguments: list[str], output: Path, fsdp: bool) -> None:
 
 
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("fsdp", [False, pytest.param(True, marks=pytest.mark.skipif(not SHARDS_ON_CPU, reason=""))])
+@pytest.mark.parametrize(
+    "fsdp",
+    [False, pytest.param(True, marks=pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on GPUs only"))],
+)
 @pytest.mark.parametrize("form", ["codes", "images"])
 def test_two_processes_give_the_same_bits(
     tiny_arguments: list[str], tiny_config_file: Path, tmp_path: Path, form: str, fsdp: bool

@@ -20,7 +20,7 @@ from modeling.sampling.image_inputs import image_inputs
 from modeling.sampling.image_sampler import ImageSampler
 from scripts import complete_images, demo, reconstruct
 from scripts.demo_page.growth import growing_codes
-from scripts.demo_page.model import FRAMES, DemoModel, Settings, class_names
+from scripts.demo_page.model import FRAMES, DemoModel, Settings, class_choices
 from scripts.demo_page.uploads import MAX_BYTES, read_upload
 from tests.conftest import make_noise_images
 from tests.processes import WAIT_S
@@ -253,15 +253,15 @@ def test_an_upload_is_cropped_as_the_images_of_a_folder(model: DemoModel, tmp_pa
 
 
 def test_names_of_classes(arguments: list[str], tmp_path: Path) -> None:
-    assert class_names(load_config(arguments)) == ["0", "1", "2", "3", "4"]
+    assert class_choices(load_config(arguments)) == ["0", "1", "2", "3", "4"]
     make_noise_images(tmp_path, 1, 16, 16)
     named = load_config([*arguments, f"dataset.params.train_shards_path_or_url={tmp_path}"])
-    assert class_names(named) == ["0 cat", "1 dog", "2", "3", "4"]
+    assert class_choices(named) == ["0 cat", "1 dog", "2", "3", "4"]
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported/classes.json").write_text('["a", "b", "c", "d", "e"]')
     exported = load_config([*arguments, f"experiment.generator_checkpoint={tmp_path / 'exported'}"])
-    assert class_names(exported) == ["0 a", "1 b", "2 c", "3 d", "4 e"]
-    imagenet = class_names(load_config(["config=configs/rear_b.yaml", "dataset.params.pretokenization=null"]))
+    assert class_choices(exported) == ["0 a", "1 b", "2 c", "3 d", "4 e"]
+    imagenet = class_choices(load_config(["config=configs/rear_b.yaml", "dataset.params.pretokenization=null"]))
     assert (len(imagenet), imagenet[207], imagenet[360]) == (1000, "207 golden retriever", "360 otter")
 
 
