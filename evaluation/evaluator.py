@@ -61,7 +61,7 @@ class Evaluator:
         device: of the features; None: that of `world`.
 
     Raises:
-        InputError: the reference or the weights are not as expected.
+        InputError: the reference or the weights are not as expected, or arguments that do not go together.
     """
 
     def __init__(
@@ -74,6 +74,8 @@ class Evaluator:
         batch_size: int = 64,
         device: torch.device | None = None,
     ) -> None:
+        if backend != "inception" and distance != USUAL_DISTANCE:
+            raise InputError(f"--distance {distance}: not used by --backend {backend}")
         self.world, self.batch_size, self.device = world, batch_size, device or world.device
         self.extractor = world.main_first(lambda: load_extractor(backend, inception, self.device))
         self.reference = self.open(reference)

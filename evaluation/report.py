@@ -125,12 +125,16 @@ def find_report(samples: Path, reference: Path, backend: str) -> dict[str, Any]:
     Raises:
         InputError: there is none.
     """
-    expected = file_sha256(reference)
+    now = file_sha256(samples, progress=True), file_sha256(reference, progress=True)
     for path in sorted(samples.parent.glob(f"{glob.escape(samples.stem)}*.{backend}.json")):
-        report = read_json(path)
-        if report["reference"]["sha256"] == expected:
+        report = read_json(path)  # by its name it may be of other samples, or no report
+        try:
+            scored = report["samples"]["sha256"], report["reference"]["sha256"]
+        except (KeyError, TypeError):
+            continue
+        if scored == now:
             return report
-    raise InputError(f"{samples.with_suffix(f'.{backend}.json')}: found no report with {reference} as it is now")
+    raise InputError(f"{samples}: found no report of it with {reference}, both as they are now; run the evaluator")
 
 
 def _is_of_other_pair(path: Path, report: dict[str, Any]) -> bool:

@@ -35,7 +35,10 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"{source} to {target}: expected a .jsonl and a .tokens, in either order")
     started = time.perf_counter()
     with only_writer(target):
-        count = (to_store if target.suffix == ".tokens" else to_jsonl)(source, target, arguments)
+        if target.suffix == ".tokens":
+            count = to_store(source, target, arguments)
+        else:
+            count = store_to_jsonl(source, target, arguments.processes)
     seconds = time.perf_counter() - started
     print(f"{target}: {count} samples, {count / seconds:.0f} per second with {arguments.processes} processes")
 
@@ -72,8 +75,14 @@ def to_store(jsonl: Path, store_path: Path, arguments: argparse.Namespace) -> in
     num_classes = arguments.num_classes if names is None else len(names)
     sizes = Sizes(arguments.codebook_size, arguments.image_seq_len, num_classes)
     if is_conversion(store_path, jsonl, sizes, arguments.max_bad_fraction):
+        meta = open_store(store_path)[0]
+        for key, asked in (("crops_per_image", arguments.crops_per_image), ("class_names", names)):
+            if (there := getattr(meta, key)) != asked:
+                raise InputError(
+                    f"{store_path}: exists with {key}={there}, expected {asked}; delete it or choose a name"
+                )
         print(f"{store_path}: is the conversion of {jsonl} already")
-        return open_store(store_path)[0].num_samples
+        return meta.num_samples
     if store_path.exists():
         raise InputError(f"{store_path}: exists and is not made from {jsonl} as it is now; delete it or choose a name")
     bad_lines = jsonl_to_store(
@@ -88,17 +97,6 @@ def to_store(jsonl: Path, store_path: Path, arguments: argparse.Namespace) -> in
     if bad_lines.count:
         print(f"{jsonl}: left out {bad_lines.count} bad lines: {'; '.join(bad_lines.reasons)}")
     return bad_lines.num_lines - bad_lines.count
-
-
-def to_jsonl(store_path: Path, jsonl: Path, arguments: argparse.Namespace) -> int:
-    """Returns the number of samples.
-
-    Raises:
-        InputError: a damaged store, or a jsonl under that name.
-    """
-    if jsonl.exists():
-        raise InputError(f"{jsonl}: exists; delete it or choose another name")
-    return store_to_jsonl(store_path, jsonl, arguments.processes)
 
 
 if __name__ == "__main__":

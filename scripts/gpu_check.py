@@ -15,6 +15,7 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -57,22 +58,21 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="these only")
     arguments = parser.parse_args(argv)
     out: Path = arguments.out.resolve()
-    for folder in ("logs", "work"):
-        shutil.rmtree(out / folder, ignore_errors=True)
-        (out / folder).mkdir(parents=True)
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix="work-", dir=out))
     machine, start = Machine("unknown", 0, 0), time.monotonic()
     findings: list[Finding] = []
     figures: list[Figure] = []
     for name, (check, limit) in PARTS.items():
         if name not in ("environment", *arguments.parts):
             continue
-        found = Findings(name, out / "work/findings.jsonl")
+        found = Findings(name, scratch / "findings.jsonl")
         left = TOTAL_S - (time.monotonic() - start)
         print(f"== {name}", flush=True)
         if left < 1:
             found.skip("", f"{TOTAL_S} s are over")
         else:
-            work = out / "work" / name
+            work = scratch / name
             work.mkdir()
             started = time.monotonic()
             run_part(check, found, machine, work, out / f"logs/{name}.log", min(limit, left))
@@ -86,7 +86,7 @@ def main(argv: list[str]) -> int:
         if name == "environment":
             machine = environment.machine_of(figures)
             print(machine.name)
-    shutil.rmtree(out / "work")
+    shutil.rmtree(scratch)
     seconds = time.monotonic() - start
     write_text(out / "gpu_check.md", page(machine, findings, figures, seconds))
     rows = {"findings": list(map(asdict, findings)), "figures": list(map(asdict, figures))}

@@ -44,7 +44,7 @@ from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
-from utils.files.atomic import write_text
+from utils.files.atomic import complete_file, write_text
 from utils.files.lock import only_writer
 from utils.images import make_captioned_grid, to_uint8, write_png
 
@@ -138,7 +138,8 @@ def save_histograms(counts: dict[str, np.ndarray], picture_path: Path) -> None:
         axes.stairs(values, fill=True)
         axes.set_title(name)
         axes.grid(alpha=0.3)
-    figure.savefig(picture_path, dpi=100)
+    with complete_file(picture_path) as partial:
+        figure.savefig(partial, dpi=100, format="png")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from data.codes.conversion import is_source, store_to_jsonl
+from data.codes.conversion import store_to_jsonl
 from data.codes.store_files import MAX_CODEBOOK_SIZE, StoreMeta
 from data.codes.token_store import TokenStore
 from data.codes.token_writer import new_token_store
@@ -115,7 +115,7 @@ def pretokenize(config: Config, held: ExitStack) -> None:
         print(f"{at_start} images encoded, {at_start / seconds:.1f} images/s on {world.size} x {world.device.type}")
         join(parts, store_path, meta, source, max_bad_fraction)
     store = TokenStore(store_path)
-    if output.suffix == ".jsonl" and not (output.exists() and is_source(store.meta.source, output)):
+    if output.suffix == ".jsonl":
         with only_writer(output):
             store_to_jsonl(store_path, output, num_cpus())
     if parts.folder.exists():
@@ -137,6 +137,8 @@ def checked_paths(config: Config) -> tuple[str, Path]:
     output = Path(codes)
     if output.suffix not in (".jsonl", ".tokens"):
         raise InputError(f"dataset.params.pretokenization={output}: expected a name that ends in .jsonl or .tokens")
+    if output.exists() and not output.with_suffix(".tokens").exists():
+        raise InputError(f"{output}: exists, and no store beside it tells that it is from here; choose another name")
     if config.model.vq_model.codebook_size > MAX_CODEBOOK_SIZE:
         raise InputError(
             f"model.vq_model.codebook_size={config.model.vq_model.codebook_size}: expected at most {MAX_CODEBOOK_SIZE}"

@@ -30,7 +30,6 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
 
     CONFIG = load_config_or_exit(__doc__, READS)
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -48,7 +47,6 @@ from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, save_config
 from utils.errors import InputError, NonFiniteError, input_errors_exit
-from utils.files.atomic import complete_file
 from utils.files.lock import only_writer
 from utils.files.made_from import is_made, write_record
 from utils.files.npz import write_npz
@@ -111,9 +109,10 @@ def is_finished(parts: SampleParts, result: Path, fingerprint: dict[str, Any]) -
     Raises:
         InputError: that of another run is there.
     """
-    # with parts, it is what a run that was killed at its end has left
-    if parts.folder.exists() or not is_made(result, fingerprint):
+    if parts.claimed or not is_made(result, fingerprint):  # with parts, the run was killed at its end
         return False
+    if parts.folder.exists():  # while it deleted them
+        parts.remove()
     print(f"{result}: made from the same weights and config already")
     return True
 
@@ -122,12 +121,15 @@ def check_neighbours(parts: SampleParts, output: Path, result: Path) -> None:
     """
     Raises:
         InputError: a new run would add its PNG files to those of another one, or its record would take the place of
-            that of images beside codes, or the reverse.
+            that of images beside codes, or the reverse, or its config that of a config of the user's.
     """
     for suffix in (".npz", ".tokens"):
         other = output.with_name(output.name + suffix)
         if other != result and other.exists():
             raise InputError(f"{other}: is of another run, with the same name; delete it or choose another output_dir")
+    written = output.with_name(output.name + ".yaml")
+    if written.exists() and not parts.folder.exists() and not result.with_suffix(".json").exists():
+        raise InputError(f"{written}: exists, and the samples' config would replace it; choose another output_dir")
     folder = output.with_name(output.name + ".images")
     if folder.is_dir() and not parts.folder.exists() and next(folder.iterdir(), None):
         raise InputError(f"{folder}: holds the images of another run; delete it or choose another output_dir")
@@ -166,11 +168,6 @@ def finished(decoder: ImageDecoder | KeptCodes, block: range, pending: Any, conf
         ) from error
 
 
-def save_yaml(config: Config, path: Path) -> None:
-    with complete_file(path) as partial:
-        save_config(config, partial)
-
-
 def pack(
     parts: SampleParts,
     output: Path,
@@ -187,7 +184,7 @@ def pack(
     """
     first_images = parts.first_images(GRID_IMAGES)
     write_png(output.with_name(output.name + ".png"), make_grid(first_images, GRID_COLUMNS))
-    save_yaml(config, output.with_name(output.name + ".yaml"))
+    save_config(config, output.with_name(output.name + ".yaml"))
     npz = output.with_name(output.name + ".npz")
     images = tqdm(parts.load(), desc=npz.name, total=len(parts.blocks), unit="part")
     write_npz(
@@ -198,7 +195,7 @@ def pack(
         },
     )
     write_record(npz, fingerprint, figures={"bytes": npz.stat().st_size, **figures})
-    shutil.rmtree(parts.folder)
+    parts.remove()
     print(f"{len(labels)} images in {npz}")
 
 
@@ -212,13 +209,13 @@ def pack_codes(
     figures: dict[str, Any],
 ) -> None:
     """As `pack`, of codes, into a token store."""
-    save_yaml(config, store.with_suffix(".yaml"))
+    save_config(config, store.with_suffix(".yaml"))
     meta = StoreMeta(tokenizer.image_seq_len, tokenizer.codebook_size, tokenizer_sha256=tokenizer.sha256())
     with new_token_store(store, meta) as writer:
         for block, codes in zip(parts.blocks, parts.load(), strict=True):
             writer.append(codes, labels[block.start : block.stop])
     write_record(store, fingerprint, figures=figures)
-    shutil.rmtree(parts.folder)
+    parts.remove()
     print(
         f"{len(labels)} samples in {store}: decode its tokens.npy, uint16 {len(labels), tokenizer.image_seq_len}, with "
         "the tokenizer that the codes are from; their classes are in class_ids.npy"

@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from utils.config_checks import ConfigError, check_agreement, check_fields, check_ranges
 from utils.errors import input_errors_exit
+from utils.files.atomic import write_text
 from utils.keys import KEYS, format_keys, keys_under
 from utils.marks import Follows
 from utils.schema import Config
@@ -95,7 +96,7 @@ def load_config_or_exit(doc: str, reads: Sequence[str], *checks: Callable[[Confi
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML; `config=<path>` reads it back."""
-    path.write_text(to_yaml(config))
+    write_text(path, to_yaml(config))
 
 
 def to_yaml(config: Config) -> str:

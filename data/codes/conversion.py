@@ -181,7 +181,8 @@ def _convert_ranges(jsonl: Path, parts: Parts, sizes: Sizes, bad_lines: BadLines
 
 
 def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:
-    """Write the samples as jsonl, which appears when it is complete; until then it lies in `<jsonl>.rows/`.
+    """Write the samples as jsonl, unless that has been done; the file appears when it is complete, and until then it
+    lies in `<jsonl>.rows/`.
 
     A store beside it notes that it is the conversion of that file.
 
@@ -189,15 +190,40 @@ def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:
         Number of samples.
 
     Raises:
-        InputError: no store there, or a damaged one.
+        InputError: no store there, a damaged one, or another file under that name.
     """
     meta, codes, class_ids = open_store(store_path)
     parts = Parts(jsonl.with_name(jsonl.name + ".rows"), len(codes), ROWS_PER_BLOCK, ".done")
     sizes = [formatted_size(class_ids[b.start : b.stop], codes[b.start : b.stop]) for b in parts.blocks]
-    offsets = dict(zip(parts.blocks, accumulate(sizes, initial=0), strict=False))
-    parts.claim_anew({"codes": meta.fingerprint, "rows": ROWS_PER_BLOCK})
     growing = parts.folder / "growing.jsonl"
-    growing.open("ab").close()
+    if jsonl.exists():
+        published = parts.folder.exists() and not growing.exists()  # by a run that was killed then
+        if jsonl.stat().st_size != sum(sizes) or not (published or is_source(meta.source, jsonl)):
+            raise InputError(f"{jsonl}: exists and is not {store_path} as jsonl; delete it or choose another name")
+    else:
+        parts.claim_anew({"codes": meta.fingerprint, "rows": ROWS_PER_BLOCK})
+        growing.open("ab").close()
+        _write_rows(growing, codes, class_ids, parts, sizes, processes)
+        fault_point("join.begin", 0)
+        publish(growing, jsonl)
+        fault_point("join.end", 0)
+    if jsonl.with_suffix(".tokens") == store_path:
+        meta.source = describe_source(jsonl)
+        write_meta(store_path, meta)
+    if parts.folder.exists():
+        parts.remove()
+    return len(codes)
+
+
+def _write_rows(
+    growing: Path, codes: np.ndarray, class_ids: np.ndarray, parts: Parts, sizes: list[int], processes: int
+) -> None:
+    """The missing parts, each to its place in the growing jsonl.
+
+    Args:
+        sizes: bytes of each part.
+    """
+    offsets = dict(zip(parts.blocks, accumulate(sizes, initial=0), strict=False))
 
     def convert(block: range) -> None:
         text = format_lines(class_ids[block.start : block.stop], codes[block.start : block.stop])
@@ -209,17 +235,10 @@ def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:
             marker.touch()
 
     missing = parts.missing()
-    finished = len(codes) - sum(map(len, missing))
+    finished, name = len(codes) - sum(map(len, missing)), parts.folder.stem
     with (
-        tqdm(total=len(codes), initial=finished, desc=jsonl.name, unit="line", unit_scale=True, delay=2) as progress,
+        tqdm(total=len(codes), initial=finished, desc=name, unit="line", unit_scale=True, delay=2) as progress,
         closing(in_processes(convert, missing, processes)) as blocks,
     ):
         for block in blocks:
             progress.update(len(block))
-    fault_point("join.begin", 0)
-    publish(growing, jsonl)
-    if jsonl.with_suffix(".tokens") == store_path:
-        meta.source = describe_source(jsonl)
-        write_meta(store_path, meta)
-    parts.remove()
-    return len(codes)

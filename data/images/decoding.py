@@ -7,6 +7,7 @@ profiles are not applied. The rest is in `Decoding.decode`; what was done to an 
 import io
 from dataclasses import dataclass
 from enum import IntFlag
+from pathlib import PurePath
 from typing import get_args, get_type_hints
 
 import numpy as np
@@ -83,6 +84,11 @@ class Decoding:
                 background = Image.new("RGBA", image.size, self.background)
                 image, note = Image.alpha_composite(background, with_alpha), note | Note.TRANSPARENT
         return image.convert("RGB"), note
+
+
+def has_image_name(name: str) -> bool:
+    """Whether a file's name ends as that of an image; one that is called `jpg` and no more does not."""
+    return PurePath(name).suffix[1:].lower() in IMAGE_EXTENSIONS
 
 
 def _orientation(image: Image.Image) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.images.decoding import IMAGE_EXTENSIONS
+from data.images.decoding import has_image_name
 from data.images.image_source import ImageSource, printable, to_bytes, to_text
 from data.images.notices import LeftOut, notify
 from utils.errors import InputError
@@ -90,7 +90,7 @@ def _files(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Ite
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            is_image = entry.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+            is_image = has_image_name(entry.name)
             if entry.is_dir() and not is_image:
                 yield from _files(folder / entry.name, f"{prefix}{entry.name}/", (*above, identity))
             else:

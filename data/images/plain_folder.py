@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.images.decoding import IMAGE_EXTENSIONS
+from data.images.decoding import has_image_name
 from data.images.image_source import ImageSource, printable
 from utils.errors import InputError
 
@@ -26,7 +26,7 @@ class PlainFolder(ImageSource):
     def __init__(self, root: Path) -> None:
         names = (path.name for path in root.iterdir() if not path.name.startswith("."))
         self.root = root
-        self._files = sorted(name for name in names if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
+        self._files = sorted(name for name in names if has_image_name(name))
         if not self._files:
             raise InputError(f"{root}: found no image")
         self.class_ids = np.zeros(len(self._files), dtype=np.int32)

@@ -75,7 +75,7 @@ class TarShards(ImageSource):
 def find_shards(pattern: str) -> list[Path]:
     """Files of a path, of "a-{000..252}.tar" or of a glob; every name that the braces give must exist."""
     shards: list[Path] = []
-    for name in braceexpand(pattern):
+    for name in names_of(pattern):
         found = sorted(path for path in glob.glob(name) if Path(path).is_file())
         if not found:
             nearest = next(parent for parent in Path(name).absolute().parents if parent.is_dir())
@@ -86,7 +86,15 @@ def find_shards(pattern: str) -> list[Path]:
 
 
 def has_shards(pattern: str) -> bool:
-    return any(glob.glob(name) for name in braceexpand(pattern))
+    return any(glob.glob(name) for name in names_of(pattern))
+
+
+def names_of(pattern: str) -> list[str]:
+    """What braces stand for: "a-{00..02}.tar" for three names."""
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise InputError(f"{pattern}: expected balanced braces, as in train-{{000..252}}.tar") from error
 
 
 def check_counts(pattern: str, found: dict[Path, ShardIndex]) -> list[str]:
@@ -107,7 +115,7 @@ def check_counts(pattern: str, found: dict[Path, ShardIndex]) -> list[str]:
         path = folder / COUNTS_FILE
         if not path.is_file():
             continue
-        patterns = [Path(name).name for name in braceexpand(pattern)]
+        patterns = [Path(name).name for name in names_of(pattern)]
         for name, record in _read_counts(path).items():
             shard, expected = folder / name, record["samples"]
             if shard in found and len(found[shard]) != expected:

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from modeling.heldout import evaluating
 from modeling.rear import ReAR
 from modeling.sampling.image_inputs import indices_of_classes
 from modeling.sampling.image_sampler import ImageSampler
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.images import make_grid
+from utils.images import make_grid, write_png
 from utils.precision import deterministic
 from utils.run.training_run import TrainingRun
 from utils.schema import Config
@@ -56,10 +57,9 @@ def save_sample_grid(model: ReAR, tokenizer: Tokenizer, config: Config, step: in
     """A column of samples for each of the first classes; always the same classes and random numbers."""
     columns = min(GRID_CLASSES, model.num_classes)
     indices = indices_of_classes(range(columns), GRID_ROWS * columns, model.num_classes)
-    was_training = model.training
-    grid = make_grid(exact_samples(model.eval(), tokenizer, indices, config), columns)
-    model.train(was_training)
+    with evaluating(model):
+        grid = make_grid(exact_samples(model, tokenizer, indices, config), columns)
     folder = Path(config.experiment.output_dir) / "train_generated_images"
     folder.mkdir(exist_ok=True)
-    grid.save(folder / f"{step:07d}.png")
+    write_png(folder / f"{step:07d}.png", grid)
     return grid

@@ -19,6 +19,7 @@ from torch.distributed.run import get_args_parser
 
 from tests.docs.pages import PAGES, ROOT, commands, fences, page_name
 from utils.config import load_config
+from utils.config_checks import accumulation_steps
 
 COMMANDS = sorted({command for page in PAGES for command in commands(page)})
 # Of the commands: make_config.py, export_model.py.
@@ -73,6 +74,19 @@ def test_a_command_names_what_exists(command: str, monkeypatch: pytest.MonkeyPat
         text += (ROOT / "scripts_bash/environment.sh").read_text() if "environment.sh" in text else ""
         assert all(re.search(rf"\b{name}\b", text) for name in variables), variables
     check_arguments(script, words[words.index(script) + 1 :], monkeypatch)
+
+
+def test_more_machines_keep_the_batch_of_the_recipe() -> None:
+    checked = 0
+    for command in COMMANDS:
+        if nodes := re.search(r"NUM_NODES=(\d+)|--nodes (\d+)", command):
+            overrides = [word for word in split(command)[1] if OVERRIDE.fullmatch(word)]
+            config = load_config([f"config={ROOT}/configs/rear_b.yaml", "experiment.output_dir=unused", *overrides])
+            processes = 8 * int(nodes[1] or nodes[2])
+            steps = accumulation_steps(config.training, processes)
+            assert steps * processes * config.training.per_gpu_batch_size == 2048, command
+            checked += 1
+    assert checked == 2
 
 
 def test_the_hooks_run_the_installed_ruff() -> None:

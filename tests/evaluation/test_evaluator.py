@@ -195,6 +195,7 @@ def test_faults_are_one_line_and_no_number(files: dict[str, Path], tmp_path: Pat
     for arguments, problem in (
         ((files["reference"], cut, *lite), f"error: {cut}: damaged or not an npz file"),
         ((files["reference"], files["samples"], *lite, "--inception", "x.pth"), "error: --inception x.pth: not used"),
+        ((files["reference"], files["samples"], *lite, "--distance", "fp32"), "error: --distance fp32: not used"),
     ):
         result = run_script([SCRIPT, *map(str, arguments)], tmp_path)
         assert result.returncode == 1

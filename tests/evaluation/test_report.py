@@ -30,9 +30,22 @@ def test_a_second_reference_leaves_the_first_report(tmp_path: Path) -> None:
     assert [find_report(samples, path, "inception")["metrics"]["fid"] for path in (a, b, other_b)] == [2, 1, 3]
     samples.write_text("new samples")
     assert write_report(report_of(b, samples, 4), samples).name == "s.inception.json"
+    assert find_report(samples, b, "inception")["metrics"]["fid"] == 4  # s.b.inception.json is of the old samples
     a.write_text("another")
-    with pytest.raises(InputError, match="found no report with"):
+    with pytest.raises(InputError, match=r"s\.npz: found no report of it with .*a\.npz, both as they are now"):
         find_report(samples, a, "inception")
     (tmp_path / "s.inception.json").write_text(json.dumps([]))
     with pytest.raises(InputError, match="is no report"):
         write_report(report_of(b, samples, 5), samples)
+
+
+def test_reports_of_names_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+    reference, samples, other = (tmp_path / name for name in ("reference.npz", "s.npz", "s-seed7.npz"))
+    for path in (reference, samples, other):
+        path.write_text(str(path))
+    (tmp_path / "s-a.inception.json").write_text("[]")
+    write_report(report_of(reference, other, 7), other)
+    with pytest.raises(InputError, match=r"s\.npz: found no report of it"):
+        find_report(samples, reference, "inception")
+    write_report(report_of(reference, samples, 1), samples)
+    assert [find_report(path, reference, "inception")["metrics"]["fid"] for path in (samples, other)] == [1, 7]

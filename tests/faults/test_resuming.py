@@ -16,6 +16,7 @@ from utils.run.checkpoint import load_optimizers
 from utils.run.manifest import MANIFEST_FILE, read_manifest
 from utils.run.resume import find_start
 from utils.run.snapshot import Resumable
+from utils.run.trained_weights import find_trained_weights
 
 FILES = ["model.safetensors", "optimizer.bin", MANIFEST_FILE]
 
@@ -176,14 +177,30 @@ def test_a_path_starts_a_new_run_once_and_then_the_same_command_continues(run: R
 
 
 def test_a_path_inside_the_run_folder_goes_back(oracle: Run, tmp_path: Path) -> None:
+    """Sampling from the run's folder then takes what it is at now, not what it had come to before."""
     run = copy_of(oracle, tmp_path / "run")
+    shutil.copy(oracle.folder / "model.safetensors", run.folder)
     command = f"experiment.resume={run.folder / 'checkpoint-8'}"
+    assert run(command, "training.stop_steps=8") == [0]
+    assert find_trained_weights(str(run.folder)).step == 8
+    (run.folder / "model.safetensors").unlink()
     run.completed(command)
     assert "checkpoint-12 is set aside" in run.log()
+    assert "model.safetensors is set aside" in run.log()
+    assert (run.folder / "model.safetensors.aside").read_bytes() == (oracle.folder / "model.safetensors").read_bytes()
     assert (run.folder / "checkpoint-12.aside").is_dir()
     assert_equal_runs(run, oracle)
     run.completed(command)
     assert "steps 12 to 12" in run.log()
+
+
+def test_final_weights_are_of_no_use_to_their_own_run(oracle: Run, tmp_path: Path) -> None:
+    run = copy_of(oracle, tmp_path / "run")
+    own = Path(shutil.copy(oracle.folder / "model.safetensors", run.folder))
+    with pytest.raises(InputError, match=r"the final weights of this run itself, expected a checkpoint; to start"):
+        find_start(run.folder, str(own))
+    elsewhere = find_start(run.folder, str(oracle.folder / "model.safetensors"))
+    assert elsewhere.set_aside == [str(run.folder / name) for name in ("checkpoint-8", "checkpoint-12", own.name)]
 
 
 def test_a_typo_in_resume_is_an_error(tmp_path: Path) -> None:

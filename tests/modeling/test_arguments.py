@@ -10,7 +10,7 @@ from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler, generate
 from modeling.sampling.image_decoder import ImageDecoder
 from modeling.sampling.image_inputs import indices_of_classes
-from modeling.sampling.sample_grid import exact_samples
+from modeling.sampling.sample_grid import exact_samples, save_sample_grid
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from tests.modeling.tokenizers.test_conformance import SIZES
 from utils.config import load_config
@@ -249,3 +249,11 @@ def test_the_sample_grid_of_training_ends_alike(tiny_model: ReAR) -> None:
     config = load_config(["experiment.output_dir=unused"])
     with pytest.raises(NonFiniteError, match="logits"):
         exact_samples(tiny_model, tokenizer, [0, 1], config)
+
+
+def test_a_sample_grid_that_fails_leaves_the_dropout_of_training_on(tiny_model: ReAR) -> None:
+    tokenizer = MaskGitVQ(dataclasses.replace(SIZES["maskgit_vq"], codebook_size=24, resolution=16)).eval()
+    tiny_model.train().lm_head.bias.data[0] = torch.nan
+    with pytest.raises(NonFiniteError, match="logits"):
+        save_sample_grid(tiny_model, tokenizer, load_config(["experiment.output_dir=unused"]), 1)
+    assert all(module.training for module in tiny_model.modules())

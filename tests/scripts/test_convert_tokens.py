@@ -48,8 +48,11 @@ def test_wrong_names(jsonl: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         convert_tokens.main([str(tmp_path / "b.jsonl"), str(tmp_path / "a.tokens")])
     convert_tokens.main([str(jsonl), str(tmp_path / "a.tokens"), *SIZES])
-    with pytest.raises(InputError, match=r"codes\.jsonl: exists"):
-        convert_tokens.main([str(tmp_path / "a.tokens"), str(jsonl)])
+    with pytest.raises(InputError, match=r"a\.tokens: exists with crops_per_image=1, expected 5; delete it or choose"):
+        convert_tokens.main([str(jsonl), str(tmp_path / "a.tokens"), *SIZES, "--crops-per-image", "5"])
+    convert_tokens.main([str(tmp_path / "a.tokens"), str(jsonl)])  # is that already
     jsonl.write_bytes(jsonl.read_bytes()[: -len(jsonl.read_bytes().splitlines(keepends=True)[-1])])
     with pytest.raises(InputError, match=r"a\.tokens: exists and is not made from .*codes\.jsonl as it is now"):
         convert_tokens.main([str(jsonl), str(tmp_path / "a.tokens"), *SIZES])
+    with pytest.raises(InputError, match=r"codes\.jsonl: exists and is not .*a\.tokens as jsonl"):
+        convert_tokens.main([str(tmp_path / "a.tokens"), str(jsonl)])

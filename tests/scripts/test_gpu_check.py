@@ -73,6 +73,9 @@ def check_alone(out: Path, parts: list[str], **environment: str) -> subprocess.C
 @pytest.mark.multiprocess
 def test_the_command_without_wandb_and_webdataset(tmp_path: Path) -> None:
     parts = ["graphs", "batches", "training", "memory", "speed-decode"]
+    kept = tmp_path / "out/work/metrics.jsonl"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("of a run")
     result = check_alone(tmp_path / "out", parts)
     assert result.returncode == 0, result.stdout + result.stderr
     found = results(tmp_path / "out")
@@ -81,7 +84,8 @@ def test_the_command_without_wandb_and_webdataset(tmp_path: Path) -> None:
     assert all("PASS" in kinds for part, kinds in found.items() if part != "graphs")
     assert skipped(tmp_path / "out") == {pair for pair in NEED_A_GPU if pair[0] in parts}
     assert "SKIPPED graphs: CUDA graphs need a GPU\n" in result.stdout
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu_check.json", "gpu_check.md", "logs"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu_check.json", "gpu_check.md", "logs", "work"}
+    assert kept.read_text() == "of a run"
 
     page = tmp_path / "out/gpu_check.md"  # may stand in docs/benchmarks
     test_pages.test_links_lead_somewhere(page)

@@ -169,6 +169,22 @@ def test_wrong_configs(tiny_arguments: list[str], images: Path, tmp_path: Path, 
     assert "\n" not in str(error.value)
 
 
+def test_codes_that_are_there_are_not_replaced(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+    output = tmp_path / "codes.jsonl"
+    output.write_text("downloaded\n")
+    with pytest.raises(InputError, match=r"codes\.jsonl: exists, and no store beside it tells that it is from here"):
+        pretokenize.main(load_config(arguments(tiny_arguments, images, output)))
+    output.unlink()
+    pretokenize.main(load_config(arguments(tiny_arguments, images, output)))
+    written = output.read_bytes()
+    pretokenize.main(load_config(arguments(tiny_arguments, images, output)))
+    assert output.read_bytes() == written
+    output.write_text("edited\n")
+    with pytest.raises(InputError, match=r"codes\.jsonl: exists and is not .*codes\.tokens as jsonl"):
+        pretokenize.main(load_config(arguments(tiny_arguments, images, output)))
+    assert output.read_text() == "edited\n"
+
+
 def test_bad_image_leaves_no_store(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     (images / "dog/1.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"dog/1\.png"):

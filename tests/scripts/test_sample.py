@@ -382,13 +382,22 @@ def test_what_is_complete_is_not_made_again(
     assert len(list((tmp_path / "x.images").iterdir())) == 8
 
 
+def test_a_config_of_the_same_name_is_not_replaced(tiny_arguments: list[str], checkpoint: Path, tmp_path: Path) -> None:
+    own = tmp_path / "rear.yaml"
+    own.write_text("# by hand\n")
+    with pytest.raises(InputError, match=r"rear\.yaml: exists, and the samples' config would replace it"):
+        sample(tiny_arguments, checkpoint, tmp_path / "rear", "sampling.num_fid_samples=3")
+    assert own.read_text() == "# by hand\n"
+    assert not (tmp_path / "rear.parts").exists()
+
+
 def test_a_kill_after_the_last_file_is_no_obstacle(
     tiny_arguments: list[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = ["sampling.num_fid_samples=8"]
-    for moment in ("write_record", "shutil.rmtree"):
+    for moment, module in (("write_record", "scripts.sample_imagenet_rear"), ("shutil.rmtree", "utils.files.parts")):
         with monkeypatch.context() as patch:
-            patch.setattr(f"scripts.sample_imagenet_rear.{moment}", lambda *arguments, **more: 1 / 0)
+            patch.setattr(f"{module}.{moment}", lambda *arguments, **more: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 sample(tiny_arguments, checkpoint, tmp_path / moment, *few)
         npz = sample(tiny_arguments, checkpoint, tmp_path / moment, *few)

@@ -51,13 +51,12 @@ class Parts:
             InputError: parts of another fingerprint, or that nothing describes.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / FINGERPRINT
-        if path.exists():
+        if self.claimed:
             self.check(fingerprint)
             return
         if next(self.folder.glob(f"*{self.suffix}"), None):
             raise InputError(f"{self.folder}: holds parts but no {FINGERPRINT}; delete the folder to start anew")
-        write_text(path, json.dumps(fingerprint, indent=1) + "\n")
+        write_text(self.folder / FINGERPRINT, json.dumps(fingerprint, indent=1) + "\n")
 
     def check(self, fingerprint: dict[str, Any]) -> None:
         """Refuse to mix parts of different origin.
@@ -75,6 +74,11 @@ class Parts:
                     f"{path}: {key}={theirs.get(key)} in the run that began here, found {fingerprint.get(key)}; "
                     "finish that run first or delete the folder"
                 )
+
+    @property
+    def claimed(self) -> bool:
+        """Whether there may be parts to go on from; not so while, or after, they are deleted."""
+        return (self.folder / FINGERPRINT).exists()
 
     def begin(self, fingerprint: dict[str, Any], world: World) -> list[range]:
         """`claim` for all processes of a launch, which call this together; the parts missing at that moment.

@@ -14,6 +14,7 @@ import torch
 
 from utils.config import Config, save_config
 from utils.errors import environment_error
+from utils.files.atomic import write_text
 from utils.run.manifest import VERSIONED_PACKAGES, versions
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +27,7 @@ def prepare_run_folder(config: Config) -> Path:
     output_dir = Path(config.experiment.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     save_config(config, output_dir / "config.yaml")
-    (output_dir / "environment.txt").write_text(describe_environment())
+    write_text(output_dir / "environment.txt", describe_environment())
     return output_dir
 
 

@@ -4,13 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from utils.errors import InputError
-from utils.files.weights import load_state_dict
+from utils.files.weights import load_state_dict, read_record
 from utils.run.checkpoint import EMA, MODEL, checkpoint_folders, load_modules, load_optimizers, step_of
 from utils.run.manifest import MANIFEST_FILE, TrainingState, read_manifest, verify
 from utils.run.snapshot import Resumable, restore_module
+from utils.run.trained_weights import FINAL_FILE
 from utils.schema import Config, TrainingConfig
 
-MODEL_FILES = ("model.safetensors", "unwrapped_model/model.safetensors", "unwrapped_model/pytorch_model.bin")
+MODEL_FILES = (FINAL_FILE, "unwrapped_model/model.safetensors", "unwrapped_model/pytorch_model.bin")
 
 
 @dataclass
@@ -21,7 +22,8 @@ class Start:
         checkpoint: a verified checkpoint folder, or weights without a manifest; None: from scratch.
         weights_only: `checkpoint` holds weights in the published layout; optimizer, step and data start anew.
         notices: lines for the log.
-        set_aside: checkpoints of `output_dir` that are damaged or of later steps, to be renamed before training.
+        set_aside: checkpoints of `output_dir` that are damaged or of later steps, and final weights of later steps, to
+            be renamed before training.
     """
 
     checkpoint: str | None = None
@@ -93,6 +95,11 @@ def _start_from_path(output_dir: Path, resume: str) -> Start:
         weights = path if path.is_file() else next((path / n for n in MODEL_FILES if (path / n).is_file()), None)
         if weights is None:
             raise InputError(f"{path}: found neither {MANIFEST_FILE} nor weights, one of {', '.join(MODEL_FILES)}")
+        if weights.resolve() == (output_dir / FINAL_FILE).resolve():
+            raise InputError(
+                f"experiment.resume={resume}: found the final weights of this run itself, expected a checkpoint; to "
+                "start from them choose another experiment.output_dir"
+            )
         start = Start(str(weights), weights_only=True)
         start.notices = [f"{weights}: no manifest, so weights only; optimizer, step and data order start anew"]
     else:
@@ -102,12 +109,15 @@ def _start_from_path(output_dir: Path, resume: str) -> Start:
     first_step = 0 if start.weights_only else read_manifest(path).state.global_step
     others = [p for p in folders if p.resolve() != path.resolve()]
     start.set_aside = [str(p) for p in others if p in damaged or step_of(p) >= first_step]
+    final = output_dir / FINAL_FILE
+    if final.is_file() and (start.weights_only or read_record(final).get("step", first_step + 1) > first_step):
+        start.set_aside.append(str(final))  # else a sampler would take it for the newest state
     start.notices += [f"{Path(p).name} is set aside" for p in start.set_aside]
     return start
 
 
 def set_aside(start: Start) -> None:
-    """Rename what must neither be taken for the newest checkpoint nor be lost: `checkpoint-<step>.aside`."""
+    """Rename what must neither be taken for the newest state nor be lost: `checkpoint-<step>.aside`."""
     for path in map(Path, start.set_aside):
         target = path.with_name(path.name + ".aside")
         number = 1

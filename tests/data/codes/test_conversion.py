@@ -109,8 +109,14 @@ def test_killed_conversions_go_on(jsonl: Path) -> None:
     for fault in ("part.begin.0", "part.rename.2", "part.begin.5", "join.begin"):
         assert in_child(store_to_jsonl, *arguments, fault=fault) == -signal.SIGKILL
         assert not back.exists()
-    store_to_jsonl(*arguments)
+    assert in_child(store_to_jsonl, *arguments, fault="join.end") == -signal.SIGKILL
+    for _ in range(2):
+        assert store_to_jsonl(*arguments) == 500
     assert back.read_bytes() == jsonl.read_bytes()
+    assert not back.with_name("back.jsonl.rows").exists()
+    back.write_bytes(b"?" * back.stat().st_size)
+    with pytest.raises(InputError, match=r"back\.jsonl: exists and is not .*codes\.tokens as jsonl"):
+        store_to_jsonl(*arguments)
 
 
 @pytest.mark.multiprocess

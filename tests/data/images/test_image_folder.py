@@ -76,6 +76,11 @@ def test_any_bytes_as_names(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
         (tmp_path / "shards/train-000000.index.npz").unlink(missing_ok=True)
 
 
+def test_a_folder_called_by_a_format_holds_images(tmp_path: Path) -> None:
+    source = open_images(str(fill(tmp_path / "images", "a/jpg/1.png", "a/png/2.png", "a/PNG", "b/3.png")))
+    assert [source.key(index) for index in range(len(source))] == ["a/jpg/1.png", "a/png/2.png", "b/3.png"]
+
+
 @pytest.mark.parametrize("kind", ["link to nowhere", "folder"])
 def test_what_looks_like_an_image_but_cannot_be_read(tmp_path: Path, kind: str) -> None:
     root = fill(tmp_path / "images", "a/1.png")

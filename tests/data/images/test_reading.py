@@ -195,6 +195,8 @@ def test_a_folder_in_the_place_of_a_class_id_is_none(tmp_path: Path) -> None:
 
 
 def test_missing_paths(shards: Path) -> None:
+    with pytest.raises(InputError, match=r"a-\{000000\.\.000003\.tar: expected balanced braces, as in train-"):
+        open_images(str(shards / "a-{000000..000003.tar"))
     with pytest.raises(InputError, match=r"a-000002.tar: no such shard; .* with 2 .tar files"):
         open_images(str(shards / "a-{000000..000003}.tar"))
     with pytest.raises(InputError, match=f"nearest folder is {shards}"):
