@@ -64,8 +64,11 @@ class TakeRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        members = F.one_hot(rows, ctx.num_rows).to(grad.dtype)  # (B, U)
-        return (members.mT @ grad.flatten(1)).unflatten(1, grad.shape[1:]), None
+        # Not F.one_hot, for whose U the compiled block would be compiled again; and the sum in grad's own type, for a
+        # compiled block takes the autocast of the forward pass along.
+        members = (rows[:, None] == torch.arange(ctx.num_rows, device=rows.device)).to(grad.dtype)  # (B, U)
+        with torch.autocast(grad.device.type, enabled=False):
+            return (members.mT @ grad.flatten(1)).unflatten(1, grad.shape[1:]), None
 
 
 def take(table: Tensor, rows: Tensor | None) -> Tensor:

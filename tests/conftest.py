@@ -1,8 +1,12 @@
 """Shared fixtures: a tiny model, a tiny project on disk."""
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+if "TESTS_ON_GPU" not in os.environ:  # numbers are those of a CPU, and ranks are more than there are GPUs
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import pytest

@@ -188,7 +188,8 @@ class CodeSampler:
             orders = known_first(known_codes >= 0, orders)
         if orders is not None and self.config.order == "raster":
             check_raster(orders)
-        with torch.autocast(self.device.type, enabled=False):  # the precision is `dtype`, wherever this is called
+        # The precision is `dtype`, wherever this is called, and streams and graphs are those of the model's GPU.
+        with torch.autocast(self.device.type, enabled=False), torch.cuda.device_of(self.scales):
             return self._sample(class_labels, uniforms, on_step, orders, known_codes)
 
     def _sample(

@@ -14,6 +14,7 @@ from utils.errors import NonFiniteError
 from utils.images import to_byte_tensor
 
 MEMORY_SHARE = 0.2  # of the GPU's memory, for the decoder's activations
+MAX_NUMBERS = 2**33  # of its activations, which are six tensors: so each of them is within 32-bit indices
 LOGITS_NOT_FINITE = "the generator's logits are not finite: its weights are damaged, or no use"
 PIXELS_NOT_FINITE = "the tokenizer's pixels are not finite: its weights are damaged, or no use"
 
@@ -57,10 +58,10 @@ class ImageDecoder:
             self.decoder = tokenizer.fast_decoder().to(dtype)
         if device.type == "cuda":
             self.decoder = self.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            self.stream = torch.cuda.Stream()
-            image_bytes = tokenizer.decoder_activations * dtype.itemsize
-            memory = torch.cuda.get_device_properties(device).total_memory
-            self.chunk_size = max(1, int(MEMORY_SHARE * memory / image_bytes))
+            self.stream = torch.cuda.Stream(device)
+            memory = MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory
+            numbers = min(memory // dtype.itemsize, MAX_NUMBERS)
+            self.chunk_size = max(1, int(numbers // tokenizer.decoder_activations))
 
     @torch.inference_mode()
     def start(self, codes: Tensor) -> PendingImages:
@@ -68,7 +69,7 @@ class ImageDecoder:
         if self.stream is None:
             images, finite, sampled = self._decode(codes, self.decoder)
             return PendingImages(codes, images, finite, sampled, None)
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream(codes.device))
         codes.record_stream(self.stream)
         with torch.cuda.stream(self.stream):
             images, finite, sampled = (

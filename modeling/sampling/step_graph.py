@@ -6,7 +6,7 @@ import torch
 
 
 class StepGraphs:
-    """One graph for each length of attention; they share memory, since only one runs at a time.
+    """One graph for each length of attention, of the current device; they share memory, since only one runs at a time.
 
     Args:
         step: the step with attention over the given number of positions; it reads and writes buffers that keep their
@@ -19,6 +19,7 @@ class StepGraphs:
     """
 
     def __init__(self, step: Callable[[int], None], reset: Callable[[], None], ends: list[int]) -> None:
+        self.device = torch.cuda.current_device()
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):  # the first run loads libraries and kernels, which must not be captured
@@ -30,11 +31,12 @@ class StepGraphs:
         self.graphs: dict[int, torch.cuda.CUDAGraph] = {}
         for end in reversed(ends):  # the largest first: the others fit into its memory
             self.graphs[end] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[end], pool=pool):
+            # Other threads, such as a decoder's, may do what a capture forbids.
+            with torch.cuda.graph(self.graphs[end], pool=pool, capture_error_mode="thread_local"):
                 step(end)
 
     def __del__(self) -> None:
-        torch.cuda.synchronize()  # replays may still run
+        torch.cuda.synchronize(self.device)  # replays may still run
 
     def replay(self, end: int) -> None:
         self.graphs[end].replay()

@@ -160,7 +160,7 @@ class Steps:
         self.model, self.config, self.step = model.train(), config, 0
         self.optimizer, self._inputs = build_optimizer(model, config), (model, tokenizer, batch, MAX_RATIO, config)
         for group in self.optimizer.param_groups:
-            group["fused"] = group["fused"] and fused
+            group["fused"] = group["fused"] if fused else None  # torch chooses
         self._loss = loss
 
     def take(self, count: int = 1) -> None:

@@ -54,8 +54,9 @@ def _be_part(check: Check, findings: Findings, machine: Machine, work: Path, log
     os.setsid()  # the group of all that it starts
     for number in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    if machine.gpus == 0:
-        torch.set_num_threads(1)  # results are compared bit for bit, and a number of threads rounds its own way
+    # Results are compared bit for bit, and a number of threads rounds its own way; and after the threads of OpenMP have
+    # run, what is forked here would wait for them for ever.
+    torch.set_num_threads(1)
     try:
         check(findings, machine, work)
     except SkippedError as reason:

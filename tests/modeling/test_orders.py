@@ -19,6 +19,7 @@ from modeling.sampling.generate import guidance_schedule
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.training_step import num_order_uniforms, training_step
 from utils.config import load_config
+from utils.config_checks import accumulation_steps
 from utils.files.weights import load_state_dict
 from utils.schema import Config, GeneratorConfig, ModelConfig, SamplingConfig
 
@@ -194,7 +195,7 @@ def test_the_shipped_recipes(name: str) -> None:
     millions = sum(value.numel() for key, value in parameters.items() if "_align_mlp" not in key) / 1e6
     assert float(path.read_text().split(": ")[1].split(" M ")[0].replace(",", "")) == pytest.approx(millions, abs=1)
     training, generator = config.training, config.model.generator
-    assert training.per_gpu_batch_size * training.gradient_accumulation_steps * 8 == 2048
+    assert training.per_gpu_batch_size * accumulation_steps(training, world_size=8) * 8 == 2048
     assert random_order_ratio(156_250, generator) == 0.5
     assert perturbation_ratio(0, generator) == name.startswith("rear")
     assert any("_align_mlp" in key for key in parameters) == name.startswith("rear")

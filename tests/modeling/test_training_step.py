@@ -1,5 +1,8 @@
+from functools import partial
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from modeling.losses import alignment_loss, cosine_to_codes, next_token_loss
 from modeling.noise import num_noise_uniforms, switch_codes
@@ -71,6 +74,25 @@ def test_compiled_blocks_compute_the_same(tiny_arguments: list[str]) -> None:
     for eager, compiled in zip(results[:2], results[2:], strict=True):
         for gradients in zip(eager, compiled, strict=True):
             torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
+
+
+def test_blocks_are_compiled_once_for_any_number_of_labels(
+    tiny_arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the generation of code, which needs a compiler. A step has as many labels as happen to be in it; at its
+    limit of eight torch would leave the blocks uncompiled."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    arguments = [*tiny_arguments, "experiment.output_dir=unused", "training.per_gpu_batch_size=12"]
+    config = load_config([*arguments, "training.compile=on"])
+    model = ReAR(config.model)
+    assert compile_blocks(model, config, torch.device("cpu")) == []
+    compiled = counter.frame_count
+    for labels in (4, 2, 5, 12, 9, 3, 11, 6, 7, 8, 10):
+        codes, class_labels = torch.zeros(12, 16, dtype=torch.int64), torch.arange(labels) % 5
+        model(codes, class_labels, None, torch.arange(12) % labels).logits.sum().backward()
+    assert counter.frame_count == compiled == 2
 
 
 def test_without_a_compiler_the_blocks_run_as_they_are(

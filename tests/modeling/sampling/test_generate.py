@@ -254,7 +254,7 @@ def test_compiled_on_cpu(tiny_config: ModelConfig) -> None:
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and TESTS_ON_GPU=1")
 @pytest.mark.parametrize("compile_mode", ["on", "off"])
 def test_graph_equals_recomputation(compile_mode: str) -> None:
     model, config = random_model(64, 2, 4, 70)

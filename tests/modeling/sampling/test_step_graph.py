@@ -12,9 +12,9 @@ class Graph:
 
 def test_graphs_are_dropped_when_the_device_has_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(f"wait for {device}"))
     graphs = StepGraphs.__new__(StepGraphs)
-    graphs.graphs = {32: Graph()}
+    graphs.device, graphs.graphs = 1, {32: Graph()}
     weakref.finalize(graphs.graphs[32], calls.append, "drop")
     del graphs
-    assert calls == ["wait", "drop"]
+    assert calls == ["wait for 1", "drop"]
