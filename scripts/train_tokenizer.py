@@ -224,9 +224,8 @@ class CodeUsage(nn.Module):
     def replace(tokenizer: TrainableTokenizer, codes: Tensor, images: Tensor, world: World) -> None:
         """Set the vectors of some codes (K,) to features drawn from images (B, 3, H, W) of rank 0, on all ranks."""
         features = tokenizer.features(images).flatten(0, 1)  # (B N, Z)
-        drawn = features[
-            torch.randint(len(features), (len(codes),), device=features.device)
-        ].contiguous()  # as NCCL asks
+        places = torch.randint(len(features), (len(codes),), device=features.device)
+        drawn = features[places].contiguous()  # as NCCL asks
         tokenizer.set_vectors(codes, world.sum(drawn if world.is_main else torch.zeros_like(drawn)))
 
 

@@ -33,7 +33,7 @@ FLIGHT_RECORDER = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     "TORCH_FR_DUMP_TEMP_FILE": "{folder}/nccl_trace_rank_",
 }
-if torch.__version__ < "2.11":  # which warn of the older names
+if torch.__version__ < "2.11":  # newer releases warn of these names
     FLIGHT_RECORDER["TORCH_NCCL_TRACE_BUFFER_SIZE"] = FLIGHT_RECORDER["TORCH_FR_BUFFER_SIZE"]
     FLIGHT_RECORDER["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = FLIGHT_RECORDER["TORCH_FR_DUMP_TEMP_FILE"]
 # What accelerate's config file or options set for a program that leaves training to accelerate, as this one does not.
