@@ -36,15 +36,20 @@ def deterministic(wanted: bool) -> Iterator[None]:
     """
     cudnn, variable = torch.backends.cudnn, "CUBLAS_WORKSPACE_CONFIG"
     before, workspace = (cudnn.deterministic, cudnn.benchmark), os.environ.get(variable)
-    mode = torch.get_deterministic_debug_mode()  # off, warn or error
+    mode = torch.get_deterministic_debug_mode()  # off (0), warn or error (2)
+    changes = mode != (
+        2 if wanted else 0
+    )  # asked for, even if it is so already, torch imports its compiler for seconds
     try:
-        torch.use_deterministic_algorithms(wanted)
+        if changes:
+            torch.use_deterministic_algorithms(wanted)
         cudnn.deterministic, cudnn.benchmark = wanted, cudnn.benchmark and not wanted
         if wanted:
             os.environ.setdefault(variable, ":4096:8")
         yield
     finally:
-        torch.set_deterministic_debug_mode(mode)
+        if changes:
+            torch.set_deterministic_debug_mode(mode)
         cudnn.deterministic, cudnn.benchmark = before
         if workspace is None:
             os.environ.pop(variable, None)

@@ -75,12 +75,11 @@ def test_a_start_that_fails_is_no_running_or_preempted_run(run: Run, before: str
     assert (read_status(run.folder).status, read_status(run.folder).step) == (after, 3)
 
 
-def test_a_dangling_link_fails_in_one_line_and_in_the_status(run: Run) -> None:
-    run.folder.mkdir()
-    (run.folder / "config.yaml").symlink_to(run.folder / "absent/config.yaml")
+def test_a_folder_in_the_place_of_a_file_fails_in_one_line_and_in_the_status(run: Run) -> None:
+    (run.folder / "config.yaml").mkdir(parents=True)
     assert run() == [1]
     assert run.output().splitlines()[-1].startswith("error: ")
-    assert "config.yaml: No such file or directory" in run.output()
+    assert "config.yaml: Is a directory" in run.output()
     assert "Traceback" not in run.output()
 
 
