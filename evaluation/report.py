@@ -128,22 +128,22 @@ def find_report(samples: Path, reference: Path, backend: str) -> dict[str, Any]:
     now = file_sha256(samples, progress=True), file_sha256(reference, progress=True)
     for path in sorted(samples.parent.glob(f"{glob.escape(samples.stem)}*.{backend}.json")):
         report = read_json(path)  # by its name it may be of other samples, or no report
-        try:
-            scored = report["samples"]["sha256"], report["reference"]["sha256"]
-        except (KeyError, TypeError):
-            continue
-        if scored == now:
+        if _pair(report) == now:
             return report
     raise InputError(f"{samples}: found no report of it with {reference}, both as they are now; run the evaluator")
 
 
 def _is_of_other_pair(path: Path, report: dict[str, Any]) -> bool:
     """Whether a report tells of the same samples and another reference; one of older samples has had its time."""
-    there = read_json(path)
+    there, ours = _pair(read_json(path)), _pair(report)
+    if there is None or ours is None:
+        raise InputError(f"{path}: exists and is no report; delete or rename it")
+    return there[0] == ours[0] and there[1] != ours[1]
+
+
+def _pair(report: Any) -> tuple[str, str] | None:
+    """sha256 of samples and reference; None: it is no report."""
     try:
-        same_samples, same_reference = (
-            there[title]["sha256"] == report[title]["sha256"] for title in ("samples", "reference")
-        )
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: exists and is no report; delete or rename it") from error
-    return same_samples and not same_reference
+        return report["samples"]["sha256"], report["reference"]["sha256"]
+    except (KeyError, TypeError):
+        return None

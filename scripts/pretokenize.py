@@ -118,8 +118,7 @@ def pretokenize(config: Config, held: ExitStack) -> None:
     if output.suffix == ".jsonl":
         with only_writer(output):
             store_to_jsonl(store_path, output, num_cpus())
-    if parts.folder.exists():
-        parts.remove()
+    parts.remove()
     left_out = f", {store.meta.num_skipped} left out" if store.meta.num_skipped else ""
     print(f"{output}: {len(images)} images{left_out}, {len(store)} samples")
 

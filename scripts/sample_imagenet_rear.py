@@ -111,8 +111,7 @@ def is_finished(parts: SampleParts, result: Path, fingerprint: dict[str, Any]) -
     """
     if parts.claimed or not is_made(result, fingerprint):  # with parts, the run was killed at its end
         return False
-    if parts.folder.exists():  # while it deleted them
-        parts.remove()
+    parts.remove()  # if it was killed while it deleted them
     print(f"{result}: made from the same weights and config already")
     return True
 
@@ -127,11 +126,13 @@ def check_neighbours(parts: SampleParts, output: Path, result: Path) -> None:
         other = output.with_name(output.name + suffix)
         if other != result and other.exists():
             raise InputError(f"{other}: is of another run, with the same name; delete it or choose another output_dir")
+    if parts.folder.exists():  # of this run
+        return
     written = output.with_name(output.name + ".yaml")
-    if written.exists() and not parts.folder.exists() and not result.with_suffix(".json").exists():
+    if written.exists() and not result.with_suffix(".json").exists():
         raise InputError(f"{written}: exists, and the samples' config would replace it; choose another output_dir")
     folder = output.with_name(output.name + ".images")
-    if folder.is_dir() and not parts.folder.exists() and next(folder.iterdir(), None):
+    if folder.is_dir() and next(folder.iterdir(), None):
         raise InputError(f"{folder}: holds the images of another run; delete it or choose another output_dir")
 
 

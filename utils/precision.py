@@ -37,9 +37,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
     cudnn, variable = torch.backends.cudnn, "CUBLAS_WORKSPACE_CONFIG"
     before, workspace = (cudnn.deterministic, cudnn.benchmark), os.environ.get(variable)
     mode = torch.get_deterministic_debug_mode()  # off (0), warn or error (2)
-    changes = mode != (
-        2 if wanted else 0
-    )  # asked for, even if it is so already, torch imports its compiler for seconds
+    changes = mode != (2 if wanted else 0)  # to ask for what is so already would import torch's compiler, for seconds
     try:
         if changes:
             torch.use_deterministic_algorithms(wanted)

@@ -210,8 +210,7 @@ def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:
     if jsonl.with_suffix(".tokens") == store_path:
         meta.source = describe_source(jsonl)
         write_meta(store_path, meta)
-    if parts.folder.exists():
-        parts.remove()
+    parts.remove()
     return len(codes)
 
 

@@ -73,7 +73,7 @@ def check_alone(out: Path, parts: list[str], **environment: str) -> subprocess.C
 @pytest.mark.multiprocess
 def test_the_command_without_wandb_and_webdataset(tmp_path: Path) -> None:
     parts = ["graphs", "batches", "training", "memory", "speed-decode"]
-    kept = tmp_path / "out/work/metrics.jsonl"
+    kept = tmp_path / "out" / "work" / "metrics.jsonl"
     kept.parent.mkdir(parents=True)
     kept.write_text("of a run")
     result = check_alone(tmp_path / "out", parts)

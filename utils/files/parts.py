@@ -121,6 +121,8 @@ class Parts:
             time.sleep(POLL_SECONDS)
 
     def remove(self) -> None:
-        """Delete all parts. The fingerprint goes first: what a killed deletion leaves is of no use to anyone."""
+        """Delete all parts, if there are any. The fingerprint goes first: what a killed deletion leaves is of no use to
+        anyone."""
         (self.folder / FINGERPRINT).unlink(missing_ok=True)
-        shutil.rmtree(self.folder)
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
