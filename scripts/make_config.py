@@ -29,7 +29,7 @@ from data.images.notices import notify
 from data.images.reading import open_images
 from data.images.shard_writer import HELDOUT_PREFIX
 from modeling.tokenizers.registry import check_weights, code_shape, tokenizer_sizes
-from utils.config import load_config
+from utils.config import ROOT, load_config
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.hub import local_file
@@ -38,7 +38,6 @@ from utils.keys import KEYS
 from utils.marks import Follows
 from utils.schema import OWN_NUMBER_OF_CODES, Config, VQModelConfig
 
-ROOT = Path(__file__).parents[1]
 SMALL_BASE, SMALL_TOKENIZER = ROOT / "configs/rear_blue_marble.yaml", ROOT / "configs/tokenizer_blue_marble.yaml"
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import torch
 
-from utils.config import Config, save_config
+from utils.config import ROOT, Config, save_config
 from utils.errors import environment_error
 from utils.files.atomic import write_text
 from utils.run.manifest import VERSIONED_PACKAGES, versions
 
-ROOT = Path(__file__).parents[2]
 PACKAGES = [*VERSIONED_PACKAGES, "omegaconf"]
 SOURCE_FOLDERS = ("scripts", "modeling", "data", "evaluation", "utils")
 
