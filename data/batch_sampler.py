@@ -19,27 +19,27 @@ from torch.utils.data import Sampler
 from utils.randomness import Stream, permutation, philox
 
 
-class Visit(NamedTuple):
+class SampleIndex(NamedTuple):
     """One use of a sample: which one, in which pass over the data; random crops and flips differ from pass to pass."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index
-    pass_number: int
+    dataset_pass: int
 
 
-def as_visit(item: int | Visit) -> Visit:
+def as_sample_index(item: int | SampleIndex) -> SampleIndex:
     """A plain index is a visit in pass 0."""
-    return item if isinstance(item, Visit) else Visit(int(item), 0)
+    return item if isinstance(item, SampleIndex) else SampleIndex(int(item), 0)
 
 
-class MicroBatch(list[Visit]):
+class MicroBatch(list[SampleIndex]):
     """The samples of one forward pass, with their step and their places (B,) in the global batch."""
 
-    def __init__(self, visits: Iterable[Visit], step: int, places: np.ndarray) -> None:
-        super().__init__(visits)
-        self.step, self.places = step, places
+    def __init__(self, sample_indices: Iterable[SampleIndex], step: int, slots: np.ndarray) -> None:
+        super().__init__(sample_indices)
+        self.step, self.slots = step, slots
 
 
-class GlobalBatchSampler(Sampler[list[Visit]]):
+class GlobalBatchSampler(Sampler[list[SampleIndex]]):
     """Micro-batches of one rank for the steps `first_step` to `last_step - 1`, in order.
 
     Args:
@@ -81,20 +81,20 @@ class GlobalBatchSampler(Sampler[list[Visit]]):
             start = self.samples_seen + step * self.global_batch_size
             passes, positions = np.divmod(np.arange(start, start + self.global_batch_size), self.num_samples)
             indices = np.empty(self.global_batch_size, np.int64)
-            for pass_number in range(passes[0], passes[-1] + 1):
-                if pass_number != current_pass:
-                    current_pass, order = pass_number, order_of_pass(self.num_samples, self.seed, pass_number)
-                indices[passes == pass_number] = order[positions[passes == pass_number]]
-            places = np.arange(self.global_batch_size)
+            for dataset_pass in range(passes[0], passes[-1] + 1):
+                if dataset_pass != current_pass:
+                    current_pass, order = dataset_pass, permutation_of_pass(self.num_samples, self.seed, dataset_pass)
+                indices[passes == dataset_pass] = order[positions[passes == dataset_pass]]
+            slots = np.arange(self.global_batch_size)
             if self.class_ids is not None:
-                places = self.class_ids[indices].argsort(kind="stable")
+                slots = self.class_ids[indices].argsort(kind="stable")
             for micro_step in range(self.micro_steps):
                 first = (self.rank * self.micro_steps + micro_step) * self.micro_batch_size
-                mine = places[first : first + self.micro_batch_size]
-                visits = map(Visit, indices[mine].tolist(), passes[mine].tolist())
-                yield MicroBatch(visits, self.first_step + step, mine)
+                mine = slots[first : first + self.micro_batch_size]
+                sample_indices = map(SampleIndex, indices[mine].tolist(), passes[mine].tolist())
+                yield MicroBatch(sample_indices, self.first_step + step, mine)
 
 
-def order_of_pass(num_samples: int, seed: int, pass_number: int) -> np.ndarray:
+def permutation_of_pass(num_samples: int, seed: int, dataset_pass: int) -> np.ndarray:
     """Order of the samples in a pass: (num_samples,) uint32."""
-    return permutation(philox(Stream.DATA_ORDER, seed, pass_number), num_samples)
+    return permutation(philox(Stream.DATA_ORDER, seed, dataset_pass), num_samples)

@@ -11,16 +11,16 @@ from torch.utils.data import Dataset
 from data.batch_sampler import GlobalBatchSampler, MicroBatch
 from data.codes.store_files import open_store
 from data.codes.token_store import TokenStore, open_tokens
-from data.images.decoding import Decoding
 from data.images.image_folder import class_folders
+from data.images.image_io import ImageDecoding
 from data.images.image_source import printable
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.tar_shards import find_shards, has_shards, read_class_names
 from data.images.transforms import training_transform
 from data.loading import Batch, Batches, on_device, read_batch
+from utils.distributed import DistributedContext
 from utils.errors import InputError
 from utils.randomness import Stream, sample_uniforms
-from utils.ranks import World
 from utils.schema import Config, GeneratorConfig
 
 TrainingSet = TokenStore | ImageDataset
@@ -49,7 +49,7 @@ def open_training_data(config: Config, tokenizer_sha256: str, verify: bool) -> T
         open_images(
             params.train_shards_path_or_url,
             config.model.generator.condition_num_classes,
-            Decoding.of(config.dataset.preprocessing),
+            ImageDecoding.of(config.dataset.preprocessing),
         ),
         training_transform(config.dataset.preprocessing),
         config.training.seed,
@@ -157,7 +157,7 @@ class Prepared(Dataset):
         self.seed, self.generator = config.training.seed, config.model.generator
 
     def __getitems__(self, items: MicroBatch) -> Batch:
-        batch, key = read_batch(self.dataset, items), (self.seed, items.step, items.places)
+        batch, key = read_batch(self.dataset, items), (self.seed, items.step, items.slots)
         drops, batch["uniforms"] = sample_uniforms(*key, 1 + self.num_uniforms).split((1, self.num_uniforms), dim=1)
         if self.num_order_uniforms:  # of a stream of their own, so that the noise is that of raster order
             batch["order_uniforms"] = sample_uniforms(*key, self.num_order_uniforms, Stream.TRAINING_ORDERS)
@@ -201,7 +201,7 @@ class TrainingBatches:
         self,
         dataset: TrainingSet,
         config: Config,
-        world: World,
+        ctx: DistributedContext,
         micro_steps: int,
         steps: range,
         samples_seen: int,
@@ -213,16 +213,16 @@ class TrainingBatches:
             num_samples=len(dataset),
             per_gpu_batch_size=config.training.per_gpu_batch_size,
             gradient_accumulation_steps=micro_steps,
-            rank=world.rank,
-            world_size=world.size,
+            rank=ctx.rank,
+            world_size=ctx.size,
             seed=config.training.seed,
             first_step=steps.start,
             last_step=steps.stop,
             samples_seen=samples_seen,
             class_ids=None if num_uniforms is None else dataset.class_ids,
         )
-        params, self.device = config.dataset.params, world.device
-        on_gpu = world.device.type == "cuda"
+        params, self.device = config.dataset.params, ctx.device
+        on_gpu = ctx.device.type == "cuda"
         samples = dataset if num_uniforms is None else Prepared(dataset, config, num_uniforms, num_order_uniforms)
         self._batches = Batches(samples, batch_sampler, params.num_workers_per_gpu, on_gpu, stop_requested)
         self.notes = dataset.notes if isinstance(dataset, ImageDataset) else None

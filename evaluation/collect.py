@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from evaluation.features import Extractor
 from evaluation.moments import Moments, ScoreSums
+from utils.distributed import DistributedContext
 from utils.precision import matmul_precision
-from utils.ranks import World
 
 
 class Images(Protocol):
@@ -37,13 +37,13 @@ class Collected:
         self.score = ScoreSums(n_images, extractor.n_classes, device) if extractor.n_classes else None
         self.features = torch.zeros(n_images, extractor.pool_dim, dtype=keep_as) if keep_as else None
 
-    def reduce(self, world: World) -> None:
+    def reduce(self, ctx: DistributedContext) -> None:
         """Replace what this process has collected by what all have."""
         for sums in (self.pool, self.spatial, self.score):
             if sums is not None:
-                sums.reduce(world)
+                sums.reduce(ctx)
         if self.features is not None:  # every process has zeros where the others have rows
-            self.features = world.sum(self.features)
+            self.features = ctx.all_reduce_sum(self.features)
 
 
 @torch.inference_mode()
@@ -51,7 +51,7 @@ class Collected:
 def collect(
     images: Images,
     extractor: Extractor,
-    world: World,
+    ctx: DistributedContext,
     device: torch.device,
     batch_size: int,
     title: str,
@@ -69,9 +69,9 @@ def collect(
     """
     result = Collected(len(images), extractor, keep_as, device)
     batches = -(-len(images) // batch_size)
-    shares = (batches * rank // world.size * batch_size for rank in (world.rank, world.rank + 1))
+    shares = (batches * rank // ctx.size * batch_size for rank in (ctx.rank, ctx.rank + 1))
     first, last = (min(share, len(images)) for share in shares)
-    with tqdm(total=last - first, unit="image", desc=title, disable=None if world.is_main else True) as bar:
+    with tqdm(total=last - first, unit="image", desc=title, disable=None if ctx.is_rank0 else True) as bar:
         for start in range(first, last, batch_size):
             batch = images.read(start, min(start + batch_size, last))  # (B, H, W, 3)
             n = len(batch)
@@ -84,7 +84,7 @@ def collect(
             if result.features is not None:
                 result.features[start : start + n] = features.pool[:n].to(result.features.dtype).cpu()
             bar.update(n)
-    result.reduce(world)
+    result.reduce(ctx)
     return result
 
 

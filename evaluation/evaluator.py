@@ -42,15 +42,15 @@ from evaluation.report import (
     write_report,
 )
 from evaluation.run_log import find_step, log_scores
+from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, input_errors_exit
 from utils.files.npz import Npz
-from utils.ranks import World, join_world
 
 BACKENDS = ("inception", "efficientnet_lite0")
 
 
 class Evaluator:
-    """Compares files of samples with one reference, whose features are computed once. All processes of `world` make it
+    """Compares files of samples with one reference, whose features are computed once. All processes of `ctx` make it
     and call it.
 
     Args:
@@ -58,7 +58,7 @@ class Evaluator:
         inception: weights file; None: from the cache of the libraries.
         distance: of precision and recall: tf-fp16 (as the original) or fp32 (exact).
         batch_size: images per process and batch.
-        device: of the features; None: that of `world`.
+        device: of the features; None: that of `ctx`.
 
     Raises:
         InputError: the reference or the weights are not as expected, or arguments that do not go together.
@@ -67,7 +67,7 @@ class Evaluator:
     def __init__(
         self,
         reference: Path,
-        world: World,
+        ctx: DistributedContext,
         backend: str = "inception",
         inception: Path | None = None,
         distance: str = USUAL_DISTANCE,
@@ -76,8 +76,8 @@ class Evaluator:
     ) -> None:
         if backend != "inception" and distance != USUAL_DISTANCE:
             raise InputError(f"--distance {distance}: not used by --backend {backend}")
-        self.world, self.batch_size, self.device = world, batch_size, device or world.device
-        self.extractor = world.main_first(lambda: load_extractor(backend, inception, self.device))
+        self.ctx, self.batch_size, self.device = ctx, batch_size, device or ctx.device
+        self.extractor = ctx.rank0_first(lambda: load_extractor(backend, inception, self.device))
         self.reference = self.open(reference)
         self.settings = {"backend": backend, "device": self.device.type}
         self.settings |= {"distance": distance} if backend == "inception" else {}
@@ -89,13 +89,13 @@ class Evaluator:
         """
         backend = self.settings["backend"]
         report = self.settings | describe(self.reference, samples, self.extractor, backend)
-        if self.world.is_main:
+        if self.ctx.is_rank0:
             print_description(report)
-        if done := self.world.from_main(lambda: find_same(samples.images.path, report)):
+        if done := self.ctx.broadcast_from_rank0(lambda: find_same(samples.images.path, report)):
             return done
         sides = [self.of_reference, self._collect(samples, "samples")]
         if backend == "inception":
-            report["metrics"] = adm_metrics([self.reference, samples], sides, self.world, self.device)
+            report["metrics"] = adm_metrics([self.reference, samples], sides, self.ctx, self.device)
         else:
             moments = (side.pool.mean_and_covariance() for side in sides)
             report["metrics"] = {"frechet_distance": frechet_distance(*next(moments), *next(moments))}
@@ -110,12 +110,12 @@ class Evaluator:
         Raises:
             InputError: a file that is not as expected.
         """
-        npz = self.world.main_first(lambda: open_input(path, verify=self.world.is_main))
+        npz = self.ctx.rank0_first(lambda: open_input(path, verify=self.ctx.is_rank0))
         check_statistics(npz, self.extractor.weights_sha256)
         return npz
 
     def _collect(self, npz: Npz, title: str) -> Collected:
-        return collect(npz.images, self.extractor, self.world, self.device, self.batch_size, title, self.keep_as)
+        return collect(npz.images, self.extractor, self.ctx, self.device, self.batch_size, title, self.keep_as)
 
 
 def load_extractor(backend: str, inception: Path | None, device: torch.device) -> Extractor:
@@ -129,11 +129,13 @@ def load_extractor(backend: str, inception: Path | None, device: torch.device) -
     return EfficientNetLite0(device)
 
 
-def adm_metrics(opened: list[Npz], sides: list[Collected], world: World, device: torch.device) -> dict[str, float]:
+def adm_metrics(
+    opened: list[Npz], sides: list[Collected], ctx: DistributedContext, device: torch.device
+) -> dict[str, float]:
     """The five numbers; `opened` and `sides` are those of the reference and of the samples."""
     features, score = [side.features.to(device) for side in sides if side.features is not None], sides[1].score
     assert score is not None, "collected with Inception"
-    precision, recall = precision_recall(features[0], features[1], world)
+    precision, recall = precision_recall(features[0], features[1], ctx)
     reference, samples = (gaussians(npz, side) for npz, side in zip(opened, sides, strict=True))
     return {
         "inception_score": score.inception_score(),
@@ -179,13 +181,13 @@ def main() -> None:
     add_feature_options(parser)
     args = vars(parser.parse_args())
     run, samples = args.pop("log_to"), args.pop("samples")
-    with join_world() as world:
-        steps = world.from_main(lambda: [find_step(path, run) for path in samples]) if run else []
-        evaluator = Evaluator(world=world, **args)
+    with init_distributed() as ctx:
+        steps = ctx.broadcast_from_rank0(lambda: [find_step(path, run) for path in samples]) if run else []
+        evaluator = Evaluator(ctx=ctx, **args)
         opened = [evaluator.open(path) for path in samples]  # what is wrong with any is told before the work begins
         for number, (path, npz) in enumerate(zip(samples, opened, strict=True)):
             report = evaluator(npz)
-            if world.is_main:
+            if ctx.is_rank0:
                 print_metrics(report)
                 print(f"report: {write_report(report, path)}", file=sys.stderr)
                 if run:

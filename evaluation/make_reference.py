@@ -18,7 +18,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
-from data.images.decoding import COLOURS, Decoding
+from data.images.image_io import COLOURS, ImageDecoding
 from data.images.notices import CountedImages
 from data.images.reading import open_images
 from data.images.transforms import adm_center_crop
@@ -26,15 +26,15 @@ from evaluation.evaluator import add_feature_options, load_extractor, positive
 from evaluation.features import Extractor
 from evaluation.inputs import MIN_IMAGES, WEIGHTS, open_input
 from evaluation.reference import CroppedImages, ImageSource, NpzSource, make_reference
+from utils.distributed import init_distributed
 from utils.errors import InputError, input_errors_exit
 from utils.files.hashing import file_sha256
 from utils.files.lock import only_writer
-from utils.files.made_from import is_made, write_record
-from utils.ranks import join_world
-from utils.run.folder import code_facts
+from utils.files.provenance import is_made, write_record
+from utils.run.run_environment import code_facts
 
 
-def open_source(source: str, output: Path, verify: bool, decoding: Decoding) -> ImageSource:
+def open_source(source: str, output: Path, verify: bool, decoding: ImageDecoding) -> ImageSource:
     """Open what the command line names, and check before hours of work that its result can be written.
 
     Raises:
@@ -80,21 +80,21 @@ def main() -> None:
     args = parser.parse_args()
     if args.max_images < MIN_IMAGES:
         parser.error(f"--max-images {args.max_images}: expected at least {MIN_IMAGES}, as evaluator.py does")
-    with ExitStack() as held, join_world() as world:
-        device = args.device or world.device
-        extractor = world.main_first(lambda: load_extractor("inception", args.inception, device))
-        decoding = Decoding(args.background, args.exif_orientation)
-        source = world.main_first(lambda: open_source(args.source, args.output, world.is_main, decoding))
-        world.from_main(lambda: held.enter_context(only_writer(args.output)))
+    with ExitStack() as held, init_distributed() as ctx:
+        device = args.device or ctx.device
+        extractor = ctx.rank0_first(lambda: load_extractor("inception", args.inception, device))
+        decoding = ImageDecoding(args.background, args.exif_orientation)
+        source = ctx.rank0_first(lambda: open_source(args.source, args.output, ctx.is_rank0, decoding))
+        ctx.broadcast_from_rank0(lambda: held.enter_context(only_writer(args.output)))
         made_from = origin(source, extractor, args)
-        world.from_main(lambda: claim(args.output, made_from))
+        ctx.broadcast_from_rank0(lambda: claim(args.output, made_from))
         images = CroppedImages(source, lambda image: adm_center_crop(image, args.resolution))
-        if world.is_main:
+        if ctx.is_rank0:
             print(f"weights: {extractor.weights_name}, sha256 {extractor.weights_sha256}")
-        make_reference(images, extractor, args.output, world, device, args.batch_size, args.max_images)
+        make_reference(images, extractor, args.output, ctx, device, args.batch_size, args.max_images)
         if isinstance(source, CountedImages):
             source.notes.summary()
-        if world.is_main:
+        if ctx.is_rank0:
             print(f"statistics of {len(images)} images, {min(len(images), args.max_images)} of them in {args.output}")
 
 

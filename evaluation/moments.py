@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.ranks import World
+from utils.distributed import DistributedContext
 
 SPLIT_SIZE = 5000  # images per split of the Inception Score, in the order of the file
 
@@ -24,9 +24,9 @@ class Moments:
         self.total += features.sum(0)
         self.outer.addmm_(features.T, features)
 
-    def reduce(self, world: World) -> None:
+    def reduce(self, ctx: DistributedContext) -> None:
         """Replace the sums of this process by those over all processes."""
-        self.count, self.total, self.outer = (world.sum(x) for x in (self.count, self.total, self.outer))
+        self.count, self.total, self.outer = (ctx.all_reduce_sum(x) for x in (self.count, self.total, self.outer))
 
     def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
         """(D,) and (D, D), float64; the covariance divides by N - 1, as numpy.cov does."""
@@ -52,10 +52,10 @@ class ScoreSums:
         self.probs.index_add_(0, split, probs)
         self.negative_entropy.index_add_(0, split, (probs * log_probs).sum(1))
 
-    def reduce(self, world: World) -> None:
+    def reduce(self, ctx: DistributedContext) -> None:
         """Replace the sums of this process by those over all processes."""
         self.counts, self.probs, self.negative_entropy = (
-            world.sum(x) for x in (self.counts, self.probs, self.negative_entropy)
+            ctx.all_reduce_sum(x) for x in (self.counts, self.probs, self.negative_entropy)
         )
 
     def inception_score(self) -> float:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from utils.distributed import DistributedContext
 from utils.errors import InputError
 from utils.precision import matmul_precision
-from utils.ranks import World
 
 NEIGHBOURS = 3
 # Rows and columns of one block of distances. Blocks do not depend on the processes, so neither do roundings.
@@ -51,7 +51,9 @@ def squared_distances(u: Tensor, v: Tensor, norms_u: Tensor, norms_v: Tensor) ->
     return ((norms_u[:, None] - 2 * products) + norms_v).clamp_min(0).float()
 
 
-def _blocks(u: Tensor, v: Tensor, world: World, title: str) -> Iterator[tuple[slice, Iterator[tuple[slice, Tensor]]]]:
+def _blocks(
+    u: Tensor, v: Tensor, ctx: DistributedContext, title: str
+) -> Iterator[tuple[slice, Iterator[tuple[slice, Tensor]]]]:
     """Row blocks of this process: (rows, its column blocks: (columns, distances))."""
     norms_u, norms_v = squared_norms(u), squared_norms(v)
 
@@ -60,26 +62,26 @@ def _blocks(u: Tensor, v: Tensor, world: World, title: str) -> Iterator[tuple[sl
             columns = slice(start, start + BLOCK_COLUMNS)
             yield columns, squared_distances(u[rows], v[columns], norms_u[rows], norms_v[columns])
 
-    starts = range(world.rank * BLOCK_ROWS, len(u), world.size * BLOCK_ROWS)
-    for start in tqdm(starts, desc=title, unit="block", disable=not world.is_main):
+    starts = range(ctx.rank * BLOCK_ROWS, len(u), ctx.size * BLOCK_ROWS)
+    for start in tqdm(starts, desc=title, unit="block", disable=not ctx.is_rank0):
         rows = slice(start, start + BLOCK_ROWS)
         yield rows, row_of_blocks(rows)
 
 
-def manifold_radii(features: Tensor, world: World, title: str = "radii") -> Tensor:
+def manifold_radii(features: Tensor, ctx: DistributedContext, title: str = "radii") -> Tensor:
     """Squared distance of each row of (N, D) to its third neighbour, (N,) float32."""
     radii = torch.zeros(len(features), device=features.device)
-    for rows, row_of_blocks in _blocks(features, features, world, title):
+    for rows, row_of_blocks in _blocks(features, features, ctx, title):
         nearest = torch.empty(len(features[rows]), 0, device=features.device)
         for _, distances in row_of_blocks:
             candidates = torch.cat([nearest, distances], 1)
             nearest = candidates.topk(min(NEIGHBOURS + 1, candidates.shape[1]), largest=False).values
         radii[rows] = nearest.amax(1)  # the fourth smallest: a row is its own nearest
-    return world.sum(radii)
+    return ctx.all_reduce_sum(radii)
 
 
 @matmul_precision(tf32=False)
-def precision_recall(reference: Tensor, samples: Tensor, world: World) -> tuple[float, float]:
+def precision_recall(reference: Tensor, samples: Tensor, ctx: DistributedContext) -> tuple[float, float]:
     """Share of the samples inside a ball of the reference, and of the reference inside a ball of the samples.
 
     Args:
@@ -88,16 +90,16 @@ def precision_recall(reference: Tensor, samples: Tensor, world: World) -> tuple[
     Raises:
         InputError: float16 cannot hold the distances.
     """
-    world.main_first(lambda: _check_range(reference, samples))
-    reference_radii = manifold_radii(reference, world, "radii of the reference")
-    sample_radii = manifold_radii(samples, world, "radii of the samples")
+    ctx.rank0_first(lambda: _check_range(reference, samples))
+    reference_radii = manifold_radii(reference, ctx, "radii of the reference")
+    sample_radii = manifold_radii(samples, ctx, "radii of the samples")
     reference_inside = torch.zeros(len(reference), dtype=torch.int32, device=reference.device)
     samples_inside = torch.zeros(len(samples), dtype=torch.int32, device=reference.device)
-    for rows, row_of_blocks in _blocks(reference, samples, world, "precision and recall"):
+    for rows, row_of_blocks in _blocks(reference, samples, ctx, "precision and recall"):
         for columns, distances in row_of_blocks:
             reference_inside[rows] |= (distances <= sample_radii[columns]).any(1)
             samples_inside[columns] |= (distances <= reference_radii[rows, None]).any(0)
-    precision, recall = ((world.sum(x) > 0).double().mean() for x in (samples_inside, reference_inside))
+    precision, recall = ((ctx.all_reduce_sum(x) > 0).double().mean() for x in (samples_inside, reference_inside))
     return precision.item(), recall.item()
 
 

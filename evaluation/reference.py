@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from evaluation.collect import collect
 from evaluation.features import Extractor
+from utils.distributed import DistributedContext
 from utils.files.npz import StoredImages, write_npz
-from utils.ranks import World
 
 CHUNK_IMAGES = 100  # written at a time
 
@@ -62,18 +62,18 @@ def make_reference(
     images: CroppedImages,
     extractor: Extractor,
     output: Path,
-    world: World,
+    ctx: DistributedContext,
     device: torch.device,
     batch_size: int,
     max_images: int,
 ) -> None:
     """Write mu, sigma, mu_s, sigma_s of all images and arr_0, at most `max_images` of them at equal steps.
 
-    Every process of `world` calls it; rank 0 writes. The layout is that of guided-diffusion's reference batches
+    Every process of `ctx` calls it; rank 0 writes. The layout is that of guided-diffusion's reference batches
     (https://github.com/openai/guided-diffusion/tree/main/evaluations).
     """
-    collected = collect(images, extractor, world, device, batch_size, "features")
-    if not world.is_main:
+    collected = collect(images, extractor, ctx, device, batch_size, "features")
+    if not ctx.is_rank0:
         return
     assert collected.spatial is not None, "features of Inception"
     mu, sigma = collected.pool.mean_and_covariance()

@@ -14,7 +14,7 @@ from utils.files.atomic import write_text
 from utils.files.hashing import file_sha256
 from utils.files.json_file import read_json
 from utils.files.npz import Npz
-from utils.run.folder import source_hash
+from utils.run.run_environment import source_hash
 
 USUAL_DISTANCE = "tf-fp16"  # of precision and recall, as in the original
 PUBLISHED_N = 50_000  # samples behind published numbers

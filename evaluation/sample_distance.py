@@ -13,8 +13,8 @@ from evaluation.collect import Images, collect
 from evaluation.features import EfficientNetLite0, Extractor
 from evaluation.inception import Inception, find_cached_weights
 from evaluation.metrics import frechet_distance
+from utils.distributed import DistributedContext
 from utils.errors import InputError, NonFiniteError
-from utils.ranks import World
 
 Generate = Callable[[list[int]], np.ndarray]  # numbers of samples -> uint8 (B, H, W, 3)
 
@@ -34,26 +34,28 @@ class SampleDistance:
         InputError: fewer than 2 held-out images, or no feature extractor.
     """
 
-    def __init__(self, heldout: Images, num_samples: int, batch_size: int, world: World) -> None:
-        if len(heldout) < 2:
-            raise InputError(f"experiment.eval_samples={num_samples}: found {len(heldout)} held-out image, expected 2")
-        self.num_samples, self.batch_size, self.world = num_samples, batch_size, world
-        name, self.extractor = world.main_first(lambda: find_extractor(world.device, "experiment.eval_samples"))
+    def __init__(self, validation: Images, num_samples: int, batch_size: int, ctx: DistributedContext) -> None:
+        if len(validation) < 2:
+            raise InputError(
+                f"experiment.eval_samples={num_samples}: found {len(validation)} held-out image, expected 2"
+            )
+        self.num_samples, self.batch_size, self.ctx = num_samples, batch_size, ctx
+        name, self.extractor = ctx.rank0_first(lambda: find_extractor(ctx.device, "experiment.eval_samples"))
         self.key = f"val/{name}_{num_samples}"
-        self.image_shape = heldout.read(0, 1).shape[1:]
-        self.heldout = self._moments(heldout, "held-out images")
+        self.image_shape = validation.read(0, 1).shape[1:]
+        self.validation = self._moments(validation, "held-out images")
 
     def __call__(self, generate: Generate) -> dict[str, float]:
         """The distance by its name: the same on all ranks, and for any number of them; NaN if a model computes no
         finite numbers."""
         samples = _Samples(generate, self.num_samples, self.image_shape)
         moments = self._moments(samples, "samples")
-        if self.world.max(torch.tensor(int(samples.failed))):
+        if self.ctx.all_reduce_max(torch.tensor(int(samples.failed))):
             return {self.key: float("nan")}
-        return {self.key: self.world.from_main(lambda: frechet_distance(*self.heldout, *moments))}
+        return {self.key: self.ctx.broadcast_from_rank0(lambda: frechet_distance(*self.validation, *moments))}
 
     def _moments(self, images: Images, title: str) -> tuple[np.ndarray, np.ndarray]:
-        collected = collect(images, self.extractor, self.world, self.world.device, self.batch_size, title)
+        collected = collect(images, self.extractor, self.ctx, self.ctx.device, self.batch_size, title)
         return collected.pool.mean_and_covariance()
 
 

@@ -49,7 +49,7 @@ def mlp(size: int, hidden_size: int, dropout: float) -> nn.Sequential:
     return nn.Sequential(OrderedDict(layers))
 
 
-class TakeRows(torch.autograd.Function):
+class GatherRows(torch.autograd.Function):
     """`table[rows]` of a table (U, ...) and rows (B,).
 
     Its gradient sums over the images of a row by a matrix product, which is fast and has the same bits each time.
@@ -71,9 +71,9 @@ class TakeRows(torch.autograd.Function):
             return (members.mT @ grad.flatten(1)).unflatten(1, grad.shape[1:]), None
 
 
-def take(table: Tensor, rows: Tensor | None) -> Tensor:
+def gather_rows(table: Tensor, rows: Tensor | None) -> Tensor:
     """Each image's row, (B, ...), of a table (U, ...); without `rows` image i has row i."""
-    return table if rows is None else cast(Tensor, TakeRows.apply(table, rows))
+    return table if rows is None else cast(Tensor, GatherRows.apply(table, rows))
 
 
 def norm_and_modulate(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor, rows: Tensor | None) -> Tensor:
@@ -85,7 +85,7 @@ def norm_and_modulate(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tenso
     if norm.elementwise_affine:
         shift, scale = shift + norm.bias * scale, norm.weight * scale
     normed = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
-    return torch.addcmul(take(shift, rows), normed, take(scale, rows))
+    return torch.addcmul(gather_rows(shift, rows), normed, gather_rows(scale, rows))
 
 
 class Block(nn.Module):
@@ -103,12 +103,12 @@ class Block(nn.Module):
         modulation = self.adaLN_modulation(condition)  # (U, T, 6 D)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
         attended = self.attn(norm_and_modulate(x, self.norm1, shift_attn, scale_attn, rows))
-        x = torch.addcmul(x, take(gate_attn, rows), attended)
+        x = torch.addcmul(x, gather_rows(gate_attn, rows), attended)
         hidden = self.mlp(norm_and_modulate(x, self.norm2, shift_mlp, scale_mlp, rows))
-        return torch.addcmul(x, take(gate_mlp, rows), hidden)
+        return torch.addcmul(x, gather_rows(gate_mlp, rows), hidden)
 
 
-class AdaLNBeforeHead(nn.Module):
+class FinalLayer(nn.Module):
     """Final norm without affine parameters, modulated; its chunk order is scale, shift, unlike the blocks'."""
 
     def __init__(self, hidden_size: int) -> None:

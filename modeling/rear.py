@@ -1,8 +1,7 @@
 """reAR: a GPT over tokenizer codes in raster or any order, with training-only projectors for embedding regularization.
 
 Paper: https://arxiv.org/abs/2510.04450. The architecture, orders included, is RAR's (https://arxiv.org/abs/2411.00776).
-The state-dict keys are those of the published weights and never change. `modeling/sampling/decoding.py` restates the
-forward pass for one position with a cache.
+The state-dict keys are those of the published weights and never change.
 
 Legend: B images, N codes per image, T = N + 2 positions [cls, class, x1 .. xN], D hidden size, V codebook size,
 C classes, U distinct labels of a batch, Z width of a codebook vector.
@@ -25,9 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from modeling.blocks import AdaLNBeforeHead, Block, take
-from modeling.checks import checked_class_labels, checked_codes, checked_orders
+from modeling.blocks import Block, FinalLayer, gather_rows
 from modeling.hub_model import HubModel
+from modeling.input_validation import checked_class_labels, checked_codes, checked_orders
 from modeling.robust_embedding import projector
 from utils.files.weights import load_state_dict, load_strict
 from utils.run.trained_weights import find_trained_weights
@@ -88,7 +87,7 @@ class ReAR(HubModel):
             )
             for _ in range(generator.num_hidden_layers)
         )
-        self.adaln_before_head = AdaLNBeforeHead(hidden_size)
+        self.adaln_before_head = FinalLayer(hidden_size)
         self.lm_head = nn.Linear(hidden_size, self.codebook_size)
 
         regularized = generator.transition_alignment
@@ -151,7 +150,7 @@ class ReAR(HubModel):
         if orders is not None:
             orders = checked_orders(orders, codes.shape, look)
             codes = codes.gather(1, orders)
-        prefix = take(self.embed_prefix(class_labels), class_rows)  # (B, 2, D)
+        prefix = gather_rows(self.embed_prefix(class_labels), class_rows)  # (B, 2, D)
         x = torch.cat([prefix, self.embeddings(codes)], dim=1)  # (B, T, D)
         x = x + self.position_table(orders)
         condition = self.condition(class_labels)  # (U, T, D)

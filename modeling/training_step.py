@@ -48,14 +48,14 @@ def training_step(
     """
     generator = config.model.generator
     # (B, N); images as by `encode`, whose checks would wait for the GPU at every step
-    codes = batch["codes"] if "codes" in batch else tokenizer.look_up(tokenizer.features(batch["image"]))
+    codes = batch["codes"] if "codes" in batch else tokenizer.quantize_latents(tokenizer.encode_latents(batch["image"]))
     context, perturbation_mask = add_noise(codes, batch["uniforms"], max_ratio, config.model)
     orders = training_orders(batch["order_uniforms"], order_ratio, generator) if order_ratio > 0 else None
     with autocast(config.training, codes.device):
         output = model(context, batch["class_labels"], orders, batch["class_rows"])
     if orders is not None:  # what the outputs are compared with stands as they do
         codes, perturbation_mask = codes.gather(1, orders), perturbation_mask.gather(1, orders)
-    return rear_loss(output, codes, tokenizer.embed(codes), perturbation_mask, generator)
+    return rear_loss(output, codes, tokenizer.codebook_lookup(codes), perturbation_mask, generator)
 
 
 def compile_blocks(model: ReAR, config: Config, device: torch.device) -> list[str]:

@@ -23,7 +23,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 from utils.errors import input_errors_exit
-from utils.run.folder import describe_environment
+from utils.run.run_environment import describe_environment
 
 COMMANDS = ("sampling", "decode", "training", "codebook", "npz", "data", "precision")  # modules of scripts/benchmarks
 

@@ -1,4 +1,4 @@
-"""Check a published number of configs/rows.yaml: before sampling what it needs, afterwards whether it comes out.
+"""Check a published result of configs/published_results.yaml: first its inputs, then its scores.
 
     ROW=rear_b bash scripts_bash/rear_test.sh    # calls this, samples, scores, and calls this again
     python scripts/check_row.py rear_b
@@ -24,8 +24,8 @@ if __name__ == "__main__":
 import torch
 
 from evaluation.inception import PUBLISHED_SHA256, find_cached_weights
+from evaluation.published_results import Judged, Row, RowFile
 from evaluation.report import TITLES, find_report
-from evaluation.rows import Judged, Row, RowFile
 from utils.config import ROOT, flat, load_config, read_yaml
 from utils.console import markdown_table
 from utils.errors import InputError, input_errors_exit
@@ -33,7 +33,7 @@ from utils.files.atomic import write_text
 from utils.files.hashing import file_sha256
 from utils.files.hub import SCHEME
 from utils.files.json_file import read_json
-from utils.run.folder import describe_environment
+from utils.run.run_environment import describe_environment
 from utils.run.trained_weights import find_trained_weights
 from utils.schema import Config
 
@@ -160,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("row", help="name of a row")
     parser.add_argument("--samples", type=Path, metavar="NPZ", help="samples that the evaluator has scored")
-    parser.add_argument("--rows", type=Path, default=ROOT / "configs/rows.yaml", help="the file of rows")
+    parser.add_argument("--rows", type=Path, default=ROOT / "configs/published_results.yaml", help="the file of rows")
     parser.add_argument("--checkpoint", help="in place of the row's, where the file lies elsewhere")
     parser.add_argument("--reference", help="in place of the one that the file of rows names")
     args = parser.parse_args()

@@ -37,19 +37,19 @@ from modeling.sampling.image_sampler import load_trained
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, load_config
+from utils.distributed import DistributedContext
 from utils.errors import InputError, first_line, input_errors_exit
-from utils.files.atomic import complete_folder
+from utils.files.atomic import atomic_folder
 from utils.files.hashing import hash_of
 from utils.files.hub import SCHEME
 from utils.files.lock import only_writer
-from utils.files.made_from import is_made, write_record
+from utils.files.provenance import is_made, write_record
 from utils.files.weights import weights_sha256
 from utils.images import make_captioned_grid, write_png
-from utils.ranks import World
 from utils.run.checkpoint import EMA
-from utils.run.folder import code_facts
 from utils.run.manifest import MANIFEST_FILE
 from utils.run.metrics_file import METRICS_FILE, read_metrics
+from utils.run.run_environment import code_facts
 from utils.run.trained_weights import TrainedWeights
 
 EXPORT_FILE = "export.json"
@@ -106,7 +106,7 @@ def export(config: Config, folder: Path, arguments: argparse.Namespace) -> None:
     """
     tokenizer = load_tokenizer(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, weights = load_trained(config, tokenizer, World(0, 1, device))
+    model, weights = load_trained(config, tokenizer, DistributedContext(0, 1, device))
     made_from = {
         "sha256 of the model": weights_sha256(model),
         "sha256 of the tokenizer": tokenizer.sha256(),
@@ -125,7 +125,7 @@ def export(config: Config, folder: Path, arguments: argparse.Namespace) -> None:
         *(is_ema(weights.path, config), as_reference),
     )
     source = arguments.push or folder.name  # not the way to it, which is nobody's business
-    with complete_folder(folder) as partial:
+    with atomic_folder(folder) as partial:
         model.write(partial, record)
         write_tokenizer(tokenizer, partial / TOKENIZER, config, as_reference)
         if facts.class_names is not None:

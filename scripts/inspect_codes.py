@@ -36,7 +36,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data.batch_sampler import order_of_pass
+from data.batch_sampler import permutation_of_pass
 from data.codes.code_statistics import CodeStatistics, code_statistics
 from data.codes.token_store import TokenStore
 from data.training_batches import check_tokenizer, open_codes
@@ -44,7 +44,7 @@ from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit
-from utils.files.atomic import complete_file, write_text
+from utils.files.atomic import atomic_file, write_text
 from utils.files.lock import only_writer
 from utils.images import make_captioned_grid, to_uint8, write_png
 
@@ -89,7 +89,7 @@ def choose_rows(store: TokenStore, config: Config) -> list[int]:
     rows = config.inspection.rows
     if rows is None:
         count = min(config.inspection.num_images, len(store))
-        order = order_of_pass(len(store), config.training.seed, pass_number=0)
+        order = permutation_of_pass(len(store), config.training.seed, dataset_pass=0)
         return sorted(order[:count].tolist())
     for row in rows:
         if not 0 <= row < len(store):
@@ -138,7 +138,7 @@ def save_histograms(counts: dict[str, np.ndarray], picture_path: Path) -> None:
         axes.stairs(values, fill=True)
         axes.set_title(name)
         axes.grid(alpha=0.3)
-    with complete_file(picture_path) as partial:
+    with atomic_file(picture_path) as partial:
         figure.savefig(partial, dpi=100, format="png")
 
 

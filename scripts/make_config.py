@@ -44,14 +44,14 @@ SMALL_BASE, SMALL_TOKENIZER = ROOT / "configs/rear_blue_marble.yaml", ROOT / "co
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     output, resolution = arguments.output, arguments.resolution
-    train, heldout = find_shards(arguments.images)
-    train_images, heldout_images = open_images(train), open_images(heldout)
-    if heldout == train:
+    train, validation = find_shards(arguments.images)
+    train_images, heldout_images = open_images(train), open_images(validation)
+    if validation == train:
         notify(f"{arguments.images}: no held-out shards (make_shards.py --heldout): training images take their place")
     num_classes = len(train_images.class_names or []) or int(train_images.class_ids.max()) + 1
     data = {
         "dataset.params.train_shards_path_or_url": train,
-        "dataset.params.eval_shards_path_or_url": heldout,
+        "dataset.params.eval_shards_path_or_url": validation,
         "dataset.preprocessing.random_flip": not arguments.no_flip,
         "experiment.max_train_examples": len(train_images),
     }
@@ -107,8 +107,8 @@ def find_shards(folder: Path) -> tuple[str, str]:
     train = [prefix for prefix in prefixes if prefix != HELDOUT_PREFIX]
     if len(train) != 1:
         raise InputError(f"{folder}: found shards of the kinds {train}, expected one, made by scripts/make_shards.py")
-    heldout = HELDOUT_PREFIX if HELDOUT_PREFIX in prefixes else train[0]
-    return str(folder / f"{train[0]}-*.tar"), str(folder / f"{heldout}-*.tar")
+    validation = HELDOUT_PREFIX if HELDOUT_PREFIX in prefixes else train[0]
+    return str(folder / f"{train[0]}-*.tar"), str(folder / f"{validation}-*.tar")
 
 
 def sizes_in(tokenizer: str, resolution: int) -> VQModelConfig:

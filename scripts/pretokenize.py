@@ -45,7 +45,7 @@ from data.codes.conversion import store_to_jsonl
 from data.codes.store_files import MAX_CODEBOOK_SIZE, StoreMeta
 from data.codes.token_store import TokenStore
 from data.codes.token_writer import new_token_store
-from data.images.decoding import Decoding, Note
+from data.images.image_io import ImageDecoding, Note
 from data.images.image_source import ImageSource
 from data.images.notices import check_bad
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
@@ -54,14 +54,14 @@ from data.loading import Batches
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
+from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, TrainingError, input_errors_exit
 from utils.faults import fault_point
+from utils.files.chunk_files import ChunkFiles
 from utils.files.lock import only_writer
-from utils.files.parts import Parts
 from utils.images import to_float
 from utils.precision import matmul_precision
 from utils.processes import num_cpus
-from utils.ranks import World, join_world
 from utils.run.signals import StopSignals
 from utils.schema import DatasetConfig
 
@@ -83,7 +83,7 @@ def pretokenize(config: Config, held: ExitStack) -> None:
     if not tokenizer.has_images:
         raise tokenizer.no_images(f"dataset.params.train_shards_path_or_url={image_path}")
     params, preprocessing = config.dataset.params, config.dataset.preprocessing
-    num_classes, decoding = config.model.generator.condition_num_classes, Decoding.of(preprocessing)
+    num_classes, decoding = config.model.generator.condition_num_classes, ImageDecoding.of(preprocessing)
     source = open_images(image_path, num_classes, decoding)
     max_bad_fraction = allowed_bad_fraction(params)
     images = ImageDataset(source, pretokenize_transform(preprocessing), config.training.seed, max_bad_fraction)
@@ -91,28 +91,28 @@ def pretokenize(config: Config, held: ExitStack) -> None:
     batch_size = max(1, config.training.per_gpu_batch_size // crops)
     # A batch never reaches into another part: kernels may round differently for another batch size.
     block_size = -(-IMAGES_PER_PART // batch_size) * batch_size
-    parts = Parts(store_path.with_name(store_path.name + ".parts"), len(images), block_size, ".npy")
-    with join_world() as world:  # left before the work begins: nothing later waits for a collective
-        world.from_main(lambda: held.enter_context(only_writer(store_path)))
-        meta = describe(config, tokenizer, images, crops, world.device)
+    parts = ChunkFiles(store_path.with_name(store_path.name + ".parts"), len(images), block_size, ".npy")
+    with init_distributed() as ctx:  # left before the work begins: nothing later waits for a collective
+        ctx.broadcast_from_rank0(lambda: held.enter_context(only_writer(store_path)))
+        meta = describe(config, tokenizer, images, crops, ctx.device)
         if store_path.is_dir():
             check_finished(TokenStore(store_path), meta)
             missing = []
         else:
             fingerprint = {**asdict(meta), **(meta.settings or {}), "settings": None, "images per part": block_size}
-            missing = parts.begin(fingerprint, world)
+            missing = parts.begin(fingerprint, ctx)
     started, at_start = time.perf_counter(), sum(map(len, missing))
     if missing:
-        mine = missing[world.rank :: world.size]
+        mine = missing[ctx.rank :: ctx.size]
         with matmul_precision(config.training.enable_tf32):
-            encode(mine, parts, images, tokenizer.to(world.device), batch_size, config.dataset, world)
+            encode(mine, parts, images, tokenizer.to(ctx.device), batch_size, config.dataset, ctx)
         images.notes.summary()
-    if not world.is_main:
+    if not ctx.is_rank0:
         return
     if not store_path.is_dir():
         parts.wait()
         seconds = time.perf_counter() - started
-        print(f"{at_start} images encoded, {at_start / seconds:.1f} images/s on {world.size} x {world.device.type}")
+        print(f"{at_start} images encoded, {at_start / seconds:.1f} images/s on {ctx.size} x {ctx.device.type}")
         join(parts, store_path, meta, source, max_bad_fraction)
     store = TokenStore(store_path)
     if output.suffix == ".jsonl":
@@ -152,8 +152,8 @@ def describe(config: Config, tokenizer: Tokenizer, images: ImageDataset, crops: 
         f"dataset.preprocessing.{key}": getattr(preprocessing, key)
         for key in ("resize_shorter_edge", "crop_size", "pretokenize_crops")
     }
-    changed = {key: getattr(preprocessing, key) for key in vars(Decoding())}
-    defaults = vars(Decoding())  # left out: as in stores that are older than these keys
+    changed = {key: getattr(preprocessing, key) for key in vars(ImageDecoding())}
+    defaults = vars(ImageDecoding())  # left out: as in stores that are older than these keys
     settings |= {f"dataset.preprocessing.{key}": value for key, value in changed.items() if value != defaults[key]}
     settings["training.per_gpu_batch_size"] = config.training.per_gpu_batch_size
     settings["training.enable_tf32"] = config.training.enable_tf32 and device.type == "cuda"
@@ -187,26 +187,26 @@ def check_finished(store: TokenStore, meta: StoreMeta) -> None:
 @torch.inference_mode()
 def encode(
     blocks: list[range],
-    parts: Parts,
+    parts: ChunkFiles,
     images: ImageDataset,
     tokenizer: Tokenizer,
     batch_size: int,
     dataset: DatasetConfig,
-    world: World,
+    ctx: DistributedContext,
 ) -> None:
     """Write the parts of some blocks: per sample its codes, and 1 if its image is one to leave out. The main process
     shows the progress of all processes."""
     items = [list(block[i : i + batch_size]) for block in blocks for i in range(0, len(block), batch_size)]
-    on_gpu, launcher = world.device.type == "cuda", StopSignals()
+    on_gpu, launcher = ctx.device.type == "cuda", StopSignals()
     batches = Batches(images, items, dataset.params.num_workers_per_gpu, on_gpu)
     initial = len(images) - sum(map(len, parts.missing()))
-    with tqdm(total=len(images), initial=initial, unit="image", smoothing=0, disable=not world.is_main) as progress:
+    with tqdm(total=len(images), initial=initial, unit="image", smoothing=0, disable=not ctx.is_rank0) as progress:
         for block in blocks:
             rows = []  # per batch: (b * K, N + 1)
             for _ in range(0, len(block), batch_size):
                 batch = next(batches)
                 images.notes.add(batch["index"], batch["notes"])
-                crops = cut_crops(batch["image"].to(world.device), dataset.preprocessing)  # (b, K, H, W, 3)
+                crops = cut_crops(batch["image"].to(ctx.device), dataset.preprocessing)  # (b, K, H, W, 3)
                 is_bad = (batch["notes"] & Note.UNREADABLE > 0).repeat_interleave(crops.shape[1])[:, None]
                 codes = tokenizer.encode(to_float(crops.flatten(0, 1))).cpu()  # (b * K, N)
                 rows.append(torch.cat([codes, is_bad], dim=1).numpy().astype(np.uint16))
@@ -214,11 +214,11 @@ def encode(
                 raise TrainingError("torchrun is gone; the same command continues")
             with parts.writing(block) as partial, partial.open("wb") as file:
                 np.save(file, np.concatenate(rows))
-            if world.is_main:
+            if ctx.is_rank0:
                 progress.update(len(images) - sum(map(len, parts.missing())) - progress.n)
 
 
-def join(parts: Parts, store_path: Path, meta: StoreMeta, source: ImageSource, max_bad_fraction: float) -> None:
+def join(parts: ChunkFiles, store_path: Path, meta: StoreMeta, source: ImageSource, max_bad_fraction: float) -> None:
     """Write the store from all parts, a part at a time, without the images that could not be read.
 
     Raises:

@@ -40,22 +40,22 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.batch_sampler import order_of_pass
-from data.heldout import open_heldout_images
-from data.images.decoding import Note
+from data.batch_sampler import permutation_of_pass
+from data.images.image_io import Note
 from data.images.reading import allowed_bad_fraction
 from data.loading import Batches
+from data.validation_data import open_validation_images
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import input_errors_exit
 from utils.files.lock import only_writer
-from utils.files.made_from import is_made, write_record
 from utils.files.npz import NpzEntry, write_npz
+from utils.files.provenance import is_made, write_record
 from utils.images import make_grid, to_float, to_uint8, write_png
 from utils.precision import matmul_precision
-from utils.run.folder import code_facts
+from utils.run.run_environment import code_facts
 
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
 
@@ -71,29 +71,29 @@ def reconstruct_all(config: Config) -> None:
     tokenizer = load_tokenizer(config).to(device)
     if not tokenizer.has_images:
         raise tokenizer.no_images("reconstructions")
-    heldout = HeldoutImages(config)
+    validation = HeldoutImages(config)
     output_dir = Path(config.experiment.output_dir)
     results = [output_dir / f"{name}.npz" for name in ("reference", "reconstructions")]
-    made_from, record = origin(config, heldout, tokenizer), output_dir / "reconstruct.json"
+    made_from, record = origin(config, validation, tokenizer), output_dir / "reconstruct.json"
     for result in results:
         is_made(result, made_from, record)
     write_record(results[-1], made_from, record)
     metrics = ReconstructionMetrics(tokenizer.codebook_size)
     streams = [
-        (images.numpy() for images in heldout),
-        reconstruct(tokenizer, heldout, metrics, config.sampling.uint8_rule),
+        (images.numpy() for images in validation),
+        reconstruct(tokenizer, validation, metrics, config.sampling.uint8_rule),
     ]
-    labels = heldout.labels
+    labels = validation.labels
     shape = (len(labels), tokenizer.resolution, tokenizer.resolution, 3)
     for result, chunks in zip(results, streams, strict=True):
-        progress = tqdm(chunks, desc=result.name, total=len(heldout), unit="batch")
+        progress = tqdm(chunks, desc=result.name, total=len(validation), unit="batch")
         entries: dict[str, NpzEntry] = {
             "arr_0": (shape, np.uint8, progress),
             "arr_1": (labels.shape, np.int64, [labels]),
         }
         with matmul_precision(config.training.enable_tf32):  # of what `reconstruct` computes as it is read
             write_npz(result, entries)
-    heldout.dataset.notes.summary()
+    validation.dataset.notes.summary()
     save_grid(output_dir)
     preprocessing, summary = config.dataset.preprocessing, metrics.summary()
     crop = f"ADM centre crop of {preprocessing.crop_size} px, shorter edge {preprocessing.resize_shorter_edge} px"
@@ -101,11 +101,11 @@ def reconstruct_all(config: Config) -> None:
     print(f"{output_dir}: {crop}; " + ", ".join(f"{name} {value:.4g}" for name, value in summary.items()))
 
 
-def origin(config: Config, heldout: "HeldoutImages", tokenizer: Tokenizer) -> dict[str, Any]:
+def origin(config: Config, validation: "HeldoutImages", tokenizer: Tokenizer) -> dict[str, Any]:
     """What the images depend on; of the held-out ones names and classes, for their contents are read each time."""
     return {
-        "held-out images": heldout.dataset.fingerprint,
-        "number of images": len(heldout.labels),
+        "held-out images": validation.dataset.fingerprint,
+        "number of images": len(validation.labels),
         "sampling.seed": config.sampling.seed,
         "sampling.uint8_rule": config.sampling.uint8_rule,
         "dataset.preprocessing": dataclasses.asdict(config.dataset.preprocessing),
@@ -125,10 +125,10 @@ class HeldoutImages:
 
     def __init__(self, config: Config) -> None:
         params, sampling = config.dataset.params, config.sampling
-        self.dataset = open_heldout_images(config)
+        self.dataset = open_validation_images(config)
         source = self.dataset.source
         self.batch_size, self.num_workers = sampling.per_gpu_batch_size, params.num_workers_per_gpu
-        shuffled = order_of_pass(len(source), sampling.seed, pass_number=0)
+        shuffled = permutation_of_pass(len(source), sampling.seed, dataset_pass=0)
         order = by_turns(shuffled, source.class_ids)
         if allowed_bad_fraction(params) > 0:  # their number must be known before the files are begun: read all
             order = by_turns(order[~self._unreadable(order)], source.class_ids)

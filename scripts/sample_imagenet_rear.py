@@ -46,14 +46,14 @@ from modeling.sampling.image_sampler import ImageSampler, images_made_from, load
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, save_config
+from utils.distributed import init_distributed
 from utils.errors import InputError, NonFiniteError, input_errors_exit
 from utils.files.lock import only_writer
-from utils.files.made_from import is_made, write_record
 from utils.files.npz import write_npz
-from utils.files.sample_parts import PartWriter, SampleParts
+from utils.files.provenance import is_made, write_record
+from utils.files.sample_chunks import ChunkWriter, SampleChunks
 from utils.images import make_grid, write_png
 from utils.precision import matmul_precision
-from utils.ranks import join_world
 
 GRID_COLUMNS, GRID_IMAGES = 10, 50
 
@@ -74,26 +74,26 @@ def sample(config: Config, held: ExitStack) -> None:
         check_codebook_size(result, tokenizer.codebook_size)
         if sampling.save_png:
             raise tokenizer.no_images("sampling.save_png=true")
-    with join_world() as world:  # left before the work begins: nothing later waits for a collective
-        world.from_main(lambda: held.enter_context(only_writer(output)))
-        classes = world.from_main(lambda: asked_classes(config))
-        model, weights = load_trained(config, tokenizer, world)
+    with init_distributed() as ctx:  # left before the work begins: nothing later waits for a collective
+        ctx.broadcast_from_rank0(lambda: held.enter_context(only_writer(output)))
+        classes = ctx.broadcast_from_rank0(lambda: asked_classes(config))
+        model, weights = load_trained(config, tokenizer, ctx)
         indices = asked_images(sampling, classes, model.num_classes)
-        parts = SampleParts(output.with_name(output.name + ".parts"), len(indices), sampling.per_gpu_batch_size)
-        fingerprint = images_made_from(config, classes, indices, model, tokenizer, world.device)
-        if world.from_main(lambda: is_finished(parts, result, fingerprint)):
+        parts = SampleChunks(output.with_name(output.name + ".parts"), len(indices), sampling.per_gpu_batch_size)
+        fingerprint = images_made_from(config, classes, indices, model, tokenizer, ctx.device)
+        if ctx.broadcast_from_rank0(lambda: is_finished(parts, result, fingerprint)):
             return
-        world.from_main(lambda: check_neighbours(parts, output, result))
-        missing = parts.begin(fingerprint, world)
-    model.to(world.device).eval()
-    tokenizer.to(world.device)
-    progress = tqdm(missing[world.rank :: world.size], unit="batch", disable=not world.is_main)
-    notice: Callable[[str], object] = print if world.is_main else lambda line: None
-    with matmul_precision(config.training.enable_tf32), PartWriter(parts, output, sampling.save_png) as writer:
+        ctx.broadcast_from_rank0(lambda: check_neighbours(parts, output, result))
+        missing = parts.begin(fingerprint, ctx)
+    model.to(ctx.device).eval()
+    tokenizer.to(ctx.device)
+    progress = tqdm(missing[ctx.rank :: ctx.size], unit="batch", disable=not ctx.is_rank0)
+    notice: Callable[[str], object] = print if ctx.is_rank0 else lambda line: None
+    with matmul_precision(config.training.enable_tf32), ChunkWriter(parts, output, sampling.save_png) as writer:
         sampler = ImageSampler(model, tokenizer, config, len(parts.blocks[0]), notice)
         for block, images in sample_blocks(progress, indices, sampler, config):
             writer.write(block, images)
-    if world.is_main:
+    if ctx.is_rank0:
         parts.wait()
         labels, origin = class_labels_of(indices, model.num_classes), str(weights.path.resolve())
         figures = {"step": weights.step, "weights": origin}
@@ -103,7 +103,7 @@ def sample(config: Config, held: ExitStack) -> None:
             pack_codes(parts, result, tokenizer, config, labels, fingerprint, figures)
 
 
-def is_finished(parts: SampleParts, result: Path, fingerprint: dict[str, Any]) -> bool:
+def is_finished(parts: SampleChunks, result: Path, fingerprint: dict[str, Any]) -> bool:
     """Whether the npz or store of this run is there already; says so.
 
     Raises:
@@ -116,7 +116,7 @@ def is_finished(parts: SampleParts, result: Path, fingerprint: dict[str, Any]) -
     return True
 
 
-def check_neighbours(parts: SampleParts, output: Path, result: Path) -> None:
+def check_neighbours(parts: SampleChunks, output: Path, result: Path) -> None:
     """
     Raises:
         InputError: a new run would add its PNG files to those of another one, or its record would take the place of
@@ -170,7 +170,7 @@ def finished(decoder: ImageDecoder | KeptCodes, block: range, pending: Any, conf
 
 
 def pack(
-    parts: SampleParts,
+    parts: SampleChunks,
     output: Path,
     config: Config,
     labels: np.ndarray,
@@ -201,7 +201,7 @@ def pack(
 
 
 def pack_codes(
-    parts: SampleParts,
+    parts: SampleChunks,
     store: Path,
     tokenizer: Tokenizer,
     config: Config,

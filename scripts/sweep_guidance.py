@@ -40,8 +40,8 @@ import numpy as np
 
 from data.training_batches import asked_classes
 from evaluation.features import Extractor
-from evaluation.halves import HALVES, HalvedReference
 from evaluation.inputs import open_input
+from evaluation.reference_split import HALVES, SplitReference
 from evaluation.report import TITLES
 from evaluation.sample_distance import find_extractor
 from modeling.sampling.image_inputs import asked_images
@@ -49,14 +49,14 @@ from modeling.sampling.image_sampler import ImageSampler, images_made_from, load
 from modeling.tokenizers.registry import load_tokenizer
 from utils.config import Config
 from utils.console import markdown_table
+from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, NonFiniteError, input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.json_file import read_json
 from utils.files.lock import only_writer
-from utils.files.made_from import is_made, write_record
 from utils.files.npz import Npz
+from utils.files.provenance import is_made, write_record
 from utils.precision import matmul_precision
-from utils.ranks import World, join_world
 from utils.run.curves import draw_curve, panel_grid, save_figure
 
 KEYS = ("guidance_scale", "guidance_scale_pow", "randomize_temperature")  # of model.generator, and of the lists
@@ -68,29 +68,29 @@ Scores = dict[str, float]
 
 
 def main(config: Config) -> None:
-    with ExitStack() as held, join_world() as world:
-        sweep(config, held, world)
+    with ExitStack() as held, init_distributed() as ctx:
+        sweep(config, held, ctx)
 
 
-def sweep(config: Config, held: ExitStack, world: World) -> None:
+def sweep(config: Config, held: ExitStack, ctx: DistributedContext) -> None:
     """The files of `experiment.output_dir`, whose lock `held` gets."""
     output_dir, size = Path(config.experiment.output_dir), config.sampling.per_gpu_batch_size
     tokenizer = load_tokenizer(config)
     if not tokenizer.has_images:
         raise tokenizer.no_images("sweep.reference")
-    world.from_main(lambda: held.enter_context(only_writer(output_dir, inside=True)))
-    reference = world.main_first(lambda: open_reference(config, tokenizer.resolution, world.is_main))
-    classes, indices = world.from_main(lambda: asked(config))
-    model, _ = load_trained(config, tokenizer, world)
-    distance, extractor = world.main_first(lambda: find_extractor(world.device, "sweep.reference"))
-    made_from = images_made_from(config, classes, indices, model, tokenizer, world.device)
+    ctx.broadcast_from_rank0(lambda: held.enter_context(only_writer(output_dir, inside=True)))
+    reference = ctx.rank0_first(lambda: open_reference(config, tokenizer.resolution, ctx.is_rank0))
+    classes, indices = ctx.broadcast_from_rank0(lambda: asked(config))
+    model, _ = load_trained(config, tokenizer, ctx)
+    distance, extractor = ctx.rank0_first(lambda: find_extractor(ctx.device, "sweep.reference"))
+    made_from = images_made_from(config, classes, indices, model, tokenizer, ctx.device)
     made_from = origin(made_from, reference, extractor)
-    done = world.from_main(lambda: read_scores(output_dir / "sweep.json", made_from))
+    done = ctx.broadcast_from_rank0(lambda: read_scores(output_dir / "sweep.json", made_from))
     missing = [setting for setting in settings_of(config) if setting not in done]
-    model.to(world.device).eval()
-    tokenizer.to(world.device)
-    halves = HalvedReference(reference.images, extractor, size, world) if missing else None
-    notice: Callable[[str], object] = print if world.is_main else lambda line: None
+    model.to(ctx.device).eval()
+    tokenizer.to(ctx.device)
+    halves = SplitReference(reference.images, extractor, size, ctx) if missing else None
+    notice: Callable[[str], object] = print if ctx.is_rank0 else lambda line: None
     for setting in missing:
         assert halves is not None
         name, with_setting = as_overrides(setting), with_values(config, setting)
@@ -101,10 +101,10 @@ def sweep(config: Config, held: ExitStack, world: World) -> None:
             weights = f"experiment.generator_checkpoint={config.experiment.generator_checkpoint}"
             raise InputError(f"{name}: {error} ({weights})") from error
         del sampler  # frees its memory before the next one
-        world.from_main(lambda: write_scores(output_dir / "sweep.json", done, distance, made_from))
-        if world.is_main:
+        ctx.broadcast_from_rank0(lambda: write_scores(output_dir / "sweep.json", done, distance, made_from))
+        if ctx.is_rank0:
             print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in done[setting].items()), flush=True)
-    if world.is_main:
+    if ctx.is_rank0:
         report(output_dir, done, DISTANCES[distance], f"{len(indices)} samples each")
 
 

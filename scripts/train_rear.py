@@ -35,7 +35,7 @@ from functools import partial
 import torch
 
 from data.training_batches import TrainingBatches, describe_length, open_training_data, passes_done
-from evaluation.heldout import HeldOutNumbers
+from evaluation.validator import Validator
 from modeling.noise import num_noise_uniforms, perturbation_ratio, random_order_ratio
 from modeling.rear import ReAR, init_from
 from modeling.sampling.sample_grid import notices_of_images, save_sample_grid, whole_model
@@ -59,36 +59,36 @@ def main(config: Config) -> str:
     training, experiment, generator = config.training, config.experiment, config.model.generator
     tokenizer = load_tokenizer(config)
     with TrainingRun(config, SAVING_MEMORY) as run:
-        world, device = run.world, run.world.device
+        ctx, device = run.ctx, run.ctx.device
 
         # Data, model, optimizer
         tokenizer_sha256 = tokenizer.sha256()
-        dataset = run.open_data(lambda: open_training_data(config, tokenizer_sha256, world.is_main), tokenizer_sha256)
+        dataset = run.open_data(lambda: open_training_data(config, tokenizer_sha256, ctx.is_rank0), tokenizer_sha256)
         tokenizer.to(device)
-        heldout = HeldOutNumbers.open(config, tokenizer, tokenizer_sha256, world)
+        validation = Validator.open(config, tokenizer, tokenizer_sha256, ctx)
         torch.manual_seed(training.seed)
         model = ReAR(config.model).to(device)
         if run.is_new and experiment.init_from is not None:
             init_from(experiment.init_from, model)
             run.notices.append(f"starting from the weights of {experiment.init_from}, with new rows for the classes")
         ema = MovingAverage(model, training.ema_decay) if training.use_ema else None
-        parallel = parallelize(model, model.blocks, world, training)
+        parallel = parallelize(model, model.blocks, ctx, training)
         if ema and training.fsdp:
-            parallelize(ema.module, ema.module.blocks, world, training)
+            parallelize(ema.module, ema.module.blocks, ctx, training)
         run.notices += compile_blocks(model, config, device)
         optimizer = build_optimizer(model, config)
         averaged = ema.module if ema else model
         modules = {"model": model} | ({"ema": averaged} if ema else {})
-        cost = training_cost(model, config, world.size * run.micro_steps)
+        cost = training_cost(model, config, ctx.size * run.micro_steps)
         run.notices += notices_of_images(tokenizer, config)
-        if heldout is None and experiment.eval_every:
+        if validation is None and experiment.eval_every:
             run.notices.append("experiment.eval_every has no effect: the config names no held-out data")
         run.notices.append(describe_length(config, run.global_batch_size, len(dataset)))
         run.begin(modules, {"optimizer": (model, optimizer)}, training.fsdp, cost.flops, cost.activation_bytes)
         run.reporter.alerts.check_schedules(config)
         work = (run.micro_steps, run.remaining, run.state.samples_seen)
         widths = num_noise_uniforms(model.image_seq_len), num_order_uniforms(generator)
-        batches = TrainingBatches(dataset, config, world, *work, run.stop_requested, *widths)
+        batches = TrainingBatches(dataset, config, ctx, *work, run.stop_requested, *widths)
 
         # The training loop
         parallel.train()
@@ -98,13 +98,13 @@ def main(config: Config) -> str:
             step_terms = []
             for micro_step in range(run.micro_steps):
                 batch = run.measured.next_batch(batches)
-                torch.manual_seed(dropout_seed(training.seed, step, micro_step, world.rank))
+                torch.manual_seed(dropout_seed(training.seed, step, micro_step, ctx.rank))
                 with accumulating(parallel, is_last=micro_step == run.micro_steps - 1):
                     terms = training_step(parallel, tokenizer, batch, max_ratio, config, order_ratio)
                     (terms.loss / run.micro_steps).backward()
                 step_terms.append(terms)
             grad_norm = clip_gradients(model, training.max_grad_norm, training.fsdp)
-            if run.may_update(torch.stack([*(terms.loss.detach() for terms in step_terms), grad_norm])):
+            if run.update_is_finite(torch.stack([*(terms.loss.detach() for terms in step_terms), grad_norm])):
                 optimizer.step()
                 if ema:
                     ema.update(model)
@@ -112,16 +112,16 @@ def main(config: Config) -> str:
             optimizer.zero_grad(set_to_none=True)
             run.count_step()
 
-            if run.due.log:
+            if run.triggers.log:
                 ratios = {"train/perturbation_ratio": max_ratio, "train/random_order_ratio": order_ratio}
                 run.log_interval({"train/lr": lr} | ratios | passes_done(config, run.state.samples_seen, len(dataset)))
-            if run.due.heldout and heldout is not None:
-                heldout.compute(averaged, run)
-            if run.due.save:
+            if run.triggers.validation and validation is not None:
+                validation.compute(averaged, run)
+            if run.triggers.save:
                 run.save()
-            if run.due.weights:
+            if run.triggers.weights:
                 run.keep_weights("ema" if ema else "model")
-            if run.due.grid:
+            if run.triggers.grid:
                 if tokenizer.has_images:
                     whole = whole_model(averaged, run)
                     run.reporter.draw("samples", partial(save_sample_grid, whole, tokenizer, config, step + 1))

@@ -42,13 +42,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from data.batch_sampler import order_of_pass
-from data.heldout import open_center_crops
-from data.images.decoding import Decoding, Note
+from data.batch_sampler import permutation_of_pass
+from data.images.image_io import ImageDecoding, Note
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import training_transform
 from data.loading import Batches, on_device
 from data.training_batches import TrainingBatches
+from data.validation_data import open_center_crops
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.tokenizers.discriminator import FeatureDiscriminator, discriminator_loss, generator_loss
 from modeling.tokenizers.perceptual import PerceptualFeatures, perceptual_distance
@@ -56,6 +56,7 @@ from modeling.tokenizers.registry import build_trainable_tokenizer
 from modeling.tokenizers.tokenizer import TrainableTokenizer
 from modeling.tokenizers.vector_quantizer import entropy_loss
 from utils.config import Config
+from utils.distributed import DistributedContext
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.hub import local_file
@@ -64,8 +65,7 @@ from utils.images import make_grid, to_uint8, write_png
 from utils.optim import build_optimizer, set_learning_rate
 from utils.precision import autocast
 from utils.randomness import dropout_seed
-from utils.ranks import World
-from utils.run.folder import going_on
+from utils.run.run_environment import log_and_continue
 from utils.run.snapshot import Optimizers
 from utils.run.training_run import EXIT_STATUS, TrainingRun
 
@@ -76,13 +76,13 @@ def main(config: Config) -> str:
     """Train until the last step or a stop signal; returns what `status.json` says then."""
     training, vq_training = config.training, config.vq_training
     with TrainingRun(config, "a smaller training.per_gpu_batch_size") as run:
-        world, device = run.world, run.world.device
+        ctx, device = run.ctx, run.ctx.device
         if run.micro_steps != 1:
             raise InputError(f"training.gradient_accumulation_steps: found {run.micro_steps} micro-batches, expected 1")
 
         # Data, networks, optimizers
         train_set = run.open_data(lambda: open_images_of(config, "train_shards_path_or_url", augment=True))
-        heldout_set = world.main_first(lambda: open_images_of(config, "eval_shards_path_or_url", augment=False))
+        heldout_set = ctx.rank0_first(lambda: open_images_of(config, "eval_shards_path_or_url", augment=False))
         torch.manual_seed(training.seed)
         tokenizer = build_trainable_tokenizer(config.model.vq_model)
         if vq_training.init_from is not None:
@@ -98,7 +98,7 @@ def main(config: Config) -> str:
         optimizers["discriminator_optimizer"] = (discriminator, discriminator_optimizer)
         run.begin(modules, optimizers)
         work = (run.micro_steps, run.remaining, run.state.samples_seen)
-        batches = TrainingBatches(train_set, config, world, *work, run.stop_requested)
+        batches = TrainingBatches(train_set, config, ctx, *work, run.stop_requested)
 
         # The training loop
         for step in run.steps():
@@ -106,12 +106,12 @@ def main(config: Config) -> str:
             torch.manual_seed(dropout_seed(training.seed, step, 0, rank=0))  # of the features that codes are set to
             images = run.measured.next_batch(batches)["image"]
             if step == 0 and vq_training.init_from is None:
-                usage.replace(tokenizer, torch.arange(tokenizer.codebook_size, device=device), images, world)
+                usage.replace(tokenizer, torch.arange(tokenizer.codebook_size, device=device), images, ctx)
             terms, codes = training_step(tokenizer, features, discriminator, images, config)
             terms["train/loss"].backward()
-            average_gradients(tokenizer, world)
+            average_gradients(tokenizer, ctx)
             grad_norm = torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), training.max_grad_norm)
-            updates = run.may_update(torch.stack([terms["train/loss"].detach(), grad_norm]))
+            updates = run.update_is_finite(torch.stack([terms["train/loss"].detach(), grad_norm]))
             if updates:
                 optimizer.step()
                 run.measured.add([{name: value.detach() for name, value in terms.items()}], grad_norm)
@@ -119,21 +119,21 @@ def main(config: Config) -> str:
             if "train/discriminator" in terms:
                 discriminator_optimizer.zero_grad(set_to_none=True)  # the generator's loss left gradients here too
                 terms["train/discriminator"].backward()
-                average_gradients(discriminator, world)
+                average_gradients(discriminator, ctx)
                 if updates:
                     discriminator_optimizer.step()
-            usage.count(codes, world)
+            usage.count(codes, ctx)
             run.count_step()
 
-            if run.due.log:
+            if run.triggers.log:
                 run.log_interval({"train/lr": lr})
-            if run.due.every(vq_training.revive_every) and not run.due.is_last:
-                run.reporter.log({"train/revived_codes": usage.revive(tokenizer, images, world)})
-            if run.due.every(config.experiment.save_every) or run.due.is_last:
+            if run.triggers.every(vq_training.revive_every) and not run.triggers.is_last:
+                run.reporter.log({"train/revived_codes": usage.revive(tokenizer, images, ctx)})
+            if run.triggers.every(config.experiment.save_every) or run.triggers.is_last:
                 with run.measured.clock.pause():
-                    run.reporter.log(world.from_main(lambda: report(tokenizer, heldout_set, config, run)))
+                    run.reporter.log(ctx.broadcast_from_rank0(lambda: report(tokenizer, heldout_set, config, run)))
                     run.reporter.draw_curves()
-            if run.due.save:
+            if run.triggers.save:
                 run.save()
         batches.tell_notes()
         run.finish()
@@ -156,7 +156,7 @@ def open_images_of(config: Config, key: str, augment: bool) -> ImageDataset:
         raise InputError(f"dataset.params.{key}: missing; give tar shards or a folder per class")
     if not augment:
         return open_center_crops(config)
-    source = open_images(getattr(params, key), decoding=Decoding.of(preprocessing))
+    source = open_images(getattr(params, key), decoding=ImageDecoding.of(preprocessing))
     return ImageDataset(source, training_transform(preprocessing), config.training.seed, allowed_bad_fraction(params))
 
 
@@ -208,33 +208,33 @@ class CodeUsage(nn.Module):
         super().__init__()
         self.register_buffer("counts", torch.zeros(codebook_size, dtype=torch.int64))
 
-    def count(self, codes: Tensor, world: World) -> None:
+    def count(self, codes: Tensor, ctx: DistributedContext) -> None:
         """Add codes (B, N) of each process."""
-        self.counts += world.sum(torch.bincount(codes.flatten(), minlength=len(self.counts)))
+        self.counts += ctx.all_reduce_sum(torch.bincount(codes.flatten(), minlength=len(self.counts)))
 
-    def revive(self, tokenizer: TrainableTokenizer, images: Tensor, world: World) -> int:
+    def revive(self, tokenizer: TrainableTokenizer, images: Tensor, ctx: DistributedContext) -> int:
         """Replace the codes that were not used; how many these are."""
         unused = (self.counts == 0).nonzero()[:, 0]
-        self.replace(tokenizer, unused, images, world)
+        self.replace(tokenizer, unused, images, ctx)
         self.counts.zero_()
         return len(unused)
 
     @staticmethod
     @torch.no_grad()
-    def replace(tokenizer: TrainableTokenizer, codes: Tensor, images: Tensor, world: World) -> None:
+    def replace(tokenizer: TrainableTokenizer, codes: Tensor, images: Tensor, ctx: DistributedContext) -> None:
         """Set the vectors of some codes (K,) to features drawn from images (B, 3, H, W) of rank 0, on all ranks."""
-        features = tokenizer.features(images).flatten(0, 1)  # (B N, Z)
+        features = tokenizer.encode_latents(images).flatten(0, 1)  # (B N, Z)
         places = torch.randint(len(features), (len(codes),), device=features.device)
         drawn = features[places].contiguous()  # as NCCL asks
-        tokenizer.set_vectors(codes, world.sum(drawn if world.is_main else torch.zeros_like(drawn)))
+        tokenizer.set_vectors(codes, ctx.all_reduce_sum(drawn if ctx.is_rank0 else torch.zeros_like(drawn)))
 
 
-def average_gradients(module: nn.Module, world: World) -> None:
+def average_gradients(module: nn.Module, ctx: DistributedContext) -> None:
     """Over all processes, in place. Not DDP: the discriminator runs several times before its backward pass."""
-    if world.size == 1:
+    if ctx.size == 1:
         return
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-    mean = world.sum(torch.cat([gradient.flatten() for gradient in gradients])) / world.size
+    mean = ctx.all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients])) / ctx.size
     for gradient, values in zip(gradients, mean.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(values.view_as(gradient))
 
@@ -246,7 +246,7 @@ def report(
     run only where it costs the final ones."""
     step, folder = run.state.global_step, run.output_dir
     figures, grid = evaluate(tokenizer, heldout_set, config)
-    with nullcontext() if run.due.is_last else going_on(run.logger, f"weights and figures of step {step}"):
+    with nullcontext() if run.triggers.is_last else log_and_continue(run.logger, f"weights and figures of step {step}"):
         export(tokenizer, folder / "tokenizer.safetensors", run.record())
         write_text(folder / "metrics.json", json.dumps({"step": step, **figures}, indent=1) + "\n")
         write_png(folder / "reconstructions.png", grid)
@@ -267,7 +267,7 @@ def evaluate(
     """Figures over the held-out images, and a grid: rows of originals, each above its row of reconstructions."""
     device = next(tokenizer.parameters()).device
     metrics = ReconstructionMetrics(tokenizer.codebook_size)
-    order = order_of_pass(len(heldout_set), seed=0, pass_number=0).tolist()  # mixed classes in the grid
+    order = permutation_of_pass(len(heldout_set), seed=0, dataset_pass=0).tolist()  # mixed classes in the grid
     columns = min(GRID_COLUMNS, len(heldout_set))
     shown: list[np.ndarray] = []
     for batch in Batches(heldout_set, [order[i : i + columns] for i in range(0, len(order), columns)], num_workers=0):

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sample 50,000 images and score them. Further arguments override the config:
 #   CHECKPOINT=reAR-B.safetensors REFERENCE=VIRTUAL_imagenet256_labeled.npz bash scripts_bash/rear_test.sh
-# Without REFERENCE it samples only. Or check a published number, a row of configs/rows.yaml (ROWS is another such file):
+# Without REFERENCE it samples only. Or check a published number, a row of configs/published_results.yaml (ROWS is another such file):
 #   ROW=rear_b bash scripts_bash/rear_test.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -15,7 +15,7 @@ if [[ -n "$ROW" ]]; then
     echo "error: ROW=$ROW names config and back end: leave CONFIG and BACKEND out" >&2
     exit 1
   fi
-  CHECK=("$ROW" --rows "${ROWS:-configs/rows.yaml}")
+  CHECK=("$ROW" --rows "${ROWS:-configs/published_results.yaml}")
   CHECK+=(${CHECKPOINT:+--checkpoint "$CHECKPOINT"} ${REFERENCE:+--reference "$REFERENCE"})
   NEEDED=$(python scripts/check_row.py "${CHECK[@]}")
   { read -r BACKEND; read -r REFERENCE; mapfile -t ARGUMENTS; } <<<"$NEEDED"

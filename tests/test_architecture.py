@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "evaluation": {"evaluation", "utils"},
     "scripts": {"modeling", "data", "evaluation", "utils"},
 }
-JOIN_PACKAGES = {"evaluation/make_reference.py", "evaluation/heldout.py"}  # as scripts do
+JOIN_PACKAGES = {"evaluation/make_reference.py", "evaluation/validator.py"}  # as scripts do
 SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 
 

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from utils.errors import NonFiniteError
-from utils.files.atomic import complete_file
+from utils.files.atomic import atomic_file
 
 GRID_GAP = 2  # white pixels between the images of a grid
 CAPTION_HEIGHT = 12  # pixels
@@ -87,5 +87,5 @@ def save_grid(images: np.ndarray, path: str | Path, columns: int | None = None) 
 
 def write_png(path: Path, image: Image.Image) -> None:
     """The file appears when it is complete."""
-    with complete_file(path) as partial:
+    with atomic_file(path) as partial:
         image.save(partial, format="png")

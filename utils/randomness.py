@@ -19,7 +19,7 @@ class Stream(IntEnum):
     AUGMENTATION = 2
     SAMPLING = 3
     SHARDS = 4
-    HELDOUT = 5
+    VALIDATION = 5
     TRAINING_ORDERS = 6
     SAMPLING_ORDERS = 7
     REFERENCE_HALVES = 8
@@ -41,7 +41,7 @@ def permutation(bits: np.random.Philox, count: int) -> np.ndarray:
 
 
 def sample_uniforms(
-    seed: int, step: int, places: Sequence[int] | np.ndarray, width: int, stream: Stream = Stream.TRAINING_NOISE
+    seed: int, step: int, slots: Sequence[int] | np.ndarray, width: int, stream: Stream = Stream.TRAINING_NOISE
 ) -> torch.Tensor:
     """Uniforms of the samples at these places of the global batch of a training step.
 
@@ -49,7 +49,7 @@ def sample_uniforms(
         (len(places), width) float32 in [0, 1).
     """
     blocks = -(-width // 4)  # Philox advances in blocks of 4 doubles
-    bits = (philox(stream, seed, step).advance(int(place) * blocks) for place in places)
+    bits = (philox(stream, seed, step).advance(int(slot) * blocks) for slot in slots)
     return _to_float32(np.stack([uniforms(of_place, width) for of_place in bits]))
 
 
@@ -62,13 +62,13 @@ def image_uniforms(seed: int, indices: list[int], width: int, stream: Stream = S
     return _keyed_uniforms(stream, seed, indices, width)
 
 
-def heldout_uniforms(rows: Iterable[int], width: int) -> torch.Tensor:
+def validation_uniforms(rows: Iterable[int], width: int) -> torch.Tensor:
     """Uniforms of these rows of the held-out codes, equal in all runs whatever their seed.
 
     Returns:
         (number of rows, width) float32 in [0, 1).
     """
-    return _keyed_uniforms(Stream.HELDOUT, 0, rows, width)
+    return _keyed_uniforms(Stream.VALIDATION, 0, rows, width)
 
 
 def _keyed_uniforms(stream: Stream, seed: int, keys: Iterable[int], width: int) -> torch.Tensor:

@@ -22,8 +22,8 @@ from data.codes.token_writer import new_token_store
 from utils.errors import InputError
 from utils.faults import fault_point
 from utils.files.atomic import publish
+from utils.files.chunk_files import ChunkFiles
 from utils.files.hashing import hash_of, range_sha256
-from utils.files.parts import Parts
 from utils.processes import in_processes
 
 RANGE_BYTES = 2**25  # of a jsonl per part; a process needs a few times that memory
@@ -84,7 +84,7 @@ def jsonl_to_store(
     """
     check_codebook_size(store_path, sizes.codebook_size)
     status = jsonl.stat()
-    parts = Parts(store_path.with_name(store_path.name + ".lines"), status.st_size, RANGE_BYTES, ".npz")
+    parts = ChunkFiles(store_path.with_name(store_path.name + ".lines"), status.st_size, RANGE_BYTES, ".npz")
     bad_lines = BadLines(max_bad_fraction)
     if not parts.blocks:
         bad_lines.check(jsonl, complete=True)
@@ -140,7 +140,7 @@ def is_conversion(store_path: Path, jsonl: Path, sizes: Sizes, max_bad_fraction:
     return False
 
 
-def _convert_ranges(jsonl: Path, parts: Parts, sizes: Sizes, bad_lines: BadLines, processes: int) -> list[str]:
+def _convert_ranges(jsonl: Path, parts: ChunkFiles, sizes: Sizes, bad_lines: BadLines, processes: int) -> list[str]:
     """Make the missing parts; count bad lines in the order of the file, as far as it is read without a gap.
 
     Returns:
@@ -193,7 +193,7 @@ def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:
         InputError: no store there, a damaged one, or another file under that name.
     """
     meta, codes, class_ids = open_store(store_path)
-    parts = Parts(jsonl.with_name(jsonl.name + ".rows"), len(codes), ROWS_PER_BLOCK, ".done")
+    parts = ChunkFiles(jsonl.with_name(jsonl.name + ".rows"), len(codes), ROWS_PER_BLOCK, ".done")
     sizes = [formatted_size(class_ids[b.start : b.stop], codes[b.start : b.stop]) for b in parts.blocks]
     growing = parts.folder / "growing.jsonl"
     if jsonl.exists():
@@ -215,7 +215,7 @@ def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:
 
 
 def _write_rows(
-    growing: Path, codes: np.ndarray, class_ids: np.ndarray, parts: Parts, sizes: list[int], processes: int
+    growing: Path, codes: np.ndarray, class_ids: np.ndarray, parts: ChunkFiles, sizes: list[int], processes: int
 ) -> None:
     """The missing parts, each to its place in the growing jsonl.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from data.batch_sampler import Visit, as_visit
+from data.batch_sampler import SampleIndex, as_sample_index
 from data.codes.conversion import is_conversion, jsonl_to_store
 from data.codes.jsonl import Sizes
 from data.codes.store_files import CLASS_IDS_FILE, META_FILE, TOKENS_FILE, open_store
@@ -73,17 +73,17 @@ class TokenStore(Dataset):
                     f"{META_FILE}; delete the store and make it again"
                 )
 
-    def __getitem__(self, item: int | Visit) -> dict[str, Tensor]:
+    def __getitem__(self, item: int | SampleIndex) -> dict[str, Tensor]:
         """One sample: what `__getitems__` gives, without the batch dimension."""
         return {key: values[0] for key, values in self.__getitems__([item]).items()}
 
-    def __getitems__(self, items: Sequence[int | Visit]) -> dict[str, Tensor]:
+    def __getitems__(self, items: Sequence[int | SampleIndex]) -> dict[str, Tensor]:
         """A batch, asked for by a DataLoader whose collate_fn is `collate`.
 
         Returns:
             codes: (B, N) int64; class_labels: (B,) int64; index: (B,) int64.
         """
-        index = np.array([as_visit(item).index for item in items], dtype=np.int64)
+        index = np.array([as_sample_index(item).index for item in items], dtype=np.int64)
         arrays = {"class_labels": self.class_ids[index], "codes": self._read_rows(index), "index": index}
         return {key: torch.from_numpy(array.astype(np.int64)) for key, array in arrays.items()}
 

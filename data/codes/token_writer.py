@@ -12,7 +12,7 @@ import numpy as np
 
 from data.codes.store_files import CLASS_IDS_FILE, TOKENS_FILE, StoreMeta, check_codebook_size, write_meta
 from utils.errors import InputError
-from utils.files.atomic import complete_folder
+from utils.files.atomic import atomic_folder
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def new_token_store(path: Path, meta: StoreMeta) -> Iterator["TokenStoreWriter"]
         InputError: more codes than uint16 holds, or no samples.
     """
     check_codebook_size(path, meta.codebook_size)
-    with complete_folder(path) as partial:
+    with atomic_folder(path) as partial:
         with closing(TokenStoreWriter(partial, meta)) as writer:
             yield writer
         if writer.num_samples == 0:

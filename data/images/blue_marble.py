@@ -19,7 +19,7 @@ from PIL import Image
 
 from data.images.shard_writer import ShardSample, write_shard
 from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE
-from utils.files.atomic import complete_folder
+from utils.files.atomic import atomic_folder
 from utils.randomness import Stream, permutation, philox
 
 PIXELS_PER_DEGREE = 15
@@ -102,7 +102,7 @@ def build_shards(output_dir: Path) -> None:
     appears when all is done."""
     picture = read_picture()
     train, heldout = split_tiles(picture)
-    with complete_folder(output_dir) as partial:
+    with atomic_folder(output_dir) as partial:
         counts = _write_shards(partial / TRAIN_PATTERN, train, picture)
         counts |= _write_shards(partial / HELDOUT_PATTERN, heldout, picture)
         (partial / COUNTS_FILE).write_text(json.dumps(counts) + "\n")

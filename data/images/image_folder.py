@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.images.decoding import has_image_name
+from data.images.image_io import has_image_name
 from data.images.image_source import ImageSource, printable, to_bytes, to_text
 from data.images.notices import LeftOut, notify
 from utils.errors import InputError

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from data.images.decoding import Decoding, Note
+from data.images.image_io import ImageDecoding, Note
 from utils.errors import InputError
 
 OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # no fault of the image whose turn it is
@@ -25,7 +25,7 @@ class ImageSource(ABC):
 
     class_ids: np.ndarray
     class_names: list[str] | None
-    decoding: Decoding = Decoding()
+    decoding: ImageDecoding = ImageDecoding()
 
     @abstractmethod
     def key(self, index: int) -> str:

@@ -7,7 +7,7 @@ from collections import Counter
 from PIL import Image
 from torch import Tensor
 
-from data.images.decoding import MEANINGS, Note
+from data.images.image_io import MEANINGS, Note
 from data.images.image_source import ImageSource, printable
 from utils.errors import InputError
 

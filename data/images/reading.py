@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
-from data.batch_sampler import Visit, as_visit
-from data.images.decoding import Decoding, Note
+from data.batch_sampler import SampleIndex, as_sample_index
 from data.images.image_folder import ImageFolder
+from data.images.image_io import ImageDecoding, Note
 from data.images.image_source import ImageSource
 from data.images.notices import ImageNotes
 from data.images.tar_shards import TarShards
@@ -19,7 +19,7 @@ from utils.randomness import Stream, philox, uniforms
 from utils.schema import DatasetParams
 
 
-def open_images(path: str, num_classes: int | None = None, decoding: Decoding | None = None) -> ImageSource:
+def open_images(path: str, num_classes: int | None = None, decoding: ImageDecoding | None = None) -> ImageSource:
     """Open webdataset shards (a path, "a-{000..252}.tar" or a glob) or a folder with a sub-folder per class.
 
     Args:
@@ -30,7 +30,7 @@ def open_images(path: str, num_classes: int | None = None, decoding: Decoding | 
         InputError: nothing there, something damaged, or a class id out of range; the message names file and sample.
     """
     source = ImageFolder(Path(path)) if Path(path).is_dir() else TarShards(path)
-    source.decoding = decoding or Decoding()
+    source.decoding = decoding or ImageDecoding()
     largest = int(source.class_ids.argmax())
     for limit, meaning in ((num_classes, "num_classes"), (len(source.class_names or []) or None, "class names")):
         if limit is not None and source.class_ids[largest] >= limit:
@@ -49,8 +49,8 @@ def allowed_bad_fraction(params: DatasetParams) -> float:
 class ImageDataset(Dataset):
     """Transformed images of a source.
 
-    An item is asked for by index or, by `GlobalBatchSampler`, by `Visit(index, pass_number)`. Its augmentation depends
-    on (seed, pass number, index) only; a plain index is pass 0.
+    Items are indexed by a plain index (pass 0) or by `SampleIndex(index, dataset_pass)`, as `GlobalBatchSampler` does.
+    Augmentation depends on (seed, dataset pass, index) only.
 
     Args:
         max_bad_fraction: if above 0, the next image that can be read takes the place of one that cannot; more of these
@@ -80,7 +80,7 @@ class ImageDataset(Dataset):
         """(num_images,)"""
         return self.source.class_ids
 
-    def __getitem__(self, item: int | Visit) -> dict[str, Any]:
+    def __getitem__(self, item: int | SampleIndex) -> dict[str, Any]:
         """
         Returns:
             image: what the transform gives, uint8 (H, W, 3); class_labels and index: int;
@@ -89,9 +89,9 @@ class ImageDataset(Dataset):
         Raises:
             InputError: the image cannot be read or decoded.
         """
-        index, pass_number = as_visit(item)
+        index, dataset_pass = as_sample_index(item)
         image, there, note = self._readable(index)
-        draws = uniforms(philox(Stream.AUGMENTATION, self.seed, pass_number * len(self) + index), NUM_DRAWS)
+        draws = uniforms(philox(Stream.AUGMENTATION, self.seed, dataset_pass * len(self) + index), NUM_DRAWS)
         class_id = int(self.source.class_ids[there])
         return {"image": self.transform(image, draws), "class_labels": class_id, "index": index, "notes": int(note)}
 

@@ -18,9 +18,9 @@ from data.images.shard_index import ShardIndex, write_index
 from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE, read_headers
 from utils.errors import InputError
 from utils.faults import fault_point
-from utils.files.atomic import complete_file, publish, write_text
+from utils.files.atomic import atomic_file, publish, write_text
+from utils.files.chunk_files import ChunkFiles
 from utils.files.hashing import file_sha256
-from utils.files.parts import Parts
 from utils.processes import in_processes
 from utils.randomness import Stream, permutation, philox
 
@@ -104,7 +104,7 @@ def write_shards(
     Raises:
         InputError: a file that cannot be read, or parts of another source.
     """
-    parts = Parts(parts_folder(output), len(shards), 1, ".json")
+    parts = ChunkFiles(parts_folder(output), len(shards), 1, ".json")
     fingerprint: dict[str, Any] = {"images": source.fingerprint, "class names": class_names}
     fingerprint |= {shard.name: len(shard.indices) for shard in shards}
     parts.claim(fingerprint)
@@ -162,7 +162,7 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> dict[str, Any]:
     """
     rows = []
     with (
-        complete_file(path) as partial,
+        atomic_file(path) as partial,
         tarfile.open(partial, mode="w", format=tarfile.PAX_FORMAT) as tar,
     ):
         for key, class_id, extension, encoded in samples:

@@ -15,7 +15,7 @@ import numpy as np
 from braceexpand import braceexpand
 from tqdm import tqdm
 
-from data.images.decoding import IMAGE_EXTENSIONS
+from data.images.image_io import IMAGE_EXTENSIONS
 from data.images.image_source import ImageSource, printable, to_text
 from data.images.notices import LeftOut
 from data.images.shard_index import ShardIndex, index_path, read_index

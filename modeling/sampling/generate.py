@@ -11,10 +11,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from modeling.checks import check_raster, checked_class_labels, checked_known, checked_orders, checked_uniforms
+from modeling.input_validation import (
+    check_raster,
+    checked_class_labels,
+    checked_known,
+    checked_orders,
+    checked_uniforms,
+)
 from modeling.orders import known_first
 from modeling.rear import ReAR
-from modeling.sampling.decoding import (
+from modeling.sampling.cached_decoding import (
     BUCKET,
     DecoderWeights,
     DecodingState,

@@ -14,10 +14,10 @@ from modeling.sampling.image_decoder import ImageDecoder, KeptCodes
 from modeling.sampling.image_inputs import image_inputs, image_orders
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import flat
+from utils.distributed import DistributedContext
 from utils.errors import InputError
 from utils.files.weights import weights_sha256
-from utils.ranks import World
-from utils.run.folder import code_facts
+from utils.run.run_environment import code_facts
 from utils.run.trained_weights import TrainedWeights, find_trained_weights
 from utils.schema import Config
 
@@ -113,7 +113,7 @@ class ImageSampler:
         return self.decoder.finish(pending)
 
 
-def load_trained(config: Config, tokenizer: Tokenizer, world: World) -> tuple[ReAR, TrainedWeights]:
+def load_trained(config: Config, tokenizer: Tokenizer, ctx: DistributedContext) -> tuple[ReAR, TrainedWeights]:
     """The model of `experiment.generator_checkpoint` on the CPU, and where it came from. All ranks call it.
 
     Raises:
@@ -122,8 +122,8 @@ def load_trained(config: Config, tokenizer: Tokenizer, world: World) -> tuple[Re
     source = config.experiment.generator_checkpoint
     if source is None:
         raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
-    weights = world.from_main(lambda: find_trained_weights(source))
-    for notice in weights.notices if world.is_main else []:
+    weights = ctx.broadcast_from_rank0(lambda: find_trained_weights(source))
+    for notice in weights.notices if ctx.is_rank0 else []:
         print(notice)
     weights.check_tokenizer(tokenizer.sha256(), config.experiment)
     return load_generator(weights.path, config.model), weights

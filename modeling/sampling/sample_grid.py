@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from modeling.heldout import evaluating
 from modeling.rear import ReAR
 from modeling.sampling.image_inputs import indices_of_classes
 from modeling.sampling.image_sampler import ImageSampler
 from modeling.tokenizers.tokenizer import Tokenizer
+from modeling.validation import evaluating
 from utils.images import make_grid, write_png
 from utils.precision import deterministic
 from utils.run.training_run import TrainingRun

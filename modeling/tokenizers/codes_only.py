@@ -51,13 +51,13 @@ class CodesOnly(Tokenizer):
     def decoder_activations(self) -> int:
         return 0
 
-    def features(self, images: Tensor) -> Tensor:
+    def encode_latents(self, images: Tensor) -> Tensor:
         raise self.no_images("encode")
 
-    def look_up(self, features: Tensor) -> Tensor:
-        raise self.no_images("look_up")
+    def quantize_latents(self, features: Tensor) -> Tensor:
+        raise self.no_images("quantize_latents")
 
-    def embed(self, codes: Tensor) -> Tensor:
+    def codebook_lookup(self, codes: Tensor) -> Tensor:
         return self.codebook[codes]
 
     def _decode(self, codes: Tensor) -> Tensor:

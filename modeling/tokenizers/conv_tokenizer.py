@@ -91,17 +91,17 @@ class ConvTokenizer(Tokenizer):
         """Images (B, 3, H, W), not clamped, of codebook vectors (B, Z, h, w)."""
         return self.decoder(vectors)
 
-    def features(self, images: Tensor) -> Tensor:
+    def encode_latents(self, images: Tensor) -> Tensor:
         return rearrange(self.feature_grid(images), "b z h w -> b (h w) z")
 
-    def look_up(self, features: Tensor) -> Tensor:
+    def quantize_latents(self, features: Tensor) -> Tensor:
         return self.quantize.nearest(features)
 
-    def embed(self, codes: Tensor) -> Tensor:
+    def codebook_lookup(self, codes: Tensor) -> Tensor:
         return self.quantize.vectors(codes)
 
     def _decode(self, codes: Tensor) -> Tensor:
-        vectors = rearrange(self.embed(codes), "b (h w) z -> b z h w", h=self.code_shape[0])
+        vectors = rearrange(self.codebook_lookup(codes), "b (h w) z -> b z h w", h=self.code_shape[0])
         return self.images_of(vectors.to(next(self.decoder.parameters()).dtype))
 
     def fast_decoder(self) -> nn.Module:

@@ -108,17 +108,17 @@ class TiTokVQ(Tokenizer):
         of_transformer = 4 * self.decoder.ln_pre.normalized_shape[0] * places  # within an MLP
         return LIVE_ACTIVATIONS * max(self._channels * self.resolution**2, of_transformer)
 
-    def features(self, images: Tensor) -> Tensor:
+    def encode_latents(self, images: Tensor) -> Tensor:
         return self.encoder(images, self.latent_tokens)
 
-    def look_up(self, features: Tensor) -> Tensor:
+    def quantize_latents(self, features: Tensor) -> Tensor:
         return self.quantize.nearest(features)
 
-    def embed(self, codes: Tensor) -> Tensor:
+    def codebook_lookup(self, codes: Tensor) -> Tensor:
         return self.quantize.vectors(codes)
 
     def _decode(self, codes: Tensor) -> Tensor:
-        decoded = self.decoder(self.embed(codes))
+        decoded = self.decoder(self.codebook_lookup(codes))
         if not self.is_legacy:
             return decoded
         probabilities = decoded.softmax(dim=1)  # (B, K, g, g)

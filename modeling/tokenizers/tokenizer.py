@@ -14,8 +14,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from modeling.checks import check_images, checked_codes
 from modeling.hub_model import HubModel
+from modeling.input_validation import check_images, checked_codes
 from modeling.tokenizers.vector_quantizer import QuantizerOutput
 from utils.errors import InputError, NonFiniteError
 from utils.files.weights import load_state_dict, load_strict, weights_sha256
@@ -107,16 +107,16 @@ class Tokenizer(HubModel, ABC):
         return state
 
     @abstractmethod
-    def features(self, images: Tensor) -> Tensor:
+    def encode_latents(self, images: Tensor) -> Tensor:
         """Features (B, N, Z) of images as `encode` takes them, before they become codes."""
 
     @abstractmethod
-    def look_up(self, features: Tensor) -> Tensor:
+    def quantize_latents(self, features: Tensor) -> Tensor:
         """Codes (B, N) int64 of features (B, N, Z)."""
 
     @abstractmethod
-    def embed(self, codes: Tensor) -> Tensor:
-        """Codebook vectors (B, N, Z) of codes (B, N), in the form that `look_up` compares with features."""
+    def codebook_lookup(self, codes: Tensor) -> Tensor:
+        """Codebook vectors (B, N, Z) of codes (B, N), in the form that `quantize_latents` compares with features."""
 
     @abstractmethod
     def _decode(self, codes: Tensor) -> Tensor:
@@ -136,17 +136,17 @@ class Tokenizer(HubModel, ABC):
         """Codes (B, N) int64, from 0 to V - 1, of images (B, 3, H, W) in [0, 1], H = W = resolution.
 
         Any float type is converted to that of the weights. On a GPU this waits for the images and their features;
-        `look_up(features(images))` is the same without the checks.
+        `quantize_latents(features(images))` is the same without the checks.
 
         Raises:
             ValueError: another image shape, no floats, or values outside [0, 1].
             NonFiniteError: features that are not finite, whose codes would mean nothing.
         """
         check_images(images, self.resolution)
-        features = self.features(images.to(next(self.parameters()).dtype))
+        features = self.encode_latents(images.to(next(self.parameters()).dtype))
         if not features.isfinite().all():
             raise NonFiniteError("the tokenizer's features are not finite: its weights are damaged, or no use")
-        return self.look_up(features)
+        return self.quantize_latents(features)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Images (B, 3, H, W), clamped to [0, 1], of codes (B, N).

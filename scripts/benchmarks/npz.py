@@ -14,7 +14,7 @@ from scripts.benchmarks.measure import describe, extra_rss_mb, interleaved, seco
 from scripts.sample_imagenet_rear import pack
 from utils.config import load_config
 from utils.errors import InputError
-from utils.files.sample_parts import SampleParts
+from utils.files.sample_chunks import SampleChunks
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +69,7 @@ def pixels_of(block: range, resolution: int) -> np.ndarray:
 
 def write_parts(output: Path, images: int, arguments: argparse.Namespace, pixels: np.ndarray | None = None) -> None:
     """Parts of these pixels, or of some that are made part by part."""
-    parts = SampleParts(output.with_name(output.name + ".parts"), images, arguments.batch)
+    parts = SampleChunks(output.with_name(output.name + ".parts"), images, arguments.batch)
     parts.claim({})
     for block in parts.blocks:
         made = pixels_of(block, arguments.resolution) if pixels is None else pixels[block.start : block.stop]
@@ -78,7 +78,7 @@ def write_parts(output: Path, images: int, arguments: argparse.Namespace, pixels
 
 def pack_parts(output: Path, images: int, arguments: argparse.Namespace) -> None:
     config = load_config([f"experiment.output_dir={output}", f"sampling.num_fid_samples={images}"])
-    parts = SampleParts(output.with_name(output.name + ".parts"), images, arguments.batch)
+    parts = SampleChunks(output.with_name(output.name + ".parts"), images, arguments.batch)
     labels = class_labels_of(range(images), config.model.generator.condition_num_classes)
     pack(parts, output, config, labels, fingerprint={}, figures={})
 

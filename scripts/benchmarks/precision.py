@@ -13,7 +13,14 @@ from torch import Tensor
 
 from data.codes.token_store import open_tokens
 from modeling.rear import ReAR, load_generator
-from modeling.sampling.decoding import BUCKET, DecoderWeights, DecodingState, StepFunctions, decode_one_token, prefill
+from modeling.sampling.cached_decoding import (
+    BUCKET,
+    DecoderWeights,
+    DecodingState,
+    StepFunctions,
+    decode_one_token,
+    prefill,
+)
 from scripts.benchmarks.measure import device
 from utils.config import Config, load_config
 from utils.errors import InputError

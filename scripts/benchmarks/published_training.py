@@ -39,7 +39,7 @@ def published_loss(
     """The loss of a batch as `modeling.training_step.training_step` gets it."""
     generator, codes = config.model.generator, batch["codes"]
     context, mask = add_noise(codes, batch["uniforms"], max_ratio, config.model)
-    targets = tokenizer.embed(codes)  # (B, N, Z)
+    targets = tokenizer.codebook_lookup(codes)  # (B, N, Z)
     labels = batch["class_labels"][batch["class_rows"]]  # (B,)
     with autocast(config.training, codes.device):
         logits, encode_z, decode_z = _forward(model, labels, context, block_function)

@@ -20,18 +20,18 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling.rear import ReAR
-from modeling.sampling.decoding import DecodingState, StepFunctions, decode_one_token
+from modeling.sampling.cached_decoding import DecodingState, StepFunctions, decode_one_token
 from modeling.sampling.generate import CodeSampler, choose_codes
 from modeling.sampling.image_inputs import class_labels_of, image_inputs, image_orders
 from modeling.sampling.image_sampler import ImageSampler
 from modeling.tokenizers.registry import build_tokenizer
 from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
-from scripts.benchmarks.close_calls import FLOAT32_GAP, largest_gap
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
+from scripts.benchmarks.rounding_ties import FLOAT32_GAP, largest_gap
 from scripts.sample_imagenet_rear import pack, sample_blocks
 from utils.config import load_config
 from utils.errors import InputError
-from utils.files.sample_parts import PartWriter, SampleParts
+from utils.files.sample_chunks import ChunkWriter, SampleChunks
 from utils.precision import matmul_precision
 from utils.schema import Config, GeneratorConfig, ModelConfig, SamplingConfig
 
@@ -233,11 +233,11 @@ def end_to_end(model: ReAR, config: GeneratorConfig, batch: int, arguments: argp
         vq_model = replace(defaults.model.vq_model, resolution=16 * round(config.image_seq_len**0.5))
         full: Config = replace(defaults, sampling=sampling, model=replace(defaults.model, generator=config))
         tokenizer = build_tokenizer(vq_model).to(device()).eval().requires_grad_(False)
-        parts = SampleParts(output.with_name("samples.parts"), images, batch)
+        parts = SampleChunks(output.with_name("samples.parts"), images, batch)
         parts.claim({})
         first_second: list[float] = []
         sampler, indices = ImageSampler(model, tokenizer, full, len(parts.blocks[0]), print), list(range(images))
-        with PartWriter(parts, output, save_png=False) as writer:
+        with ChunkWriter(parts, output, save_png=False) as writer:
             for block, pixels in sample_blocks(parts.blocks, indices, sampler, full):
                 first_second.append(time.perf_counter())
                 writer.write(block, pixels)

@@ -11,7 +11,7 @@ from threading import Event
 import torch
 from torch import Tensor
 
-from modeling.sampling.decoding import DecodingState
+from modeling.sampling.cached_decoding import DecodingState
 from modeling.sampling.generate import CodeSampler
 
 Frame = tuple[Tensor, Tensor]  # codes (B, N), and which of them are sampled or known, (B, N) bool

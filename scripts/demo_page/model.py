@@ -14,23 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.heldout import open_heldout_images
 from data.images.reading import ImageDataset
 from data.training_batches import training_classes
+from data.validation_data import open_validation_images
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.pretrained import class_names
-from modeling.sampling.completion import complete
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_inputs import image_inputs, image_orders, indices_of_classes
 from modeling.sampling.image_sampler import ImageSampler, load_trained
+from modeling.sampling.inpainting import complete
 from modeling.tokenizers.registry import load_tokenizer
 from scripts.complete_images import GREY, in_pixels, kept_codes
 from scripts.demo_page.growth import growing_codes
 from utils.config_checks import check_ranges
+from utils.distributed import DistributedContext
 from utils.errors import InputError
 from utils.images import to_float, to_uint8
 from utils.keys import keys_under
-from utils.ranks import World
 from utils.schema import Config
 
 FRAMES = 12  # pictures of an image as it grows, before the last
@@ -64,12 +64,12 @@ class DemoModel:
         self.config, tokenizer = config, load_tokenizer(config)
         if not tokenizer.has_images:
             raise tokenizer.no_images("scripts/demo.py")
-        model, self.weights = load_trained(config, tokenizer, World(0, 1, torch.device("cpu")))
+        model, self.weights = load_trained(config, tokenizer, DistributedContext(0, 1, torch.device("cpu")))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = model.to(device).eval(), tokenizer.to(device).eval()
         as_the_sampler = ImageSampler(self.model, self.tokenizer, config, 1, print)
         self.decoder, self.dtype = as_the_sampler.decoder, as_the_sampler.sampler.weights.dtype
-        self.classes, self.heldout = class_choices(config), heldout_images(config)
+        self.classes, self.validation = class_choices(config), heldout_images(config)
         order = "top" if config.model.generator.order == "raster" else "any"
         self.completes = order if len(tokenizer.code_shape) == 2 else "none"
         self.busy = Lock()  # a sampler serves one thread at a time
@@ -202,10 +202,10 @@ class DemoModel:
         Raises:
             InputError: there is none, or it cannot be read.
         """
-        count = len(self.heldout or ())
-        if self.heldout is None or number not in range(count):
+        count = len(self.validation or ())
+        if self.validation is None or number not in range(count):
             raise InputError(f"held-out image {number}: expected 0 to {count - 1}")
-        item = self.heldout[number]
+        item = self.validation[number]
         return item["image"].numpy(), item["class_labels"]
 
 
@@ -229,7 +229,7 @@ def heldout_images(config: Config) -> ImageDataset | None:
     if config.dataset.params.eval_shards_path_or_url is None:
         return None
     try:
-        return open_heldout_images(config, config.model.generator.condition_num_classes)
+        return open_validation_images(config, config.model.generator.condition_num_classes)
     except InputError as error:
         print(f"no held-out images on the page: {error}")
         return None

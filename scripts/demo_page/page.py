@@ -200,8 +200,8 @@ def picture_source(model: DemoModel, name: str) -> Callable[[Callable[[np.ndarra
     """
     with gr.Row():
         upload = gr.UploadButton("Upload a picture", size="md", elem_id=f"{name}_upload")
-        if model.heldout is not None:
-            last = len(model.heldout) - 1
+        if model.validation is not None:
+            last = len(model.validation) - 1
             take = gr.Button(f"Take held-out 0 to {last}:", size="md", elem_id=f"{name}_take")
             number = gr.Number(0, precision=0, minimum=0, maximum=last, container=False, elem_id=f"{name}_number")
 
@@ -215,7 +215,7 @@ def picture_source(model: DemoModel, name: str) -> Callable[[Callable[[np.ndarra
                 return work(model.heldout_image(number)[0])
 
         upload.upload(from_upload, upload, outputs, **ONE_AT_A_TIME)
-        if model.heldout is not None:
+        if model.validation is not None:
             take.click(from_heldout, number, outputs, **ONE_AT_A_TIME)
 
     return use

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data.images.decoding import Decoding
+from data.images.image_io import ImageDecoding
 from data.images.transforms import NUM_DRAWS, training_transform
 from utils.errors import InputError
 from utils.schema import PreprocessingConfig
@@ -32,7 +32,7 @@ def read_upload(path: Path, preprocessing: PreprocessingConfig) -> np.ndarray:
     """
     if (size := path.stat().st_size) > MAX_BYTES:
         raise InputError(f"{path.name}: found {size} bytes, expected at most {MAX_BYTES}")
-    encoded, decoding = path.read_bytes(), Decoding.of(preprocessing)
+    encoded, decoding = path.read_bytes(), ImageDecoding.of(preprocessing)
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             (width, height), frames = image.size, getattr(image, "n_frames", 1)

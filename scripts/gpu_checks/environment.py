@@ -9,8 +9,8 @@ import torch
 
 from scripts.gpu_checks.findings import Figure, Findings, Machine
 from utils.precision import matmul_precision
-from utils.run.folder import commit
 from utils.run.manifest import versions
+from utils.run.run_environment import commit
 
 NAME, GPUS, MEMORY = "device", "GPUs", "memory of the first, bytes"
 

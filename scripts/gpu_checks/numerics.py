@@ -25,10 +25,10 @@ from scripts.gpu_checks.findings import Findings, Machine
 from scripts.gpu_checks.sampling import made_up_model
 from tests.evaluation.made_up import fixture_features, fixture_images, inception_state, softmax_weights
 from tests.modeling.tokenizers.made_up import formula_weight
+from utils.distributed import DistributedContext
 from utils.files.weights import load_state_dict
 from utils.images import to_float
 from utils.precision import matmul_precision
-from utils.ranks import World
 from utils.schema import ModelConfig, VQModelConfig
 
 FIXTURES = Path(__file__).parents[2] / "tests/fixtures"
@@ -103,7 +103,7 @@ def tokenizer_parity(findings: Findings, machine: Machine, work: Path) -> None:
     tokenizer.load_state_dict({key: formula_weight(key, shape) for key, shape in shapes.items()})
     tokenizer.to(device())
     images, codes = expected["image"][None], expected["decode_ids"].long()
-    features = tokenizer.features(images)[0]  # (N, Z)
+    features = tokenizer.encode_latents(images)[0]  # (N, Z)
     findings.at_most(
         f"features of an image of 256 pixels {PUBLISHED}", largest(features, expected["encoder_out"].flatten(1).T), 1e-3
     )
@@ -161,6 +161,6 @@ def evaluator_parity(findings: Findings, machine: Machine, work: Path) -> None:
     score.update(0, log_probs)
     error = abs(score.inception_score() / expected["inception_score"].item() - 1)
     findings.at_most("Inception Score as by the original, relative", error, 1e-5)
-    shares = precision_recall(reference.half(), samples.half(), World(0, 1, device()))
+    shares = precision_recall(reference.half(), samples.half(), DistributedContext(0, 1, device()))
     for name, value in zip(("precision", "recall"), shares, strict=True):
         findings.at_most(f"{name} as by the original", abs(value - expected[name].item()), 1e-3)

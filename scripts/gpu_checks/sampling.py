@@ -14,9 +14,9 @@ from modeling.sampling.image_decoder import ImageDecoder
 from modeling.sampling.image_inputs import image_inputs
 from modeling.tokenizers.registry import load_tokenizer
 from scripts import sample_imagenet_rear
-from scripts.benchmarks.close_calls import BFLOAT16_GAP, FLOAT32_GAP, largest_gap
 from scripts.benchmarks.decode import MAX_GREY_LEVELS
 from scripts.benchmarks.measure import device, seconds
+from scripts.benchmarks.rounding_ties import BFLOAT16_GAP, FLOAT32_GAP, largest_gap
 from scripts.benchmarks.sampling import random_model
 from scripts.gpu_checks.findings import Findings, Machine, SkippedError
 from scripts.gpu_checks.processes import run_ranks

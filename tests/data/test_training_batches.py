@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from data.batch_sampler import order_of_pass
+from data.batch_sampler import permutation_of_pass
 from data.training_batches import TrainingBatches, drop_class_labels, open_codes
 from utils.config import load_config
+from utils.distributed import DistributedContext
 from utils.randomness import Stream, sample_uniforms
-from utils.ranks import World
 from utils.schema import GeneratorConfig
 
 
@@ -23,15 +23,17 @@ def test_a_sample_has_the_random_numbers_of_its_place_in_the_global_batch(
     store = open_codes(config)
     by_step: dict[int, list[dict[str, torch.Tensor]]] = {5: [], 6: []}
     for rank in range(world_size):
-        world = World(rank, world_size, torch.device("cpu"))
-        batches = TrainingBatches(store, config, world, micro_steps, range(5, 7), 13, lambda: False, 33, 17)
+        ctx = DistributedContext(rank, world_size, torch.device("cpu"))
+        batches = TrainingBatches(store, config, ctx, micro_steps, range(5, 7), 13, lambda: False, 33, 17)
         for step in by_step:
             by_step[step] += [next(batches) for _ in range(micro_steps)]
     for step, batches_of_step in by_step.items():
         size = 4 * micro_steps * world_size
         drops, uniforms = sample_uniforms(9, step, range(size), 34).split((1, 33), dim=1)
         samples = range(13 + (step - 5) * size, 13 + (step - 4) * size)
-        index = torch.tensor([int(order_of_pass(len(store), 9, i // len(store))[i % len(store)]) for i in samples])
+        index = torch.tensor(
+            [int(permutation_of_pass(len(store), 9, i // len(store))[i % len(store)]) for i in samples]
+        )
         labels = torch.from_numpy(store.class_ids[index].astype(int))
         places = labels.argsort(stable=True)  # of the same class side by side, so that a rank has few of them
         labels = torch.where(drops[:, 0] < 0.5, 5, labels)

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from tests.evaluation.made_up import FIXTURES, inception_state
-from utils.ranks import World
+from utils.distributed import DistributedContext
 
 
 @pytest.fixture(scope="session")
-def alone() -> World:
-    return World(0, 1, torch.device("cpu"))
+def alone() -> DistributedContext:
+    return DistributedContext(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

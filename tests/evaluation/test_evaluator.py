@@ -14,9 +14,9 @@ from evaluation.evaluator import Evaluator
 from evaluation.inputs import POOL_DIM, SPATIAL_DIM, STATISTICS, WEIGHTS, check_statistics, open_input
 from tests.evaluation.made_up import StubExtractor, blocky_images
 from tests.processes import run_ranks, run_script
+from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError
-from utils.files.made_from import write_record
-from utils.ranks import World, join_world
+from utils.files.provenance import write_record
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "evaluation/evaluator.py"
@@ -42,18 +42,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def stub_metrics(
-    files: dict[str, Path], world: World, samples: str = "samples", batch_size: int = 16
+    files: dict[str, Path], ctx: DistributedContext, samples: str = "samples", batch_size: int = 16
 ) -> dict[str, float]:
     """The five numbers with the cheap back end and splits of 50 images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluator, "load_extractor", lambda *_: StubExtractor())
         patch.setattr(moments, "SPLIT_SIZE", 50)
-        compare = Evaluator(files["reference"], world, distance="fp32", batch_size=batch_size)
+        compare = Evaluator(files["reference"], ctx, distance="fp32", batch_size=batch_size)
         report = compare(compare.open(files[samples]))
     return report["metrics"]
 
 
-def test_batch_size_does_not_matter(files: dict[str, Path], alone: World) -> None:
+def test_batch_size_does_not_matter(files: dict[str, Path], alone: DistributedContext) -> None:
     metrics = stub_metrics(files, alone)
     assert list(metrics) == list(ADM_METRICS)
     assert 0 < metrics["precision"] < 1
@@ -61,7 +61,9 @@ def test_batch_size_does_not_matter(files: dict[str, Path], alone: World) -> Non
         assert stub_metrics(files, alone, batch_size=batch_size) == pytest.approx(metrics, rel=1e-6)
 
 
-def test_order_of_the_samples_matters_for_the_inception_score_only(files: dict[str, Path], alone: World) -> None:
+def test_order_of_the_samples_matters_for_the_inception_score_only(
+    files: dict[str, Path], alone: DistributedContext
+) -> None:
     metrics, shuffled = stub_metrics(files, alone), stub_metrics(files, alone, "shuffled")
     score, shuffled_score = metrics.pop("inception_score"), shuffled.pop("inception_score")
     assert abs(score - shuffled_score) > 1e-3
@@ -69,15 +71,15 @@ def test_order_of_the_samples_matters_for_the_inception_score_only(files: dict[s
 
 
 def worker(files: dict[str, Path], output: Path) -> None:
-    with join_world() as world:
-        metrics = stub_metrics(files, world)
-    (output / f"{world.rank}.json").write_text(json.dumps(metrics))
+    with init_distributed() as ctx:
+        metrics = stub_metrics(files, ctx)
+    (output / f"{ctx.rank}.json").write_text(json.dumps(metrics))
 
 
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("processes", [2, 3])
 def test_number_of_processes_does_not_matter(
-    files: dict[str, Path], alone: World, tmp_path: Path, processes: int
+    files: dict[str, Path], alone: DistributedContext, tmp_path: Path, processes: int
 ) -> None:
     run_ranks(worker, files, tmp_path, processes=processes)
     metrics = stub_metrics(files, alone)
@@ -85,7 +87,7 @@ def test_number_of_processes_does_not_matter(
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == pytest.approx(metrics, rel=1e-9)
 
 
-def test_stored_statistics_replace_computed_ones(tmp_path: Path, alone: World) -> None:
+def test_stored_statistics_replace_computed_ones(tmp_path: Path, alone: DistributedContext) -> None:
     statistics = {key: np.random.default_rng(0).random(shape) for key, shape in STATISTICS.items()}
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), **statistics)
     gaussians = evaluator.gaussians(open_input(tmp_path / "x.npz", verify=False), side=None)
@@ -134,7 +136,7 @@ def test_the_same_pair_is_not_computed_again(
 
 
 def test_several_samples_share_the_features_of_the_reference(
-    files: dict[str, Path], alone: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    files: dict[str, Path], alone: DistributedContext, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     files = {name: Path(shutil.copy(path, tmp_path)) for name, path in files.items()}  # no reports beside them
     collected = []

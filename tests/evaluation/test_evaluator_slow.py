@@ -17,8 +17,8 @@ from evaluation.collect import collect
 from evaluation.evaluator import adm_metrics
 from evaluation.inputs import POOL_DIM, SPATIAL_DIM, open_input
 from tests.evaluation.made_up import StubExtractor, blocky_images
+from utils.distributed import DistributedContext
 from utils.files.npz import write_npz
-from utils.ranks import World
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,13 +89,13 @@ def peak_memory_gb() -> float:
 
 def full_size(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    world, cpu = World(0, 1, torch.device("cpu")), torch.device("cpu")
+    ctx, cpu = DistributedContext(0, 1, torch.device("cpu")), torch.device("cpu")
     extractor = StubExtractor(POOL_DIM, SPATIAL_DIM, 1008)
     opened = [open_input(folder / f"{name}.npz", verify=True) for name in ("reference", "samples")]
     start = time.monotonic()
-    sides = [collect(npz.images, extractor, world, cpu, 64, "full size", torch.float16) for npz in opened]
+    sides = [collect(npz.images, extractor, ctx, cpu, 64, "full size", torch.float16) for npz in opened]
     collected = time.monotonic()
-    metrics = adm_metrics(opened, sides, world, cpu)
+    metrics = adm_metrics(opened, sides, ctx, cpu)
     figures = {
         "metrics": metrics,
         "collect_s": collected - start,

@@ -7,8 +7,8 @@ import torch
 from evaluation import precision_recall as module
 from evaluation.precision_recall import manifold_radii, precision_recall
 from tests.evaluation.made_up import fixture_features
+from utils.distributed import DistributedContext
 from utils.errors import InputError
-from utils.ranks import World
 
 ONE_SAMPLE, ONE_REFERENCE = 1 / 5200, 1 / 2400
 
@@ -19,7 +19,7 @@ def features() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_float16_equals_the_original(
-    features: tuple[torch.Tensor, torch.Tensor], expected: dict[str, np.ndarray], alone: World
+    features: tuple[torch.Tensor, torch.Tensor], expected: dict[str, np.ndarray], alone: DistributedContext
 ) -> None:
     reference, samples = (x.half() for x in features)
     precision, recall = precision_recall(reference, samples, alone)
@@ -30,14 +30,16 @@ def test_float16_equals_the_original(
 
 
 def test_float32_is_lower_than_the_original(
-    features: tuple[torch.Tensor, torch.Tensor], expected: dict[str, np.ndarray], alone: World
+    features: tuple[torch.Tensor, torch.Tensor], expected: dict[str, np.ndarray], alone: DistributedContext
 ) -> None:
     precision, recall = precision_recall(*features, alone)
     assert -0.003 < precision - expected["precision"] < -ONE_SAMPLE
     assert -0.004 < recall - expected["recall"] < -ONE_REFERENCE
 
 
-def test_float32_equals_the_definition_whatever_the_blocks(monkeypatch: pytest.MonkeyPatch, alone: World) -> None:
+def test_float32_equals_the_definition_whatever_the_blocks(
+    monkeypatch: pytest.MonkeyPatch, alone: DistributedContext
+) -> None:
     generator = torch.Generator().manual_seed(0)
     reference, samples = (torch.randn(n, 6, generator=generator) for n in (41, 60))
     radii = [torch.cdist(x, x).square().sort(1).values[:, 3] for x in (reference, samples)]
@@ -52,12 +54,12 @@ def test_float32_equals_the_definition_whatever_the_blocks(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_identical_sets_cover_each_other(dtype: torch.dtype, alone: World) -> None:
+def test_identical_sets_cover_each_other(dtype: torch.dtype, alone: DistributedContext) -> None:
     features = fixture_features(60, 1).to(dtype)
     assert precision_recall(features, features, alone) == (1, 1)
 
 
-def test_features_too_large_for_float16_are_refused(alone: World) -> None:
+def test_features_too_large_for_float16_are_refused(alone: DistributedContext) -> None:
     features = 5 * torch.ones(10, 2048).half()
     with pytest.raises(InputError, match=r"overflow float16; use --distance fp32"):
         precision_recall(features, features, alone)

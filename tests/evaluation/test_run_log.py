@@ -10,7 +10,7 @@ import pytest
 from evaluation import evaluator
 from tests.evaluation.made_up import StubExtractor, blocky_images
 from tests.processes import run_script
-from utils.files.made_from import write_record
+from utils.files.provenance import write_record
 
 LINE = '{"step": 40, "train/loss": 5.5}\n'
 

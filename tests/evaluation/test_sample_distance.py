@@ -16,8 +16,8 @@ from tests.evaluation.made_up import StubExtractor, blocky_images
 from tests.processes import run_ranks
 from utils.config import load_config
 from utils.config_checks import check_training
+from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, NonFiniteError
-from utils.ranks import World, join_world
 
 
 class InMemory:
@@ -44,9 +44,9 @@ def images() -> tuple[np.ndarray, np.ndarray]:
     return blocky_images(random, 10, 16), blocky_images(random, 12, 16)
 
 
-def stub_distance(world: World) -> tuple[dict[str, float], list[list[int]]]:
+def stub_distance(ctx: DistributedContext) -> tuple[dict[str, float], list[list[int]]]:
     """Of the cheap back end, and the numbers that were asked for at a time."""
-    heldout, samples = images()
+    validation, samples = images()
     asked = []
 
     def generate(numbers: list[int]) -> np.ndarray:
@@ -55,19 +55,19 @@ def stub_distance(world: World) -> tuple[dict[str, float], list[list[int]]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample_distance, "find_extractor", lambda device, needed_by: ("frechet_stub", StubExtractor()))
-        distance = SampleDistance(InMemory(heldout), 12, 5, world)
+        distance = SampleDistance(InMemory(validation), 12, 5, ctx)
     assert distance(generate) == distance(lambda numbers: samples[numbers])
     return distance(lambda numbers: samples[numbers]), asked
 
 
-def test_the_distance_is_the_evaluators(empty_cache: Path, tmp_path: Path, alone: World) -> None:
-    heldout, samples = images()
-    for name, array in (("heldout", heldout), ("samples", samples)):
+def test_the_distance_is_the_evaluators(empty_cache: Path, tmp_path: Path, alone: DistributedContext) -> None:
+    validation, samples = images()
+    for name, array in (("validation", validation), ("samples", samples)):
         np.savez(tmp_path / f"{name}.npz", arr_0=array)
     files = (tmp_path / "heldout.npz", tmp_path / "samples.npz")
     evaluator = Evaluator(files[0], alone, "efficientnet_lite0", batch_size=5)
     expected = evaluator(evaluator.open(files[1]))["metrics"]["frechet_distance"]
-    distance = SampleDistance(InMemory(heldout), 12, 5, alone)
+    distance = SampleDistance(InMemory(validation), 12, 5, alone)
     assert distance(lambda numbers: samples[numbers]) == {"val/frechet_lite0_12": pytest.approx(expected, rel=1e-9)}
     assert expected > 1
 
@@ -86,12 +86,12 @@ def test_no_back_end_is_one_line(empty_cache: Path, monkeypatch: pytest.MonkeyPa
 
 
 def compute_on_rank(output: Path) -> None:
-    with join_world() as world:
-        (output / f"{world.rank}.json").write_text(json.dumps(stub_distance(world)))
+    with init_distributed() as ctx:
+        (output / f"{ctx.rank}.json").write_text(json.dumps(stub_distance(ctx)))
 
 
 @pytest.mark.multiprocess
-def test_two_processes_share_the_same_batches(alone: World, tmp_path: Path) -> None:
+def test_two_processes_share_the_same_batches(alone: DistributedContext, tmp_path: Path) -> None:
     metrics, asked = stub_distance(alone)
     assert asked == [list(range(5)), list(range(5, 10)), [10, 11]]
     run_ranks(compute_on_rank, tmp_path, processes=2)
@@ -100,7 +100,9 @@ def test_two_processes_share_the_same_batches(alone: World, tmp_path: Path) -> N
     assert of_ranks[0][0] == of_ranks[1][0] == pytest.approx(metrics, rel=1e-9)
 
 
-def test_a_model_without_finite_numbers_has_no_distance(alone: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_finite_numbers_has_no_distance(
+    alone: DistributedContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sample_distance, "find_extractor", lambda device, needed_by: ("fid", StubExtractor()))
     distance = SampleDistance(InMemory(images()[0]), 4, 2, alone)
 

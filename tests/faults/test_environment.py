@@ -13,9 +13,9 @@ from scripts import train_rear
 from tests.faults.runs import Run, assert_equal_runs
 from tests.processes import WAIT_S, start_script
 from utils.config import load_config
+from utils.distributed import DistributedContext, ignored_launcher_settings, launch_environment
 from utils.errors import InputError
-from utils.ranks import World, ignored_launcher_settings, launch_environment
-from utils.run import folder, reporter
+from utils.run import reporter, run_environment
 from utils.run.metrics_file import MetricsFile, read_metrics
 from utils.run.status import EXIT_PREEMPTED, Status, StatusKeeper, read_status, write_status
 
@@ -134,7 +134,7 @@ def test_the_script_exits_with_75_after_a_signal(fault_arguments: list[str], tmp
 
 def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert folder.describe_environment().startswith("commit unknown\n")
+    assert run_environment.describe_environment().startswith("commit unknown\n")
 
 
 def test_status_is_written_where_the_old_one_stands_if_the_disk_is_full(
@@ -171,10 +171,10 @@ def test_variables_of_a_launch(variables: dict[str, str], message: str, monkeypa
 
 def test_a_rank_that_outlives_its_launch_leaves_the_status_of_the_next(tmp_path: Path) -> None:
     """Rank 0 was killed, and a new launch has begun before rank 1 notices."""
-    world = World(1, 1, torch.device("cpu"))  # of size 1, so that it asks nobody
+    ctx = DistributedContext(1, 1, torch.device("cpu"))  # of size 1, so that it asks nobody
     for owner, expected in ((os.getpid(), "failed"), (1, "running")):
         (tmp_path / ".lock.owner").write_text(json.dumps({"pid": owner}))
-        keeper = StatusKeeper(tmp_path, world, group_timeout=1, saving_memory="")
+        keeper = StatusKeeper(tmp_path, ctx, group_timeout=1, saving_memory="")
         keeper.has_begun = True
         keeper._owner = os.getpid()
         write_status(tmp_path, Status("running", 3))

@@ -87,7 +87,7 @@ def test_row_12_foreign_names_are_ignored(oracle: Run, tmp_path: Path) -> None:
     (run.folder / "checkpoint-77").write_text("a file")
     start = find_start(run.folder, "auto")
     assert start.checkpoint == str(run.folder / "checkpoint-12")
-    assert start.notices == start.set_aside == []
+    assert start.notices == start.back_up == []
 
 
 def test_row_13_another_model_is_one_error_before_loading(oracle: Run, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_final_weights_are_of_no_use_to_their_own_run(oracle: Run, tmp_path: Pat
     with pytest.raises(InputError, match=r"the final weights of this run itself, expected a checkpoint; to start"):
         find_start(run.folder, str(own))
     elsewhere = find_start(run.folder, str(oracle.folder / "model.safetensors"))
-    assert elsewhere.set_aside == [str(run.folder / name) for name in ("checkpoint-8", "checkpoint-12", own.name)]
+    assert elsewhere.back_up == [str(run.folder / name) for name in ("checkpoint-8", "checkpoint-12", own.name)]
 
 
 def test_a_typo_in_resume_is_an_error(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_row_17_another_global_batch_is_an_error_unless_allowed(oracle: Run, tmp
 def test_global_batch_size_gives_the_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["experiment.output_dir=out", "training.global_batch_size=2048", "training.per_gpu_batch_size=64"]
     training = load_config(arguments).training
-    assert [accumulation_steps(training, world) for world in (1, 8, 32)] == [32, 4, 1]
+    assert [accumulation_steps(training, ctx) for ctx in (1, 8, 32)] == [32, 4, 1]
     with pytest.raises(ConfigError, match=r"=2048: expected a multiple of 320 = per_gpu_batch_size=64 \* 5 processes"):
         accumulation_steps(training, 5)
     with pytest.raises(ConfigError, match="expected a multiple of 4096"):

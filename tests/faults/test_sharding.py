@@ -13,21 +13,21 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data.heldout import HeldOutPixels
+from data.validation_data import ValidationPixels
 from evaluation.sample_distance import SampleDistance
 from modeling.rear import load_generator
 from modeling.sampling.sample_grid import exact_samples, save_sample_grid
 from modeling.tokenizers.registry import load_tokenizer
 from tests.conftest import make_noise_images
 from tests.faults.runs import NO_DROPOUT, Run, assert_equal_runs
-from tests.modeling.test_heldout import random_model
+from tests.modeling.test_validation import random_model
 from tests.processes import run_ranks
 from utils.config import load_config
+from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError
-from utils.ranks import World, join_world
 from utils.run import sharding
+from utils.run.memory_estimate import MemoryEstimate
 from utils.run.metrics_file import read_metrics
-from utils.run.plan import MemoryPlan
 from utils.run.status import EXIT_PREEMPTED
 from utils.schema import TrainingConfig
 
@@ -45,13 +45,17 @@ def assert_close(run: Run, oracle: Run) -> None:
 def test_a_torch_that_cannot_shard_on_a_cpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharding, "SHARDS_ON_CPU", False)
     with pytest.raises(InputError, match=r"training\.fsdp=true: torch .* shards on GPUs only, found a CPU"):
-        sharding.parallelize(torch.nn.Linear(1, 1), [], World(0, 2, torch.device("cpu")), TrainingConfig(fsdp=True))
+        sharding.parallelize(
+            torch.nn.Linear(1, 1), [], DistributedContext(0, 2, torch.device("cpu")), TrainingConfig(fsdp=True)
+        )
 
 
 @ON_CPU
 def test_one_process_has_nothing_to_shard() -> None:
     with pytest.raises(InputError, match=r"training\.fsdp=true: found one process, expected several"):
-        sharding.parallelize(torch.nn.Linear(1, 1), [], World(0, 1, torch.device("cpu")), TrainingConfig(fsdp=True))
+        sharding.parallelize(
+            torch.nn.Linear(1, 1), [], DistributedContext(0, 1, torch.device("cpu")), TrainingConfig(fsdp=True)
+        )
 
 
 @ON_CPU
@@ -125,7 +129,7 @@ def test_ema_samples_and_heldout_losses_are_those_of_replicated_training(
         assert (sharded.folder / f"train_generated_images/{step:07d}.png").is_file()
     found = Image.open(sharded.folder / "train_generated_images/0000012.png")
     np.testing.assert_array_equal(found, expected)
-    distance = SampleDistance(HeldOutPixels(config), 4, 2, World(0, 1, torch.device("cpu")))
+    distance = SampleDistance(ValidationPixels(config), 4, 2, DistributedContext(0, 1, torch.device("cpu")))
     for name, value in distance(lambda rows: exact_samples(whole, tokenizer, rows, config)).items():
         assert rows[0][-1][name] == pytest.approx(value, rel=1e-6)
 
@@ -134,7 +138,7 @@ def test_ema_samples_and_heldout_losses_are_those_of_replicated_training(
 def test_the_plan_tells_whole_gradients_under_accumulation(micro_steps: int, share: float) -> None:
     module = torch.nn.Linear(3, 5)
     optimizers = {"optimizer": (module, torch.optim.AdamW(module.parameters()))}
-    plan = MemoryPlan.of({"model": module}, optimizers, 4, None, micro_steps)
+    plan = MemoryEstimate.of({"model": module}, optimizers, 4, None, micro_steps)
     assert plan.parts == {"weights": 20, "gradients": 80 * share, "optimizer": 40}
 
 
@@ -154,13 +158,13 @@ class CountedCollectives(TorchDispatchMode):
 def train_two_steps(arguments: list[str], output: Path, fsdp: bool, precision: str) -> None:
     """With accumulation of 3; writes losses, what was sent in each step, and the precision of a weight in its use."""
     config, types = load_config([*arguments, "experiment.output_dir=unused"]), []
-    with join_world() as world:
+    with init_distributed() as ctx:
         model, bf16 = random_model(config), precision == "bf16"
         training = TrainingConfig(fsdp=fsdp, mixed_precision="bf16" if bf16 else "no")
-        parallel = sharding.parallelize(model, model.blocks, world, training)
+        parallel = sharding.parallelize(model, model.blocks, ctx, training)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         model.blocks[1].attn.qkv.register_forward_pre_hook(lambda module, _: types.append(str(module.weight.dtype)))
-        random, losses, sent = torch.Generator().manual_seed(world.rank), [], []
+        random, losses, sent = torch.Generator().manual_seed(ctx.rank), [], []
         for _ in range(2):
             with CountedCollectives() as collectives:
                 for micro_step in range(3):
@@ -178,7 +182,7 @@ def train_two_steps(arguments: list[str], output: Path, fsdp: bool, precision: s
             optimizer.step()
             optimizer.zero_grad()
             sent.append(collectives.counts)
-        torch.save({"losses": losses, "sent": sent, "types": types}, f"{output}.{world.rank}")
+        torch.save({"losses": losses, "sent": sent, "types": types}, f"{output}.{ctx.rank}")
 
 
 @ON_CPU

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from modeling.sampling import decoding, generate, step_graph
+from modeling.sampling import cached_decoding, generate, step_graph
 
 IN_THE_LOOP = {"replay", "_step", "fill_modulations", "bucket_end"}  # of `CodeSampler._sample`
 # What those call, in a graph or between two; the test says so when a new function is called from there.
@@ -30,7 +30,7 @@ BUILTINS = {"print", "float", "int", "bool"}  # called with a tensor they wait
 
 def functions() -> dict[str, ast.FunctionDef]:
     """Functions of the modules and methods of their classes."""
-    trees = [ast.parse(inspect.getsource(module)) for module in (decoding, generate, step_graph)]
+    trees = [ast.parse(inspect.getsource(module)) for module in (cached_decoding, generate, step_graph)]
     bodies = [part.body for tree in trees for part in (tree, *tree.body) if isinstance(part, ast.Module | ast.ClassDef)]
     return {node.name: node for body in bodies for node in body if isinstance(node, ast.FunctionDef)}
 

@@ -19,19 +19,19 @@ from evaluation.features import EfficientNetLite0
 from evaluation.inception import Inception
 from evaluation.moments import Moments, ScoreSums
 from evaluation.precision_recall import manifold_radii, precision_recall
-from modeling.heldout import HeldOut, _sums
 from modeling.noise import num_noise_uniforms
 from modeling.rear import ReAR
-from modeling.sampling import decoding
-from modeling.sampling.decoding import DecodingState, StepFunctions, prefill
+from modeling.sampling import cached_decoding
+from modeling.sampling.cached_decoding import DecodingState, StepFunctions, prefill
 from modeling.sampling.generate import CodeSampler, choose_codes
 from modeling.sampling.image_decoder import ImageDecoder
 from modeling.tokenizers.registry import build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.training_step import training_step
+from modeling.validation import ValidationTokens, _sums
 from tests.evaluation.made_up import inception_shapes
 from tests.gpu.fake_gpu import FakeGpu, Watch
-from utils.ranks import World
+from utils.distributed import DistributedContext
 from utils.run.interval import IntervalMeans, Metrics
 from utils.schema import Config
 
@@ -40,8 +40,8 @@ B, N, U = 3, 64, 2  # images, codes of each, distinct labels
 
 
 @pytest.fixture
-def world() -> World:
-    return World(0, 1, torch.device("cuda"))
+def ctx() -> DistributedContext:
+    return DistributedContext(0, 1, torch.device("cuda"))
 
 
 def zeros(*shape: int, dtype: torch.dtype = F32) -> Tensor:
@@ -107,7 +107,7 @@ def sampler(
 
 def decode(gpu: FakeGpu, state: DecodingState, masked: bool) -> tuple[Tensor, Watch]:
     with gpu, torch.inference_mode(), Watch(F32, state.weights.dtype) as watch:
-        return decoding.decode_one_token(state, 32, masked, StepFunctions()), watch
+        return cached_decoding.decode_one_token(state, 32, masked, StepFunctions()), watch
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -163,9 +163,9 @@ KINDS = (
 def test_tokenizer(gpu: FakeGpu, config: Config, kind: dict[str, Any]) -> None:
     tokenizer = gpu.put(build_tokenizer(replace(config.model.vq_model, **kind)).eval().requires_grad_(False))
     with gpu, Watch(F32):
-        codes = tokenizer.look_up(tokenizer.features(zeros(B, 3, 32, 32)))
+        codes = tokenizer.quantize_latents(tokenizer.encode_latents(zeros(B, 3, 32, 32)))
         assert (codes.dtype, tuple(codes.shape)) == (torch.int64, (B, N))
-        assert tokenizer._decode(codes).dtype == tokenizer.embed(codes).dtype == F32
+        assert tokenizer._decode(codes).dtype == tokenizer.codebook_lookup(codes).dtype == F32
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -190,13 +190,15 @@ def test_a_fast_decoder_is_made_on_the_gpu(gpu: FakeGpu, tokenizer: Tokenizer) -
             assert decoder(integers(B, N)).dtype == F32
 
 
-def test_means_of_the_log(gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config, world: World) -> None:
+def test_means_of_the_log(
+    gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, config: Config, ctx: DistributedContext
+) -> None:
     """Of what a training step measures, with and without the metrics that are ratios."""
     with gpu:
         batch = {"codes": integers(B, N), "class_labels": integers(U), "class_rows": integers(B)}
         batch["uniforms"] = zeros(B, num_noise_uniforms(N))
         measured: Metrics = training_step(model, tokenizer, batch, 0.5, config).metrics
-        means = IntervalMeans(world)
+        means = IntervalMeans(ctx)
         with Watch(F32, F64):
             for metrics in (measured, {"train/loss": zeros()}):
                 means.add([metrics, metrics], zeros())
@@ -207,7 +209,7 @@ def test_held_out_losses(gpu: FakeGpu, model: ReAR) -> None:
     with gpu, torch.no_grad(), torch.autocast("cuda", BF16):
         codes = zeros(B, N, dtype=torch.int32)
         with Watch(BF16, F32, F64) as watch:
-            sums = _sums(model.eval(), HeldOut(codes, codes, integers(B)), slice(0, 2))
+            sums = _sums(model.eval(), ValidationTokens(codes, codes, integers(B)), slice(0, 2))
     assert (sums.dtype, tuple(sums.shape)) == (F64, (N + 2,))
     assert watch.products == {BF16}
 
@@ -242,12 +244,14 @@ def test_efficientnet(gpu: FakeGpu) -> None:
 
 
 @pytest.mark.parametrize("dtype", [F16, F32])
-def test_precision_and_recall(gpu: FakeGpu, world: World, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_and_recall(
+    gpu: FakeGpu, ctx: DistributedContext, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """But for their range, which is looked at once, and the reading of the two numbers."""
     monkeypatch.setattr(precision_recall_module, "_check_range", lambda reference, samples: None)
     monkeypatch.setattr(torch.Tensor, "item", lambda tensor: tensor)
     with gpu, Watch(F16, F32, F64) as watch:
         reference, samples = (zeros(count, 2048, dtype=dtype) for count in (7, 501))
-        assert manifold_radii(reference, world).dtype == F32
-        assert [share.dtype for share in precision_recall(reference, samples, world)] == [F64, F64]
+        assert manifold_radii(reference, ctx).dtype == F32
+        assert [share.dtype for share in precision_recall(reference, samples, ctx)] == [F64, F64]
     assert watch.products == {F32}

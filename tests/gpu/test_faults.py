@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from modeling.rear import ReAR
-from modeling.sampling import decoding
+from modeling.sampling import cached_decoding
 from modeling.tokenizers.tokenizer import Tokenizer
 from tests.gpu.fake_gpu import FakeGpu
 from tests.gpu.test_dry_run import decode, sampler, train
@@ -46,7 +46,7 @@ def test_a_fault_in_the_decode_step_is_found(
 ) -> None:
     _, state = sampler(gpu, model, config, torch.bfloat16, with_places="+ i" in found)
     decode(gpu, state, masked=True)
-    plant(monkeypatch, decoding, name, found, fault)
+    plant(monkeypatch, cached_decoding, name, found, fault)
     with pytest.raises((AssertionError, DataDependentOutputException)):
         decode(gpu, state, masked=True)
 

@@ -22,13 +22,13 @@ from tests.conftest import make_noise_images
 from tests.gpu.fake_gpu import FakeGpu, Watch
 from tests.gpu.test_faults import plant
 from utils.config import load_config
+from utils.distributed import DistributedContext
 from utils.optim import MovingAverage, build_optimizer
-from utils.ranks import World
-from utils.run.guard import StepGuard
+from utils.run.nonfinite_guard import NonFiniteGuard
 from utils.run.sharding import clip_gradients
 from utils.schema import Config
 
-CUDA = World(0, 1, torch.device("cuda"))
+CUDA = DistributedContext(0, 1, torch.device("cuda"))
 
 
 class Pinning(DataLoader):
@@ -116,7 +116,7 @@ def test_a_copy_that_waits_is_found(
 
 
 def test_the_host_reads_once(gpu: FakeGpu, model: ReAR, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In all that follows the backward pass: the flags of `StepGuard`, in one piece."""
+    """In all that follows the backward pass: the flags of `NonFiniteGuard`, in one piece."""
     reads: list[tuple[int, ...]] = []
 
     def tolist(tensor: Tensor) -> list[float]:
@@ -124,7 +124,7 @@ def test_the_host_reads_once(gpu: FakeGpu, model: ReAR, config: Config, monkeypa
         return [0.0] * len(tensor)
 
     signals, saver = SimpleNamespace(requested=lambda: False), SimpleNamespace(gave_up=False)
-    guard = StepGuard(CUDA, 0, 5, signals, saver, logging.getLogger())
+    guard = NonFiniteGuard(CUDA, 0, 5, signals, saver, logging.getLogger())
     with gpu:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -133,7 +133,7 @@ def test_the_host_reads_once(gpu: FakeGpu, model: ReAR, config: Config, monkeypa
         monkeypatch.setattr(FakeTensor, "tolist", tolist)
         with Watch(torch.float32):
             grad_norm = clip_gradients(model, 1.0, sharded=False)
-            assert guard.allows_update(0, torch.stack([loss, loss, grad_norm]))
+            assert guard.update_is_finite(0, torch.stack([loss, loss, grad_norm]))
             optimizer.step()
             ema.update(model)
     assert reads == [(3,)]

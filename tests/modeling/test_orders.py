@@ -14,7 +14,7 @@ from modeling.losses import next_token_loss
 from modeling.noise import perturbation_ratio, random_order_ratio
 from modeling.orders import ORDERS, random_orders, training_orders
 from modeling.rear import ReAR, load_generator
-from modeling.sampling.decoding import DecoderWeights, DecodingState, StepFunctions, decode_one_token, prefill
+from modeling.sampling.cached_decoding import DecoderWeights, DecodingState, StepFunctions, decode_one_token, prefill
 from modeling.sampling.generate import guidance_schedule
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.training_step import num_order_uniforms, training_step
@@ -112,7 +112,7 @@ def test_a_training_step_with_orders_noise_and_regularization() -> None:
     close(output.logits, expected["logits"][:, :-1])
     close(output.encode_z, expected["encode_z"][:, 2:])
     close(output.decode_z, expected["decode_z"][:, 1:-1])
-    tokenizer = SimpleNamespace(embed=lambda codes: expected["codebook"][codes])
+    tokenizer = SimpleNamespace(codebook_lookup=lambda codes: expected["codebook"][codes])
     terms = training_step(model, tokenizer, batch, 0.5, config, order_ratio=0.1)
     close(terms.metrics["train/ar_loss"], expected["ar_loss"])
     close(terms.metrics["train/correct_tokens"], expected["correct"])

@@ -11,7 +11,14 @@ from safetensors.torch import load_file
 
 from modeling.losses import rear_loss
 from modeling.rear import ReAR
-from modeling.sampling.decoding import BUCKET, DecoderWeights, DecodingState, StepFunctions, decode_one_token, prefill
+from modeling.sampling.cached_decoding import (
+    BUCKET,
+    DecoderWeights,
+    DecodingState,
+    StepFunctions,
+    decode_one_token,
+    prefill,
+)
 from modeling.sampling.generate import guidance_schedule, guide
 from utils.schema import ModelConfig
 

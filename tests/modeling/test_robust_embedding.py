@@ -19,7 +19,7 @@ from modeling.tokenizers.registry import load_tokenizer
 from modeling.training_step import training_step
 from tests.processes import run_ranks
 from utils.config import load_config
-from utils.ranks import join_world
+from utils.distributed import init_distributed
 from utils.run.sharding import SHARDS_ON_CPU
 
 
@@ -69,7 +69,7 @@ def test_on_our_model_it_is_our_training_step_bit_for_bit(tiny_arguments: list[s
     without = dataclasses.replace(config.model.generator, transition_alignment=False)
     plain = ReAR(dataclasses.replace(config.model, generator=without))
     plain.load_state_dict(state)
-    codebook = tokenizer.embed(torch.arange(24)[None])[0]
+    codebook = tokenizer.codebook_lookup(torch.arange(24)[None])[0]
     robust = RobustEmbedding(codebook, 32, projection_dim=16, weight=0.7, noise=NOISES[mode])
     robust.load_state_dict(projectors)
     robust.attach(plain, encode="blocks.0", decode="blocks.1", prefix=2)
@@ -120,9 +120,9 @@ def train_on_ranks(wrappers: tuple[str, ...]) -> None:
 
     wanted = gradients("none", slice(None))
     assert len(wanted) == 7 + 12
-    with join_world() as world:
+    with init_distributed() as ctx:
         for wrapper in wrappers:
-            found = gradients(wrapper, slice(2 * world.rank, 2 * world.rank + 2))
+            found = gradients(wrapper, slice(2 * ctx.rank, 2 * ctx.rank + 2))
             for name, gradient in wanted.items():
                 torch.testing.assert_close(found[name], gradient, msg=f"{wrapper} {name}")
 

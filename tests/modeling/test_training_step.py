@@ -32,7 +32,7 @@ def test_a_training_step_noises_the_context_and_keeps_targets_and_embeddings_cle
     assert 0.1 < (context != codes).float().mean() < 0.9
     assert fed[1:] == [batch["class_labels"], batch["class_rows"]]
     assert torch.equal(terms.metrics["train/ar_loss"], next_token_loss(logits, codes))
-    vectors = tokenizer.embed(codes)
+    vectors = tokenizer.codebook_lookup(codes)
     cosines = [cosine_to_codes(vector, vectors) for vector in (z, -z)]
     assert torch.equal(terms.metrics["train/proj_loss"], alignment_loss(cosines[0], mask) + alignment_loss(cosines[1]))
 

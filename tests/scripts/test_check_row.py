@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from evaluation.rows import Row, RowFile
+from evaluation.published_results import Row, RowFile
 from modeling.rear import ReAR
 from scripts import check_row
 from scripts.download import FILES
@@ -27,7 +27,7 @@ from utils.errors import InputError
 from utils.files.hashing import file_sha256
 from utils.files.weights import save_weights
 
-SHIPPED = RowFile(ROOT / "configs/rows.yaml").rows
+SHIPPED = RowFile(ROOT / "configs/published_results.yaml").rows
 WriteRows = Callable[..., Path]
 
 
@@ -233,7 +233,7 @@ def test_a_bad_file_of_rows_is_one_line(write_rows: WriteRows, tmp_path: Path, m
 
 
 def test_each_number_is_judged_by_its_tolerance() -> None:
-    rows = RowFile(ROOT / "configs/rows.yaml")
+    rows = RowFile(ROOT / "configs/published_results.yaml")
     found = {"inception_score": 280.0, "fid": 1.99, "sfid": 6.0, "precision": 0.829, "recall": 0.605}
     judged = rows.judge(rows["rar_b"], found)
     assert [*judged] == ["inception_score", "fid", "sfid", "precision", "recall"]

@@ -47,7 +47,7 @@ def arguments(tokenizer_arguments: list[str], tmp_path_factory: pytest.TempPathF
     """The same with the codebook alone, in a file of NumPy's."""
     whole = load_tokenizer(load_config([*tokenizer_arguments, "experiment.output_dir=unused"]))
     path = tmp_path_factory.mktemp("codebook") / "codebook.npy"
-    np.save(path, whole.embed(torch.arange(24)[None])[0].numpy())
+    np.save(path, whole.codebook_lookup(torch.arange(24)[None])[0].numpy())
     return [
         *tokenizer_arguments,
         "model.vq_model.model_type=codes_only",

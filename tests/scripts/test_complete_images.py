@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from modeling.rear import ReAR
-from modeling.sampling.completion import in_region
 from modeling.sampling.generate import generate
+from modeling.sampling.inpainting import in_region
 from modeling.tokenizers.registry import load_tokenizer
 from scripts import complete_images
 from utils.config import load_config

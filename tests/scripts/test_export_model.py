@@ -168,7 +168,7 @@ def test_a_checkpoint_that_is_not_the_ema(run: Path, tmp_path: Path) -> None:
 
 def test_codes_only(run: Path, tmp_path: Path) -> None:
     config = load_config([f"config={run / 'config.yaml'}"])
-    np.save(tmp_path / "codebook.npy", load_tokenizer(config).embed(torch.arange(24)[None])[0].numpy())
+    np.save(tmp_path / "codebook.npy", load_tokenizer(config).codebook_lookup(torch.arange(24)[None])[0].numpy())
     more = ["model.vq_model.model_type=codes_only", f"experiment.tokenizer_checkpoint={tmp_path / 'codebook.npy'}"]
     assert export(run, tmp_path / "x", *more, "experiment.allow_other_tokenizer=true").returncode == 0
     assert not (tmp_path / "x/samples.png").exists()

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from modeling.rear import ReAR
 from modeling.sampling.generate import generate
 from scripts import gpu_check
-from scripts.benchmarks.close_calls import FLOAT32_GAP, largest_gap
+from scripts.benchmarks.rounding_ties import FLOAT32_GAP, largest_gap
 from scripts.gpu_checks import numerics, training
 from scripts.gpu_checks.findings import Findings, Machine, read_findings
 from tests.docs import test_pages

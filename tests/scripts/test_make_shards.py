@@ -45,13 +45,13 @@ def test_images_labels_and_names(images: Path, tmp_path: Path, capsys: pytest.Ca
         *("classes.json", "heldout-000000.index.npz", "heldout-000000.tar", "shards.json"),
         *(f"train-{i:06d}.{suffix}" for i in range(3) for suffix in ("index.npz", "tar")),
     ]
-    train, heldout = (open_images(str(tmp_path / f"out/{split}-*.tar")) for split in ("train", "heldout"))
+    train, validation = (open_images(str(tmp_path / f"out/{split}-*.tar")) for split in ("train", "heldout"))
     assert train.class_names == ["n01", "n02.x", "n03"]
-    assert np.bincount(heldout.class_ids).tolist() == [3, 1, 1]
+    assert np.bincount(validation.class_ids).tolist() == [3, 1, 1]
     assert np.bincount(train.class_ids).tolist() == [9, 3, 1]
     folder = open_images(str(images))
     original = {folder.read(i): folder.class_ids[i] for i in range(len(folder))}
-    packed = {source.read(i): source.class_ids[i] for source in (train, heldout) for i in range(len(source))}
+    packed = {source.read(i): source.class_ids[i] for source in (train, validation) for i in range(len(source))}
     assert packed == original
     assert {key.split("/")[0] for key in map(train.key, range(len(train)))} == {"n01", "n02.x", "n03"}
     for name, record in json.loads(files["shards.json"]).items():

@@ -131,7 +131,7 @@ def test_the_demo_reads(
     config = load_config([*arguments, *more])
     save_weights(ReAR(config.model).state_dict(), tmp_path / "model.safetensors")
     recorded.clear()
-    visit(config, monkeypatch)
+    sample_index(config, monkeypatch)
     recorded -= {"dataset.preprocessing.random_crop", "dataset.preprocessing.random_flip"}  # as in reconstruct
     set_by_the_page = {f"completion.{name}" for name in ("keep", "num_completions", "class_label")}
     recorded -= {*set_by_the_page, "sampling.per_gpu_batch_size"}
@@ -139,7 +139,7 @@ def test_the_demo_reads(
     check("demo", recorded, UNREAD | of_training)
 
 
-def visit(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def sample_index(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo with a visitor in the place of its page, which needs gradio."""
     demo, uploads = import_module("scripts.demo"), import_module("scripts.demo_page.uploads")
 

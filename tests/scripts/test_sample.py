@@ -13,7 +13,7 @@ from PIL import Image
 
 from modeling.rear import ReAR, load_generator
 from modeling.sampling import image_sampler
-from modeling.sampling.decoding import DecodingState
+from modeling.sampling.cached_decoding import DecodingState
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_sampler import ImageSampler
 from modeling.tokenizers.registry import load_tokenizer
@@ -21,7 +21,7 @@ from scripts import sample_imagenet_rear
 from tests.processes import ROOT, rank_environments, run_script, start_script
 from utils.config import load_config
 from utils.errors import InputError
-from utils.files.sample_parts import SampleParts
+from utils.files.sample_chunks import SampleChunks
 from utils.files.weights import load_state_dict, save_weights
 
 SCRIPT = "scripts/sample_imagenet_rear.py"
@@ -245,15 +245,15 @@ def test_values_that_are_not_finite_name_the_images_and_the_weights(
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[range]:
     """Let parts be saved, `count` of them; the next one is a crash. Returns the list of those that were asked for."""
-    asked, save = [], SampleParts.save
+    asked, save = [], SampleChunks.save
 
-    def save_some(self: SampleParts, block: range, images: np.ndarray) -> None:
+    def save_some(self: SampleChunks, block: range, images: np.ndarray) -> None:
         asked.append(block)
         if len(asked) > count:
             raise OSError("the disk is gone")
         save(self, block, images)
 
-    monkeypatch.setattr(SampleParts, "save", save_some)
+    monkeypatch.setattr(SampleChunks, "save", save_some)
     return asked
 
 
@@ -275,7 +275,7 @@ def test_killed_while_packing(
     tiny_arguments: list[str], checkpoint: Path, npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(SampleParts, "load", lambda self: iter([np.zeros((37, 16, 16, 3), np.uint8), 1 / 0]))
+        patch.setattr(SampleChunks, "load", lambda self: iter([np.zeros((37, 16, 16, 3), np.uint8), 1 / 0]))
         with pytest.raises(ZeroDivisionError):
             sample(tiny_arguments, checkpoint, tmp_path / "x")
     assert not list(tmp_path.glob("x.npz*"))
@@ -340,7 +340,7 @@ def test_two_processes_killed_and_continued_with_one_and_with_three(
         assert not list(tmp_path.glob(f"{output.name}.npz*"))
         before = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(SampleParts, "remove", lambda parts: None)  # to look at them
+            patch.setattr(SampleChunks, "remove", lambda parts: None)  # to look at them
             if processes == 1:
                 sample(tiny_arguments, checkpoint, output, *many)
                 assert before.items() <= {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npy")}.items()
@@ -395,7 +395,10 @@ def test_a_kill_after_the_last_file_is_no_obstacle(
     tiny_arguments: list[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few = ["sampling.num_fid_samples=8"]
-    for moment, module in (("write_record", "scripts.sample_imagenet_rear"), ("shutil.rmtree", "utils.files.parts")):
+    for moment, module in (
+        ("write_record", "scripts.sample_imagenet_rear"),
+        ("shutil.rmtree", "utils.files.chunk_files"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(f"{module}.{moment}", lambda *arguments, **more: 1 / 0)
             with pytest.raises(ZeroDivisionError):

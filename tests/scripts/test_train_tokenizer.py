@@ -17,9 +17,9 @@ from modeling.tokenizers.registry import load_tokenizer
 from scripts import train_tokenizer
 from tests.processes import run_script
 from utils.config import load_config
+from utils.distributed import DistributedContext
 from utils.errors import InputError
 from utils.files.weights import load_state_dict
-from utils.ranks import World
 from utils.run.metrics_file import read_metrics
 
 SCRIPT = "scripts/train_tokenizer.py"
@@ -86,7 +86,7 @@ def test_another_tokenizer_is_trained(tiny_arguments: list[str], images: Path, t
     assert rows[0]["train/loss"] == pytest.approx(loss, rel=1e-5)
     assert rows[0]["train/code_entropy"] < 0
     config.experiment.tokenizer_checkpoint = str(tmp_path / "run/tokenizer.safetensors")
-    vectors = load_tokenizer(config).embed(torch.arange(24)[None])
+    vectors = load_tokenizer(config).codebook_lookup(torch.arange(24)[None])
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(1, 24))
 
 
@@ -190,7 +190,7 @@ def test_replaced_codes_are_features(tiny_arguments: list[str], images: Path) ->
     before = tokenizer.quantize.embedding.weight.detach().clone()
     batch = torch.rand(4, 3, 16, 16)
     codes = torch.tensor([3, 20])
-    train_tokenizer.CodeUsage.replace(tokenizer, codes, batch, World(0, 1, torch.device("cpu")))
+    train_tokenizer.CodeUsage.replace(tokenizer, codes, batch, DistributedContext(0, 1, torch.device("cpu")))
     after = tokenizer.quantize.embedding.weight.detach()
     changed = (after != before).any(dim=1).nonzero()[:, 0]
     assert torch.equal(changed, codes)

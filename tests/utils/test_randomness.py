@@ -4,12 +4,12 @@ import torch
 from utils.randomness import (
     Stream,
     dropout_seed,
-    heldout_uniforms,
     image_uniforms,
     permutation,
     philox,
     sample_uniforms,
     uniforms,
+    validation_uniforms,
 )
 
 
@@ -23,7 +23,7 @@ def test_golden_values() -> None:
     assert permutation(philox(Stream.DATA_ORDER, 42, 0), 10).tolist() == [0, 2, 6, 9, 3, 5, 4, 8, 7, 1]
     assert sample_uniforms(1, 7, [2], 3).tolist() == [[0.3248571753501892, 0.715986967086792, 0.21479520201683044]]
     assert image_uniforms(1, [5], 3).tolist() == [[0.661202609539032, 0.7313018441200256, 0.14237354695796967]]
-    assert heldout_uniforms([5], 3).tolist() == [[0.03058953955769539, 0.0728803277015686, 0.1296616792678833]]
+    assert validation_uniforms([5], 3).tolist() == [[0.03058953955769539, 0.0728803277015686, 0.1296616792678833]]
     assert sample_uniforms(1, 7, [2], 2, Stream.TRAINING_ORDERS).tolist() == [[0.5163296461105347, 0.6598489880561829]]
     assert image_uniforms(1, [5], 2, Stream.SAMPLING_ORDERS).tolist() == [[0.1532272845506668, 0.227020725607872]]
     assert dropout_seed(1, 2, 3, 4) == 7661749924751933381

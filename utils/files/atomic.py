@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @contextmanager
-def complete_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
+def atomic_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
     """Give `<path><suffix>` to write to; at the end it takes the place of `path`, after an error it is removed."""
     partial = path.with_name(path.name + suffix)
     try:
@@ -20,7 +20,7 @@ def complete_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
 
 
 @contextmanager
-def complete_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Give the new folder `<path>.tmp` to fill, in place of one that a killed run left; at the end it becomes `path`,
     which must not exist then; after an error it is removed."""
     partial = path.with_name(path.name + ".tmp")
@@ -47,7 +47,7 @@ def naming(path: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Of a small file: several processes may write it at the same time, and the last one stays."""
-    with complete_file(path, f".{os.getpid()}.tmp") as partial:
+    with atomic_file(path, f".{os.getpid()}.tmp") as partial:
         partial.write_text(text)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import DTypeLike
 from tqdm import tqdm
 
 from utils.errors import InputError
-from utils.files.atomic import complete_file
+from utils.files.atomic import atomic_file
 from utils.files.hashing import CHUNK_BYTES, file_sha256
 
 LOCAL_HEADER_BYTES = 30  # of a zip entry, before its name; the lengths of name and extra field are the last four
@@ -39,7 +39,7 @@ def write_npz(path: Path, entries: Mapping[str, NpzEntry]) -> None:
     Raises:
         ValueError: chunks that differ from the announced dtype or shape.
     """
-    with complete_file(Path(path)) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with atomic_file(Path(path)) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for name, (shape, dtype, chunks) in entries.items():
             info = zipfile.ZipInfo(f"{name}.npy", ZIP_DATE)
             with archive.open(info, "w", force_zip64=True) as member:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from utils.errors import InputError
-from utils.files.atomic import complete_file
+from utils.files.atomic import atomic_file
 from utils.files.weight_formats import find_index, is_index, read_contents, shards_of
 
 RECORD = "re-ar"  # name in a safetensors file's metadata
@@ -142,7 +142,7 @@ def save_weights(state_dict: dict[str, Tensor], path: Path, record: dict[str, An
     metadata = None
     if record is not None:
         metadata = {RECORD: json.dumps(record | {"tensors_sha256": tensors_sha256(state)})}
-    with complete_file(path) as partial:
+    with atomic_file(path) as partial:
         try:
             save_file(state, partial, metadata)
         except SafetensorError as error:  # a full disk

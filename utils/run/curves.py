@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils.files.atomic import complete_file
+from utils.files.atomic import atomic_file
 from utils.run.metrics_file import read_metrics
 
 if TYPE_CHECKING:  # it slows the start of all ranks, and one of them draws
@@ -108,5 +108,5 @@ def draw_curve(axes: "Axes", name: str, points: Points, **style: Any) -> None:
 
 def save_figure(figure: "Figure", path: Path) -> None:
     """As PNG, complete or not at all."""
-    with complete_file(path) as partial:
+    with atomic_file(path) as partial:
         figure.savefig(partial, dpi=80, format="png")

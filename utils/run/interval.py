@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.ranks import World
+from utils.distributed import DistributedContext
 
 GRAD_NORM = "train/grad_norm"
 
@@ -24,14 +24,14 @@ Metrics = Mapping[str, Tensor | Ratio]  # by name in the log; scalars without gr
 class IntervalMeans:
     """Sums on the device, for which nothing waits before `take`."""
 
-    def __init__(self, world: World) -> None:
-        self.world, self._names = world, list[str]()
+    def __init__(self, ctx: DistributedContext) -> None:
+        self.ctx, self._names = ctx, list[str]()
         self._clear()
 
     def _clear(self) -> None:
         self.has_steps = False
-        self._sums = torch.zeros(2, len(self._names), dtype=torch.float64, device=self.world.device)
-        self._largest_norm = torch.full((), -torch.inf, device=self.world.device)
+        self._sums = torch.zeros(2, len(self._names), dtype=torch.float64, device=self.ctx.device)
+        self._largest_norm = torch.full((), -torch.inf, device=self.ctx.device)
 
     def add(self, micro_batches: Sequence[Metrics], grad_norm: Tensor) -> None:
         """The micro-batches of a step on this rank and its gradient norm before clipping, which all ranks share. To be
@@ -58,9 +58,9 @@ class IntervalMeans:
             Means over micro-batches, steps and ranks (NaN without a finite step), the largest gradient norm; and the
             further numbers of each rank: size x K.
         """
-        numbers = torch.zeros(self.world.size, len(of_rank), dtype=torch.float64)
-        numbers[self.world.rank] = torch.tensor(of_rank, dtype=torch.float64)
-        summed = self.world.sum(torch.cat([self._sums.flatten(), numbers.flatten().to(self.world.device)]))
+        numbers = torch.zeros(self.ctx.size, len(of_rank), dtype=torch.float64)
+        numbers[self.ctx.rank] = torch.tensor(of_rank, dtype=torch.float64)
+        summed = self.ctx.all_reduce_sum(torch.cat([self._sums.flatten(), numbers.flatten().to(self.ctx.device)]))
         largest = self._largest_norm.double()[None]  # equal on all ranks
         reduced = torch.cat([summed, largest]).cpu().split([self._sums.numel(), numbers.numel(), 1])
         totals, counts = reduced[0].view(2, -1)

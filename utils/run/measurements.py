@@ -5,7 +5,7 @@ from typing import Protocol, TypeVar
 
 from torch import Tensor, tensor
 
-from utils.ranks import World
+from utils.distributed import DistributedContext
 from utils.run.clock import StepClock
 from utils.run.interval import IntervalMeans, Metrics
 from utils.run.performance import Performance
@@ -32,14 +32,14 @@ class Measurements:
 
     def __init__(
         self,
-        world: World,
+        ctx: DistributedContext,
         global_batch_size: int,
         skipped_images: int,
         trained_s: float,
         flops_per_image: float | None,
     ) -> None:
-        self.world, self.clock = world, StepClock(trained_s)
-        self._means, self._performance = IntervalMeans(world), Performance(world, global_batch_size, flops_per_image)
+        self.ctx, self.clock = ctx, StepClock(trained_s)
+        self._means, self._performance = IntervalMeans(ctx), Performance(ctx, global_batch_size, flops_per_image)
         self._skipped_before, self._skipped_here = skipped_images, 0
 
     def next_batch(self, batches: DataIterator[B]) -> B:
@@ -66,4 +66,4 @@ class Measurements:
 
     def count_skipped(self) -> int:
         """Visits of images that could not be decoded, by all ranks and starts; all ranks call."""
-        return self._skipped_before + int(self.world.sum(tensor(self._skipped_here)))
+        return self._skipped_before + int(self.ctx.all_reduce_sum(tensor(self._skipped_here)))

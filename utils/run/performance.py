@@ -4,7 +4,7 @@ import re
 
 import torch
 
-from utils.ranks import World
+from utils.distributed import DistributedContext
 from utils.run.clock import Times
 
 GIB = 2**30
@@ -29,10 +29,10 @@ class Performance:
         flops_per_image: of forward and backward pass; None: not told.
     """
 
-    def __init__(self, world: World, global_batch_size: int, flops_per_image: float | None) -> None:
-        self.world, self.global_batch_size, self.flops_per_image = world, global_batch_size, flops_per_image
-        self.on_gpu = world.device.type == "cuda"
-        self.peak = peak_flops(torch.cuda.get_device_name(world.device)) if self.on_gpu else None
+    def __init__(self, ctx: DistributedContext, global_batch_size: int, flops_per_image: float | None) -> None:
+        self.ctx, self.global_batch_size, self.flops_per_image = ctx, global_batch_size, flops_per_image
+        self.on_gpu = ctx.device.type == "cuda"
+        self.peak = peak_flops(torch.cuda.get_device_name(ctx.device)) if self.on_gpu else None
         self._retries_seen = 0
 
     def of_rank(self, times: Times) -> list[float]:
@@ -40,8 +40,8 @@ class Performance:
         allocations that had to be tried again."""
         if not self.on_gpu:
             return [times.waiting, 0.0, 0.0]
-        statistics = torch.cuda.memory_stats(self.world.device)
-        torch.cuda.reset_peak_memory_stats(self.world.device)
+        statistics = torch.cuda.memory_stats(self.ctx.device)
+        torch.cuda.reset_peak_memory_stats(self.ctx.device)
         retries = statistics["num_alloc_retries"] - self._retries_seen
         self._retries_seen += retries
         return [times.waiting, statistics["active_bytes.all.peak"], retries]
@@ -59,9 +59,9 @@ class Performance:
             found |= {"perf/memory_gib": max(peak_memory) / GIB, "perf/alloc_retries": sum(retries)}
         if times.steps == 0:
             return found
-        per_gpu = times.steps * self.global_batch_size / self.world.size / times.in_steps
+        per_gpu = times.steps * self.global_batch_size / self.ctx.size / times.in_steps
         found |= {
-            "perf/images_per_s": per_gpu * self.world.size,
+            "perf/images_per_s": per_gpu * self.ctx.size,
             "perf/images_per_s_per_gpu": per_gpu,
             "perf/step_ms": 1000 * times.in_steps / times.steps,
             "perf/data_wait_pct": 100 * max(waiting) / times.in_steps,

@@ -11,18 +11,18 @@ from torch.profiler import profile, record_function
 
 from utils.config import Config
 from utils.config_checks import profiled_steps
-from utils.ranks import World
-from utils.run.folder import going_on
+from utils.distributed import DistributedContext
+from utils.run.run_environment import log_and_continue
 
 
-def profiled(steps: Iterable[int], config: Config, world: World, logger: logging.Logger) -> Iterator[int]:
+def profiled(steps: Iterable[int], config: Config, ctx: DistributedContext, logger: logging.Logger) -> Iterator[int]:
     """The same steps; on rank 0 those of `training.profile` are recorded, with all that is done until the next begins.
 
     After the last of them, or at the end of the run, `<output_dir>/profile/trace.json.gz` is written (for
     chrome://tracing or https://ui.perfetto.dev; "step 3" spans what step 3 does), and on a GPU `memory.pickle` (for
     https://pytorch.org/memory_viz).
     """
-    wanted = profiled_steps(config.training) if world.is_main else range(0)
+    wanted = profiled_steps(config.training) if ctx.is_rank0 else range(0)
     folder, numbers = Path(config.experiment.output_dir, "profile"), iter(steps)
     for step in numbers:
         if step not in wanted:
@@ -45,7 +45,7 @@ def _recorded(folder: Path, logger: logging.Logger) -> Iterator[None]:
         with profile() as trace:
             yield
     finally:
-        with going_on(logger, f"profile in {folder}"):
+        with log_and_continue(logger, f"profile in {folder}"):
             folder.mkdir(exist_ok=True)
             if on_gpu:
                 torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))

@@ -8,15 +8,15 @@ from typing import Any
 from PIL import Image
 
 from utils.config import Config
-from utils.ranks import World
+from utils.distributed import DistributedContext
 from utils.run.alerts import Alerts
 from utils.run.clock import StepClock
 from utils.run.curves import save_training_curves
-from utils.run.folder import going_on, make_logger
 from utils.run.manifest import TrainingState
+from utils.run.memory_estimate import MemoryEstimate
 from utils.run.metrics_file import METRICS_FILE, MetricsFile
-from utils.run.plan import MemoryPlan
 from utils.run.resume import last_step
+from utils.run.run_environment import log_and_continue, make_logger
 from utils.run.status import StatusKeeper
 from utils.run.tracking import Dashboard
 
@@ -48,15 +48,15 @@ class Reporter:
     def __init__(
         self,
         config: Config,
-        world: World,
+        ctx: DistributedContext,
         status: StatusKeeper,
         state: TrainingState,
-        plan: MemoryPlan,
+        plan: MemoryEstimate,
         clock: StepClock,
     ) -> None:
-        self.config, self.output_dir, self._tells = config, Path(config.experiment.output_dir), world.is_main
-        self._world, self._status, self._state, self._plan, self._clock = world, status, state, plan, clock
-        self.logger = make_logger(self.output_dir, world.is_main)
+        self.config, self.output_dir, self._tells = config, Path(config.experiment.output_dir), ctx.is_rank0
+        self._world, self._status, self._state, self._plan, self._clock = ctx, status, state, plan, clock
+        self.logger = make_logger(self.output_dir, ctx.is_rank0)
         self.alerts = Alerts(self._warn)
         self._metrics = MetricsFile(self.output_dir / METRICS_FILE)
         self._dashboard: Dashboard | None = None
@@ -112,11 +112,11 @@ class Reporter:
 
         def draw() -> None:
             self.logger.info(f"step {self._state.global_step}: drawing {name}")
-            with going_on(self.logger, f"{name} at step {self._state.global_step}", Exception):
+            with log_and_continue(self.logger, f"{name} at step {self._state.global_step}", Exception):
                 self.log_image(name, make())
 
         with self._clock.pause():
-            self._world.from_main(draw)
+            self._world.broadcast_from_rank0(draw)
 
     def log_image(self, name: str, image: Image.Image) -> None:
         """To the dashboard only; the caller keeps the file."""
@@ -126,13 +126,13 @@ class Reporter:
     def draw_curves(self) -> None:
         """All metrics up to now as training_curves.png."""
         if self._tells:
-            with self._clock.pause(), going_on(self.logger, "training curves", Exception):
+            with self._clock.pause(), log_and_continue(self.logger, "training curves", Exception):
                 save_training_curves(self._metrics.path, self.output_dir / "training_curves.png")
 
     def flush(self) -> None:
         """Write what a full disk has held up."""
         if self._tells:
-            with going_on(self.logger, "metrics"):
+            with log_and_continue(self.logger, "metrics"):
                 self._metrics.flush()
 
     def finish(self, exit_code: int, preempted: bool = False) -> None:

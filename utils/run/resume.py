@@ -22,14 +22,14 @@ class Start:
         checkpoint: a verified checkpoint folder, or weights without a manifest; None: from scratch.
         weights_only: `checkpoint` holds weights in the published layout; optimizer, step and data start anew.
         notices: lines for the log.
-        set_aside: checkpoints of `output_dir` that are damaged or of later steps, and final weights of later steps, to
+        back_up: checkpoints of `output_dir` that are damaged or of later steps, and final weights of later steps, to
             be renamed before training.
     """
 
     checkpoint: str | None = None
     weights_only: bool = False
     notices: list[str] = field(default_factory=list)
-    set_aside: list[str] = field(default_factory=list)
+    back_up: list[str] = field(default_factory=list)
 
 
 def find_start(output_dir: Path, resume: str) -> Start:
@@ -53,7 +53,7 @@ def find_start(output_dir: Path, resume: str) -> Start:
         return _start_from_path(output_dir, resume)
     newest, damaged = _newest_good(folders)
     if newest is not None:
-        return Start(str(newest), notices=[*damaged.values()], set_aside=[str(path) for path in damaged])
+        return Start(str(newest), notices=[*damaged.values()], back_up=[str(path) for path in damaged])
     if damaged:
         reasons = "; ".join(damaged.values())
         raise InputError(f"experiment.resume={resume}: no checkpoint in {output_dir} is whole: {reasons}")
@@ -83,7 +83,7 @@ def _start_from_path(output_dir: Path, resume: str) -> Start:
     own, damaged = _newest_good(folders)
     if own is not None and read_manifest(own).state.started_from == str(path.resolve()):
         notice = f"continuing {own.name}, which began with experiment.resume={resume}"
-        return Start(str(own), notices=[*damaged.values(), notice], set_aside=[str(p) for p in damaged])
+        return Start(str(own), notices=[*damaged.values(), notice], back_up=[str(p) for p in damaged])
     inside = checkpoint_folders(path) if path.is_dir() else []
     notices: list[str] = []
     if inside:  # a run folder
@@ -108,17 +108,17 @@ def _start_from_path(output_dir: Path, resume: str) -> Start:
         start = Start(str(path), notices=notices)
     first_step = 0 if start.weights_only else read_manifest(path).state.global_step
     others = [p for p in folders if p.resolve() != path.resolve()]
-    start.set_aside = [str(p) for p in others if p in damaged or step_of(p) >= first_step]
+    start.back_up = [str(p) for p in others if p in damaged or step_of(p) >= first_step]
     final = output_dir / FINAL_FILE
     if final.is_file() and (start.weights_only or read_record(final).get("step", first_step + 1) > first_step):
-        start.set_aside.append(str(final))  # else a sampler would take it for the newest state
-    start.notices += [f"{Path(p).name} is set aside" for p in start.set_aside]
+        start.back_up.append(str(final))  # else a sampler would take it for the newest state
+    start.notices += [f"{Path(p).name} is set aside" for p in start.back_up]
     return start
 
 
-def set_aside(start: Start) -> None:
+def back_up(start: Start) -> None:
     """Rename what must neither be taken for the newest state nor be lost: `checkpoint-<step>.aside`."""
-    for path in map(Path, start.set_aside):
+    for path in map(Path, start.back_up):
         target = path.with_name(path.name + ".aside")
         number = 1
         while target.exists():

@@ -46,11 +46,11 @@ class CheckpointSaver:
     def gave_up(self) -> bool:
         return self.failures_in_a_row >= self.limit
 
-    def start(self, state: TrainingState, resumable: Resumable, is_main: bool) -> None:
+    def start(self, state: TrainingState, resumable: Resumable, is_rank0: bool) -> None:
         """Copy everything and begin to write it, after the save before this one has ended, whose memory is used."""
         self.wait()
         snapshot = take_snapshot(resumable, self._buffers)
-        if not is_main:
+        if not is_rank0:
             return
         self._thread = threading.Thread(target=self._write, args=(replace(state), snapshot))
         self._thread.start()

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from utils.distributed import DistributedContext
 from utils.errors import InputError
 from utils.precision import in_bf16
-from utils.ranks import World
 from utils.schema import TrainingConfig
 
 SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 
-def parallelize(model: nn.Module, blocks: Iterable[nn.Module], world: World, training: TrainingConfig) -> nn.Module:
+def parallelize(
+    model: nn.Module, blocks: Iterable[nn.Module], ctx: DistributedContext, training: TrainingConfig
+) -> nn.Module:
     """What to call for the forward pass; to be made before the optimizer is.
 
     Args:
@@ -33,9 +35,9 @@ def parallelize(model: nn.Module, blocks: Iterable[nn.Module], world: World, tra
         InputError: sharding by one process, or on a CPU by a torch that cannot (2.6).
     """
     fsdp = training.fsdp
-    if fsdp and world.device.type == "cpu" and not SHARDS_ON_CPU:
+    if fsdp and ctx.device.type == "cpu" and not SHARDS_ON_CPU:
         raise InputError(f"training.fsdp=true: torch {torch.__version__} shards on GPUs only, found a CPU")
-    if fsdp and world.size == 1:
+    if fsdp and ctx.size == 1:
         raise InputError("training.fsdp=true: found one process, expected several")
     if fsdp:
         # Their outputs are views, which would be wrong to change in place; nothing does.
@@ -43,18 +45,18 @@ def parallelize(model: nn.Module, blocks: Iterable[nn.Module], world: World, tra
         from torch.distributed.device_mesh import init_device_mesh  # here, for both take a while
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-        mesh = init_device_mesh(world.device.type, (world.size,))
+        mesh = init_device_mesh(ctx.device.type, (ctx.size,))
         policy = MixedPrecisionPolicy()
-        if in_bf16(training, world.device):
+        if in_bf16(training, ctx.device):
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for block in blocks:  # the rest is small, and stays whole from forward to backward pass
             linears: list[nn.Module] = [module for module in block.modules() if isinstance(module, nn.Linear)]
             fully_shard(linears, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh)
         return model
-    if world.size == 1:
+    if ctx.size == 1:
         return model
-    devices = [world.device] if world.device.type == "cuda" else None
+    devices = [ctx.device] if ctx.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)  # gradients lie there once
 
 

@@ -14,11 +14,11 @@ from types import TracebackType
 
 import torch.distributed as dist
 
+from utils.distributed import DistributedContext
 from utils.errors import InputError, TrainingError, environment_error, first_line, is_out_of_memory
-from utils.files.atomic import complete_file
+from utils.files.atomic import atomic_file
 from utils.files.json_file import read_json
 from utils.files.lock import owner_inside
-from utils.ranks import World
 from utils.run.signals import StoppedWaitingError, StopSignals
 
 STATUS_FILE = "status.json"
@@ -52,16 +52,16 @@ class StatusKeeper:
         now: what status.json says then.
     """
 
-    def __init__(self, output_dir: Path, world: World, group_timeout: int, saving_memory: str) -> None:
-        self.output_dir, self.world, self.group_timeout = output_dir, world, group_timeout
+    def __init__(self, output_dir: Path, ctx: DistributedContext, group_timeout: int, saving_memory: str) -> None:
+        self.output_dir, self.ctx, self.group_timeout = output_dir, ctx, group_timeout
         self.saving_memory = saving_memory  # keys that do, for the message when it runs out
         self.has_begun, self._has_written, self.now = False, False, Status("running", 0)
-        self._owner = world.from_main(os.getpid)  # of the lock
+        self._owner = ctx.broadcast_from_rank0(os.getpid)  # of the lock
 
     def begin(self, step: int) -> list[str]:
         """From now on the run is running; a line for the log if the run before ended without a word."""
         notices = []
-        if self.world.is_main and (before := read_status_or_none(self.output_dir)) and before.status == "running":
+        if self.ctx.is_rank0 and (before := read_status_or_none(self.output_dir)) and before.status == "running":
             notices = [f"the start before this one was killed at step {before.step} or later"]
         self.has_begun, self.now = True, Status("running", step)
         return notices
@@ -79,7 +79,7 @@ class StatusKeeper:
             self.now.eta_s = round(step_s * steps_left, 1)
 
     def write(self) -> None:
-        if self.world.is_main:
+        if self.ctx.is_rank0:
             write_status(self.output_dir, self.now)
             self._has_written = True
 
@@ -110,19 +110,19 @@ class StatusKeeper:
             return
         meaning = explain(error, self)
         if not isinstance(error, SystemExit):  # of a rank that leaves what is to be said to rank 0
-            reason = reason_of(meaning) if meaning is not error else f"rank {self.world.rank}: {reason_of(error)}"
+            reason = reason_of(meaning) if meaning is not error else f"rank {self.ctx.rank}: {reason_of(error)}"
             self.now.status, self.now.reason = "failed", reason
-            if self.world.is_main or owner_inside(self.output_dir) in (None, self._owner):  # not yet another launch's
+            if self.ctx.is_rank0 or owner_inside(self.output_dir) in (None, self._owner):  # not yet another launch's
                 with suppress(OSError):  # the error itself is what to tell
-                    of_this_launch = self._has_written or not self.world.is_main
-                    write_status(self.output_dir, self.now, self.world.rank, first_failure_stays=of_this_launch)
+                    of_this_launch = self._has_written or not self.ctx.is_rank0
+                    write_status(self.output_dir, self.now, self.ctx.rank, first_failure_stays=of_this_launch)
         if meaning is not error:
             raise meaning from error
 
     def _note_failed_start(self, error: BaseException) -> None:
         """A run that is complete stays so; else whoever waits for it must learn that this start led to nothing."""
         before = read_status_or_none(self.output_dir)
-        if self.world.is_main and before is not None and before.status != "completed":
+        if self.ctx.is_rank0 and before is not None and before.status != "completed":
             with suppress(OSError):
                 write_status(
                     self.output_dir, replace(before, status="failed", reason=f"at the start: {reason_of(error)}")
@@ -143,7 +143,7 @@ def write_status(output_dir: Path, status: Status, rank: int = 0, first_failure_
         if before is not None and before.status == "failed":
             return
     try:
-        with complete_file(path, f".{rank}.tmp") as partial:  # ranks that fail together write at the same time
+        with atomic_file(path, f".{rank}.tmp") as partial:  # ranks that fail together write at the same time
             partial.write_text(text)
     except OSError:
         with path.open("r+") as file:  # on a full disk there is room where the old text stands
@@ -171,7 +171,7 @@ def read_status_or_none(output_dir: Path) -> Status | None:
 
 def explain(error: BaseException, run: StatusKeeper) -> BaseException:
     """The error itself, or for want of memory, a communication library's and a wait without end what it means."""
-    where = f"rank {run.world.rank}: step {run.now.step}"
+    where = f"rank {run.ctx.rank}: step {run.now.step}"
     is_continued = "the same command continues from the last checkpoint"
     if isinstance(error, StoppedWaitingError):
         return TrainingError(f"{where}: a stop signal came while this rank waited for data; {is_continued}")

@@ -13,27 +13,27 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.config import Config, flat
 from utils.config_checks import accumulation_steps
+from utils.distributed import ignored_launcher_settings, init_distributed
 from utils.errors import TrainingError
 from utils.faults import fault_point
 from utils.files.lock import only_writer
 from utils.files.weights import save_weights
 from utils.precision import deterministic, matmul_precision
-from utils.ranks import ignored_launcher_settings, join_world
 from utils.run.compatibility import check_same_run
-from utils.run.due import Due
-from utils.run.folder import code_facts, going_on, prepare_run_folder
-from utils.run.garbage import collected_between_steps
-from utils.run.guard import StepGuard
+from utils.run.gc_control import gc_between_steps
 from utils.run.manifest import Provenance, TrainingData
 from utils.run.measurements import Measurements
-from utils.run.plan import MemoryPlan
+from utils.run.memory_estimate import MemoryEstimate
+from utils.run.nonfinite_guard import NonFiniteGuard
 from utils.run.profiling import profiled
 from utils.run.reporter import Reporter
-from utils.run.resume import find_start, last_step, load_start, set_aside, starting_state
+from utils.run.resume import back_up, find_start, last_step, load_start, starting_state
+from utils.run.run_environment import code_facts, log_and_continue, prepare_run_folder
 from utils.run.saver import CheckpointSaver
 from utils.run.signals import StoppedWaitingError, StopSignals, stacks_of_a_hang
 from utils.run.snapshot import Optimizers, Resumable, weights_of
 from utils.run.status import EXIT_PREEMPTED, StatusKeeper
+from utils.run.step_triggers import StepTriggers
 from utils.run.trained_weights import FINAL_FILE
 
 EXIT_STATUS = {"completed": 0, "preempted": EXIT_PREEMPTED}
@@ -50,8 +50,8 @@ class TrainingRun:
     3. `begin`: modules and optimizers are loaded; only then does the run folder change. From here on a stop signal asks
        for a save, and status.json says `running`.
     4. `steps`: those that are left, until the last one or until a stop signal has reached any rank. In each of them
-    5. `may_update`: losses and gradients are finite on all ranks, else none of them makes the update;
-    6. `count_step`: the step is done. What is then `due`: the means of the steps since the last line in the log
+    5. `update_is_finite`: losses and gradients are finite on all ranks, else none of them makes the update;
+    6. `count_step`: the step is done. What is then `triggers`: the means of the steps since the last line in the log
        (`log_interval`), a save in the background (`save`), weights alone (`keep_weights`).
     7. `finish`: the last checkpoint is on disk, or the run has failed.
     8. At the end of the block status.json says `completed`, `preempted` or `failed`, with step and reason.
@@ -85,18 +85,18 @@ class TrainingRun:
         with ExitStack() as exits:
             exits.enter_context(deterministic(training.deterministic))
             limits = training.launch_timeout, training.process_group_timeout
-            self.world = exits.enter_context(join_world(*limits, self.output_dir))
+            self.ctx = exits.enter_context(init_distributed(*limits, self.output_dir))
             facts = code_facts()
-            self.world.agree("config and code", dict(flat(asdict(self.config))) | facts)
+            self.ctx.assert_same_on_all_ranks("config and code", dict(flat(asdict(self.config))) | facts)
             self._code = facts["code"]
-            self.world.from_main(lambda: exits.enter_context(only_writer(self.output_dir, inside=True)))
-            self._status = StatusKeeper(self.output_dir, self.world, limits[1], self._saving_memory)
+            self.ctx.broadcast_from_rank0(lambda: exits.enter_context(only_writer(self.output_dir, inside=True)))
+            self._status = StatusKeeper(self.output_dir, self.ctx, limits[1], self._saving_memory)
             exits.callback(self._end_reports)
             exits.push(self._status.note_end)
             exits.enter_context(matmul_precision(training.enable_tf32))
-            self._start = self.world.from_main(lambda: find_start(self.output_dir, experiment.resume))
-            self.micro_steps = accumulation_steps(training, self.world.size)
-            self.global_batch_size = training.per_gpu_batch_size * self.micro_steps * self.world.size
+            self._start = self.ctx.broadcast_from_rank0(lambda: find_start(self.output_dir, experiment.resume))
+            self.micro_steps = accumulation_steps(training, self.ctx.size)
+            self.global_batch_size = training.per_gpu_batch_size * self.micro_steps * self.ctx.size
             self._exits = exits.pop_all()
         return self
 
@@ -114,12 +114,12 @@ class TrainingRun:
         Args:
             tokenizer_sha256: of the tokenizer on whose codes a model is trained; the weights remember it.
         """
-        data = self.world.main_first(open_it)
-        self.world.agree("data", {"hash": data.fingerprint, "samples": len(data)})
-        self._facts = {"processes": self.world.size, "global_batch_size": self.global_batch_size, "samples": len(data)}
+        data = self.ctx.rank0_first(open_it)
+        self.ctx.assert_same_on_all_ranks("data", {"hash": data.fingerprint, "samples": len(data)})
+        self._facts = {"processes": self.ctx.size, "global_batch_size": self.global_batch_size, "samples": len(data)}
         self._provenance = Provenance(asdict(self.config), data.fingerprint, self._code, tokenizer_sha256)
         check = (self._start, self.config, self._provenance, self.global_batch_size)
-        self.notices = self._start.notices + self.world.from_main(lambda: check_same_run(*check))
+        self.notices = self._start.notices + self.ctx.broadcast_from_rank0(lambda: check_same_run(*check))
         return data
 
     def begin(
@@ -146,34 +146,34 @@ class TrainingRun:
         self.state = starting_state(self._start, self.config, self.global_batch_size)
         self.notices += self._status.begin(self.state.global_step) + ignored_launcher_settings()
         self._status.progress(self.state.trained_s, self._start.checkpoint)
-        if self.world.is_main:
+        if self.ctx.is_rank0:
             prepare_run_folder(self.config)
-            set_aside(self._start)
+            back_up(self._start)
         of_micro_batch = activation_bytes and activation_bytes * training.per_gpu_batch_size
-        plan = MemoryPlan.of(modules, optimizers, self.world.size if sharded else 1, of_micro_batch, self.micro_steps)
+        plan = MemoryEstimate.of(modules, optimizers, self.ctx.size if sharded else 1, of_micro_batch, self.micro_steps)
         so_far = self.state.skipped_images, self.state.trained_s
-        self.measured = Measurements(self.world, self.global_batch_size, *so_far, flops_per_image)
-        self.reporter = Reporter(self.config, self.world, self._status, self.state, plan, self.measured.clock)
+        self.measured = Measurements(self.ctx, self.global_batch_size, *so_far, flops_per_image)
+        self.reporter = Reporter(self.config, self.ctx, self._status, self.state, plan, self.measured.clock)
         self.logger = self.reporter.logger
         self.reporter.begin(self._facts | self.record(), self.notices)
-        self.world.barrier()  # without a limit: the dashboard of rank 0 may take a while to answer
+        self.ctx.barrier()  # without a limit: the dashboard of rank 0 may take a while to answer
         saver = CheckpointSaver(experiment, self._provenance, self._start.checkpoint, self.logger)
         self._saver = self._exits.enter_context(saver)
         limits = self.state.nonfinite_steps, training.max_nonfinite_steps
         signals = self._exits.enter_context(StopSignals())
-        self._guard = StepGuard(self.world, *limits, signals, self._saver, self.logger)
-        self.due = Due(experiment, self.state, self.remaining.stop, self._guard)
+        self._guard = NonFiniteGuard(self.ctx, *limits, signals, self._saver, self.logger)
+        self.triggers = StepTriggers(experiment, self.state, self.remaining.stop, self._guard)
         self._status.write()
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, with a progress bar on a terminal."""
         remaining = self.remaining
-        bar = tqdm(remaining, initial=remaining.start, total=remaining.stop, disable=not self.world.is_main or None)
-        collect = self._exits.enter_context(collected_between_steps())
+        bar = tqdm(remaining, initial=remaining.start, total=remaining.stop, disable=not self.ctx.is_rank0 or None)
+        collect = self._exits.enter_context(gc_between_steps())
         hang = stacks_of_a_hang(self.config.training.process_group_timeout)
         with bar, hang as rearm, nullcontext() if bar.disable else logging_redirect_tqdm([self.logger]):
             self.measured.clock.start()
-            for step in profiled(bar, self.config, self.world, self.logger):
+            for step in profiled(bar, self.config, self.ctx, self.logger):
                 rearm()
                 collect(step)
                 fault_point("step", step)
@@ -181,14 +181,14 @@ class TrainingRun:
                 if self._guard.stop:
                     return
 
-    def may_update(self, losses_and_norm: Tensor) -> bool:
+    def update_is_finite(self, losses_and_norm: Tensor) -> bool:
         """Whether these values (K,) are finite on all ranks. Counts what is skipped and hears of stop signals.
 
         Raises:
             TrainingError: too many steps in a row that are not finite, or too many failed saves.
         """
         try:
-            allowed = self._guard.allows_update(self.state.global_step, losses_and_norm)
+            allowed = self._guard.update_is_finite(self.state.global_step, losses_and_norm)
         except TrainingError:  # on all ranks
             if self.measured.has_steps:  # what led there
                 self.log_interval({})
@@ -228,13 +228,13 @@ class TrainingRun:
         """Copy the state to host memory and write it as a checkpoint while training goes on."""
         with self.measured.clock.pause():
             self._saver.wait()
-            self.world.barrier()  # without a limit, which the save before this one may exceed
+            self.ctx.barrier()  # without a limit, which the save before this one may exceed
             self.state.skipped_images = self.measured.count_skipped()
             self.state.trained_s = self.measured.clock.trained_s
-            if self.world.is_main:
+            if self.ctx.is_rank0:
                 self.reporter.check_disk()
-            if self.world.is_main or self._resumable.sharded:  # then all ranks send their slices to rank 0
-                self._saver.start(self.state, self._resumable, self.world.is_main)
+            if self.ctx.is_rank0 or self._resumable.sharded:  # then all ranks send their slices to rank 0
+                self._saver.start(self.state, self._resumable, self.ctx.is_rank0)
 
     def finish(self) -> bool:
         """Save where the run stands and wait for it.
@@ -249,25 +249,25 @@ class TrainingRun:
         if self._start.checkpoint != str(self.output_dir / f"checkpoint-{done}"):
             self.save()
             self._saver.wait()
-        failed = self.world.from_main(lambda: self._saver.failures_in_a_row > 0)
+        failed = self.ctx.broadcast_from_rank0(lambda: self._saver.failures_in_a_row > 0)
         if failed:
             raise TrainingError(f"step {done}: the save failed at the end; {self._saver.describe_last_good()}")
-        self._status.end(self.due.is_last, self._guard.signals)
+        self._status.end(self.triggers.is_last, self._guard.signals)
         self._update_status()
         self.reporter.flush()
-        return self.due.is_last
+        return self.triggers.is_last
 
     def keep_weights(self, name: str) -> None:
         """Write the weights of a module to `<output_dir>/weights/<step>.safetensors`; nothing deletes them."""
         with self.measured.clock.pause():
-            with going_on(self.logger, f"weights of step {self.state.global_step}"):
+            with log_and_continue(self.logger, f"weights of step {self.state.global_step}"):
                 self.export(name, f"weights/{self.state.global_step:07d}.safetensors")
-            self.world.barrier()  # without a limit, which the writing may exceed
+            self.ctx.barrier()  # without a limit, which the writing may exceed
 
     def export(self, name: str, file: str = FINAL_FILE) -> None:
         """Write the weights of a module to a file in the run folder, for sampling; rank 0 does."""
         weights = weights_of(self._resumable.modules[name], self._resumable.sharded)
-        if self.world.is_main:
+        if self.ctx.is_rank0:
             path = self.output_dir / file
             path.parent.mkdir(exist_ok=True)
             save_weights(weights, path, self.record())
@@ -283,14 +283,14 @@ class TrainingRun:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool:
-        stopped = isinstance(error, StoppedWaitingError) and self.world.size == 1  # several ranks cannot agree then
+        stopped = isinstance(error, StoppedWaitingError) and self.ctx.size == 1  # several ranks cannot agree then
         if stopped:
             self.finish()  # the step that waited has changed nothing
         elif error is not None:
             self._exits.__exit__(kind, error, traceback)
             return False
         with self._exits:
-            self.world.barrier()  # without a limit: rank 0 may still be writing
+            self.ctx.barrier()  # without a limit: rank 0 may still be writing
             self._status.write()
             self.logger.info(f"{self._status.now}: {self.output_dir}")
         return stopped

@@ -14,7 +14,7 @@ from data.codes.conversion import is_conversion, jsonl_to_store, store_to_jsonl
 from data.codes.jsonl import BadLines, Sizes, format_lines, formatted_size, read_range
 from data.codes.token_store import TokenStore
 from utils.errors import InputError, TrainingError
-from utils.files.parts import Parts
+from utils.files.chunk_files import ChunkFiles
 from utils.processes import in_processes
 
 SIZES = Sizes(codebook_size=1024, image_seq_len=6, num_classes=1000)
@@ -121,7 +121,7 @@ def test_killed_conversions_go_on(jsonl: Path) -> None:
 
 @pytest.mark.multiprocess
 def test_workers_do_not_outlive_a_killed_conversion(tmp_path: Path) -> None:
-    parts = Parts(tmp_path / "parts", 100, 1, ".txt")
+    parts = ChunkFiles(tmp_path / "parts", 100, 1, ".txt")
     parts.claim({})
 
     def work(block: range) -> None:

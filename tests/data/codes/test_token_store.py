@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.batch_sampler import GlobalBatchSampler, Visit
+from data.batch_sampler import GlobalBatchSampler, SampleIndex
 from data.codes import jsonl
 from data.codes.conversion import jsonl_to_store, store_to_jsonl
 from data.codes.jsonl import LineParser, Sizes, format_lines, read_range
@@ -78,7 +78,7 @@ def test_batches(tmp_path: Path) -> None:
     codes, class_ids = random_samples(40)
     store = pickle.loads(pickle.dumps(write_store(tmp_path / "a.tokens", codes, class_ids)))
     assert isinstance(store.codes, np.memmap)
-    batch = store.__getitems__([Visit(5, 3), 0, 39])
+    batch = store.__getitems__([SampleIndex(5, 3), 0, 39])
     assert all(value.dtype == torch.int64 for value in batch.values())
     np.testing.assert_array_equal(batch["codes"], codes[[5, 0, 39]])
     np.testing.assert_array_equal(batch["class_labels"], class_ids[[5, 0, 39]])

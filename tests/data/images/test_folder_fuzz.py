@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images.decoding import Decoding
+from data.images.image_io import ImageDecoding
 from data.images.reading import open_images
 from utils.errors import InputError
 
@@ -86,7 +86,7 @@ def test_every_file_is_read_counted_or_named(tmp_path: Path, capsys: pytest.Capt
     for number in range(FOLDERS):
         root = tmp_path / f"{number}."
         visible = make_folder(rng, os.fsencode(root))
-        source, refusal = refusal_of(lambda: open_images(str(root), decoding=Decoding("black", True)))  # noqa: B023
+        source, refusal = refusal_of(lambda: open_images(str(root), decoding=ImageDecoding("black", True)))  # noqa: B023
         notices = capsys.readouterr().err
         assert "\n" not in refusal
         assert all(line.startswith("notice: ") for line in notices.splitlines())

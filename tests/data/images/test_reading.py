@@ -14,8 +14,8 @@ import webdataset
 from PIL import Image
 from torch.utils.data import default_collate
 
-from data.batch_sampler import Visit
-from data.images.decoding import Decoding
+from data.batch_sampler import SampleIndex
+from data.images.image_io import ImageDecoding
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import pretokenize_transform, training_transform
 from data.loading import Batches
@@ -118,11 +118,11 @@ def test_augmentation_is_keyed_by_pass_and_index(tmp_path: Path) -> None:
     transform = training_transform(PreprocessingConfig(40, 8, True, True))
     dataset, other_seed = ImageDataset(source, transform, seed=1), ImageDataset(source, transform, seed=2)
     image = lambda data, item: data[item]["image"].numpy().tobytes()  # noqa: E731
-    assert image(dataset, 1) == image(dataset, 1) == image(dataset, Visit(1, 0))
+    assert image(dataset, 1) == image(dataset, 1) == image(dataset, SampleIndex(1, 0))
     crops = [
-        image(dataset, Visit(0, 0)),
-        image(dataset, Visit(1, 0)),
-        image(dataset, Visit(1, 1)),
+        image(dataset, SampleIndex(0, 0)),
+        image(dataset, SampleIndex(1, 0)),
+        image(dataset, SampleIndex(1, 1)),
         image(other_seed, 1),
     ]
     assert len(set(crops)) == 4
@@ -273,7 +273,7 @@ def test_a_linked_member_is_refused(tmp_path: Path) -> None:
 def test_notes_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     clear, seen = encode(picture(1).convert("RGBA")), Image.new("RGBA", (8, 8))
     samples = [{"__key__": str(i), "png": encode(seen) if i else clear, "cls": "0"} for i in range(3)]
-    source = open_images(str(write_shard(tmp_path / "a.tar", samples)), decoding=Decoding("black"))
+    source = open_images(str(write_shard(tmp_path / "a.tar", samples)), decoding=ImageDecoding("black"))
     dataset = ImageDataset(source, training_transform(PreprocessingConfig(8, 8)), seed=0)
     for _ in range(2):
         batch = default_collate([dataset[i] for i in range(3)])

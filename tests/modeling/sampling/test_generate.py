@@ -9,9 +9,9 @@ import torch
 
 from modeling.orders import random_orders
 from modeling.rear import ReAR
-from modeling.sampling import decoding
+from modeling.sampling import cached_decoding
 from modeling.sampling import generate as generate_module
-from modeling.sampling.decoding import BUCKET, StepFunctions
+from modeling.sampling.cached_decoding import BUCKET, StepFunctions
 from modeling.sampling.generate import (
     CodeSampler,
     filter_logits,
@@ -61,7 +61,7 @@ def device_code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """The code of each kind of device, run on a CPU: attention by two products over the exact length; by SDPA; by SDPA
     over whole buckets, masked beyond the position, as CUDA graphs replay it."""
     if request.param != "cpu":
-        for module in (decoding, generate_module):
+        for module in (cached_decoding, generate_module):
             monkeypatch.setattr(module, "on_gpu", lambda device: True)
     if request.param == "graphs":
         monkeypatch.setattr(generate_module, "compiles", lambda compile_mode, device: True)

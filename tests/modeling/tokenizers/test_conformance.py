@@ -67,13 +67,13 @@ class ToyTokenizer(Tokenizer):
     def decoder_activations(self) -> int:
         return 3 * self.resolution**2
 
-    def features(self, images: Tensor) -> Tensor:
+    def encode_latents(self, images: Tensor) -> Tensor:
         return nn.functional.avg_pool2d(images, 4).flatten(2).mT
 
-    def look_up(self, features: Tensor) -> Tensor:
+    def quantize_latents(self, features: Tensor) -> Tensor:
         return torch.cdist(features, self.colours).argmin(dim=-1)
 
-    def embed(self, codes: Tensor) -> Tensor:
+    def codebook_lookup(self, codes: Tensor) -> Tensor:
         return self.colours[codes]
 
     def _decode(self, codes: Tensor) -> Tensor:
@@ -88,13 +88,13 @@ class WithoutGrid(ToyTokenizer):
 
 
 class EmbedsTheNextCode(ToyTokenizer):
-    def embed(self, codes: Tensor) -> Tensor:
-        return super().embed((codes + 1) % self.codebook_size)
+    def codebook_lookup(self, codes: Tensor) -> Tensor:
+        return super().codebook_lookup((codes + 1) % self.codebook_size)
 
 
 class CountsFromOne(ToyTokenizer):
-    def look_up(self, features: Tensor) -> Tensor:
-        return super().look_up(features) + 1
+    def quantize_latents(self, features: Tensor) -> Tensor:
+        return super().quantize_latents(features) + 1
 
 
 class Transposed(ToyTokenizer):
@@ -128,10 +128,10 @@ def check_all(tokenizer: Tokenizer) -> None:
 
 def check_vectors(tokenizer: Tokenizer) -> None:
     codes = random_codes(tokenizer, 3)
-    vectors = tokenizer.embed(torch.arange(tokenizer.codebook_size)[None])  # (1, V, Z)
+    vectors = tokenizer.codebook_lookup(torch.arange(tokenizer.codebook_size)[None])  # (1, V, Z)
     assert vectors.dtype == torch.float32
-    assert tokenizer.embed(codes).shape == (3, tokenizer.image_seq_len, tokenizer.codebook_dim)
-    assert torch.equal(tokenizer.embed(codes), vectors[0, codes])  # wherever the code stands
+    assert tokenizer.codebook_lookup(codes).shape == (3, tokenizer.image_seq_len, tokenizer.codebook_dim)
+    assert torch.equal(tokenizer.codebook_lookup(codes), vectors[0, codes])  # wherever the code stands
 
 
 def check_refusals(tokenizer: Tokenizer) -> None:
@@ -148,11 +148,11 @@ def check_codes(tokenizer: Tokenizer) -> None:
     assert codes.shape == (3, tokenizer.image_seq_len)
     assert codes.min() >= 0
     assert codes.max() < tokenizer.codebook_size
-    features = tokenizer.features(images)
+    features = tokenizer.encode_latents(images)
     assert features.shape == (3, tokenizer.image_seq_len, tokenizer.codebook_dim)
-    assert torch.equal(tokenizer.look_up(features), codes)
+    assert torch.equal(tokenizer.quantize_latents(features), codes)
     everything = torch.arange(tokenizer.codebook_size)[None]
-    assert torch.equal(tokenizer.look_up(tokenizer.embed(everything)), everything)
+    assert torch.equal(tokenizer.quantize_latents(tokenizer.codebook_lookup(everything)), everything)
     for edge in (tokenizer.resolution - 1, tokenizer.resolution + 1):
         with pytest.raises(ValueError, match="expected"):
             tokenizer.encode(torch.rand(1, 3, tokenizer.resolution, edge))
@@ -192,7 +192,7 @@ def check_raster_order(tokenizer: Tokenizer) -> None:
 
         repainted = images.clone()
         repainted[:, :, row * edge : (row + 1) * edge, column * edge : (column + 1) * edge] = torch.rand(3, 1, 1)
-        difference = tokenizer.features(repainted) - tokenizer.features(images)
+        difference = tokenizer.encode_latents(repainted) - tokenizer.encode_latents(images)
         assert near(difference.abs().mean(dim=(0, 2)).unflatten(0, (rows, columns)), row, column)
 
 
@@ -220,7 +220,7 @@ def check_fast_decoder(tokenizer: Tokenizer) -> None:
 def check_hash(tokenizer: Tokenizer) -> None:
     sha256, other = tokenizer.sha256(), copy.deepcopy(tokenizer)
     assert len(sha256) == 64
-    tokenizer.embed(random_codes(tokenizer, 1))
+    tokenizer.codebook_lookup(random_codes(tokenizer, 1))
     assert tokenizer.sha256() == other.sha256() == sha256
     next(other.parameters()).flatten()[0] += 1
     assert other.sha256() != sha256

@@ -92,7 +92,7 @@ def check(published: Published, images: Tensor, every: int, channels: slice) -> 
     assert certain.float().mean() > 0.99
     assert torch.equal(codes[certain], expected["codes"][certain])
     if "embed" in expected:
-        vectors = tokenizer.embed(expected["decode_ids"])[:, : expected["embed"].shape[1]]
+        vectors = tokenizer.codebook_lookup(expected["decode_ids"])[:, : expected["embed"].shape[1]]
         torch.testing.assert_close(vectors, expected["embed"], **close)
     for name, given in (("decoded_unclamped", expected["decode_ids"]), ("reconstruction", expected["codes"])):
         decoded = published.in_their_range(tokenizer.decode_unclamped(given))
@@ -186,7 +186,7 @@ def test_computed_tensors_of_published_files_are_compared(tmp_path: Path) -> Non
     tokenizer = build_tokenizer(small("maskbit_lfq_tiny"))
     buffers = {
         "quantize.bits_to_indices": 2 ** torch.arange(10, dtype=torch.int32),
-        "quantize.codebook": tokenizer.embed(torch.arange(1024)[None])[0].half(),
+        "quantize.codebook": tokenizer.codebook_lookup(torch.arange(1024)[None])[0].half(),
     }
     path = tmp_path / "published.bin"
     torch.save(tokenizer.state_dict() | buffers, path)

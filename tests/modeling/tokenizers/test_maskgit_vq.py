@@ -73,14 +73,14 @@ def test_decoder(published: MaskGitVQ, expected: dict[str, Tensor]) -> None:
     codes = expected["decode_ids"].long()
     decoded = published.decode_unclamped(codes)[0, :, ::4, ::4]
     torch.testing.assert_close(decoded, expected["decoded_unclamped"], atol=1e-3, rtol=0)
-    torch.testing.assert_close(published.embed(codes)[0, :4], expected["features_row0"], atol=0, rtol=0)
+    torch.testing.assert_close(published.codebook_lookup(codes)[0, :4], expected["features_row0"], atol=0, rtol=0)
 
 
 def test_small_shapes(small: MaskGitVQ) -> None:
     images = torch.rand(2, 3, 16, 16)
     codes = small.encode(images)
     assert codes.shape == (2, 16)
-    assert small.embed(codes).shape == (2, 16, 8)
+    assert small.codebook_lookup(codes).shape == (2, 16, 8)
     decoded = small.decode(codes)
     assert decoded.shape == images.shape
     assert decoded.min() >= 0
@@ -93,7 +93,7 @@ def test_small_shapes(small: MaskGitVQ) -> None:
 
 def test_codes_are_in_raster_order(small: MaskGitVQ) -> None:
     codes = torch.arange(16)[None]
-    grid = small.embed(codes).reshape(1, 4, 4, 8).permute(0, 3, 1, 2)
+    grid = small.codebook_lookup(codes).reshape(1, 4, 4, 8).permute(0, 3, 1, 2)
     assert torch.equal(small.quantize(grid).codes, codes)
 
 
@@ -132,7 +132,9 @@ def test_load_tokenizer(tmp_path: Path, small: MaskGitVQ, name: str) -> None:
     loaded = load_tokenizer(small_config(tmp_path / name))
     assert not loaded.training
     assert all(not p.requires_grad and p.dtype == torch.float32 for p in loaded.parameters())
-    torch.testing.assert_close(loaded.embed(torch.arange(16)[None]), small.embed(torch.arange(16)[None]).half().float())
+    torch.testing.assert_close(
+        loaded.codebook_lookup(torch.arange(16)[None]), small.codebook_lookup(torch.arange(16)[None]).half().float()
+    )
 
 
 def test_load_tokenizer_of_another_size(tmp_path: Path) -> None:

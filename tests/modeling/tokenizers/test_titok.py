@@ -49,13 +49,13 @@ def check(model: TiTokVQ, expected: dict[str, Tensor], images: Tensor, every: in
     Args:
         every: pixels that the expected images hold, in both directions.
     """
-    features = model.features(images)
+    features = model.encode_latents(images)
     torch.testing.assert_close(features.mT, expected["features"], atol=1e-4, rtol=0)
     clear = expected["margins"] > 1e-4
     assert clear.float().mean() > 0.9
     codes = model.encode(images)
     assert torch.equal(codes[clear], expected["codes"][clear])
-    embedded = model.embed(expected["decode_ids"])
+    embedded = model.codebook_lookup(expected["decode_ids"])
     torch.testing.assert_close(embedded[:, : expected["embed"].shape[1]], expected["embed"], atol=1e-4, rtol=0)
     for name, shown in (("decoded_unclamped", expected["decode_ids"]), ("reconstruction", expected["codes"])):
         pixels = model.decode_unclamped(shown)[..., ::every, ::every]
@@ -72,7 +72,7 @@ def test_tiny(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model.load_state_dict(state)
     check(model, expected, expected["images"], 1)
     if model.is_legacy:
-        logits = model.decoder(model.embed(expected["decode_ids"]))
+        logits = model.decoder(model.codebook_lookup(expected["decode_ids"]))
         torch.testing.assert_close(logits, expected["pixel_code_logits"], atol=1e-4, rtol=0)
     torch.testing.assert_close(model.fast_decoder()(expected["codes"]), expected["reconstruction"], atol=1e-4, rtol=0)
     assert tokenizer_sizes(state) == config
@@ -100,7 +100,7 @@ def test_full_size(name: str) -> None:
     images = formula_images(seed, 1, 256)
     torch.testing.assert_close(images[0, :, 0, :4], expected["image_head"])
     check(model, expected, images, 4)
-    logits = model.decoder(model.embed(expected["decode_ids"]))[:, ::64]
+    logits = model.decoder(model.codebook_lookup(expected["decode_ids"]))[:, ::64]
     torch.testing.assert_close(logits, expected["pixel_code_logits"], atol=1e-4, rtol=0)
 
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from utils.files.atomic import complete_file, complete_folder, write_text
+from utils.files.atomic import atomic_file, atomic_folder, write_text
 
 
 def test_a_file_takes_the_place_of_the_old_one_at_the_end(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_text(path, "old")
-    with complete_file(path) as partial:
+    with atomic_file(path) as partial:
         partial.write_text("new")
         assert path.read_text() == "old"
     assert path.read_text() == "new"
@@ -25,9 +25,9 @@ def write_half(path: Path) -> None:
 def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_text(path, "old")
-    with pytest.raises(RuntimeError), complete_file(path) as partial:
+    with pytest.raises(RuntimeError), atomic_file(path) as partial:
         write_half(partial)
-    with pytest.raises(FileNotFoundError), complete_file(path):
+    with pytest.raises(FileNotFoundError), atomic_file(path):
         pass  # nothing written
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -36,7 +36,7 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     (tmp_path / "a.tmp").mkdir()
     (tmp_path / "a.tmp/of a killed run").touch()
-    with complete_folder(tmp_path / "a") as partial:
+    with atomic_folder(tmp_path / "a") as partial:
         assert list(partial.iterdir()) == []
         (partial / "inside").mkdir()
         (partial / "inside/file").write_text("new")
@@ -46,12 +46,12 @@ def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
 
 
 def test_an_error_leaves_no_folder_and_none_is_replaced(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), complete_folder(tmp_path / "a") as partial:
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "a") as partial:
         write_half(partial / "file")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "a").mkdir()
     (tmp_path / "a/of somebody").touch()
-    with pytest.raises(OSError, match="not empty"), complete_folder(tmp_path / "a") as partial:
+    with pytest.raises(OSError, match="not empty"), atomic_folder(tmp_path / "a") as partial:
         (partial / "file").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["a", "of somebody"]
 
@@ -59,6 +59,6 @@ def test_an_error_leaves_no_folder_and_none_is_replaced(tmp_path: Path) -> None:
 def test_all_is_flushed_to_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events = []
     monkeypatch.setattr("utils.files.atomic.sync", lambda path: events.append((path.name, (tmp_path / "a").exists())))
-    with complete_folder(tmp_path / "a") as partial:
+    with atomic_folder(tmp_path / "a") as partial:
         (partial / "file").touch()
     assert events == [("file", False), ("a.tmp", False), (tmp_path.name, True)]

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests.processes import run_ranks
-from utils.ranks import World, join_world
+from utils.distributed import DistributedContext, init_distributed
 from utils.run.clock import StepClock, Times
 from utils.run.interval import IntervalMeans, Ratio
 from utils.run.measurements import Measurements
 from utils.run.performance import Performance, peak_flops
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 def metrics_of(step: int, rank: int = 0) -> list[dict]:
@@ -41,11 +41,11 @@ def test_means_of_every_interval() -> None:
 
 
 def two_ranks() -> None:
-    with join_world(30, 30) as world:
-        interval = IntervalMeans(world)
+    with init_distributed(30, 30) as ctx:
+        interval = IntervalMeans(ctx)
         for step in range(5):
-            interval.add(metrics_of(step, world.rank), torch.tensor(float(step)))
-        means, of_ranks = interval.take([world.rank, 7.5])
+            interval.add(metrics_of(step, ctx.rank), torch.tensor(float(step)))
+        means, of_ranks = interval.take([ctx.rank, 7.5])
         check_means(means, range(5), ranks=2)
         assert of_ranks == [[0, 7.5], [1, 7.5]]
 
@@ -101,7 +101,7 @@ def test_the_time_of_steps_pauses_and_waiting(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_speed_and_waiting_of_the_slowest_rank() -> None:
-    performance = Performance(World(0, 2, torch.device("cpu")), global_batch_size=64, flops_per_image=1e9)
+    performance = Performance(DistributedContext(0, 2, torch.device("cpu")), global_batch_size=64, flops_per_image=1e9)
     metrics = performance.metrics(Times(steps=4, in_steps=8.0, waiting=1.0, pauses=3.0), [[1.0, 0, 0], [2.0, 0, 0]])
     assert metrics == {
         "perf/pause_s": 3.0,

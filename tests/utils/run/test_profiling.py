@@ -11,8 +11,8 @@ import torch
 from modeling.sampling import sample_grid
 from scripts import train_rear
 from utils.config import load_config, save_config
+from utils.distributed import DistributedContext
 from utils.errors import InputError
-from utils.ranks import World
 from utils.run.profiling import profiled
 
 
@@ -37,7 +37,10 @@ def steps_of(folder: Path) -> list[str]:
 )
 def test_the_trace_holds_its_steps(tmp_path: Path, profile: str, begin: int, last: int, steps: list[str]) -> None:
     config = load_config([f"experiment.output_dir={tmp_path}", f"training.profile={profile}"])
-    numbers, seen = profiled(range(begin, 10), config, World(0, 1, torch.device("cpu")), logging.getLogger()), []
+    numbers, seen = (
+        profiled(range(begin, 10), config, DistributedContext(0, 1, torch.device("cpu")), logging.getLogger()),
+        [],
+    )
     for number in numbers:
         seen.append(number)
         torch.ones(1).relu()
@@ -52,7 +55,9 @@ def test_the_trace_holds_its_steps(tmp_path: Path, profile: str, begin: int, las
 @pytest.mark.parametrize(("profile", "rank"), [("20:30", 0), ("3:5", 1), ("null", 0)])
 def test_nothing_is_written_without_such_a_step_or_on_another_rank(tmp_path: Path, profile: str, rank: int) -> None:
     config = load_config([f"experiment.output_dir={tmp_path}", f"training.profile={profile}"])
-    assert list(profiled(range(10), config, World(rank, 2, torch.device("cpu")), logging.getLogger())) == [*range(10)]
+    assert list(profiled(range(10), config, DistributedContext(rank, 2, torch.device("cpu")), logging.getLogger())) == [
+        *range(10)
+    ]
     assert list(tmp_path.iterdir()) == []
 
 

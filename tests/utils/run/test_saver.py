@@ -37,7 +37,7 @@ def test_saves_share_their_memory_and_hold_the_state_of_their_step(
         optimizer.step()
         weights[step] = model.weight.detach().clone()
         saver.start(
-            TrainingState(step, 8, 8 * step), Resumable({"model": model}, {"adam": (model, optimizer)}), is_main=True
+            TrainingState(step, 8, 8 * step), Resumable({"model": model}, {"adam": (model, optimizer)}), is_rank0=True
         )
         threading.Timer(0.2, may_write.set).start()
     model.weight.data.zero_()

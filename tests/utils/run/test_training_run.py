@@ -10,7 +10,7 @@ from torch import nn
 
 from tests.processes import run_ranks
 from utils.config import load_config
-from utils.run.garbage import EVERY, collected_between_steps
+from utils.run.gc_control import EVERY, gc_between_steps
 from utils.run.training_run import TrainingRun
 
 
@@ -36,7 +36,7 @@ def save_twice(arguments: list[str]) -> None:
             run.save()
         run.finish()
         copies = list(run._saver._buffers._tensors.values())
-        expected = sum(tensor.nbytes for tensor in model.state_dict().values()) if run.world.is_main else 0
+        expected = sum(tensor.nbytes for tensor in model.state_dict().values()) if run.ctx.is_rank0 else 0
         assert sum(copy.nbytes for copy in copies) == expected
 
 
@@ -53,7 +53,7 @@ def test_garbage_waits_for_its_step() -> None:
             self.itself = self
 
     before = gc.isenabled(), gc.get_freeze_count()
-    with collected_between_steps() as collect:
+    with gc_between_steps() as collect:
         garbage = weakref.ref(Node())
         assert not gc.isenabled()
         collect(EVERY - 1)

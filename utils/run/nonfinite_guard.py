@@ -5,13 +5,13 @@ import logging
 import torch
 from torch import Tensor
 
+from utils.distributed import DistributedContext
 from utils.errors import TrainingError
-from utils.ranks import World
 from utils.run.saver import CheckpointSaver
 from utils.run.signals import StopSignals
 
 
-class StepGuard:
+class NonFiniteGuard:
     """Decides on every rank alike whether to update, to go on or to end.
 
     Args:
@@ -25,18 +25,18 @@ class StepGuard:
 
     def __init__(
         self,
-        world: World,
+        ctx: DistributedContext,
         nonfinite_steps: int,
         limit: int,
         signals: StopSignals,
         saver: CheckpointSaver,
         logger: logging.Logger,
     ) -> None:
-        self.world, self.nonfinite_steps, self.limit, self.in_a_row = world, nonfinite_steps, limit, 0
+        self.ctx, self.nonfinite_steps, self.limit, self.in_a_row = ctx, nonfinite_steps, limit, 0
         self.signals, self.saver, self.logger = signals, saver, logger
         self.stop = False
 
-    def allows_update(self, step: int, loss_and_norm: Tensor) -> bool:
+    def update_is_finite(self, step: int, loss_and_norm: Tensor) -> bool:
         """Join the flags of all ranks. Waits for the device, once per step. A fused optimizer could skip an update
         without that (`found_inf`), but EMA, means, counts, saves and the end of the run depend on the answer, too.
 
@@ -50,7 +50,7 @@ class StepGuard:
         # Filled on the device: assigned to an element, a number would be copied there, with a wait of its own.
         of_host = [torch.full_like(unusable, flag) for flag in (self.signals.requested(), self.saver.gave_up)]
         flags = torch.stack([*of_host, unusable]).float()
-        self.stop, save_failed, nonfinite = (flag > 0 for flag in self.world.max(flags).tolist())
+        self.stop, save_failed, nonfinite = (flag > 0 for flag in self.ctx.all_reduce_max(flags).tolist())
         if save_failed:
             raise TrainingError(
                 f"step {step}: checkpoints failed {self.saver.limit} times in a row (experiment.max_save_failures); "
@@ -70,4 +70,4 @@ class StepGuard:
         return False
 
     def _last_good(self) -> str:
-        return self.saver.describe_last_good() if self.world.is_main else "rank 0 names the last good checkpoint"
+        return self.saver.describe_last_good() if self.ctx.is_rank0 else "rank 0 names the last good checkpoint"

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.files.parts import Parts
+from utils.files.chunk_files import ChunkFiles
 from utils.images import write_png
 
 PNG_THREADS = 4
 
 
-class SampleParts(Parts):
-    """Part files that hold images, or their codes; see `Parts`.
+class SampleChunks(ChunkFiles):
+    """Part files that hold images, or their codes; see `ChunkFiles`.
 
     Args:
         folder: where they lie; `claim` creates it.
@@ -46,17 +46,17 @@ class SampleParts(Parts):
         return np.concatenate(parts)
 
 
-class PartWriter:
+class ChunkWriter:
     """Writes parts, and PNG files before them, in worker threads beside the sampling; the parts appear in order."""
 
-    def __init__(self, parts: SampleParts, output: Path, save_png: bool) -> None:
+    def __init__(self, parts: SampleChunks, output: Path, save_png: bool) -> None:
         self.parts, self.folder = parts, output.with_name(output.name + ".images") if save_png else None
         self.queue, self.png_pool = ThreadPoolExecutor(1), ThreadPoolExecutor(PNG_THREADS)
         self.last: Future | None = None
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def __enter__(self) -> "PartWriter":
+    def __enter__(self) -> "ChunkWriter":
         return self
 
     def __exit__(self, *error: object) -> None:

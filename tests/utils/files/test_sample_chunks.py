@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from utils.errors import InputError
-from utils.files.parts import FINGERPRINT
-from utils.files.sample_parts import SampleParts
+from utils.files.chunk_files import FINGERPRINT
+from utils.files.sample_chunks import SampleChunks
 
 FINGERPRINT_A = {"sampling.seed": 42, "sampling.compile": "auto"}
 
@@ -16,20 +16,20 @@ def images_of(block: range) -> np.ndarray:
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> SampleParts:
-    parts = SampleParts(tmp_path / "x.parts", num_images=10, block_size=4)
+def parts(tmp_path: Path) -> SampleChunks:
+    parts = SampleChunks(tmp_path / "x.parts", num_images=10, block_size=4)
     parts.claim(FINGERPRINT_A)
     return parts
 
 
-def test_blocks_cover_all_images(parts: SampleParts) -> None:
+def test_blocks_cover_all_images(parts: SampleChunks) -> None:
     assert parts.blocks == [range(0, 4), range(4, 8), range(8, 10)]
-    assert SampleParts(parts.folder, 3, 50).blocks == [range(3)]
+    assert SampleChunks(parts.folder, 3, 50).blocks == [range(3)]
 
 
-def test_what_is_saved_is_not_missing(parts: SampleParts) -> None:
+def test_what_is_saved_is_not_missing(parts: SampleChunks) -> None:
     parts.save(range(4, 8), images_of(range(4, 8)))
-    assert SampleParts(parts.folder, 10, 4).missing() == [range(0, 4), range(8, 10)]
+    assert SampleChunks(parts.folder, 10, 4).missing() == [range(0, 4), range(8, 10)]
     for block in parts.missing():
         parts.save(block, images_of(block))
     parts.wait()
@@ -38,7 +38,7 @@ def test_what_is_saved_is_not_missing(parts: SampleParts) -> None:
     np.testing.assert_array_equal(parts.first_images(50), images_of(range(10)))
 
 
-def test_a_write_that_fails_leaves_nothing(parts: SampleParts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_nothing(parts: SampleChunks, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(file: object, array: np.ndarray) -> None:
         file.write(b"half")
         raise OSError(errno.ENOSPC, "disk full")
@@ -49,7 +49,7 @@ def test_a_write_that_fails_leaves_nothing(parts: SampleParts, monkeypatch: pyte
     assert [path.name for path in parts.folder.iterdir()] == [FINGERPRINT]
 
 
-def test_another_origin_is_refused(parts: SampleParts) -> None:
+def test_another_origin_is_refused(parts: SampleChunks) -> None:
     with pytest.raises(InputError, match=r"fingerprint\.json: sampling\.seed=42 .* found 1; finish that run first"):
         parts.claim({**FINGERPRINT_A, "sampling.seed": 1})
     parts.claim(FINGERPRINT_A)  # the first claim stands
@@ -57,7 +57,7 @@ def test_another_origin_is_refused(parts: SampleParts) -> None:
         parts.check({"sampling.seed": 42})
 
 
-def test_parts_without_a_fingerprint(parts: SampleParts) -> None:
+def test_parts_without_a_fingerprint(parts: SampleChunks) -> None:
     parts.save(range(0, 4), images_of(range(0, 4)))
     (parts.folder / FINGERPRINT).unlink()
     with pytest.raises(InputError, match=r"holds parts but no fingerprint\.json"):
@@ -65,7 +65,7 @@ def test_parts_without_a_fingerprint(parts: SampleParts) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{"])
-def test_a_damaged_fingerprint_is_one_line(parts: SampleParts, content: str) -> None:
+def test_a_damaged_fingerprint_is_one_line(parts: SampleChunks, content: str) -> None:
     (parts.folder / FINGERPRINT).write_text(content)
     with pytest.raises(InputError, match=r"fingerprint\.json: (found no JSON|damaged)") as error:
         parts.claim(FINGERPRINT_A)

@@ -1,8 +1,8 @@
 """The processes of a launch: which one this is, and what they do together.
 
-`join_world` is for every script, started by torchrun, by accelerate or alone. All processes first meet at a store (a
-small key-value server of rank 0 or of torchrun): a process group can only time out as a whole, while there the rank
-that is missing is known by its number.
+Every script calls `init_distributed`, whether it was started by torchrun, by accelerate or alone. All processes first
+meet at a store (a small key-value server of rank 0 or of torchrun): a process group can only time out as a whole, but
+the store knows which rank is missing.
 """
 
 import ctypes
@@ -48,7 +48,7 @@ LAUNCHER_SETTINGS = {
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """All processes of a launch, seen by one of them. Every method but the properties is called by all of them.
 
     Reductions end after `group_timeout`, for nothing but a dead or hanging rank makes them wait. Waiting for what rank
@@ -58,17 +58,17 @@ class World:
     rank: int
     size: int
     device: torch.device
-    patient_group: Any = None  # a gloo group without a time limit; None for a single process
+    no_timeout_group: Any = None  # a gloo group without a time limit; None for a single process
 
     @property
-    def is_main(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum over all processes, on each of them; dtype, shape and device of `values`, which stays as it is."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
-    def max(self, values: Tensor) -> Tensor:
+    def all_reduce_max(self, values: Tensor) -> Tensor:
         """The largest value over all processes, element by element; `values` stays as it is."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
@@ -82,40 +82,40 @@ class World:
     def barrier(self) -> None:
         """Wait for all, without a limit."""
         if self.size > 1:
-            dist.barrier(group=self.patient_group)
+            dist.barrier(group=self.no_timeout_group)
 
-    def from_main(self, make: Callable[[], T]) -> T:
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
         """What `make` gives on rank 0, pickled to the others.
 
         Raises:
             Exception: from `make`, on rank 0; the others leave without repeating its message.
         """
-        made = self._attempt(make) if self.is_main else (None, None)
+        made = self._attempt(make) if self.is_rank0 else (None, None)
         if self.size > 1:
             sent = [(made[0], made[1] is not None)]
-            dist.broadcast_object_list(sent, src=0, group=self.patient_group)
-            if not self.is_main:
+            dist.broadcast_object_list(sent, src=0, group=self.no_timeout_group)
+            if not self.is_rank0:
                 made = (sent[0][0], SystemExit(1) if sent[0][1] else None)
         return self._result(made)
 
-    def main_first(self, make: Callable[[], T]) -> T:
+    def rank0_first(self, make: Callable[[], T]) -> T:
         """What `make` gives here, run on rank 0 and then on the others: what rank 0 converts, they find converted.
 
         Raises:
             Exception: from `make`, where it failed; the other ranks leave without a message.
         """
         made: list[T] = []
-        self.from_main(lambda: made.append(make()))
+        self.broadcast_from_rank0(lambda: made.append(make()))
         if self.size == 1:
             return made[0]
         result = (made[0], None) if made else self._attempt(make)
         failed = [False] * self.size
-        dist.all_gather_object(failed, result[1] is not None, group=self.patient_group)
+        dist.all_gather_object(failed, result[1] is not None, group=self.no_timeout_group)
         if any(failed) and result[1] is None:
             raise SystemExit(1)
         return self._result(result)
 
-    def agree(self, topic: str, facts: dict[str, Any]) -> None:
+    def assert_same_on_all_ranks(self, topic: str, facts: dict[str, Any]) -> None:
         """Check that `facts` are equal on all ranks.
 
         Raises:
@@ -124,7 +124,7 @@ class World:
         if self.size == 1:
             return
         of_ranks: list[dict[str, Any]] = [{}] * self.size
-        dist.all_gather_object(of_ranks, facts, group=self.patient_group)
+        dist.all_gather_object(of_ranks, facts, group=self.no_timeout_group)
         for rank, theirs in enumerate(of_ranks):
             ours = of_ranks[0]
             differing = [key for key in sorted({*ours, *theirs}) if ours.get(key) != theirs.get(key)]
@@ -132,7 +132,7 @@ class World:
                 lines = [f"{key}={theirs.get(key)} instead of {ours.get(key)}" for key in differing[:NAMED_IN_ERRORS]]
                 more = f" and {len(differing) - len(lines)} more" if len(differing) > len(lines) else ""
                 message = f"launch: rank {rank} differs from rank 0 in its {topic}: {'; '.join(lines)}{more}"
-                raise InputError(message) if self.is_main else SystemExit(1)
+                raise InputError(message) if self.is_rank0 else SystemExit(1)
 
     @staticmethod
     def _attempt(make: Callable[[], T]) -> tuple[T | None, BaseException | None]:
@@ -149,9 +149,9 @@ class World:
 
 
 @contextmanager
-def join_world(
+def init_distributed(
     launch_timeout: int = LAUNCH_TIMEOUT_S, group_timeout: int = GROUP_TIMEOUT_S, traces: Path | None = None
-) -> Iterator[World]:
+) -> Iterator[DistributedContext]:
     """Meet the other processes and form a group with them: nccl on GPUs, gloo on CPU. The group is left at the end.
 
     Args:
@@ -174,7 +174,7 @@ def join_world(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size == 1:
-        yield World(0, 1, device)
+        yield DistributedContext(0, 1, device)
         return
     if traces is not None:
         for name, value in FLIGHT_RECORDER.items():
@@ -182,11 +182,11 @@ def join_world(
     store = _meet(rank, size, launch_timeout)
     backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=group_timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    patient_group = dist.new_group(backend="gloo", timeout=NO_LIMIT)
-    for group in (dist.group.WORLD, patient_group):
+    no_timeout_group = dist.new_group(backend="gloo", timeout=NO_LIMIT)
+    for group in (dist.group.WORLD, no_timeout_group):
         _keep_to_the_end(group)
     try:
-        yield World(rank, size, device, patient_group)
+        yield DistributedContext(rank, size, device, no_timeout_group)
         dist.destroy_process_group()  # not after an error: it may wait for the rank that is gone
     finally:
         time.sleep(THREADS_REST_S)

@@ -12,20 +12,20 @@ import torch
 from tqdm import tqdm
 
 from data.codes.token_store import TokenStore
-from data.images.decoding import Decoding, Note
+from data.images.image_io import ImageDecoding, Note
 from data.images.notices import check_bad
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import training_transform
 from data.loading import Batch, Batches, on_device
 from data.training_batches import TrainingSet, check_tokenizer, open_codes, training_classes
+from utils.distributed import DistributedContext
 from utils.errors import InputError
-from utils.ranks import World
 from utils.schema import Config
 
 MAX_IMAGES = 10_000  # of which a Frechet distance knows the features
 
 
-def open_heldout(config: Config, tokenizer_sha256: str, verify: bool = True) -> TrainingSet | None:
+def open_validation_data(config: Config, tokenizer_sha256: str, verify: bool = True) -> TrainingSet | None:
     """The codes of `dataset.params.eval_pretokenization`, or else centre crops of `eval_shards_path_or_url`; None if
     neither is given or `experiment.eval_every` is 0.
 
@@ -48,13 +48,13 @@ def open_heldout(config: Config, tokenizer_sha256: str, verify: bool = True) -> 
         return store
     if params.eval_shards_path_or_url is not None:
         try:
-            return open_heldout_images(config, config.model.generator.condition_num_classes)
+            return open_validation_images(config, config.model.generator.condition_num_classes)
         except InputError as error:
             raise InputError(f"held-out images (experiment.eval_every=0 goes without): {error}") from error
     return None
 
 
-def open_heldout_images(config: Config, num_classes: int | None = None) -> ImageDataset:
+def open_validation_images(config: Config, num_classes: int | None = None) -> ImageDataset:
     """`open_center_crops`, with the class ids of the training data.
 
     Raises:
@@ -76,7 +76,7 @@ def open_center_crops(config: Config, num_classes: int | None = None) -> ImageDa
     if params.eval_shards_path_or_url is None:
         raise InputError("dataset.params.eval_shards_path_or_url: missing; give tar shards or a folder per class")
     transform = training_transform(replace(preprocessing, random_crop=False, random_flip=False))
-    source = open_images(params.eval_shards_path_or_url, num_classes, Decoding.of(preprocessing))
+    source = open_images(params.eval_shards_path_or_url, num_classes, ImageDecoding.of(preprocessing))
     return ImageDataset(source, transform, 0, allowed_bad_fraction(params))
 
 
@@ -93,7 +93,7 @@ def _check_class_names(store: TokenStore, config: Config) -> None:
         )
 
 
-def heldout_batches(dataset: TrainingSet, config: Config, world: World) -> Iterator[Batch]:
+def validation_batches(dataset: TrainingSet, config: Config, ctx: DistributedContext) -> Iterator[Batch]:
     """Batches of `training.per_gpu_batch_size` in the order of the data, dealt to the ranks, on their
     devices; all of them read to the end. Rank 0 shows its progress.
 
@@ -105,28 +105,28 @@ def heldout_batches(dataset: TrainingSet, config: Config, world: World) -> Itera
         InputError: the ranks have other data, or too many images cannot be decoded.
         Exception: what `Batches` raises.
     """
-    world.agree("held-out data", {"fingerprint": dataset.fingerprint})
+    ctx.assert_same_on_all_ranks("held-out data", {"fingerprint": dataset.fingerprint})
     size = config.training.per_gpu_batch_size
-    starts = range(0, len(dataset), size)[world.rank :: world.size]
+    starts = range(0, len(dataset), size)[ctx.rank :: ctx.size]
     items = [list(range(start, min(start + size, len(dataset)))) for start in starts]
     batches = Batches(dataset, items, config.dataset.params.num_workers_per_gpu)
-    silent = None if world.is_main else True  # None: without a terminal
+    silent = None if ctx.is_rank0 else True  # None: without a terminal
     progress = tqdm(batches, "held-out data", len(items), unit="batch", disable=silent, delay=2)
     if isinstance(dataset, TokenStore):
-        yield from (on_device(batch, world.device) for batch in progress)
+        yield from (on_device(batch, ctx.device) for batch in progress)
         return
     unreadable = torch.zeros(len(dataset), dtype=torch.int32)
     for batch in progress:
         dataset.notes.add(batch["index"], batch["notes"])
         batch["readable"] = batch.pop("notes") & Note.UNREADABLE == 0
         unreadable[batch["index"]] = (~batch["readable"]).int()
-        yield on_device(batch, world.device)
-    bad = world.sum(unreadable).nonzero()[:, 0].tolist()
+        yield on_device(batch, ctx.device)
+    bad = ctx.all_reduce_sum(unreadable).nonzero()[:, 0].tolist()
     check_bad(dataset.source, set(bad), dataset.notes.max_bad_fraction)
     dataset.notes.summary()
 
 
-class HeldOutPixels:
+class ValidationPixels:
     """Bytes of held-out images: of all, or of 10,000 at equal steps in the data. In the place of an image that cannot
     be decoded is the next one."""
 

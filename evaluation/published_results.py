@@ -1,4 +1,4 @@
-"""Published numbers (configs/rows.yaml): what is sampled with what, and what has to come out within which tolerance."""
+"""Published results (configs/published_results.yaml): settings, expected scores and their tolerances."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -13,7 +13,7 @@ MOMENTS = 2  # of Adam, each as large as the parameters
 
 
 @dataclass
-class MemoryPlan:
+class MemoryEstimate:
     """Bytes on each device, by part.
 
     Attributes:
@@ -33,7 +33,7 @@ class MemoryPlan:
         shards: int,
         activation_bytes: float | None,
         micro_steps: int = 1,
-    ) -> "MemoryPlan":
+    ) -> "MemoryEstimate":
         """
         Args:
             modules: as in a checkpoint, not sharded yet or sharded.

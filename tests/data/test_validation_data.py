@@ -7,20 +7,20 @@ import pytest
 import torch
 from PIL import Image
 
-from data import heldout
+from data import validation_data
 from data.codes.token_store import TokenStore
-from data.heldout import HeldOutPixels, heldout_batches, open_heldout
 from data.images.reading import ImageDataset
-from modeling.heldout import HeldOut
+from data.validation_data import ValidationPixels, open_validation_data, validation_batches
 from modeling.tokenizers.registry import load_tokenizer
+from modeling.validation import ValidationTokens
 from scripts import pretokenize
 from tests.conftest import make_noise_images
 from utils.config import load_config
+from utils.distributed import DistributedContext
 from utils.errors import InputError
-from utils.ranks import World
 from utils.schema import Config
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -48,18 +48,18 @@ def pretokenized(arguments: list[str], images: Path, *more: str) -> Path:
     return store
 
 
-def read(config: Config) -> HeldOut:
+def read(config: Config) -> ValidationTokens:
     tokenizer = load_tokenizer(config)
-    dataset = open_heldout(config, tokenizer.sha256())
+    dataset = open_validation_data(config, tokenizer.sha256())
     assert dataset is not None
-    return HeldOut.of(heldout_batches(dataset, config, ALONE), len(dataset), tokenizer, ALONE)
+    return ValidationTokens.of(validation_batches(dataset, config, ALONE), len(dataset), tokenizer, ALONE)
 
 
 def test_none_where_none_is_asked_for(tiny_arguments: list[str], images: Path, codes: str) -> None:
-    assert open_heldout(load(tiny_arguments), "") is None
-    assert open_heldout(load(tiny_arguments, codes, of_images(images), "experiment.eval_every=0"), "") is None
-    assert isinstance(open_heldout(load(tiny_arguments, of_images(images)), ""), ImageDataset)
-    assert isinstance(open_heldout(load(tiny_arguments, codes, of_images(images)), ""), TokenStore)
+    assert open_validation_data(load(tiny_arguments), "") is None
+    assert open_validation_data(load(tiny_arguments, codes, of_images(images), "experiment.eval_every=0"), "") is None
+    assert isinstance(open_validation_data(load(tiny_arguments, of_images(images)), ""), ImageDataset)
+    assert isinstance(open_validation_data(load(tiny_arguments, codes, of_images(images)), ""), TokenStore)
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -98,18 +98,18 @@ def test_labels_are_those_of_training(tiny_arguments: list[str], images: Path, t
     store = f"dataset.params.eval_pretokenization={pretokenized(tiny_arguments, images)}"
     message = r"dataset\.params\.eval_pretokenization: found other class names in .*heldout\.tokens than in .*train, "
     with pytest.raises(InputError, match=message):
-        open_heldout(load(tiny_arguments, store, training), load_tokenizer(load(tiny_arguments)).sha256())
+        open_validation_data(load(tiny_arguments, store, training), load_tokenizer(load(tiny_arguments)).sha256())
 
 
 def test_what_does_not_fit_is_named(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     missing = f"dataset.params.eval_pretokenization={tmp_path / 'missing.jsonl'}"
     with pytest.raises(InputError, match=r"^dataset\.params\.eval_pretokenization=.*missing\.jsonl: no such file$"):
-        open_heldout(load(tiny_arguments, missing), "")
+        open_validation_data(load(tiny_arguments, missing), "")
     store = f"dataset.params.eval_pretokenization={pretokenized(tiny_arguments, images)}"
     with pytest.raises(InputError, match=r"^\S*heldout\.tokens: made by a tokenizer of sha256 .*, abc\.\.\.$"):
-        open_heldout(load(tiny_arguments, store), "abc")
+        open_validation_data(load(tiny_arguments, store), "abc")
     with pytest.raises(InputError, match=r"dog/0\.png: found class id 1, expected less than 1 \(num_classes\)"):
-        open_heldout(load(tiny_arguments, of_images(images), "model.generator.condition_num_classes=1"), "")
+        open_validation_data(load(tiny_arguments, of_images(images), "model.generator.condition_num_classes=1"), "")
 
 
 def test_hashes_are_verified_if_asked_for(tiny_arguments: list[str], images: Path) -> None:
@@ -118,9 +118,9 @@ def test_hashes_are_verified_if_asked_for(tiny_arguments: list[str], images: Pat
     array[0, 0] ^= 1
     np.save(path / "tokens.npy", array)
     store, sha256 = f"dataset.params.eval_pretokenization={path}", load_tokenizer(load(tiny_arguments)).sha256()
-    assert open_heldout(load(tiny_arguments, store), sha256) is not None
+    assert open_validation_data(load(tiny_arguments, store), sha256) is not None
     with pytest.raises(InputError, match=r"tokens\.npy: found sha256"):
-        open_heldout(load(tiny_arguments, store, "dataset.params.verify_hashes=true"), sha256)
+        open_validation_data(load(tiny_arguments, store, "dataset.params.verify_hashes=true"), sha256)
 
 
 def test_pixels_are_the_bytes_of_the_crops(
@@ -128,9 +128,9 @@ def test_pixels_are_the_bytes_of_the_crops(
 ) -> None:
     images = make_noise_images(tmp_path / "small", 5, 16, 16)
     files = np.stack([np.asarray(Image.open(path)) for path in sorted(images.glob("*/*.png"))])
-    pixels = HeldOutPixels(load(tiny_arguments, of_images(images)))
+    pixels = ValidationPixels(load(tiny_arguments, of_images(images)))
     assert len(pixels) == 10
     np.testing.assert_array_equal(pixels.read(2, 7), files[2:7])
-    monkeypatch.setattr(heldout, "MAX_IMAGES", 4)
-    some = HeldOutPixels(load(tiny_arguments, of_images(images)))
+    monkeypatch.setattr(validation_data, "MAX_IMAGES", 4)
+    some = ValidationPixels(load(tiny_arguments, of_images(images)))
     np.testing.assert_array_equal(some.read(0, len(some)), files[[0, 2, 5, 7]])

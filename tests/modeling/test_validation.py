@@ -7,18 +7,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from data.heldout import heldout_batches, open_heldout
-from modeling.heldout import HeldOut, HeldOutLosses, draw_loss_by_position, heldout_losses, replace_some
+from data.validation_data import open_validation_data, validation_batches
 from modeling.rear import ReAR
 from modeling.tokenizers.registry import load_tokenizer
+from modeling.validation import (
+    ValidationLosses,
+    ValidationTokens,
+    draw_loss_by_position,
+    replace_some,
+    validation_losses,
+)
 from tests.conftest import make_noise_images
 from tests.processes import run_ranks
 from utils.config import load_config
-from utils.ranks import World, join_world
+from utils.distributed import DistributedContext, init_distributed
 from utils.run.sharding import SHARDS_ON_CPU, parallelize
 from utils.schema import Config, TrainingConfig
 
-ALONE = World(0, 1, torch.device("cpu"))
+ALONE = DistributedContext(0, 1, torch.device("cpu"))
 
 
 def load(arguments: list[str], *more: str) -> Config:
@@ -35,23 +41,23 @@ def random_model(config: Config) -> ReAR:
     return model.train()
 
 
-def random_heldout(count: int) -> HeldOut:
+def random_heldout(count: int) -> ValidationTokens:
     random = torch.Generator().manual_seed(1)
     codes = torch.randint(24, (count, 16), generator=random, dtype=torch.int32)
-    return HeldOut(codes, replace_some(codes, 24), torch.randint(5, (count,), generator=random))
+    return ValidationTokens(codes, replace_some(codes, 24), torch.randint(5, (count,), generator=random))
 
 
 def test_a_loop_over_samples_and_positions_gives_the_same(tiny_arguments: list[str]) -> None:
-    config, heldout = load(tiny_arguments), random_heldout(11)
+    config, validation = load(tiny_arguments), random_heldout(11)
     model = random_model(config)
-    result = heldout_losses(model, heldout, config, ALONE)
+    result = validation_losses(model, validation, config, ALONE)
     model.eval()
     clean, noisy, correct = torch.zeros(11, 16), torch.zeros(11, 16), 0
-    for losses, contexts in ((clean, heldout.codes), (noisy, heldout.noisy_codes)):
-        for i, (context, label) in enumerate(zip(contexts, heldout.class_labels, strict=True)):
+    for losses, contexts in ((clean, validation.codes), (noisy, validation.noisy_codes)):
+        for i, (context, label) in enumerate(zip(contexts, validation.class_labels, strict=True)):
             with torch.no_grad():
                 logits = model(context[None], label[None]).logits[0]
-            for position, code in enumerate(heldout.codes[i].tolist()):
+            for position, code in enumerate(validation.codes[i].tolist()):
                 losses[i, position] = logits[position].logsumexp(0) - logits[position, code]
                 correct += int(losses is clean and logits[position].argmax() == code)
     assert result.ar_loss == pytest.approx(clean.double().mean().item(), abs=1e-6)
@@ -64,24 +70,24 @@ def test_a_loop_over_samples_and_positions_gives_the_same(tiny_arguments: list[s
 
 
 def test_training_goes_on_as_if_nothing_had_been_computed(tiny_arguments: list[str]) -> None:
-    config, heldout = load(tiny_arguments), random_heldout(6)
+    config, validation = load(tiny_arguments), random_heldout(6)
     model, state = random_model(config), torch.get_rng_state()
-    of_training = heldout_losses(model, heldout, config, ALONE)
+    of_training = validation_losses(model, validation, config, ALONE)
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
-    of_evaluation = heldout_losses(model.eval(), heldout, config, ALONE)
+    of_evaluation = validation_losses(model.eval(), validation, config, ALONE)
     assert not model.training
     assert of_training.metrics == of_evaluation.metrics  # no dropout in either
     with pytest.raises(ValueError, match="class_labels"):
-        heldout_losses(model.train(), HeldOut(*[heldout.codes] * 3), config, ALONE)
+        validation_losses(model.train(), ValidationTokens(*[validation.codes] * 3), config, ALONE)
     assert model.training
 
 
 def test_the_precision_is_that_of_training(tiny_arguments: list[str]) -> None:
-    heldout, losses = random_heldout(6), []
+    validation, losses = random_heldout(6), []
     for precision in ("no", "bf16"):
         config = load(tiny_arguments, f"training.mixed_precision={precision}")
-        losses.append(heldout_losses(random_model(config), heldout, config, ALONE).ar_loss)
+        losses.append(validation_losses(random_model(config), validation, config, ALONE).ar_loss)
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
@@ -99,24 +105,24 @@ def test_a_tenth_of_the_context_is_replaced_always_in_the_same_way() -> None:
     assert not torch.equal(replace_some(codes[1:101], 512)[:99], noisy[1:100])
 
 
-def compute(arguments: list[str], output: Path, world: World, fsdp: bool = False) -> HeldOutLosses:
+def compute(arguments: list[str], output: Path, ctx: DistributedContext, fsdp: bool = False) -> ValidationLosses:
     """Tokenize and evaluate; what the rank found goes to a file."""
     config = load(arguments, "model.generator.transition_alignment=false")  # DDP wants all parameters in the loss
     tokenizer, model = load_tokenizer(config), random_model(config)
-    dataset = open_heldout(config, tokenizer.sha256())
-    heldout = HeldOut.of(heldout_batches(dataset, config, world), len(dataset), tokenizer, world)
-    parallel = parallelize(model, model.blocks, world, TrainingConfig(fsdp=fsdp, mixed_precision="no"))
+    dataset = open_validation_data(config, tokenizer.sha256())
+    validation = ValidationTokens.of(validation_batches(dataset, config, ctx), len(dataset), tokenizer, ctx)
+    parallel = parallelize(model, model.blocks, ctx, TrainingConfig(fsdp=fsdp, mixed_precision="no"))
     for _ in range(2):  # training goes on in between
-        losses = heldout_losses(parallel, heldout, config, world)
-        parallel(heldout.codes[:4], heldout.class_labels[:4]).logits.mean().backward()
-    arrays = {"codes": heldout.codes, "noisy": heldout.noisy_codes, "labels": heldout.class_labels}
-    np.savez(f"{output}.{world.rank}.npz", losses=[*losses.metrics.values(), *losses.by_position], **arrays)
+        losses = validation_losses(parallel, validation, config, ctx)
+        parallel(validation.codes[:4], validation.class_labels[:4]).logits.mean().backward()
+    arrays = {"codes": validation.codes, "noisy": validation.noisy_codes, "labels": validation.class_labels}
+    np.savez(f"{output}.{ctx.rank}.npz", losses=[*losses.metrics.values(), *losses.by_position], **arrays)
     return losses
 
 
 def compute_on_rank(arguments: list[str], output: Path, fsdp: bool) -> None:
-    with join_world() as world:
-        compute(arguments, output, world, fsdp)
+    with init_distributed() as ctx:
+        compute(arguments, output, ctx, fsdp)
 
 
 @pytest.mark.multiprocess
@@ -157,9 +163,9 @@ def test_samples_that_cannot_be_read_are_left_out(tiny_arguments: list[str]) -> 
         index = torch.tensor(rows)
         return {"index": index, "class_labels": index % 5, "image": images[index], "readable": index != 2}
 
-    heldout = HeldOut.of([batch(3, 4), batch(0, 1, 2)], 5, tokenizer, ALONE)
-    assert heldout.class_labels.tolist() == [0, 1, 3, 4]
-    assert torch.equal(heldout.codes.long(), tokenizer.encode(images)[[0, 1, 3, 4]])
+    validation = ValidationTokens.of([batch(3, 4), batch(0, 1, 2)], 5, tokenizer, ALONE)
+    assert validation.class_labels.tolist() == [0, 1, 3, 4]
+    assert torch.equal(validation.codes.long(), tokenizer.encode(images)[[0, 1, 3, 4]])
 
 
 def test_the_picture_has_a_map_where_the_codes_have_a_grid() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images.decoding import Decoding, Note
+from data.images.image_io import ImageDecoding, Note
 
 RAMP = np.linspace(0, 65535, 256 * 16).reshape(16, 256)
 
@@ -18,7 +18,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
 
 
 def pixels(encoded_image: bytes, **rule: object) -> tuple[np.ndarray, Note]:
-    image, note = Decoding(**rule).decode(encoded_image)
+    image, note = ImageDecoding(**rule).decode(encoded_image)
     assert image.mode == "RGB"
     return np.asarray(image), note
 
@@ -53,7 +53,7 @@ def test_deep_grey_is_scaled(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
 def test_a_range_that_is_not_known_is_refused(dtype: type) -> None:
     with pytest.raises(ValueError, match=r"32-bit grey of mode ., expected 8 or 16 bits"):
-        Decoding().decode(encoded(Image.fromarray(RAMP.astype(dtype)), "TIFF"))
+        ImageDecoding().decode(encoded(Image.fromarray(RAMP.astype(dtype)), "TIFF"))
 
 
 def half_transparent() -> Image.Image:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from modeling.losses import token_losses
 from modeling.noise import num_noise_uniforms, switch_codes
 from modeling.tokenizers.tokenizer import Tokenizer
+from utils.distributed import DistributedContext
 from utils.images import write_png
 from utils.precision import autocast
-from utils.randomness import heldout_uniforms
-from utils.ranks import World
+from utils.randomness import validation_uniforms
 from utils.schema import Config
 
 NOISY_SHARE = 0.1  # of the context codes
@@ -28,7 +28,7 @@ ROWS_AT_ONCE = 4096  # whose random numbers are in memory together
 
 
 @dataclass
-class HeldOut:
+class ValidationTokens:
     """Held-out codes, on the device of the rank, equal on all ranks."""
 
     codes: Tensor  # (M, N) int32
@@ -37,7 +37,9 @@ class HeldOut:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, batches: Iterable[dict[str, Tensor]], num_rows: int, tokenizer: Tokenizer, world: World) -> "HeldOut":
+    def of(
+        cls, batches: Iterable[dict[str, Tensor]], num_rows: int, tokenizer: Tokenizer, ctx: DistributedContext
+    ) -> "ValidationTokens":
         """Put together what the ranks read, and tokenize it if it is images. All ranks call it.
 
         Args:
@@ -49,15 +51,15 @@ class HeldOut:
         Raises:
             Exception: what `batches` and `Tokenizer.encode` raise.
         """
-        codes = torch.zeros(num_rows, tokenizer.image_seq_len, dtype=torch.int32, device=world.device)
-        class_labels = torch.zeros(num_rows, dtype=torch.int64, device=world.device)
-        kept = torch.zeros(num_rows, dtype=torch.int32, device=world.device)
+        codes = torch.zeros(num_rows, tokenizer.image_seq_len, dtype=torch.int32, device=ctx.device)
+        class_labels = torch.zeros(num_rows, dtype=torch.int64, device=ctx.device)
+        kept = torch.zeros(num_rows, dtype=torch.int32, device=ctx.device)
         for batch in batches:
             rows = batch["index"]
             found = batch["codes"] if "codes" in batch else tokenizer.encode(batch["image"])
             codes[rows], class_labels[rows] = found.int(), batch["class_labels"]
             kept[rows] = batch.get("readable", torch.ones_like(rows)).int()
-        codes, class_labels, kept = (world.sum(values) for values in (codes, class_labels, kept))
+        codes, class_labels, kept = (ctx.all_reduce_sum(values) for values in (codes, class_labels, kept))
         codes, class_labels = codes[kept > 0], class_labels[kept > 0]
         return cls(codes, replace_some(codes, tokenizer.codebook_size), class_labels)
 
@@ -67,14 +69,14 @@ def replace_some(codes: Tensor, codebook_size: int) -> Tensor:
     parts = []
     for first in range(0, len(codes), ROWS_AT_ONCE):
         part = codes[first : first + ROWS_AT_ONCE]
-        uniforms = heldout_uniforms(range(first, first + len(part)), num_noise_uniforms(codes.shape[1]))
+        uniforms = validation_uniforms(range(first, first + len(part)), num_noise_uniforms(codes.shape[1]))
         uniforms[:, 0] = 1  # the same share in all rows
         parts.append(switch_codes(part, uniforms.to(codes.device), NOISY_SHARE, codebook_size)[0])
     return torch.cat(parts)
 
 
 @dataclass
-class HeldOutLosses:
+class ValidationLosses:
     """Means over the held-out samples."""
 
     ar_loss: float  # nats per code, on clean context
@@ -93,35 +95,37 @@ class HeldOutLosses:
 
 
 @torch.no_grad()  # inference_mode would leave FSDP with tensors that training cannot use
-def heldout_losses(model: nn.Module, heldout: HeldOut, config: Config, world: World) -> HeldOutLosses:
+def validation_losses(
+    model: nn.Module, validation: ValidationTokens, config: Config, ctx: DistributedContext
+) -> ValidationLosses:
     """Losses without dropout, with true labels, in the precision of training: the same on all ranks, and for any number
     of them, bit by bit. All ranks call it.
 
     Args:
         model: called with context (B, N) and class labels (B,), perhaps under DDP or FSDP; stays in its mode.
     """
-    count, image_seq_len = heldout.codes.shape
+    count, image_seq_len = validation.codes.shape
     size = config.training.per_gpu_batch_size
     last = math.ceil(count / size) - 1
     # Per batch what its rank alone computes; the others add 0, and the order of the sum is that of the batches.
-    sums = torch.zeros(last + 1, image_seq_len + 2, dtype=torch.float64, device=world.device)
-    with evaluating(model), autocast(config.training, world.device):
-        for first in range(0, last + 1, world.size):
-            number = min(first + world.rank, last)  # a batch again where none is left: FSDP wants all ranks
-            result = _sums(model, heldout, slice(number * size, (number + 1) * size))
-            if first + world.rank <= last:
+    sums = torch.zeros(last + 1, image_seq_len + 2, dtype=torch.float64, device=ctx.device)
+    with evaluating(model), autocast(config.training, ctx.device):
+        for first in range(0, last + 1, ctx.size):
+            number = min(first + ctx.rank, last)  # a batch again where none is left: FSDP wants all ranks
+            result = _sums(model, validation, slice(number * size, (number + 1) * size))
+            if first + ctx.rank <= last:
                 sums[number] = result
-    totals = (world.sum(sums).sum(0) / count).cpu().numpy()  # (N + 2,)
+    totals = (ctx.all_reduce_sum(sums).sum(0) / count).cpu().numpy()  # (N + 2,)
     by_position, (correct, noisy) = totals[:image_seq_len], totals[image_seq_len:].tolist()
-    return HeldOutLosses(float(by_position.mean()), correct / image_seq_len, noisy / image_seq_len, by_position)
+    return ValidationLosses(float(by_position.mean()), correct / image_seq_len, noisy / image_seq_len, by_position)
 
 
-def _sums(model: nn.Module, heldout: HeldOut, rows: slice) -> Tensor:
+def _sums(model: nn.Module, validation: ValidationTokens, rows: slice) -> Tensor:
     """Of a batch, (N + 2,) float64: loss of each position, number of right guesses, loss on noisy context."""
-    codes, class_labels = heldout.codes[rows], heldout.class_labels[rows]
+    codes, class_labels = validation.codes[rows], validation.class_labels[rows]
     logits = model(codes, class_labels).logits  # (B, N, V)
     losses, correct = token_losses(logits, codes).double(), logits.argmax(dim=-1) == codes  # both (B, N)
-    noisy_losses = token_losses(model(heldout.noisy_codes[rows], class_labels).logits, codes).double()
+    noisy_losses = token_losses(model(validation.noisy_codes[rows], class_labels).logits, codes).double()
     return torch.cat([losses.sum(0), correct.sum()[None], noisy_losses.sum()[None]])
 
 
@@ -136,7 +140,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def save_loss_by_position(losses: HeldOutLosses, code_shape: tuple[int, ...], config: Config, step: int) -> Image.Image:
+def save_loss_by_position(
+    losses: ValidationLosses, code_shape: tuple[int, ...], config: Config, step: int
+) -> Image.Image:
     """Draw them to `<experiment.output_dir>/heldout_loss_by_position.png`."""
     picture = draw_loss_by_position(losses.by_position, code_shape, step)
     write_png(Path(config.experiment.output_dir) / "heldout_loss_by_position.png", picture)

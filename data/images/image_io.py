@@ -1,7 +1,7 @@
 """The one rule by which an image file becomes 8-bit RGB pixels; every script that reads images goes through it.
 
 Images of 8 bits without transparency: the pixels that Pillow's `convert("RGB")` gives, as ADM reads them. Colour
-profiles are not applied. The rest is in `Decoding.decode`; what was done to an image is told by `Note`.
+profiles are not applied. The rest is in `ImageDecoding.decode`; what was done to an image is told by `Note`.
 """
 
 import io
@@ -46,7 +46,7 @@ MEANINGS = {
 
 
 @dataclass(frozen=True)
-class Decoding:
+class ImageDecoding:
     """
     Args:
         background: name of the colour behind transparent pixels.
@@ -57,7 +57,7 @@ class Decoding:
     exif_orientation: bool = False
 
     @classmethod
-    def of(cls, preprocessing: PreprocessingConfig) -> "Decoding":
+    def of(cls, preprocessing: PreprocessingConfig) -> "ImageDecoding":
         return cls(preprocessing.background, preprocessing.exif_orientation)
 
     def decode(self, encoded: bytes) -> tuple[Image.Image, Note]:

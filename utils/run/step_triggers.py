@@ -1,18 +1,18 @@
 """What is due after a step."""
 
-from utils.run.guard import StepGuard
 from utils.run.manifest import TrainingState
+from utils.run.nonfinite_guard import NonFiniteGuard
 from utils.schema import ExperimentConfig
 
 
-class Due:
+class StepTriggers:
     """Looks at the number of steps that are done, at the last one to come and at stop signals.
 
     Args:
         stop: number of steps after which the run ends.
     """
 
-    def __init__(self, experiment: ExperimentConfig, state: TrainingState, stop: int, guard: StepGuard) -> None:
+    def __init__(self, experiment: ExperimentConfig, state: TrainingState, stop: int, guard: NonFiniteGuard) -> None:
         self._experiment, self._state, self._stop, self._guard = experiment, state, stop, guard
 
     def every(self, steps: int) -> bool:
@@ -38,7 +38,7 @@ class Due:
         return self.every(self._experiment.save_weights_every)
 
     @property
-    def heldout(self) -> bool:
+    def validation(self) -> bool:
         return self._experiment.eval_every > 0 and self._after(self._experiment.eval_every)
 
     @property

@@ -68,16 +68,16 @@ class LogFile(logging.FileHandler):
             super().handleError(record)
 
 
-def make_logger(output_dir: Path, is_main_process: bool) -> logging.Logger:
+def make_logger(output_dir: Path, is_rank0: bool) -> logging.Logger:
     """A logger to `<output_dir>/log.txt` and the console on the main process, silent on the others."""
     logger = logging.getLogger("rear")
     while logger.handlers:  # of an earlier run in this process
         with suppress(OSError):
             logger.handlers[0].close()
         logger.removeHandler(logger.handlers[0])
-    logger.setLevel(logging.INFO if is_main_process else logging.CRITICAL)
+    logger.setLevel(logging.INFO if is_rank0 else logging.CRITICAL)
     logger.propagate = False
-    if is_main_process:
+    if is_rank0:
         formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
         log_file = LogFile(output_dir / "log.txt", encoding="utf-8", errors="backslashreplace")
         for handler in (log_file, logging.StreamHandler()):
@@ -87,7 +87,7 @@ def make_logger(output_dir: Path, is_main_process: bool) -> logging.Logger:
 
 
 @contextmanager
-def going_on(logger: logging.Logger, what: str, errors: type[Exception] = OSError) -> Iterator[None]:
+def log_and_continue(logger: logging.Logger, what: str, errors: type[Exception] = OSError) -> Iterator[None]:
     """Around what can be made again later: a full disk there is one line in the log, and training goes on.
 
     Args:

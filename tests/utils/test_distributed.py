@@ -10,23 +10,23 @@ import pytest
 import torch
 
 from tests.processes import free_port
+from utils.distributed import DistributedContext, init_distributed, launch_environment
 from utils.errors import InputError, TrainingError
-from utils.ranks import World, join_world, launch_environment
 
 
-def child(rank: int, port: int, work: Callable[[World], object], results: multiprocessing.Queue) -> None:
+def child(rank: int, port: int, work: Callable[[DistributedContext], object], results: multiprocessing.Queue) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    with join_world(launch_timeout=60, group_timeout=5) as world:
+    with init_distributed(launch_timeout=60, group_timeout=5) as ctx:
         try:
-            result = work(world)
+            result = work(ctx)
         except (InputError, SystemExit) as error:
             result = f"{type(error).__name__}: {error}"
         results.put((rank, result))
-        world.barrier()
+        ctx.barrier()
 
 
-def on_two_ranks(work: Callable[[World], object]) -> list[object]:
+def on_two_ranks(work: Callable[[DistributedContext], object]) -> list[object]:
     """What `work` gives on rank 0 and 1."""
     context = multiprocessing.get_context("fork")
     results, port = context.Queue(), free_port()
@@ -40,8 +40,8 @@ def on_two_ranks(work: Callable[[World], object]) -> list[object]:
     return [of_ranks[0], of_ranks[1]]
 
 
-def fail_on(rank: int, world: World) -> str:
-    if world.rank == rank:
+def fail_on(rank: int, ctx: DistributedContext) -> str:
+    if ctx.rank == rank:
         raise InputError(f"bad file on {rank}")
     return "fine"
 
@@ -54,39 +54,42 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(TrainingError, match=rf"127\.0\.0\.1:{port} .*expected a free MASTER_PORT"), join_world(2):
+        with (
+            pytest.raises(TrainingError, match=rf"127\.0\.0\.1:{port} .*expected a free MASTER_PORT"),
+            init_distributed(2),
+        ):
             pass
 
 
 @pytest.mark.multiprocess
 def test_reductions_leave_their_argument_as_it_is() -> None:
-    def work(world: World) -> list[list[float]]:
-        values = torch.tensor([1.0 + world.rank, -float(world.rank)])
-        return [world.sum(values).tolist(), world.max(values).tolist(), values.tolist()]
+    def work(ctx: DistributedContext) -> list[list[float]]:
+        values = torch.tensor([1.0 + ctx.rank, -float(ctx.rank)])
+        return [ctx.all_reduce_sum(values).tolist(), ctx.all_reduce_max(values).tolist(), values.tolist()]
 
     assert on_two_ranks(work) == [[[3, -1], [2, 0], [1, 0]], [[3, -1], [2, 0], [2, -1]]]
 
 
 @pytest.mark.multiprocess
 def test_an_error_is_told_where_it_happened_and_ends_all() -> None:
-    assert on_two_ranks(lambda world: world.from_main(lambda: fail_on(0, world))) == [
+    assert on_two_ranks(lambda ctx: ctx.broadcast_from_rank0(lambda: fail_on(0, ctx))) == [
         "InputError: bad file on 0",
         "SystemExit: 1",
     ]
     for rank in range(2):
         expected = ["SystemExit: 1", "SystemExit: 1"]
         expected[rank] = f"InputError: bad file on {rank}"
-        assert on_two_ranks(lambda world, rank=rank: world.main_first(lambda: fail_on(rank, world))) == expected
+        assert on_two_ranks(lambda ctx, rank=rank: ctx.rank0_first(lambda: fail_on(rank, ctx))) == expected
 
 
 @pytest.mark.multiprocess
 def test_the_main_process_goes_first_and_may_take_longer_than_the_limit_of_a_reduction() -> None:
-    def work(world: World) -> float:
+    def work(ctx: DistributedContext) -> float:
         def make() -> float:
-            time.sleep(6 if world.is_main else 0)
+            time.sleep(6 if ctx.is_rank0 else 0)
             return time.monotonic()
 
-        return world.main_first(make)
+        return ctx.rank0_first(make)
 
     first, second = on_two_ranks(work)
     assert first <= second
@@ -94,7 +97,7 @@ def test_the_main_process_goes_first_and_may_take_longer_than_the_limit_of_a_red
 
 @pytest.mark.multiprocess
 def test_differences_are_named_by_rank_0() -> None:
-    ours, theirs = on_two_ranks(lambda world: world.agree("config", {"same": 1, "seed": world.rank}))
+    ours, theirs = on_two_ranks(lambda ctx: ctx.assert_same_on_all_ranks("config", {"same": 1, "seed": ctx.rank}))
     assert ours == "InputError: launch: rank 1 differs from rank 0 in its config: seed=1 instead of 0"
     assert theirs == "SystemExit: 1"
 

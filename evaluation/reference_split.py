@@ -5,13 +5,13 @@ import numpy as np
 from evaluation.collect import Collected, Images, collect
 from evaluation.features import Extractor
 from evaluation.metrics import frechet_distance
+from utils.distributed import DistributedContext
 from utils.randomness import Stream, permutation, philox
-from utils.ranks import World
 
 HALVES = ("choosing_half", "other_half")
 
 
-class HalvedReference:
+class SplitReference:
     """Holds the moments of both halves, drawn at random and always the same. All ranks call every method.
 
     A distance to half a reference is larger than one to all of it: it compares with distances of the same N, features
@@ -22,8 +22,8 @@ class HalvedReference:
         batch_size: images that a rank makes or reads, and whose features it computes, at once.
     """
 
-    def __init__(self, images: Images, extractor: Extractor, batch_size: int, world: World) -> None:
-        self.extractor, self.batch_size, self.world = extractor, batch_size, world
+    def __init__(self, images: Images, extractor: Extractor, batch_size: int, ctx: DistributedContext) -> None:
+        self.extractor, self.batch_size, self.ctx = extractor, batch_size, ctx
         halves = np.array_split(permutation(philox(Stream.REFERENCE_HALVES, 0, 0), len(images)), 2)
         self.moments = {
             name: self._collect(_Rows(images, np.sort(rows)), name).pool.mean_and_covariance()
@@ -39,13 +39,13 @@ class HalvedReference:
         """
         collected = self._collect(samples, title)
         of_samples = collected.pool.mean_and_covariance()
-        scores = self.world.from_main(
+        scores = self.ctx.broadcast_from_rank0(
             lambda: {name: frechet_distance(*moments, *of_samples) for name, moments in self.moments.items()}
         )
         return scores | ({"inception_score": collected.score.inception_score()} if collected.score else {})
 
     def _collect(self, images: Images, title: str) -> Collected:
-        return collect(images, self.extractor, self.world, self.world.device, self.batch_size, title)
+        return collect(images, self.extractor, self.ctx, self.ctx.device, self.batch_size, title)
 
 
 class _Rows:

@@ -8,7 +8,7 @@ EVERY = 100  # steps
 
 
 @contextmanager
-def collected_between_steps() -> Iterator[Callable[[int], None]]:
+def gc_between_steps() -> Iterator[Callable[[int], None]]:
     """Gives a function to call before each step, which collects at every 100th. Python by itself would do so in the
     middle of any step, on each rank at another one, and all ranks would wait for it. What exists already is not looked
     at again."""

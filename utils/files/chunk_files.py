@@ -17,17 +17,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from utils.distributed import DistributedContext
 from utils.errors import InputError
 from utils.faults import fault_point
-from utils.files.atomic import complete_file, write_text
+from utils.files.atomic import atomic_file, write_text
 from utils.files.json_file import read_json
-from utils.ranks import World
 
 POLL_SECONDS = 0.5
 FINGERPRINT = "fingerprint.json"
 
 
-class Parts:
+class ChunkFiles:
     """The part files of some work on items 0 to count - 1.
 
     Args:
@@ -80,15 +80,15 @@ class Parts:
         """Whether there may be parts to go on from; not so while, or after, they are deleted."""
         return (self.folder / FINGERPRINT).exists()
 
-    def begin(self, fingerprint: dict[str, Any], world: World) -> list[range]:
+    def begin(self, fingerprint: dict[str, Any], ctx: DistributedContext) -> list[range]:
         """`claim` for all processes of a launch, which call this together; the parts missing at that moment.
 
         Raises:
             InputError: parts of another fingerprint, or that nothing describes.
         """
-        world.main_first(lambda: self.claim(fingerprint))
+        ctx.rank0_first(lambda: self.claim(fingerprint))
         missing = self.missing()
-        world.barrier()  # all have looked before anyone adds parts
+        ctx.barrier()  # all have looked before anyone adds parts
         return missing
 
     def claim_anew(self, fingerprint: dict[str, Any]) -> None:
@@ -110,7 +110,7 @@ class Parts:
     def writing(self, block: range) -> Iterator[Path]:
         """Give a path to write a part to; it gets its name at the end. Two processes at the same part do no harm."""
         number = block.start // len(self.blocks[0])
-        with complete_file(self.path(block), f".{os.getpid()}.tmp") as partial:
+        with atomic_file(self.path(block), f".{os.getpid()}.tmp") as partial:
             fault_point("part.begin", number)
             yield partial
             fault_point("part.rename", number)
