@@ -1,11 +1,10 @@
-"""Imports go one way, and files keep a size that a reader can hold."""
+"""Which package may import what, and what code knows of a tokenizer: one test per rule, over all files."""
 
 import ast
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from modeling.tokenizers.registry import TOKENIZERS
 from modeling.tokenizers.tokenizer import Tokenizer, TrainableTokenizer
@@ -19,75 +18,66 @@ MAY_IMPORT = {
     "scripts": {"modeling", "data", "evaluation", "utils"},
 }
 JOIN_PACKAGES = {"evaluation/make_reference.py", "evaluation/validator.py"}  # as scripts do
-SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
+SPLIT_SCRIPTS = ("scripts/benchmark", "scripts/gpu_check", "scripts/demo")  # may import their own folder
+SOURCES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for package in MAY_IMPORT
+    for path in sorted((ROOT / package).rglob("*.py"))
+}
 
 
-def imported_modules(path: Path) -> set[str]:
+def imported_modules(source: str) -> set[str]:
     modules = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, "relative import"
             modules.add(node.module)
     return modules
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_one_way(path: Path) -> None:
-    name = str(path.relative_to(ROOT))
-    package = "scripts" if name in JOIN_PACKAGES else name.split("/")[0]
-    modules = imported_modules(path)
-    runs_scripts = name.startswith(("scripts/benchmark", "scripts/gpu_check", "scripts/demo"))
-    allowed = MAY_IMPORT[package] | ({"scripts"} if runs_scripts else set())
-    inside = {module.split(".")[0] for module in modules} & set(MAY_IMPORT)
-    assert inside <= allowed
-    if package != "scripts":
-        assert "accelerate" not in modules
-        assert "wandb" not in modules or path.name == "tracking.py"
+def test_imports_go_one_way() -> None:
+    for name, source in SOURCES.items():
+        package = "scripts" if name in JOIN_PACKAGES else name.split("/")[0]
+        allowed = MAY_IMPORT[package] | ({"scripts"} if name.startswith(SPLIT_SCRIPTS) else set())
+        modules = imported_modules(source)
+        assert {module.split(".")[0] for module in modules} & set(MAY_IMPORT) <= allowed, name
+        if package != "scripts":
+            assert "accelerate" not in modules, name
+            assert "wandb" not in modules or name == "utils/run/tracking.py", name
 
 
 def test_the_regularizer_can_be_copied_elsewhere() -> None:
-    modules = {module.split(".")[0] for module in imported_modules(ROOT / "modeling/robust_embedding.py")}
+    modules = {module.split(".")[0] for module in imported_modules(SOURCES["modeling/robust_embedding.py"])}
     assert modules - sys.stdlib_module_names == {"torch"}
 
 
-TRAINS_A_TOKENIZER = "scripts/train_tokenizer.py"  # needs more of one than the others do
+TOKENIZER_FOLDER = "modeling/tokenizers/"
+TRAINS_A_TOKENIZER = "scripts/train_tokenizer.py"  # the one script that needs more than the common interface
+SHARED_MODULES = {"modeling.tokenizers.registry", "modeling.tokenizers.tokenizer"}
 TRAINING_MODULES = {f"modeling.tokenizers.{name}" for name in ("discriminator", "perceptual", "vector_quantizer")}
-CONCRETE = re.compile("|".join(rf"[\"'=]{name}\b|\b{kind.__name__}\b" for name, kind in TOKENIZERS.items()))
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_tokenizers_are_known_by_what_all_of_them_offer(path: Path) -> None:
-    """No concrete one is named outside their folder, and of an object called tokenizer only the common part is used."""
-    name = str(path.relative_to(ROOT))
-    if name.startswith("modeling/tokenizers/"):
-        return
-    if name != "utils/schema.py":  # which has the choices
-        assert not CONCRETE.findall(path.read_text())
-    trains = name == TRAINS_A_TOKENIZER
-    named = {module for module in imported_modules(path) if module.startswith("modeling.tokenizers")}
-    general = {"modeling.tokenizers.registry", "modeling.tokenizers.tokenizer"}
-    assert named <= (general | TRAINING_MODULES if trains else general)
-    offered = {*dir(TrainableTokenizer if trains else Tokenizer), *Tokenizer.__annotations__}
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "tokenizer":
-            assert node.attr in offered, f"{path}:{node.lineno} tokenizer.{node.attr}"
+def test_no_tokenizer_is_named_outside_its_folder() -> None:
+    concrete = re.compile("|".join(rf"[\"'=]{name}\b|\b{kind.__name__}\b" for name, kind in TOKENIZERS.items()))
+    for name, source in SOURCES.items():
+        if name.startswith(TOKENIZER_FOLDER):
+            continue
+        assert name == "utils/schema.py" or not concrete.findall(source), name  # the schema lists the choices
+        imported = {module for module in imported_modules(source) if module.startswith("modeling.tokenizers")}
+        assert imported <= SHARED_MODULES | (TRAINING_MODULES if name == TRAINS_A_TOKENIZER else set()), name
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_functions_stay_small(path: Path) -> None:
-    source = path.read_text()
-    assert len(source.splitlines()) <= 300
+def test_tokenizers_are_used_by_their_common_interface() -> None:
+    for name, source in SOURCES.items():
+        if not name.startswith(TOKENIZER_FOLDER):
+            kind = TrainableTokenizer if name == TRAINS_A_TOKENIZER else Tokenizer
+            unknown = set(attributes_of("tokenizer", source)) - {*dir(kind), *Tokenizer.__annotations__}
+            assert not unknown, (name, unknown)
+
+
+def attributes_of(variable: str, source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.FunctionDef):
-            is_script = path.is_relative_to(ROOT / "scripts") and node.name == "main"
-            lines = node.end_lineno - node.lineno + 1
-            assert lines <= (80 if is_script else 50), f"{path}:{node.lineno} {node.name} has {lines} lines"
-
-
-def test_the_training_script_needs_few_modules_of_the_project() -> None:
-    """So few that a reader of the loop can look at each."""
-    tree = ast.parse((ROOT / "scripts/train_rear.py").read_text())
-    modules = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert len([module for module in modules if module.split(".")[0] in MAY_IMPORT]) <= 15
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == variable:
+            yield node.attr

@@ -63,10 +63,6 @@ def test_named_keys_exist(page: Path) -> None:
             assert name.split(".")[0] not in sections or is_file or name in known, name
 
 
-def test_the_readme_is_short() -> None:
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
-
-
 def test_the_readme_lists_every_folder_in_one_line() -> None:
     text = (ROOT / "README.md").read_text()
     folders = {"configs", "scripts_bash", "tests", "docs", "data/embedded"}
