@@ -64,7 +64,7 @@ def test_the_distance_is_the_evaluators(empty_cache: Path, tmp_path: Path, alone
     validation, samples = images()
     for name, array in (("validation", validation), ("samples", samples)):
         np.savez(tmp_path / f"{name}.npz", arr_0=array)
-    files = (tmp_path / "heldout.npz", tmp_path / "samples.npz")
+    files = (tmp_path / "validation.npz", tmp_path / "samples.npz")
     evaluator = Evaluator(files[0], alone, "efficientnet_lite0", batch_size=5)
     expected = evaluator(evaluator.open(files[1]))["metrics"]["frechet_distance"]
     distance = SampleDistance(InMemory(validation), 12, 5, alone)
