@@ -71,7 +71,9 @@ def test_a_file_that_differs_gets_no_name(endpoint: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(Hub, "told", "f" * 64)
     done = download(tmp_path, endpoint)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ckpt/reAR-S.safetensors.download/reAR-S.safetensors: sha256: found ")
+    assert done.stderr.splitlines()[-1].startswith(
+        "error: ckpt/reAR-S.safetensors.download/reAR-S.safetensors: sha256: found "
+    )
     assert not (tmp_path / "ckpt/reAR-S.safetensors").exists()
 
 

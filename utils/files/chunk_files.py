@@ -13,13 +13,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from utils.distributed import DistributedContext
 from utils.errors import InputError
 from utils.faults import fault_point
 from utils.files.atomic import atomic_file
 from utils.files.provenance import is_made, write_record
+
+if TYPE_CHECKING:  # torch is slow to import, and conversions do without
+    from utils.distributed import DistributedContext
 
 POLL_S = 0.5
 PROVENANCE_FILE = "provenance.json"
@@ -70,7 +72,7 @@ class ChunkFiles:
             self.remove()
             self.open(provenance)
 
-    def open_on_all_ranks(self, provenance: dict[str, Any], ctx: DistributedContext) -> list[range]:
+    def open_on_all_ranks(self, provenance: dict[str, Any], ctx: "DistributedContext") -> list[range]:
         """As `open`, for all ranks together; returns the chunks that are missing then.
 
         Raises:
