@@ -35,9 +35,9 @@ from evaluation.metrics import frechet_distance
 from evaluation.precision_recall import FEATURE_DTYPES, precision_recall
 from evaluation.report import (
     USUAL_DISTANCE,
-    describe,
     find_same,
-    print_description,
+    new_report,
+    print_files,
     print_metrics,
     write_report,
 )
@@ -84,14 +84,14 @@ class Evaluator:
         self.keep_as = FEATURE_DTYPES[distance] if backend == "inception" else None
 
     def __call__(self, samples: Npz) -> dict[str, Any]:
-        """The report of opened samples: `metrics` by name, `warnings`, and what they were computed from; if one
-        with the same origin lies beside the samples, that one. Says on stdout what is compared.
+        """The report of opened samples: `metrics` by name, `warnings` and `provenance`; if there is already one with
+        this provenance, that one. Prints the files that are compared.
         """
         backend = self.settings["backend"]
-        report = self.settings | describe(self.reference, samples, self.extractor, backend)
+        report = new_report(self.reference, samples, self.extractor, self.settings)
         if self.ctx.is_rank0:
-            print_description(report)
-        if done := self.ctx.broadcast_from_rank0(lambda: find_same(samples.images.path, report)):
+            print_files(report)
+        if done := self.ctx.broadcast_from_rank0(find_same, samples.images.path, report):
             return done
         sides = [self.of_reference, self._collect(samples, "samples")]
         if backend == "inception":

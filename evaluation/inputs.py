@@ -5,6 +5,7 @@ from pathlib import Path
 from utils.errors import InputError
 from utils.files.json_file import read_json
 from utils.files.npz import Npz, open_npz
+from utils.files.provenance import provenance_in
 
 POOL_DIM, SPATIAL_DIM = 2048, 2023  # Inception pool_3, and 17 x 17 positions x 7 channels
 STATISTICS = {
@@ -36,9 +37,7 @@ def check_statistics(npz: Npz, weights_sha256: str) -> None:
     record = npz.images.path.with_suffix(".json")
     if npz.statistics is None or not record.is_file():
         return
-    content = read_json(record)
-    made_from = content.get("made_from") if isinstance(content, dict) else None
-    found = made_from.get(WEIGHTS) if isinstance(made_from, dict) else None
+    found = (provenance_in(read_json(record)) or {}).get(WEIGHTS)
     if found not in (None, weights_sha256):
         raise InputError(
             f"{npz.images.path}: holds statistics by Inception weights of sha256 {found[:12]}..., expected those of "

@@ -4,14 +4,14 @@
     torchrun --nproc_per_node=8 evaluation/make_reference.py "shards/train-{000000..000252}.tar" REF.npz
 
 Reads a folder with a sub-folder per class, webdataset shards or an npz (arr_0: uint8 NHWC), and takes ADM's centre
-crop. Writes the Inception statistics of all images (mu, sigma, mu_s, sigma_s) and up to 10,000 of the images (arr_0).
+crop. Writes the Inception statistics of all images (mu, sigma, mu_s, sigma_s) and up to 10,000 of the images (arr_0),
+and their provenance to a JSON file of the same name.
 
 This file is a script: it joins `data` and `evaluation`, which do not import each other.
 """
 
 import argparse
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,15 @@ from evaluation.reference import CroppedImages, ImageSource, NpzSource, make_ref
 from utils.distributed import init_distributed
 from utils.errors import InputError, input_errors_exit
 from utils.files.hashing import file_sha256
-from utils.files.lock import only_writer
 from utils.files.provenance import is_made, write_record
 from utils.run.run_environment import code_facts
 
 
 def open_source(source: str, output: Path, verify: bool, decoding: ImageDecoding) -> ImageSource:
-    """Open what the command line names, and check before hours of work that its result can be written.
+    """Open the images, and check before hours of work that the result can be written.
 
     Raises:
-        InputError: nothing there, damaged, too few images, or no folder for the output.
+        InputError: no images, damaged or too few ones, or no folder for the output.
     """
     if not output.parent.is_dir():
         raise InputError(f"{output}: no folder {output.parent}")
@@ -52,20 +51,20 @@ def open_source(source: str, output: Path, verify: bool, decoding: ImageDecoding
     return opened
 
 
-def origin(source: ImageSource, extractor: Extractor, args: argparse.Namespace) -> dict[str, Any]:
-    """What the reference depends on; of a folder or shards names and classes, for the contents are read each time."""
-    fingerprint = source.source.fingerprint if isinstance(source, CountedImages) else file_sha256(Path(args.source))
+def provenance_of(source: ImageSource, extractor: Extractor, args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that the reference depends on; the names and classes of a folder or shards stand for their content."""
+    images = source.source.fingerprint if isinstance(source, CountedImages) else file_sha256(Path(args.source))
     options = {name: getattr(args, name) for name in ("resolution", "max_images", "background", "exif_orientation")}
-    return {"images": fingerprint, WEIGHTS: extractor.weights_sha256, **options}
+    return {"images": images, WEIGHTS: extractor.weights_sha256, **options}
 
 
-def claim(output: Path, made_from: dict[str, Any]) -> None:
+def record_provenance(output: Path, provenance: dict[str, Any]) -> None:
     """
     Raises:
-        InputError: the output is there and was made otherwise.
+        InputError: the output exists with another provenance.
     """
-    is_made(output, made_from)
-    write_record(output, made_from, figures=code_facts())
+    is_made(output, provenance)
+    write_record(output, provenance, figures=code_facts())
 
 
 def main() -> None:
@@ -75,27 +74,25 @@ def main() -> None:
     parser.add_argument("--resolution", type=positive, default=256, help="of the crops, in pixels")
     parser.add_argument("--max-images", type=positive, default=10_000, help="in arr_0")
     parser.add_argument("--background", choices=COLOURS, default="white", help="of transparent images, default white")
-    parser.add_argument("--exif-orientation", action="store_true", help="turn photos as their EXIF entry says")
+    parser.add_argument("--exif-orientation", action="store_true", help="rotate photos as their EXIF entry says")
     add_feature_options(parser)
     args = parser.parse_args()
     if args.max_images < MIN_IMAGES:
         parser.error(f"--max-images {args.max_images}: expected at least {MIN_IMAGES}, as evaluator.py does")
-    with ExitStack() as held, init_distributed() as ctx:
+    with init_distributed() as ctx:
         device = args.device or ctx.device
-        extractor = ctx.rank0_first(lambda: load_extractor("inception", args.inception, device))
+        extractor = ctx.rank0_first(load_extractor, "inception", args.inception, device)
         decoding = ImageDecoding(args.background, args.exif_orientation)
-        source = ctx.rank0_first(lambda: open_source(args.source, args.output, ctx.is_rank0, decoding))
-        ctx.broadcast_from_rank0(lambda: held.enter_context(only_writer(args.output)))
-        made_from = origin(source, extractor, args)
-        ctx.broadcast_from_rank0(lambda: claim(args.output, made_from))
-        images = CroppedImages(source, lambda image: adm_center_crop(image, args.resolution))
-        if ctx.is_rank0:
-            print(f"weights: {extractor.weights_name}, sha256 {extractor.weights_sha256}")
-        make_reference(images, extractor, args.output, ctx, device, args.batch_size, args.max_images)
-        if isinstance(source, CountedImages):
-            source.notes.summary()
-        if ctx.is_rank0:
-            print(f"statistics of {len(images)} images, {min(len(images), args.max_images)} of them in {args.output}")
+        source = ctx.rank0_first(open_source, args.source, args.output, verify=ctx.is_rank0, decoding=decoding)
+        with ctx.locked(args.output):
+            ctx.broadcast_from_rank0(record_provenance, args.output, provenance_of(source, extractor, args))
+            images = CroppedImages(source, lambda image: adm_center_crop(image, args.resolution))
+            ctx.print_on_rank0(f"weights: {extractor.weights_name}, sha256 {extractor.weights_sha256}")
+            make_reference(images, extractor, args.output, ctx, device, args.batch_size, args.max_images)
+            if isinstance(source, CountedImages):
+                source.notes.summary()
+            num_stored = min(len(images), args.max_images)
+            ctx.print_on_rank0(f"statistics of {len(images)} images, {num_stored} of them in {args.output}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""What an evaluation reports: the printed lines, the warnings and the JSON file."""
+"""Reports of the evaluator: printed lines and a JSON file of the form of `utils.files.provenance`:
+
+{"provenance": {files, weights, settings, versions}, "warnings": [...], "metrics": {"fid": ...}}
+"""
 
 import glob
-import json
 import platform
 import sys
 from importlib import metadata
@@ -10,14 +12,14 @@ from typing import Any
 
 from evaluation.features import Extractor
 from utils.errors import InputError
-from utils.files.atomic import write_text
 from utils.files.hashing import file_sha256
 from utils.files.json_file import read_json
 from utils.files.npz import Npz
+from utils.files.provenance import write_record
 from utils.run.run_environment import source_hash
 
-USUAL_DISTANCE = "tf-fp16"  # of precision and recall, as in the original
-PUBLISHED_N = 50_000  # samples behind published numbers
+USUAL_DISTANCE = "tf-fp16"  # of precision and recall, as in guided-diffusion
+PUBLISHED_N = 50_000  # samples of published numbers
 # The first five are the lines of guided-diffusion's evaluator.
 TITLES = {
     "inception_score": "Inception Score",
@@ -29,18 +31,25 @@ TITLES = {
 }
 
 
-def describe(reference: Npz, samples: Npz, extractor: Extractor, backend: str) -> dict[str, Any]:
-    """What is known of the files and the weights before any feature is computed."""
+def new_report(reference: Npz, samples: Npz, extractor: Extractor, settings: dict[str, str]) -> dict[str, Any]:
+    """The report before any feature is computed.
+
+    Args:
+        settings: of the evaluator: backend, device and perhaps distance.
+    """
     return {
-        "reference": _describe_file(reference),
-        "samples": _describe_file(samples),
-        "weights": {"file": extractor.weights_name, "sha256": extractor.weights_sha256},
-        "versions": {
-            "code": source_hash(),
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "numpy", *extractor.packages)},
+        "provenance": {
+            **settings,
+            "reference": _describe_file(reference),
+            "samples": _describe_file(samples),
+            "weights": {"file": extractor.weights_name, "sha256": extractor.weights_sha256},
+            "versions": {
+                "code": source_hash(),
+                "python": platform.python_version(),
+                **{name: metadata.version(name) for name in ("torch", "numpy", *extractor.packages)},
+            },
         },
-        "warnings": _warnings(reference, samples, extractor, backend),
+        "warnings": _warnings(reference, samples, extractor, settings["backend"]),
     }
 
 
@@ -71,79 +80,103 @@ def _warnings(reference: Npz, samples: Npz, extractor: Extractor, backend: str) 
     return warnings
 
 
-def print_description(report: dict[str, Any]) -> None:
+def print_files(report: dict[str, Any]) -> None:
+    provenance = report["provenance"]
     for title in ("reference", "samples"):
-        entry = report[title]
+        entry = provenance[title]
         height, width = entry["image_size"]
         statistics = ", stored statistics" if entry["stored_statistics"] else ""
         print(f"{title}: N = {entry['images']} of {height}x{width}{statistics} ({entry['file']})")
-    print(f"weights: {report['weights']['file']}, sha256 {report['weights']['sha256']}", flush=True)
+    print(f"weights: {provenance['weights']['file']}, sha256 {provenance['weights']['sha256']}", flush=True)
     for warning in report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def print_metrics(report: dict[str, Any]) -> None:
-    if "distance" in report:
-        print(f"distances of precision and recall: {report['distance']}")
+    if "distance" in report["provenance"]:
+        print(f"distances of precision and recall: {report['provenance']['distance']}")
     for name, value in report["metrics"].items():
         print(f"{TITLES[name]}: {value}")
 
 
 def write_report(report: dict[str, Any], samples: Path) -> Path:
-    """Write `<samples>.<backend>.json` beside the samples file, complete or not at all; with another distance than the
-    usual one `<samples>.<backend>-<distance>.json`.
+    """Write `<samples>.<backend>.json`, or `<samples>.<backend>-<distance>.json` for a distance other than the usual.
 
-    If that is the report of the same samples and another reference, it stays, and this one gets the name of its
-    reference: `<samples>.<reference>.<backend>.json`.
+    If that is a report of the same samples and another reference, it is kept and the name of the reference is added:
+    `<samples>.<reference>.<backend>.json`.
 
     Raises:
         InputError: a file of that name that is no report.
     """
-    reference, name = report["reference"], Path(report["reference"]["file"]).stem
-    distance = report.get("distance", USUAL_DISTANCE)
-    backend = report["backend"] if distance == USUAL_DISTANCE else f"{report['backend']}-{distance}"
-    for part in ("", f".{name}", f".{name}-{reference['sha256'][:8]}"):
-        path = samples.with_suffix(f"{part}.{backend}.json")
-        if not path.exists() or not _is_of_other_pair(path, report):
+    provenance = report["provenance"]
+    name = Path(provenance["reference"]["file"]).stem
+    distance = provenance.get("distance", USUAL_DISTANCE)
+    backend = provenance["backend"] if distance == USUAL_DISTANCE else f"{provenance['backend']}-{distance}"
+    for infix in ("", f".{name}", f".{name}-{provenance['reference']['sha256'][:8]}"):
+        path = samples.with_suffix(f"{infix}.{backend}.json")
+        if not path.exists() or not _has_other_reference(path, report):
             break
-    write_text(path, json.dumps(report, indent=2) + "\n")
+    write_record(
+        samples, provenance, record=path, figures={key: value for key, value in report.items() if key != "provenance"}
+    )
     return path
 
 
-def find_same(samples: Path, described: dict[str, Any]) -> dict[str, Any] | None:
-    """The report that an earlier evaluation of the same files left, with the same weights, code and versions."""
-    for path in sorted(samples.parent.glob(f"{glob.escape(samples.stem)}*.{described['backend']}*.json")):
-        report = read_json(path)
-        if isinstance(report, dict) and all(report.get(key) == value for key, value in described.items()):
-            return report
+def find_same(samples: Path, report: dict[str, Any]) -> dict[str, Any] | None:
+    """The complete report of an earlier evaluation with the same provenance."""
+    for path in _paths_of_reports(samples, report["provenance"]["backend"] + "*"):
+        found = _read_report(path)
+        if found is not None and found["provenance"] == report["provenance"]:
+            return found
     return None
 
 
 def find_report(samples: Path, reference: Path, backend: str) -> dict[str, Any]:
-    """The report of a pair of files as they are now.
+    """The report of two files as they are now.
 
     Raises:
         InputError: there is none.
     """
-    now = file_sha256(samples, progress=True), file_sha256(reference, progress=True)
-    for path in sorted(samples.parent.glob(f"{glob.escape(samples.stem)}*.{backend}.json")):
-        report = read_json(path)  # by its name it may be of other samples, or no report
-        if _pair(report) == now:
+    samples_sha256 = file_sha256(samples, progress=True)
+    reference_sha256 = file_sha256(reference, progress=True)
+    for path in _paths_of_reports(samples, backend):
+        report = _read_report(path)
+        if report is not None and _hashes(report) == (samples_sha256, reference_sha256):
             return report
     raise InputError(f"{samples}: found no report of it with {reference}, both as they are now; run the evaluator")
 
 
-def _is_of_other_pair(path: Path, report: dict[str, Any]) -> bool:
-    """Whether a report tells of the same samples and another reference; one of older samples has had its time."""
-    there, ours = _pair(read_json(path)), _pair(report)
-    if there is None or ours is None:
-        raise InputError(f"{path}: exists and is no report; delete or rename it")
-    return there[0] == ours[0] and there[1] != ours[1]
+def _paths_of_reports(samples: Path, backend: str) -> list[Path]:
+    """Files with the name of a report, which may be of other samples or no reports."""
+    return sorted(samples.parent.glob(f"{glob.escape(samples.stem)}*.{backend}.json"))
 
 
-def _pair(report: Any) -> tuple[str, str] | None:
-    """sha256 of samples and reference; None: it is no report."""
+def _read_report(path: Path) -> dict[str, Any] | None:
+    """None: it is no report."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        return None
+    if "provenance" not in content:  # a flat report, of an earlier version
+        results = {key: content.pop(key) for key in ("warnings", "metrics") if key in content}
+        content = {"provenance": content, **results}
     try:
-        return report["samples"]["sha256"], report["reference"]["sha256"]
+        _hashes(content)
     except (KeyError, TypeError):
         return None
+    return content
+
+
+def _has_other_reference(path: Path, report: dict[str, Any]) -> bool:
+    """Whether the report at `path` is of the same samples and another reference."""
+    found = _read_report(path)
+    if found is None:
+        raise InputError(f"{path}: exists and is no report; delete or rename it")
+    found_samples, found_reference = _hashes(found)
+    samples, reference = _hashes(report)
+    return found_samples == samples and found_reference != reference
+
+
+def _hashes(report: dict[str, Any]) -> tuple[str, str]:
+    """sha256 of samples and reference."""
+    provenance = report["provenance"]
+    return provenance["samples"]["sha256"], provenance["reference"]["sha256"]

@@ -33,6 +33,7 @@ from utils.files.atomic import write_text
 from utils.files.hashing import file_sha256
 from utils.files.hub import SCHEME
 from utils.files.json_file import read_json
+from utils.files.provenance import provenance_in
 from utils.run.run_environment import describe_environment
 from utils.run.trained_weights import find_trained_weights
 from utils.schema import Config
@@ -87,7 +88,7 @@ def facts_of(row: Row, config: Config, samples: Path, reference: str) -> dict[st
         raise InputError(f"{samples}: made from the weights {record.get('weights')}, expected {weights}")
     return {
         "weights": {"file": str(weights), "sha256": file_sha256(weights, progress=True) if weights.is_file() else None},
-        "samples": record["made_from"],
+        "samples": provenance_in(record),
         "evaluation": find_report(samples, Path(reference), row.backend),
         "environment": describe_environment().splitlines(),
     }
@@ -100,7 +101,7 @@ def other_settings(row: Row, config: Config, samples: Path, facts: dict[str, Any
     found = {TOKENIZER: read_yaml(samples.with_suffix(".yaml"))[TOKENIZER], **facts["samples"]}
     wanted[TOKENIZER] = config.experiment.tokenizer_checkpoint
     other = [f"{key}={found.get(key)}, not {value}" for key, value in wanted.items() if found.get(key) != value]
-    features = facts["evaluation"]["weights"]["sha256"]
+    features = facts["evaluation"]["provenance"]["weights"]["sha256"]
     if row.backend == "inception" and not features.startswith(PUBLISHED_SHA256):
         other.append(f"features by weights of sha256 {features[:8]}, not {PUBLISHED_SHA256}")
     return other
@@ -128,7 +129,8 @@ def table_of(judged: dict[str, Judged]) -> str:
 
 def as_markdown(verdict: str, table: str, row: Row, rows: RowFile, facts: dict[str, Any]) -> str:
     settings = ", ".join(f"{key.rpartition('.')[2]} {facts['samples'][key]}" for key in SHOWN)
-    weights, evaluation, group = facts["weights"], facts["evaluation"], rows.tolerances[row.tolerance]
+    weights, evaluation = facts["weights"], facts["evaluation"]["provenance"]
+    group = rows.tolerances[row.tolerance]
     lines = [
         f"- published: {row.published}",
         f"- samples: {settings}",

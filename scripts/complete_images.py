@@ -1,16 +1,16 @@
-"""Complete images from a part of their codes: the rest is sampled given them.
+"""Complete images (inpainting and outpainting): keep some of their tokens and sample the others.
 
     python scripts/complete_images.py config=configs/rear_rar_l.yaml experiment.output_dir=outputs/completed \\
         experiment.generator_checkpoint=outputs/rear_rar_l completion.inputs=photos completion.keep=top:0.5
 
-The images are cropped in the centre and encoded; the codes of the part that `completion.keep` names stay as they are.
-A model in raster order (`model.generator.order=raster`) completes what comes after them, so that only top:SHARE, or a
-picture like it, can stay; one that was trained in random orders gets them first, wherever they are.
+Images are centre-cropped and encoded. The tokens of the region `completion.keep` are kept and condition the others. A
+model in raster order (`model.generator.order=raster`) can only sample what comes after the kept tokens, so it needs
+top:SHARE or such a mask; one that was trained in random orders gets the kept tokens first, wherever they are.
 
 Writes to `experiment.output_dir`: inputs.npz (arr_0: uint8 NHWC images), completions.npz (arr_0: the completions, those
-of an image one after another; arr_1: int64, which input each is of; kept: bool, the grid of the codes that stayed),
-completions.png (of the first images: input, the part that stayed, completions) and completions.json (PSNR of the part
-that was sampled, and what all was made from: other completions are not replaced).
+of an image one after another; arr_1: int64, the input of each; kept: bool, the grid of kept tokens), completions.png
+(of the first images: input, kept region, completions) and completions.json (PSNR of the sampled region and the
+provenance: completions of another provenance are not replaced).
 """
 
 import sys
@@ -66,7 +66,7 @@ from utils.run.run_environment import code_facts
 
 REGION = re.compile(r"(top|left|center|border):(0?\.\d+)")
 GRID_ROWS = 8  # images in the picture
-GREY = 127  # of the part that was sampled
+GREY = 127  # of the sampled region in the picture
 
 
 def main(config: Config) -> None:
@@ -75,86 +75,101 @@ def main(config: Config) -> None:
 
 
 def complete_all(config: Config) -> None:
-    """The files of `experiment.output_dir`."""
+    """Write the files of `experiment.output_dir`."""
     tokenizer = load_tokenizer(config)
     if not tokenizer.has_images:
         raise tokenizer.no_images("completion.inputs")
-    kept = kept_codes(config, tokenizer)
+    mask = conditioning_mask(config, tokenizer)
     model = load_model(config, tokenizer)
     pixels = read_inputs(config)
     output_dir = Path(config.experiment.output_dir)
-    result, made_from = output_dir / "completions.npz", origin(config, pixels, kept, model, tokenizer)
-    if is_made(result, made_from):
-        print(f"{result}: made from the same already")
+    result = output_dir / "completions.npz"
+    provenance = provenance_of(config, pixels, mask, model, tokenizer)
+    if is_made(result, provenance):
+        print(f"{result}: already made from the same inputs, weights and config")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     tokenizer.to(device)
     with matmul_precision(config.training.enable_tf32):
         codes = encode(pixels, tokenizer, config)
-        count = len(codes) * config.completion.num_completions
-        steps = -(-count // config.sampling.per_gpu_batch_size) * codes.shape[1]
-        with tqdm(desc="sampling", total=steps, unit="code") as progress:
-            sampler = CodeSampler(model, config.model.generator, compile_mode=config.sampling.compile)
-            completed = complete(codes, kept, sampler, config, progress.update)
-        assert torch.equal(completed[:, :, kept], codes[:, None, kept].expand(-1, completed.shape[1], -1))
-        images = decode(completed.flatten(0, 1), tokenizer, config).reshape(*completed.shape[:2], *pixels.shape[1:])
-        limit = decode(codes, tokenizer, config)
-    grid = kept.view(tokenizer.code_shape).numpy()
+        completed = sample_completions(codes, mask, model, config)
+        images = decode(completed.flatten(0, 1), tokenizer, config)
+        images = images.reshape(*completed.shape[:2], *pixels.shape[1:])  # (n, K, H, W, 3)
+        reconstructions = decode(codes, tokenizer, config)
+    grid = mask.view(tokenizer.code_shape).numpy()
     sampled = ~in_pixels(grid, tokenizer.resolution)
     figures = {
-        "kept_codes": f"{int(kept.sum())} of {len(kept)}",
+        "kept_codes": f"{int(mask.sum())} of {len(mask)}",
         "psnr": psnr_of_part(pixels, images, sampled),
-        "psnr_of_the_tokenizer": psnr_of_part(pixels, limit[:, None], sampled),
+        "psnr_of_the_tokenizer": psnr_of_part(pixels, reconstructions[:, None], sampled),
     }
     write_png(output_dir / "completions.png", picture(pixels, images, grid))
-    write_npz(output_dir / "inputs.npz", {"arr_0": (pixels.shape, np.uint8, [pixels])})
-    flat_images, which = images.reshape(-1, *pixels.shape[1:]), np.repeat(np.arange(len(pixels)), images.shape[1])
-    entries = {"arr_0": flat_images, "arr_1": which.astype(np.int64), "kept": grid}
-    write_npz(result, {name: (array.shape, array.dtype, [array]) for name, array in entries.items()})
-    write_record(result, made_from, figures={"bytes": result.stat().st_size, **figures, **code_facts()})
-    shown = ", ".join(f"{name} {figures[name]:.2f} dB" for name in ("psnr", "psnr_of_the_tokenizer"))
-    print(f"{output_dir}: kept {figures['kept_codes']} codes; of the others {shown}")
+    write_arrays(output_dir / "inputs.npz", {"arr_0": pixels})
+    input_indices = np.repeat(np.arange(len(pixels)), images.shape[1]).astype(np.int64)
+    write_arrays(result, {"arr_0": images.reshape(-1, *pixels.shape[1:]), "arr_1": input_indices, "kept": grid})
+    write_record(result, provenance, figures={"bytes": result.stat().st_size, **figures, **code_facts()})
+    print(
+        f"{output_dir}: kept {figures['kept_codes']} tokens; of the sampled region psnr {figures['psnr']:.2f} dB, "
+        f"psnr_of_the_tokenizer {figures['psnr_of_the_tokenizer']:.2f} dB"
+    )
 
 
-def kept_codes(config: Config, tokenizer: Tokenizer) -> Tensor:
-    """Mask (N,) bool of the codes that `completion.keep` names.
+def sample_completions(codes: Tensor, mask: Tensor, model: ReAR, config: Config) -> Tensor:
+    """Codes (n, K, N) of K completions of codes (n, N), both on the CPU; `mask` (N,) bool is of those that are kept."""
+    count = len(codes) * config.completion.num_completions
+    steps = -(-count // config.sampling.per_gpu_batch_size) * codes.shape[1]
+    with tqdm(desc="sampling", total=steps, unit="token") as progress:
+        sampler = CodeSampler(model, config.model.generator, compile_mode=config.sampling.compile)
+        completed = complete(codes, mask, sampler, config, progress.update)
+    assert torch.equal(completed[:, :, mask], codes[:, None, mask].expand(-1, completed.shape[1], -1))
+    return completed
+
+
+def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    write_npz(path, {name: (array.shape, array.dtype, [array]) for name, array in arrays.items()})
+
+
+def conditioning_mask(config: Config, tokenizer: Tokenizer) -> Tensor:
+    """Mask (N,) bool of the tokens that `completion.keep` names.
 
     Raises:
-        InputError: it names nothing, all or none of the codes, or what the model cannot complete.
+        InputError: it names nothing, all or none of the tokens, or a region that the model cannot condition on.
     """
     keep = config.completion.keep
     if len(tokenizer.code_shape) != 2:
         raise InputError(f"completion.keep: found codes of shape {tokenizer.code_shape}, expected a grid of rows")
+    rows, columns = tokenizer.code_shape
     region = REGION.fullmatch(keep)
     if region:
-        kept = torch.from_numpy(in_region(region[1], float(region[2]), *tokenizer.code_shape))
+        grid = in_region(region[1], float(region[2]), rows, columns)
     elif Path(keep).is_file():
-        kept = torch.from_numpy(white_of(Path(keep), *tokenizer.code_shape))
+        grid = read_mask(Path(keep), rows, columns)
     else:
-        words = "top:SHARE, left:SHARE, center:SHARE or border:SHARE with a share between 0 and 1, or a picture"
-        raise InputError(f"completion.keep={keep}: expected {words}")
-    kept = kept.flatten()
-    if kept.all() or not kept.any():
+        expected = "top:SHARE, left:SHARE, center:SHARE or border:SHARE with a share between 0 and 1, or a picture"
+        raise InputError(f"completion.keep={keep}: expected {expected}")
+    mask = torch.from_numpy(grid).flatten()
+    if mask.all() or not mask.any():
         raise InputError(
-            f"completion.keep={keep}: keeps {int(kept.sum())} of {len(kept)} codes, expected some, not all"
+            f"completion.keep={keep}: keeps {int(mask.sum())} of {len(mask)} tokens, expected some, not all"
         )
-    is_prefix = torch.equal(known_first(kept[None], None)[0], torch.arange(len(kept)))
-    if config.model.generator.order == "raster" and not is_prefix:
+    order = config.model.generator.order
+    is_prefix = torch.equal(known_first(mask[None], None)[0], torch.arange(len(mask)))
+    if order == "raster" and not is_prefix:
         raise InputError(
             f"completion.keep={keep}: expected top:SHARE, as model.generator.order=raster: a model that was trained in "
-            "raster order alone completes what comes after the kept codes"
+            "raster order alone can only sample what comes after the kept tokens"
         )
-    if config.model.generator.order == "annealed" and not is_prefix:
+    if order == "annealed" and not is_prefix:
         print(f"completion.keep={keep}: weights from the end of an annealed run know raster order alone (top:SHARE)")
-    return kept
+    return mask
 
 
-def white_of(path: Path, rows: int, columns: int) -> np.ndarray:
+def read_mask(path: Path, rows: int, columns: int) -> np.ndarray:
     """Mask (rows, columns) bool of a square picture: where its mean is nearer to white than to black.
 
     Raises:
-        InputError: no picture, or no square one.
+        InputError: no picture, or not a square one.
     """
     try:
         with Image.open(path) as image:
@@ -187,12 +202,14 @@ def read_inputs(config: Config) -> np.ndarray:
     """
     if config.completion.inputs is None:
         raise InputError("completion.inputs: missing; give a folder of images or tar shards")
-    path, preprocessing = Path(config.completion.inputs), config.dataset.preprocessing
+    path = Path(config.completion.inputs)
+    preprocessing = config.dataset.preprocessing
     decoding = ImageDecoding.of(preprocessing)
     source = PlainFolder(path) if is_plain(path) else open_images(str(path), decoding=decoding)
     source.decoding = decoding
     transform = training_transform(dataclasses.replace(preprocessing, random_crop=False, random_flip=False))
-    dataset, images = ImageDataset(source, transform, seed=0), []
+    dataset = ImageDataset(source, transform, seed=0)
+    images = []
     for index in tqdm(range(min(len(source), config.completion.num_images)), "inputs", unit="image"):
         item = dataset[index]
         dataset.notes.add_one(index, item["notes"])
@@ -201,13 +218,15 @@ def read_inputs(config: Config) -> np.ndarray:
     return np.stack(images)
 
 
-def origin(config: Config, pixels: np.ndarray, kept: Tensor, model: ReAR, tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that the completions depend on."""
+def provenance_of(
+    config: Config, pixels: np.ndarray, mask: Tensor, model: ReAR, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Everything that the completions depend on."""
     generator, sampling, completion = config.model.generator, config.sampling, config.completion
     keys = ("order", "randomize_temperature", "guidance_scale", "guidance_scale_pow", "top_k", "top_p")
     return {
         "sha256 of the inputs": hashlib.sha256(pixels.tobytes()).hexdigest(),
-        "codes that stay": "".join(str(int(code)) for code in kept),
+        "conditioning mask": "".join(str(int(kept)) for kept in mask),
         **{f"completion.{key}": getattr(completion, key) for key in ("num_completions", "class_label")},
         **{f"model.generator.{key}": getattr(generator, key) for key in keys},
         **{f"sampling.{key}": getattr(sampling, key) for key in ("seed", "order", "uint8_rule")},
@@ -216,18 +235,21 @@ def origin(config: Config, pixels: np.ndarray, kept: Tensor, model: ReAR, tokeni
     }
 
 
-def batches(count: int, config: Config, what: str) -> tqdm:
-    """Slices of so many rows, with a progress bar."""
+def batch_slices(count: int, config: Config, title: str) -> tqdm:
+    """The slices of batches of `count` rows, with a progress bar."""
     size = config.sampling.per_gpu_batch_size
-    return tqdm([slice(start, start + size) for start in range(0, count, size)], what, unit="batch")
+    return tqdm([slice(start, start + size) for start in range(0, count, size)], title, unit="batch")
 
 
 @torch.inference_mode()
 def encode(pixels: np.ndarray, tokenizer: Tokenizer, config: Config) -> Tensor:
     """Codes (n, N), on the CPU."""
     device = next(tokenizer.parameters()).device
-    parts = batches(len(pixels), config, "encoding")
-    return torch.cat([tokenizer.encode(to_float(torch.from_numpy(pixels[part]).to(device))).cpu() for part in parts])
+    codes = []
+    for batch in batch_slices(len(pixels), config, "encoding"):
+        images = to_float(torch.from_numpy(pixels[batch]).to(device))
+        codes.append(tokenizer.encode(images).cpu())
+    return torch.cat(codes)
 
 
 def decode(codes: Tensor, tokenizer: Tokenizer, config: Config) -> np.ndarray:
@@ -238,25 +260,27 @@ def decode(codes: Tensor, tokenizer: Tokenizer, config: Config) -> np.ndarray:
     """
     decoder = ImageDecoder(tokenizer, config.sampling.uint8_rule)
     device = next(tokenizer.parameters()).device
-    parts = batches(len(codes), config, "decoding")
+    images = []
     try:
-        return np.concatenate([decoder.finish(decoder.start(codes[part].to(device))) for part in parts])
+        for batch in batch_slices(len(codes), config, "decoding"):
+            images.append(decoder.finish(decoder.start(codes[batch].to(device))))
     except NonFiniteError as error:
         raise InputError(
             f"{error} (experiment.generator_checkpoint={config.experiment.generator_checkpoint})"
         ) from error
+    return np.concatenate(images)
 
 
 def in_pixels(grid: np.ndarray, resolution: int) -> np.ndarray:
-    """Mask (H, W) of the pixels that belong to codes of a mask (rows, columns)."""
+    """Mask (H, W) of the pixels of the tokens in a mask (rows, columns)."""
     return grid.repeat(resolution // len(grid), axis=0).repeat(resolution // grid.shape[1], axis=1)
 
 
-def picture(inputs: np.ndarray, images: np.ndarray, kept: np.ndarray) -> Image.Image:
-    """A row for each of the first images: input, the part that stayed, completions."""
+def picture(inputs: np.ndarray, images: np.ndarray, mask: np.ndarray) -> Image.Image:
+    """A row for each of the first images: input, kept region, completions."""
     inputs, images = inputs[:GRID_ROWS], images[:GRID_ROWS]
-    parts = np.where(in_pixels(kept, inputs.shape[1])[..., None], inputs, np.uint8(GREY))
-    rows = np.concatenate([inputs[:, None], parts[:, None], images], axis=1)
+    kept = np.where(in_pixels(mask, inputs.shape[1])[..., None], inputs, np.uint8(GREY))
+    rows = np.concatenate([inputs[:, None], kept[:, None], images], axis=1)
     return make_grid(rows.reshape(-1, *inputs.shape[1:]), rows.shape[1])
 
 

@@ -3,11 +3,11 @@
     python scripts/convert_tokens.py maskgitvq.jsonl maskgitvq.tokens --crops-per-image 10
     python scripts/convert_tokens.py maskgitvq.tokens maskgitvq.jsonl
 
-Training converts a jsonl by itself, beside it; this command does so beforehand, and tells more about the codes. Every
-line is checked: a bad one is named with its number and what is wrong. All CPUs work at it, each with little memory.
+Training converts a jsonl itself; this command does so beforehand and takes more facts about the codes. Every line is
+checked; bad lines are reported with their number and the reason. All CPUs are used, each with little memory.
 
-Writes TARGET, which appears when it is complete; the same command continues a killed conversion. A store needs the
-space of its codes twice while it is made (for ImageNet's ten crops 13 GB).
+Writes TARGET, which appears when it is complete; rerun the same command to resume a killed conversion. Writing a store
+needs twice the disk space of its codes (13 GB for ImageNet's ten crops).
 """
 
 import argparse
@@ -24,6 +24,7 @@ from data.codes.store_files import open_store
 from data.images.tar_shards import read_names
 from utils.errors import InputError, input_errors_exit
 from utils.files.lock import only_writer
+from utils.files.provenance import differences
 from utils.processes import num_cpus
 
 
@@ -48,18 +49,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", type=Path, help=".jsonl file or .tokens store")
     parser.add_argument("target", type=Path, help=".tokens store or .jsonl file")
     parser.add_argument("--processes", type=int, default=num_cpus(), help="default: all CPUs, here %(default)s")
-    of_jsonl = parser.add_argument_group("what the lines of a jsonl must fit, and what it does not tell")
+    of_jsonl = parser.add_argument_group("ranges that the lines of a jsonl must fit, and facts that it lacks")
     of_jsonl.add_argument("--codebook-size", type=int, default=1024, help="default %(default)s")
     of_jsonl.add_argument("--image-seq-len", type=int, default=256, help="codes per image, default %(default)s")
     of_jsonl.add_argument("--num-classes", type=int, default=1000, help="default %(default)s")
     of_jsonl.add_argument("--max-bad-fraction", type=float, default=0.0, help="leave out bad lines up to this share")
-    of_jsonl.add_argument("--crops-per-image", type=int, default=1, help="consecutive lines that are of one image")
+    of_jsonl.add_argument("--crops-per-image", type=int, default=1, help="consecutive lines that belong to one image")
     of_jsonl.add_argument("--class-names", type=Path, help="JSON list of names in the order of the class ids")
     arguments = parser.parse_args(argv)
     if min(arguments.processes, arguments.crops_per_image) < 1:
         parser.error("--processes and --crops-per-image: expected at least 1")
     if arguments.max_bad_fraction and arguments.crops_per_image > 1:
-        parser.error("--max-bad-fraction: not with --crops-per-image; without a line the crops would not line up")
+        parser.error("--max-bad-fraction: not with --crops-per-image; a missing line would shift the crops")
     return arguments
 
 
@@ -73,24 +74,27 @@ def to_store(jsonl: Path, store_path: Path, arguments: argparse.Namespace) -> in
         raise InputError(f"{jsonl}: no such file")
     names = None if arguments.class_names is None else read_names(arguments.class_names)
     num_classes = arguments.num_classes if names is None else len(names)
-    sizes = Sizes(arguments.codebook_size, arguments.image_seq_len, num_classes)
+    sizes = Sizes(codebook_size=arguments.codebook_size, image_seq_len=arguments.image_seq_len, num_classes=num_classes)
     if is_conversion(store_path, jsonl, sizes, arguments.max_bad_fraction):
         meta = open_store(store_path)[0]
-        for key, asked in (("crops_per_image", arguments.crops_per_image), ("class_names", names)):
-            if (there := getattr(meta, key)) != asked:
-                raise InputError(
-                    f"{store_path}: exists with {key}={there}, expected {asked}; delete it or choose a name"
-                )
-        print(f"{store_path}: is the conversion of {jsonl} already")
+        different = differences(
+            found={"crops_per_image": meta.crops_per_image, "class_names": meta.class_names},
+            expected={"crops_per_image": arguments.crops_per_image, "class_names": names},
+        )
+        if different:
+            raise InputError(f"{store_path}: exists with {different[0]}; delete it or choose another name")
+        print(f"{store_path}: is already the conversion of {jsonl}")
         return meta.num_samples
     if store_path.exists():
-        raise InputError(f"{store_path}: exists and is not made from {jsonl} as it is now; delete it or choose a name")
+        raise InputError(
+            f"{store_path}: exists and is not made from {jsonl} as it is now; delete it or choose another name"
+        )
     bad_lines = jsonl_to_store(
         jsonl,
         store_path,
         sizes,
-        arguments.processes,
-        arguments.max_bad_fraction,
+        processes=arguments.processes,
+        max_bad_fraction=arguments.max_bad_fraction,
         crops_per_image=arguments.crops_per_image,
         class_names=names,
     )

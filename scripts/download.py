@@ -1,14 +1,15 @@
-"""Download published files from the Hugging Face Hub to the places where the configs look for them.
+"""Download published files from the Hugging Face Hub to the paths that the configs name.
 
     python scripts/download.py tokenizer codes    # for training, 16.5 GB
     python scripts/download.py tokenizer rear_l   # for sampling
 
 Writes ckpt/maskgitvq.bin (tokenizer), dataset/pretokenized/maskgitvq.jsonl (codes: ten crops of each training image),
-ckpt/reAR-*.safetensors and ckpt/rar_*.bin, below the working directory. A download that was cut goes on; a file gets
-its name when its size and sha256 are those that the Hub tells. A file that is there stays as it is.
+ckpt/reAR-*.safetensors and ckpt/rar_*.bin, below the working directory. Rerun the same command to resume a download; a
+file gets its name after its size and sha256 are found to be those on the Hub. Existing files are kept.
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -22,12 +23,13 @@ from huggingface_hub.hf_api import RepoFile
 from utils.errors import InputError, first_line, input_errors_exit
 from utils.files.atomic import publish
 from utils.files.hashing import file_sha256
+from utils.files.provenance import differences
 
 
 class Published(NamedTuple):
     repository: str
     file: str
-    place: str
+    target: str
 
 
 RAR_SIZES = ("b", "l", "xl", "xxl")
@@ -44,41 +46,42 @@ FILES = {
 def download(published: Published) -> None:
     """
     Raises:
-        InputError: the Hub does not answer or lacks the file, or what came is not what it tells.
+        InputError: the Hub does not answer or lacks the file, or the download differs from the file there.
     """
-    repository, file, place = published
-    target = Path(place)
+    target = Path(published.target)
     if target.exists():
-        print(f"{target}: there already")
+        print(f"{target}: exists")
         return
-    partial = target.with_name(target.name + ".download")  # a folder, in which a cut download goes on
+    partial = target.with_name(target.name + ".download")  # a folder, from which a later call resumes
     try:
-        (remote,) = HfApi().get_paths_info(repository, file)
-        hf_hub_download(repository, file, local_dir=partial)
-    except Exception as error:  # whatever the network library of this release of huggingface_hub raises
-        raise InputError(f"{target}: no answer for {file} of {repository} on the Hub: {first_line(error)}") from error
-    path = partial / file
+        (remote,) = HfApi().get_paths_info(published.repository, published.file)
+        hf_hub_download(published.repository, published.file, local_dir=partial)
+    except Exception as error:  # which errors of the network library depends on the release of huggingface_hub
+        raise InputError(
+            f"{target}: found no answer for {published.file} of {published.repository} on the Hub: {first_line(error)}"
+        ) from error
+    path = partial / published.file
     assert isinstance(remote, RepoFile), "no folder"
     check(path, remote)
     publish(path, target)
-    for rest in sorted(partial.rglob("*"), reverse=True):
-        rest.rmdir() if rest.is_dir() else rest.unlink()
-    partial.rmdir()
-    print(f"{target}: {file} of {repository}")
+    shutil.rmtree(partial)
+    print(f"{target}: {published.file} of {published.repository}")
 
 
 def check(path: Path, remote: RepoFile) -> None:
     """
     Raises:
-        InputError: another size or, where the Hub tells one, another sha256; the file is deleted.
+        InputError: the size or, where the Hub has one, the sha256 differs; the file is deleted.
     """
     found: dict[str, int | str] = {"size": path.stat().st_size}
     expected: dict[str, int | str] = {"size": remote.size}
     if remote.lfs is not None:
-        found["sha256"], expected["sha256"] = file_sha256(path, progress=True), remote.lfs.sha256
-    if found != expected:
+        found["sha256"] = file_sha256(path, progress=True)
+        expected["sha256"] = remote.lfs.sha256
+    different = differences(found, expected)
+    if different:
         path.unlink()
-        raise InputError(f"{path}: found {found}, expected {expected} as the Hub tells; start again")
+        raise InputError(f"{path}: {different[0]} as on the Hub; rerun the same command")
 
 
 def main() -> None:

@@ -1,14 +1,14 @@
-"""Look at tokenized images: decode some to a grid with their class names, and count all codes.
+"""Inspect tokenized images: decode some to a grid with their class names, and count all codes.
 
     python scripts/inspect_codes.py config=configs/rear_b.yaml experiment.output_dir=outputs/codes
     python scripts/inspect_codes.py config=configs/rear_b.yaml experiment.output_dir=outputs/codes \\
         inspection.rows=[0,1,2,12811660]
 
-Reads the codes of `dataset.params.pretokenization`, all but those that `inspection.rows` names at random, and decodes
-them with `experiment.tokenizer_checkpoint`.
+Reads the codes of `dataset.params.pretokenization` and decodes the samples `inspection.rows`, or random ones, with
+`experiment.tokenizer_checkpoint`.
 
-Prints the statistics. Writes to `experiment.output_dir`: codes.png (the grid; not for a codebook alone, whose codes
-have no images), statistics.png (how often codes and classes occur) and statistics.json.
+Prints the statistics. Writes to `experiment.output_dir`: codes.png (the grid; not for a tokenizer without a decoder),
+statistics.png (how often codes and classes occur) and statistics.json.
 """
 
 import sys
@@ -55,36 +55,38 @@ GRID_COLUMNS = 8
 
 def main(config: Config) -> None:
     with only_writer(Path(config.experiment.output_dir), inside=True):
-        look_at(config)
+        inspect(config)
 
 
-def look_at(config: Config) -> None:
-    """The files of `experiment.output_dir`."""
+def inspect(config: Config) -> None:
+    """Write the files of `experiment.output_dir`."""
     if config.dataset.params.pretokenization is None:
-        raise InputError("dataset.params.pretokenization: missing; give the codes to look at")
+        raise InputError("dataset.params.pretokenization: missing; give the codes to inspect")
     tokenizer = load_tokenizer(config)
     store = open_codes(config)
     check_tokenizer(store, tokenizer.sha256())
     rows = choose_rows(store, config)
     output_dir = Path(config.experiment.output_dir)
+    pictures = []
     if tokenizer.has_images:
-        write_png(output_dir / "codes.png", decoded_grid(store, rows, tokenizer, config))
+        pictures.append(output_dir / "codes.png")
+        write_png(pictures[0], decoded_grid(store, rows, tokenizer, config))
     statistics = code_statistics(store)
     figures = summary(store, statistics, tokenizer.code_shape)
     for name, value in figures.items():
         print(f"{name}: {value}")
     write_text(output_dir / "statistics.json", json.dumps(figures, indent=1) + "\n")
+    pictures.append(output_dir / "statistics.png")
     counts = {"codes, most frequent first": statistics.code_counts, "samples of each class": statistics.class_counts}
-    save_histograms({name: -np.sort(-values) for name, values in counts.items()}, output_dir / "statistics.png")
-    pictures = [f"{output_dir}/codes.png"] if tokenizer.has_images else []
-    print(f"look at {' and '.join([*pictures, f'{output_dir}/statistics.png'])}")
+    save_histograms({name: -np.sort(-values) for name, values in counts.items()}, pictures[-1])
+    print(f"look at {' and '.join(map(str, pictures))}")
 
 
 def choose_rows(store: TokenStore, config: Config) -> list[int]:
-    """The rows asked for, or random ones, in order.
+    """The rows `inspection.rows`, or random ones, in order.
 
     Raises:
-        InputError: a row that is not there.
+        InputError: a row that does not exist.
     """
     rows = config.inspection.rows
     if rows is None:
@@ -99,9 +101,10 @@ def choose_rows(store: TokenStore, config: Config) -> list[int]:
 
 @torch.inference_mode()
 def decoded_grid(store: TokenStore, rows: list[int], tokenizer: Tokenizer, config: Config) -> Image.Image:
-    """Images of some rows, each above its row number and class name."""
-    tokenizer.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    device, images = next(tokenizer.parameters()).device, []
+    """The images of `rows`, each above its row number and class name."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer.to(device)
+    images = []
     for first in range(0, len(rows), DECODED_AT_ONCE):
         codes = store.__getitems__(rows[first : first + DECODED_AT_ONCE])["codes"].to(device)  # (b, N)
         images.append(to_uint8(tokenizer.decode(codes), config.sampling.uint8_rule))
@@ -110,10 +113,11 @@ def decoded_grid(store: TokenStore, rows: list[int], tokenizer: Tokenizer, confi
 
 
 def summary(store: TokenStore, statistics: CodeStatistics, code_shape: tuple[int, ...]) -> dict[str, Any]:
-    """By name, for reading and for JSON."""
+    """The printed statistics, by name."""
     grid = f"grid {code_shape[0]} x {code_shape[1]}" if len(code_shape) == 2 else "without a grid"
     meta, per_class = store.meta, statistics.class_counts
     rarest, commonest = int(per_class.argmin()), int(per_class.argmax())
+    most_frequent = [f"{code} ({share:.2%})" for code, share in statistics.most_frequent(MOST_FREQUENT)]
     return {
         "samples": len(store),
         "images": len(store) // meta.crops_per_image,
@@ -122,7 +126,7 @@ def summary(store: TokenStore, statistics: CodeStatistics, code_shape: tuple[int
         "codebook": meta.codebook_size,
         "codebook used": f"{statistics.usage:.2%}",
         "entropy of the codes": f"{statistics.entropy:.3f} of {math.log2(meta.codebook_size):.3f} bits",
-        "most frequent codes": ", ".join(f"{code} ({s:.2%})" for code, s in statistics.most_frequent(MOST_FREQUENT)),
+        "most frequent codes": ", ".join(most_frequent),
         "classes": f"{meta.num_classes}, {int((per_class > 0).sum())} of them with samples",
         "samples of the rarest class": f"{per_class[rarest]} ({store.class_name(rarest)})",
         "samples of the commonest class": f"{per_class[commonest]} ({store.class_name(commonest)})",
@@ -130,7 +134,7 @@ def summary(store: TokenStore, statistics: CodeStatistics, code_shape: tuple[int
     }
 
 
-def save_histograms(counts: dict[str, np.ndarray], picture_path: Path) -> None:
+def save_histograms(counts: dict[str, np.ndarray], path: Path) -> None:
     """Draw counts (K,) as steps, a panel for each name."""
     figure = Figure(figsize=(12, 4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -138,7 +142,7 @@ def save_histograms(counts: dict[str, np.ndarray], picture_path: Path) -> None:
         axes.stairs(values, fill=True)
         axes.set_title(name)
         axes.grid(alpha=0.3)
-    with atomic_file(picture_path) as partial:
+    with atomic_file(path) as partial:
         figure.savefig(partial, dpi=100, format="png")
 
 

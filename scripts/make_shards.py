@@ -4,16 +4,16 @@
         --class-names LOC_synset_mapping.txt
     python scripts/make_shards.py my_images outputs/mine/images --heldout 0.1
 
-The bytes of the images stay as they are. Images are shuffled, always in the same way, and with --heldout a share of
-each class goes to shards of its own. All CPUs work at it, and the same command continues a killed run.
+The bytes of the images are not changed. Images are shuffled, always in the same way, and with --heldout a share of each
+class goes to separate shards. All CPUs are used; rerun the same command to resume a killed run.
 
-Writes to OUTPUT, which appears when it is complete: <prefix>-000000.tar ..., heldout-000000.tar ..., an index beside
-each (<prefix>-000000.index.npz ...), so that no program has to read all their headers, classes.json (names in the order
-of the class ids) and shards.json (samples, bytes and sha256 of each shard). For shards from elsewhere
+Writes to OUTPUT, which appears when it is complete: <prefix>-000000.tar ..., heldout-000000.tar ..., an index of each
+(<prefix>-000000.index.npz ...), so that no program has to read all their headers, classes.json (names in the order of
+the class ids) and shards.json (samples, bytes and sha256 of each shard). For existing shards
 
     python scripts/make_shards.py --index "shards/imagenet-train-{000000..000252}.tar"
 
-writes the indices alone, beside the shards.
+writes only the indices, next to the shards.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         found = find_shards(arguments.index)
         with only_writer(found[0]):
             list(tqdm(index_shards(found, arguments.processes), total=len(found), unit="shard"))
-        print(f"{arguments.index}: an index beside each of {len(found)} shards")
+        print(f"{arguments.index}: {len(found)} shards indexed")
         return
     if not arguments.source.is_dir():
         raise InputError(f"{arguments.source}: no such folder")
@@ -57,7 +57,7 @@ def pack(arguments: argparse.Namespace) -> None:
         names = read_titles(arguments.class_names, source.class_names)
     shards = plan_shards(source, arguments.prefix, arguments.samples_per_shard, arguments.heldout)
     if is_written(arguments.output, names, shards):
-        print(f"{arguments.output}: is complete already")
+        print(f"{arguments.output}: is already complete")
         return
     with (
         tqdm(total=len(source), unit="image", smoothing=0) as progress,
@@ -76,7 +76,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, nargs="?", help="folder with a sub-folder per class")
     parser.add_argument("output", type=Path, nargs="?", help="folder to make")
-    parser.add_argument("--index", metavar="SHARDS", help="in place of source and output: shards to index")
+    parser.add_argument("--index", metavar="SHARDS", help="instead of source and output: shards to index")
     parser.add_argument("--prefix", default="train", help="of the shard names, default %(default)s")
     parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="default %(default)s")
     parser.add_argument("--heldout", type=float, default=0.0, help="share of each class, below 1; default none")
@@ -88,7 +88,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if min(arguments.processes, arguments.samples_per_shard) < 1 or not 0 <= arguments.heldout < 1:
         parser.error("expected at least 1 process and 1 sample per shard, and --heldout from 0 to below 1")
     if arguments.prefix == HELDOUT_PREFIX:
-        parser.error(f"--prefix {HELDOUT_PREFIX}: is the name of the held-out shards")
+        parser.error(f"--prefix {HELDOUT_PREFIX}: is reserved for the held-out shards")
     return arguments
 
 

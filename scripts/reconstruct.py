@@ -1,14 +1,14 @@
-"""Reconstruct held-out images with the tokenizer: what it loses is lost to every generator on its codes.
+"""Reconstruct held-out images with the tokenizer: no generator on its codes can be better than these.
 
     python scripts/reconstruct.py config=configs/rear_b.yaml experiment.output_dir=outputs/tokenizer \\
         dataset.params.eval_shards_path_or_url="imagenet-val-{000000..000049}.tar"
 
-Takes centre crops of the first `sampling.num_fid_samples` held-out images, or of all if there are fewer. The classes
-take turns (image i has class i mod C while every class lasts), in an order within the class that `sampling.seed` fixes.
+Takes centre crops of the first `sampling.num_fid_samples` held-out images, or of all if there are fewer. Classes are
+interleaved (image i has class i mod C while every class lasts); `sampling.seed` fixes the order within a class.
 
 Writes to `experiment.output_dir`: reference.npz and reconstructions.npz (arr_0: uint8 NHWC images, arr_1: int64 labels,
-both in the same order), reconstruct.json (crop, PSNR, L1, codebook use, and what the images were made from: those made
-otherwise are not replaced) and reconstructions.png (originals above reconstructions). The rFID of the tokenizer is then
+both in the same order), reconstruct.json (crop, PSNR, L1, codebook use and the provenance of the images: those of
+another provenance are not replaced) and reconstructions.png (originals above reconstructions). Then compute rFID with
 
     python evaluation/evaluator.py outputs/tokenizer/reference.npz outputs/tokenizer/reconstructions.npz
 """
@@ -66,43 +66,36 @@ def main(config: Config) -> None:
 
 
 def reconstruct_all(config: Config) -> None:
-    """The files of `experiment.output_dir`."""
+    """Write the files of `experiment.output_dir`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(config).to(device)
     if not tokenizer.has_images:
         raise tokenizer.no_images("reconstructions")
-    validation = HeldoutImages(config)
+    validation = ValidationImages(config)
     output_dir = Path(config.experiment.output_dir)
-    results = [output_dir / f"{name}.npz" for name in ("reference", "reconstructions")]
-    made_from, record = origin(config, validation, tokenizer), output_dir / "reconstruct.json"
-    for result in results:
-        is_made(result, made_from, record)
-    write_record(results[-1], made_from, record)
+    reference = output_dir / "reference.npz"
+    reconstructions = output_dir / "reconstructions.npz"
+    record = output_dir / "reconstruct.json"
+    provenance = provenance_of(config, validation, tokenizer)
+    is_made(reference, provenance, record)
+    is_made(reconstructions, provenance, record)
+    write_record(reconstructions, provenance, record)
     metrics = ReconstructionMetrics(tokenizer.codebook_size)
-    streams = [
-        (images.numpy() for images in validation),
-        reconstruct(tokenizer, validation, metrics, config.sampling.uint8_rule),
-    ]
-    labels = validation.labels
-    shape = (len(labels), tokenizer.resolution, tokenizer.resolution, 3)
-    for result, chunks in zip(results, streams, strict=True):
-        progress = tqdm(chunks, desc=result.name, total=len(validation), unit="batch")
-        entries: dict[str, NpzEntry] = {
-            "arr_0": (shape, np.uint8, progress),
-            "arr_1": (labels.shape, np.int64, [labels]),
-        }
-        with matmul_precision(config.training.enable_tf32):  # of what `reconstruct` computes as it is read
-            write_npz(result, entries)
+    write_images(reference, (images.numpy() for images in validation), validation, tokenizer.resolution)
+    with matmul_precision(config.training.enable_tf32):
+        batches = reconstruct(tokenizer, validation, metrics, config.sampling.uint8_rule)
+        write_images(reconstructions, batches, validation, tokenizer.resolution)
     validation.dataset.notes.summary()
-    save_grid(output_dir)
-    preprocessing, summary = config.dataset.preprocessing, metrics.summary()
+    save_grid(reference, reconstructions, output_dir / "reconstructions.png")
+    preprocessing = config.dataset.preprocessing
     crop = f"ADM centre crop of {preprocessing.crop_size} px, shorter edge {preprocessing.resize_shorter_edge} px"
-    write_record(results[-1], made_from, record, {"crop": crop, **summary, **code_facts()})
+    summary = metrics.summary()
+    write_record(reconstructions, provenance, record, figures={"crop": crop, **summary, **code_facts()})
     print(f"{output_dir}: {crop}; " + ", ".join(f"{name} {value:.4g}" for name, value in summary.items()))
 
 
-def origin(config: Config, validation: "HeldoutImages", tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the images depend on; of the held-out ones names and classes, for their contents are read each time."""
+def provenance_of(config: Config, validation: "ValidationImages", tokenizer: Tokenizer) -> dict[str, Any]:
+    """Everything that the images depend on; the names and classes of the held-out images stand for their content."""
     return {
         "held-out images": validation.dataset.fingerprint,
         "number of images": len(validation.labels),
@@ -113,8 +106,20 @@ def origin(config: Config, validation: "HeldoutImages", tokenizer: Tokenizer) ->
     }
 
 
-class HeldoutImages:
-    """Batches of the images to reconstruct, uint8 (B, H, W, 3), as often as they are asked for.
+def write_images(path: Path, batches: Iterable[np.ndarray], validation: "ValidationImages", resolution: int) -> None:
+    """Write an npz of all images, from batches (B, H, W, 3) uint8, and their labels."""
+    labels = validation.labels
+    shape = (len(labels), resolution, resolution, 3)
+    progress = tqdm(batches, desc=path.name, total=len(validation), unit="batch")
+    entries: dict[str, NpzEntry] = {
+        "arr_0": (shape, np.uint8, progress),
+        "arr_1": (labels.shape, np.int64, [labels]),
+    }
+    write_npz(path, entries)
+
+
+class ValidationImages:
+    """Batches of the images to reconstruct, uint8 (B, H, W, 3); each iteration reads them again.
 
     Attributes:
         labels: (n,) int64, of the images in their order; class ids are those of the training data.
@@ -126,14 +131,14 @@ class HeldoutImages:
     def __init__(self, config: Config) -> None:
         params, sampling = config.dataset.params, config.sampling
         self.dataset = open_validation_images(config)
-        source = self.dataset.source
-        self.batch_size, self.num_workers = sampling.per_gpu_batch_size, params.num_workers_per_gpu
-        shuffled = permutation_of_pass(len(source), sampling.seed, dataset_pass=0)
-        order = by_turns(shuffled, source.class_ids)
-        if allowed_bad_fraction(params) > 0:  # their number must be known before the files are begun: read all
-            order = by_turns(order[~self._unreadable(order)], source.class_ids)
+        self.batch_size = sampling.per_gpu_batch_size
+        self.num_workers = params.num_workers_per_gpu
+        class_ids = self.dataset.source.class_ids
+        order = interleave_classes(permutation_of_pass(len(class_ids), sampling.seed, dataset_pass=0), class_ids)
+        if allowed_bad_fraction(params) > 0:  # the number of images must be known before writing: read all once
+            order = interleave_classes(order[~self._unreadable(order)], class_ids)
         self.order = order[: sampling.num_fid_samples]
-        self.labels = source.class_ids[self.order].astype(np.int64)
+        self.labels = class_ids[self.order].astype(np.int64)
 
     def __len__(self) -> int:
         return -(-len(self.order) // self.batch_size)
@@ -157,19 +162,19 @@ class HeldoutImages:
         return np.concatenate(found)
 
 
-def by_turns(order: np.ndarray, class_ids: np.ndarray) -> np.ndarray:
-    """The indices of `order` (n,): one of each class, another of each class, ..., within a class in their order."""
-    order = order[np.argsort(class_ids[order], kind="stable")]  # class by class
+def interleave_classes(order: np.ndarray, class_ids: np.ndarray) -> np.ndarray:
+    """Reorder the indices `order` (n,): the first image of each class, the second of each class, ..."""
+    order = order[np.argsort(class_ids[order], kind="stable")]  # grouped by class
     grouped = class_ids[order]
-    turn = np.arange(len(grouped)) - np.searchsorted(grouped, grouped)  # rank within the class
-    return order[np.argsort(turn, kind="stable")]
+    rank_in_class = np.arange(len(grouped)) - np.searchsorted(grouped, grouped)
+    return order[np.argsort(rank_in_class, kind="stable")]
 
 
 @torch.inference_mode()
 def reconstruct(
     tokenizer: Tokenizer, batches: Iterable[Tensor], metrics: ReconstructionMetrics, uint8_rule: str
 ) -> Iterator[np.ndarray]:
-    """Yield batches of reconstructions (B, H, W, 3) uint8; figures go to `metrics`."""
+    """Yield batches of reconstructions (B, H, W, 3) uint8 and update `metrics`."""
     device = next(tokenizer.parameters()).device
     for pixels in batches:
         images = to_float(pixels.to(device))
@@ -179,14 +184,12 @@ def reconstruct(
         yield to_uint8(reconstructions, uint8_rule)
 
 
-def save_grid(output_dir: Path) -> None:
+def save_grid(reference: Path, reconstructions: Path, picture: Path) -> None:
     """The first images of both files, in rows of originals above rows of reconstructions."""
-    names = ("reference", "reconstructions")
-    files = [np.load(output_dir / f"{name}.npz")["arr_0"][: GRID_ROWS * GRID_COLUMNS] for name in names]
+    files = [np.load(path)["arr_0"][: GRID_ROWS * GRID_COLUMNS] for path in (reference, reconstructions)]
     starts = range(0, len(files[0]), GRID_COLUMNS)
     rows = [images[start : start + GRID_COLUMNS] for start in starts for images in files]
-    grid = make_grid(np.concatenate(rows), min(GRID_COLUMNS, len(rows[0])))
-    write_png(output_dir / "reconstructions.png", grid)
+    write_png(picture, make_grid(np.concatenate(rows), min(GRID_COLUMNS, len(rows[0]))))
 
 
 if __name__ == "__main__":

@@ -4,15 +4,15 @@
         experiment.output_dir=outputs/rear_b_sweep experiment.generator_checkpoint=outputs/rear_b \\
         sweep.reference=VIRTUAL_imagenet256_labeled.npz sampling.num_fid_samples=10000 "sweep.guidance_scale=[4,8,16]"
 
-The settings are all combinations of the lists in the section sweep. Each samples the same images (classes and random
-numbers), which are scored as they come and not kept, by Inception if its weights are in torch hub's cache, else by
-EfficientNet-Lite0. The images of the reference are split in two at random: the setting with the least Frechet distance
-to one half is the best, and its distance to the other half is the number to report.
+The settings are all combinations of the lists in the section `sweep`. Each samples the same images (classes and random
+numbers); these are scored and not kept, with Inception if its weights are in torch hub's cache, else with
+EfficientNet-Lite0. The reference is split at random into halves: the setting with the smallest Frechet distance to one
+half is the best, and its distance to the other half is the number to report. (Selecting by a score biases it.)
 
-Writes to `experiment.output_dir`: sweep.json (all numbers, and what they were made from: others are not mixed with
-them), sweep.md (the table), sweep.png (distance and, with Inception, Inception Score against guidance) and best.txt
-(the best setting as arguments for the sampler). The same command continues a killed sweep with the next setting; more
-values in the lists add to the table.
+Writes to `experiment.output_dir`: sweep.json (all numbers and their provenance: those of another provenance are not
+mixed with them), sweep.md (the table), sweep.png (distance and, with Inception, Inception Score against guidance) and
+best.txt (the best setting as arguments for the sampler). Rerun the same command to resume a killed sweep at the next
+setting; more values in the lists extend the table.
 """
 
 import sys
@@ -30,11 +30,9 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
 
     CONFIG = load_config_or_exit(__doc__, READS)
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -47,71 +45,81 @@ from evaluation.sample_distance import find_extractor
 from modeling.sampling.image_inputs import asked_images
 from modeling.sampling.image_sampler import ImageSampler, images_made_from, load_trained
 from modeling.tokenizers.registry import load_tokenizer
+from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.console import markdown_table
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, NonFiniteError, input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.json_file import read_json
-from utils.files.lock import only_writer
 from utils.files.npz import Npz
 from utils.files.provenance import is_made, write_record
 from utils.precision import matmul_precision
 from utils.run.curves import draw_curve, panel_grid, save_figure
 
-KEYS = ("guidance_scale", "guidance_scale_pow", "randomize_temperature")  # of model.generator, and of the lists
-NO_MATTER = ("sampling.per_gpu_batch_size", "sampling.save_png", *(f"model.generator.{key}" for key in KEYS))
-DISTANCES = {"fid": TITLES["fid"], "frechet_lite0": TITLES["frechet_distance"]}
 
-Setting = tuple[float, ...]  # a value for each of KEYS
+class Setting(NamedTuple):
+    """Values of `model.generator`; the lists in the section `sweep` have the same names."""
+
+    guidance_scale: float
+    guidance_scale_pow: float
+    randomize_temperature: float
+
+    def __str__(self) -> str:
+        return " ".join(f"model.generator.{key}={value}" for key, value in self._asdict().items())
+
+
 Scores = dict[str, float]
+KEYS = Setting._fields
+WITHOUT_EFFECT = ("sampling.per_gpu_batch_size", "sampling.save_png")
+DISTANCES = {"fid": TITLES["fid"], "frechet_lite0": TITLES["frechet_distance"]}
 
 
 def main(config: Config) -> None:
-    with ExitStack() as held, init_distributed() as ctx:
-        sweep(config, held, ctx)
-
-
-def sweep(config: Config, held: ExitStack, ctx: DistributedContext) -> None:
-    """The files of `experiment.output_dir`, whose lock `held` gets."""
-    output_dir, size = Path(config.experiment.output_dir), config.sampling.per_gpu_batch_size
     tokenizer = load_tokenizer(config)
     if not tokenizer.has_images:
         raise tokenizer.no_images("sweep.reference")
-    ctx.broadcast_from_rank0(lambda: held.enter_context(only_writer(output_dir, inside=True)))
-    reference = ctx.rank0_first(lambda: open_reference(config, tokenizer.resolution, ctx.is_rank0))
-    classes, indices = ctx.broadcast_from_rank0(lambda: asked(config))
+    with init_distributed() as ctx, ctx.locked(Path(config.experiment.output_dir), inside=True):
+        sweep(config, tokenizer, ctx)
+
+
+def sweep(config: Config, tokenizer: Tokenizer, ctx: DistributedContext) -> None:
+    """Write the files of `experiment.output_dir`."""
+    output_dir, batch_size = Path(config.experiment.output_dir), config.sampling.per_gpu_batch_size
+    reference = ctx.rank0_first(open_reference, config, tokenizer.resolution, verify=ctx.is_rank0)
+    classes, indices = ctx.broadcast_from_rank0(asked, config)
     model, _ = load_trained(config, tokenizer, ctx)
-    distance, extractor = ctx.rank0_first(lambda: find_extractor(ctx.device, "sweep.reference"))
-    made_from = images_made_from(config, classes, indices, model, tokenizer, ctx.device)
-    made_from = origin(made_from, reference, extractor)
-    done = ctx.broadcast_from_rank0(lambda: read_scores(output_dir / "sweep.json", made_from))
-    missing = [setting for setting in settings_of(config) if setting not in done]
+    distance, extractor = ctx.rank0_first(find_extractor, ctx.device, "sweep.reference")
+    sampler_provenance = images_made_from(config, classes, indices, model, tokenizer, ctx.device)
+    provenance = provenance_of(sampler_provenance, reference, extractor)
+    scores = ctx.broadcast_from_rank0(read_scores, output_dir / "sweep.json", provenance)
+    missing = [setting for setting in settings_of(config) if setting not in scores]
     model.to(ctx.device).eval()
     tokenizer.to(ctx.device)
-    halves = SplitReference(reference.images, extractor, size, ctx) if missing else None
-    notice: Callable[[str], object] = print if ctx.is_rank0 else lambda line: None
+    halves = SplitReference(reference.images, extractor, batch_size, ctx) if missing else None
     for setting in missing:
         assert halves is not None
-        name, with_setting = as_overrides(setting), with_values(config, setting)
-        sampler = ImageSampler(model, tokenizer, with_setting, min(size, len(indices)), notice)
+        sampler = ImageSampler(
+            model, tokenizer, with_setting(config, setting), min(batch_size, len(indices)), ctx.print_on_rank0
+        )
+        images = SampledImages(sampler, indices, config.training.enable_tf32)
         try:
-            done[setting] = halves.scores(SampledImages(sampler, indices, config.training.enable_tf32), name)
+            scores[setting] = halves.scores(images, title=str(setting))
         except NonFiniteError as error:
             weights = f"experiment.generator_checkpoint={config.experiment.generator_checkpoint}"
-            raise InputError(f"{name}: {error} ({weights})") from error
-        del sampler  # frees its memory before the next one
-        ctx.broadcast_from_rank0(lambda: write_scores(output_dir / "sweep.json", done, distance, made_from))
-        if ctx.is_rank0:
-            print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in done[setting].items()), flush=True)
+            raise InputError(f"{setting}: {error} ({weights})") from error
+        del sampler, images  # free their memory before the next ones
+        ctx.broadcast_from_rank0(write_scores, output_dir / "sweep.json", scores, distance, provenance)
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in scores[setting].items())
+        ctx.print_on_rank0(f"{setting}: {numbers}")
     if ctx.is_rank0:
-        report(output_dir, done, DISTANCES[distance], f"{len(indices)} samples each")
+        report(output_dir, scores, DISTANCES[distance], f"{len(indices)} samples each")
 
 
 def open_reference(config: Config, resolution: int, verify: bool) -> Npz:
     """
     Raises:
-        InputError: the key is missing, or it names no npz of images of this size.
+        InputError: the key is missing, or does not name an npz of images of this size.
     """
     if config.sweep.reference is None:
         raise InputError("sweep.reference: missing; give an npz of images to compare with")
@@ -126,7 +134,7 @@ def asked(config: Config) -> tuple[list[int], list[int]]:
     """Class ids and indices of the images that each setting samples.
 
     Raises:
-        InputError: classes that are not there, or a single image.
+        InputError: classes that do not exist, or a single image.
     """
     classes = asked_classes(config)
     indices = asked_images(config.sampling, classes, config.model.generator.condition_num_classes)
@@ -140,62 +148,60 @@ def settings_of(config: Config) -> list[Setting]:
     generator, lists = config.model.generator, config.sweep
     powers = lists.guidance_scale_pow or [generator.guidance_scale_pow]
     temperatures = lists.randomize_temperature or [generator.randomize_temperature]
-    return list(dict.fromkeys(product(lists.guidance_scale, powers, temperatures)))
+    combinations = dict.fromkeys(product(lists.guidance_scale, powers, temperatures))
+    return [Setting(*values) for values in combinations]
 
 
-def with_values(config: Config, setting: Setting) -> Config:
-    scale, power, temperature = setting
-    generator = replace(
-        config.model.generator,
-        guidance_scale=scale,
-        guidance_scale_pow=power,
-        randomize_temperature=temperature,
-    )
+def with_setting(config: Config, setting: Setting) -> Config:
+    generator = replace(config.model.generator, **setting._asdict())
     return replace(config, model=replace(config.model, generator=generator))
 
 
-def origin(made_from: dict[str, Any], reference: Npz, extractor: Extractor) -> dict[str, Any]:
-    """All that the scores of a setting depend on, beside the setting."""
+def provenance_of(sampler_provenance: dict[str, Any], reference: Npz, extractor: Extractor) -> dict[str, Any]:
+    """Everything that the scores depend on, besides the setting."""
+    left_out = (*WITHOUT_EFFECT, *(f"model.generator.{key}" for key in KEYS))
     return {
-        **{key: value for key, value in made_from.items() if key not in NO_MATTER},
+        **{key: value for key, value in sampler_provenance.items() if key not in left_out},
         "sha256 of sweep.reference": reference.sha256,
         "sha256 of the feature weights": extractor.weights_sha256,
     }
 
 
-def read_scores(path: Path, made_from: dict[str, Any]) -> dict[Setting, Scores]:
-    """Of the settings that are done.
+def read_scores(path: Path, provenance: dict[str, Any]) -> dict[Setting, Scores]:
+    """The scores of finished settings.
 
     Raises:
-        InputError: they were made from something else.
+        InputError: they have another provenance.
     """
-    rows = read_json(path)["settings"] if is_made(path, made_from) else []
-    return {tuple(row.pop(key) for key in KEYS): row for row in rows}
+    rows = read_json(path)["settings"] if is_made(path, provenance) else []
+    return {Setting(**{key: row.pop(key) for key in KEYS}): row for row in rows}
 
 
-def write_scores(path: Path, done: dict[Setting, Scores], distance: str, made_from: dict[str, Any]) -> None:
-    rows = [{**dict(zip(KEYS, setting, strict=True)), **done[setting]} for setting in in_order(done)]
-    write_record(path, made_from, figures={"distance": distance, "best": as_overrides(best_of(done)), "settings": rows})
+def write_scores(path: Path, scores: dict[Setting, Scores], distance: str, provenance: dict[str, Any]) -> None:
+    rows = [{**setting._asdict(), **scores[setting]} for setting in in_order(scores)]
+    write_record(path, provenance, figures={"distance": distance, "best": str(best_of(scores)), "settings": rows})
 
 
-def in_order(done: dict[Setting, Scores]) -> list[Setting]:
-    """By power and temperature, then by guidance scale, whatever was sampled first."""
-    return sorted(done, key=lambda setting: (setting[1:], setting[0]))
+def family_of(setting: Setting) -> tuple[float, float]:
+    return setting.guidance_scale_pow, setting.randomize_temperature
 
 
-def best_of(done: dict[Setting, Scores]) -> Setting:
-    return min(in_order(done), key=lambda setting: done[setting][HALVES[0]])
+def in_order(scores: dict[Setting, Scores]) -> list[Setting]:
+    """By power and temperature, then by guidance scale."""
+    return sorted(scores, key=lambda setting: (family_of(setting), setting.guidance_scale))
 
 
-def as_overrides(setting: Setting) -> str:
-    return " ".join(f"model.generator.{key}={value}" for key, value in zip(KEYS, setting, strict=True))
+def best_of(scores: dict[Setting, Scores]) -> Setting:
+    return min(in_order(scores), key=lambda setting: scores[setting][HALVES[0]])
 
 
 class SampledImages:
-    """The images of a setting as those of a file: made when they are read, as the sampler would make them."""
+    """The images of a setting, with the interface of images in a file; sampled when they are read."""
 
     def __init__(self, sampler: ImageSampler, indices: list[int], tf32: bool) -> None:
-        self.sampler, self.indices, self.tf32 = sampler, indices, tf32
+        self.sampler = sampler
+        self.indices = indices
+        self.tf32 = tf32
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -205,36 +211,47 @@ class SampledImages:
             return self.sampler(self.indices[start:stop])
 
 
-def report(output_dir: Path, done: dict[Setting, Scores], distance: str, how_many: str) -> None:
-    """sweep.md, best.txt and sweep.png of finished settings."""
-    best, has_score = best_of(done), all("inception_score" in scores for scores in done.values())
-    columns = [*HALVES, "inception_score"] if has_score else list(HALVES)
-    titles = [f"{distance}, {name.replace('_', ' ')}" for name in HALVES] + ["Inception Score"] * has_score
+def report(output_dir: Path, scores: dict[Setting, Scores], distance: str, num_samples: str) -> None:
+    """Write sweep.md, best.txt and sweep.png."""
+    best = best_of(scores)
+    columns = {half: f"{distance}, {half.replace('_', ' ')}" for half in HALVES}
+    if has_inception_score(scores):
+        columns["inception_score"] = "Inception Score"
     lines = [
-        [*map(str, setting), *(f"{done[setting][column]:.4g}" for column in columns)] for setting in in_order(done)
+        [*map(str, setting._asdict().values()), *(f"{scores[setting][column]:.4g}" for column in columns)]
+        for setting in in_order(scores)
     ]
-    choice = f"best by the {HALVES[0].replace('_', ' ')}: {as_overrides(best)}"
-    result = f"its {distance} to the other half of the reference, {how_many}: {done[best][HALVES[1]]:.4g}"
-    text = f"{markdown_table([*KEYS, *titles], lines)}\n\n{choice}\n\n{result}\n"
+    choice = f"best by the {HALVES[0].replace('_', ' ')}: {best}"
+    result = f"its {distance} to the other half of the reference, {num_samples}: {scores[best][HALVES[1]]:.4g}"
+    text = f"{markdown_table([*KEYS, *columns.values()], lines)}\n\n{choice}\n\n{result}\n"
     write_text(output_dir / "sweep.md", text)
-    write_text(output_dir / "best.txt", as_overrides(best) + "\n")
-    draw(done, distance, [list(HALVES), ["inception_score"]][: 1 + has_score], output_dir / "sweep.png")
+    write_text(output_dir / "best.txt", f"{best}\n")
+    draw(scores, distance, output_dir / "sweep.png")
     print(text, f"look at {output_dir / 'sweep.png'}", sep="\n")
 
 
-def draw(done: dict[Setting, Scores], distance: str, panels: list[list[str]], path: Path) -> None:
+def has_inception_score(scores: dict[Setting, Scores]) -> bool:
+    return all("inception_score" in values for values in scores.values())
+
+
+def draw(scores: dict[Setting, Scores], distance: str, path: Path) -> None:
     """Scores against the guidance scale, a colour for each power and temperature; a ring around the best setting."""
+    panels = [(f"{distance}, other half dashed", {HALVES[0]: "-", HALVES[1]: "--"})]  # title, line style of each score
+    if has_inception_score(scores):
+        panels.append(("Inception Score", {"inception_score": "-"}))
     figure, grid = panel_grid(len(panels), x_label="guidance_scale")
-    best, families = best_of(done), list(dict.fromkeys(setting[1:] for setting in in_order(done)))
-    for axes, names, title in zip(grid, panels, [f"{distance}, other half dashed", "Inception Score"], strict=False):
+    best = best_of(scores)
+    families = list(dict.fromkeys(map(family_of, in_order(scores))))
+    for axes, (title, line_styles) in zip(grid, panels, strict=False):
         axes.set_title(title, fontsize="small")
-        for name, line in zip(names, ("-", "--"), strict=False):
+        for name, line_style in line_styles.items():
             for number, family in enumerate(families):
-                settings = [setting for setting in in_order(done) if setting[1:] == family]
-                points = [setting[0] for setting in settings], [done[setting][name] for setting in settings]
-                label = f"power {family[0]:g}, temperature {family[1]:g}" if line == "-" else None
-                draw_curve(axes, name, points, color=f"C{number}", linestyle=line, label=label)
-        axes.plot(best[0], done[best][names[0]], "o", markersize=10, markerfacecolor="none", color="black")
+                settings = [setting for setting in in_order(scores) if family_of(setting) == family]
+                points = [setting.guidance_scale for setting in settings], [scores[s][name] for s in settings]
+                label = f"power {family[0]:g}, temperature {family[1]:g}" if line_style == "-" else None
+                draw_curve(axes, name, points, color=f"C{number}", linestyle=line_style, label=label)
+        y = scores[best][next(iter(line_styles))]
+        axes.plot(best.guidance_scale, y, "o", markersize=10, markerfacecolor="none", color="black")
     grid[0].legend(fontsize="small")
     save_figure(figure, path)
 

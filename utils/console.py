@@ -1,7 +1,4 @@
-"""Standard output and error that may fail without harm: what a program makes is worth more than what it says.
-
-And tables in Markdown, for it and for files.
-"""
+"""Standard output and error that never raise, for the work matters more than its messages; and Markdown tables."""
 
 import os
 import sys
@@ -41,33 +38,34 @@ def markdown_table(head: list[str], lines: list[list[str]]) -> str:
 
 
 @contextmanager
-def lasting_console() -> Iterator[None]:
-    """Inside `with` neither print nor a progress bar raises, whatever happened to the console.
+def unbreakable_console() -> Iterator[None]:
+    """Inside `with`, neither print nor a progress bar raises if the console is closed or full.
 
-    Of standard streams that were closed before the start the numbers are taken: a file that is opened later would get
-    them, and with it the warnings of libraries that write to 2.
+    The numbers of standard streams that were closed at the start are reserved: else a file that is opened later would
+    get one, and with it the warnings of libraries that write to 2.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
-    streams = sys.stdout, sys.stderr
-    with open(os.devnull, "w") as nowhere:
-        sys.stdout, sys.stderr = (Console(stream or nowhere) for stream in streams)
+    stdout, stderr = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as devnull:
+        sys.stdout = Console(stdout or devnull)
+        sys.stderr = Console(stderr or devnull)
         try:
             yield
         finally:
-            sys.stdout, sys.stderr = streams
-            for stream in filter(None, streams):
+            sys.stdout, sys.stderr = stdout, stderr
+            for stream in filter(None, (stdout, stderr)):
                 _silence_if_broken(stream)
 
 
 def _silence_if_broken(stream: TextIO) -> None:
-    """Python flushes at the end, and what fails then becomes the exit status."""
+    """Python flushes at exit, and an error then would become the exit status."""
     try:
         stream.flush()
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, stream.fileno())
+        os.close(devnull)

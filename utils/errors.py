@@ -1,4 +1,4 @@
-"""One clear line for what a user can mend; a traceback for our own mistakes, which says that it is one."""
+"""Errors that a user can fix become one line; bugs keep their traceback and ask for a report."""
 
 import os
 import signal
@@ -7,46 +7,46 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from utils.console import lasting_console
+from utils.console import unbreakable_console
 
 REPORT = (
-    "This is a mistake of re-ar, not yours. Please report it with the lines above, the command and the config, where "
-    "you got the program from (CONTRIBUTING.md)."
+    "This is a bug in re-ar. Please report it with the lines above, the command and the config, where you got the "
+    "program (see CONTRIBUTING.md)."
 )
-OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # of Python and of torch, which is not imported for it
+OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # by name: torch may not be imported
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"  # in torch's message
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message, one line, names the file, key or index, what was found and what is
+    """An input of the user is wrong. The message, one line, names the file, key or index, what was found and what was
     expected."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message.replace("\n", "\\n"))  # names of files and values may hold any character
+        super().__init__(message.replace("\n", "\\n"))  # a file name or value may hold one
 
 
 class NonFiniteError(InputError):
-    """Weights that are finite compute NaN or infinity. The message names the model and what it computed."""
+    """Finite weights gave NaN or infinity. The message names the model and the values."""
 
 
 class TrainingError(RuntimeError):
-    """A run cannot go on. The message says at which step and why, and what to continue from."""
+    """A run cannot continue. The message says at which step, why, and from where to resume."""
 
 
 @contextmanager
 def input_errors_exit() -> Iterator[None]:
-    """Around a script's main: what the user or the machine has to mend becomes one line on stderr and exit status 1.
+    """Around a script's main: print errors that the user can fix as one line on stderr and exit with status 1.
 
-    That is an InputError, a TrainingError, any OSError and want of memory; Ctrl-C ends at once. All else is a mistake
-    of the program: its traceback ends with a line that says so. The console may break without harm meanwhile.
+    These are InputError, TrainingError, OSError and out of memory. Ctrl-C ends at once. Any other exception is a bug:
+    its traceback ends with a request for a report. Inside, a broken console raises nothing.
     """
-    with lasting_console():
+    with unbreakable_console():
         try:
             yield
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr, flush=True)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.kill(os.getpid(), signal.SIGINT)  # as shells expect it, and no thread holds up the end
+            os.kill(os.getpid(), signal.SIGINT)  # as shells expect, and without waiting for threads
         except Exception as error:
             line = environment_error(error)
             if line is None:
@@ -56,7 +56,7 @@ def input_errors_exit() -> Iterator[None]:
 
 
 def environment_error(error: BaseException) -> str | None:
-    """What to tell of an error that is not ours; None for one that is."""
+    """The line to print for an error that is no bug; None for a bug."""
     if isinstance(error, InputError | TrainingError):
         return str(error)
     if isinstance(error, OSError):
@@ -68,10 +68,10 @@ def environment_error(error: BaseException) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU or of this machine."""
+    """Whether memory of a GPU or of this machine is exhausted."""
     return type(error).__name__ in OUT_OF_MEMORY or (isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error))
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of its message, or its kind if it has none."""
+    """The first line of the message, or the type of an error without one."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,11 +1,14 @@
 """Deliberate faults for the tests of recovery. Nothing happens unless the environment variable REAR_FAULT is set.
 
-    REAR_FAULT=<point>[.<step>][@<rank>][:kill|raise|enospc|sleep]      without an action: kill
+    REAR_FAULT=<point>[.<number>][@<rank>][:kill|raise|enospc|sleep]      without an action: kill
 
-Points: step (before its forward pass); of a checkpoint, in this order: save.begin, save.model, save.optimizer,
-save.manifest, save.rename, save.prune; of work in parts, <step> being the number of the part: part.begin, part.rename
-and, of joining them, join.begin, join.end. Each is reached just before what it names. Without step or rank it strikes
-at the first step and on every rank that reaches it.
+Points, each reached just before what it names; the number is that of the step or chunk:
+step: its forward pass
+save.begin, save.model, save.optimizer, save.manifest, save.rename, save.prune: in this order, of a checkpoint
+chunk.begin, chunk.rename: of a chunk file
+join.begin, join.end: of joining all chunks, with the number 0
+
+Without a number or rank, the fault strikes at the first of them that is reached, on every rank.
 """
 
 import errno
@@ -16,11 +19,11 @@ import time
 SLEEP_S = 3600  # longer than any timeout
 
 
-def fault_point(name: str, step: int) -> None:
-    """Die, raise or hang here if REAR_FAULT names this place, this step and this rank.
+def fault_point(name: str, number: int) -> None:
+    """Die, raise or hang here if REAR_FAULT names this point, number and rank.
 
     Raises:
-        RuntimeError, OSError: as asked for.
+        RuntimeError, OSError: as REAR_FAULT says.
         ValueError: an action that does not exist.
     """
     fault = os.environ.get("REAR_FAULT")
@@ -28,13 +31,13 @@ def fault_point(name: str, step: int) -> None:
         return
     place, _, action = fault.partition(":")
     point, _, rank = place.partition("@")
-    if point not in (name, f"{name}.{step}") or rank not in ("", os.environ.get("RANK", "0")):
+    if point not in (name, f"{name}.{number}") or rank not in ("", os.environ.get("RANK", "0")):
         return
     match action or "kill":
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "raise":
-            raise RuntimeError(f"REAR_FAULT at {name}, step {step}")
+            raise RuntimeError(f"REAR_FAULT at {name}.{number}")
         case "enospc":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         case "sleep":

@@ -1,4 +1,4 @@
-"""Work on many items, on all CPUs of a machine and without torchrun; a block is a range of consecutive items."""
+"""Work on chunks of items on all CPUs of a machine, without torchrun."""
 
 import multiprocessing
 import os
@@ -17,31 +17,31 @@ def num_cpus() -> int:
 
 
 def in_processes(
-    work: Callable[[range], None], blocks: Sequence[range], processes: int
+    work: Callable[[range], None], chunks: Sequence[range], processes: int
 ) -> Generator[range, None, None]:
-    """Do `work` on every block in forked processes, or here if `processes` is 1; yields the blocks that are done.
+    """Call `work` on every chunk in forked processes, or in this one if `processes` is 1; yields the finished chunks.
 
-    Process i takes every P-th block from the i-th on, so blocks are done nearly in order. No process outlives this one
-    by more than a block, nor the end of the iteration.
+    Process i of P takes the chunks i, i + P, ..., so they finish nearly in order. After this process is killed, or the
+    generator closed, none of the others works on more than the chunk it is at.
 
     Raises:
         InputError: from `work`.
         TrainingError: a process has died.
     """
-    if processes == 1 or len(blocks) == 1:
-        for block in blocks:
-            work(block)
-            yield block
+    if processes == 1 or len(chunks) == 1:
+        for chunk in chunks:
+            work(chunk)
+            yield chunk
         return
-    context = multiprocessing.get_context("fork")  # shares what is in memory; `work` may be a closure
+    context = multiprocessing.get_context("fork")  # shares memory; `work` may be a closure
     workers: dict[Connection, BaseProcess] = {}
     try:
-        for first in range(min(processes, len(blocks))):
+        for first in range(min(processes, len(chunks))):
             receiver, sender = context.Pipe(duplex=False)
-            arguments = (work, blocks[first::processes], sender, os.getpid())
-            workers[receiver] = context.Process(target=_work_through, args=arguments)
+            arguments = (work, chunks[first::processes], sender, os.getpid())
+            workers[receiver] = context.Process(target=_run_worker, args=arguments)
             workers[receiver].start()
-            sender.close()  # the next process must not inherit it, or this one's end would go unnoticed
+            sender.close()  # else the next process would inherit it, and the end of this one go unnoticed
         while workers:
             for receiver in cast(list[Connection], wait(list(workers))):
                 try:
@@ -61,14 +61,14 @@ def in_processes(
             process.join()
 
 
-def _work_through(work: Callable[[range], None], blocks: Sequence[range], sender: Connection, parent: int) -> None:
+def _run_worker(work: Callable[[range], None], chunks: Sequence[range], sender: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
-    for block in blocks:
+    for chunk in chunks:
         if os.getppid() != parent:
             return
         try:
-            work(block)
+            work(chunk)
         except InputError as error:
             sender.send(error)
             return
-        sender.send(block)
+        sender.send(chunk)

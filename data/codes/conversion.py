@@ -1,8 +1,8 @@
-"""From jsonl to a token store and back: on all CPUs, and killed conversions go on where they were.
+"""From jsonl to a token store and back, on all CPUs; the same call resumes a killed conversion.
 
-From a jsonl to a store, the lines of each range of bytes are checked and written to a part file, and the store is
-joined from the parts. From a store to a jsonl, the lengths of all lines are known beforehand, so the lines of each
-range of rows are written to their final offset at once.
+From a jsonl to a store, the lines of each chunk of bytes are checked and written to a chunk file, and the store is
+joined from these. From a store to a jsonl, the length of every line is known beforehand, so the lines of each chunk of
+rows are written at their final offset.
 """
 
 import json
@@ -26,27 +26,30 @@ from utils.files.chunk_files import ChunkFiles
 from utils.files.hashing import hash_of, range_sha256
 from utils.processes import in_processes
 
-RANGE_BYTES = 2**25  # of a jsonl per part; a process needs a few times that memory
-ROWS_PER_BLOCK = 16_384  # of a store per part
+CHUNK_BYTES = 2**25  # of a jsonl; a process needs a few times that memory
+CHUNK_ROWS = 16_384  # of a store
 
 
-def describe_source(jsonl: Path, range_hashes: list[str] | None = None) -> dict[str, Any]:
-    """What tells whether a jsonl is still the one that a store was made from: its content, and size and time, which
-    spare reading it as long as they are the same.
+def describe_source(jsonl: Path, chunk_hashes: list[str] | None = None) -> dict[str, Any]:
+    """The `source` of a store: the hash of its jsonl, and name, size and time, which spare reading it while they stay.
 
     Args:
-        range_hashes: of all its ranges of RANGE_BYTES, if they are known; else the file is read.
+        chunk_hashes: of all chunks of CHUNK_BYTES; None: the file is read.
     """
     status = jsonl.stat()
-    if range_hashes is None:
-        ranges = tqdm(range(0, status.st_size, RANGE_BYTES), desc=f"sha256 {jsonl.name}", unit="part", delay=2)
-        range_hashes = [range_sha256(jsonl, start, start + RANGE_BYTES) for start in ranges]
-    facts = {"name": jsonl.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    return facts | {"sha256": hash_of({"ranges": range_hashes})}
+    if chunk_hashes is None:
+        starts = tqdm(range(0, status.st_size, CHUNK_BYTES), desc=f"sha256 {jsonl.name}", unit="chunk", delay=2)
+        chunk_hashes = [range_sha256(jsonl, start, start + CHUNK_BYTES) for start in starts]
+    return {
+        "name": jsonl.name,
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "sha256": hash_of({"ranges": chunk_hashes}),
+    }
 
 
 def is_source(source: dict[str, Any] | None, jsonl: Path) -> bool:
-    """Whether a store's `source` describes this jsonl as it is now, whatever its name and time."""
+    """Whether the `source` of a store describes the present content of `jsonl`."""
     if source is None:
         return False
     status = jsonl.stat()
@@ -55,6 +58,31 @@ def is_source(source: dict[str, Any] | None, jsonl: Path) -> bool:
     if source["name"] == jsonl.name and source["mtime_ns"] == status.st_mtime_ns:
         return True
     return "sha256" in source and describe_source(jsonl)["sha256"] == source["sha256"]
+
+
+def is_conversion(store_path: Path, jsonl: Path, sizes: Sizes, max_bad_fraction: float) -> bool:
+    """Whether the store was converted from the present content of `jsonl`, under the same rules. If not, it may be
+    replaced: there is none, or an outdated conversion.
+
+    Raises:
+        InputError: a store that was not converted from this file.
+    """
+    if not store_path.is_dir():
+        return False
+    meta = open_store(store_path)[0]
+    max_skipped = max_bad_fraction * (meta.num_samples + meta.num_skipped)
+    follows_rules = meta.num_skipped <= max_skipped and meta.codebook_size == sizes.codebook_size
+    if meta.source is not None and is_source(meta.source, jsonl) and follows_rules and meta.sha256 is not None:
+        source = {**meta.source, "name": jsonl.name, "mtime_ns": jsonl.stat().st_mtime_ns}
+        if source != meta.source:  # so that the next start need not read the file
+            meta.source = source
+            write_meta(store_path, meta)
+        return True
+    if meta.source is None or meta.tokenizer_sha256 is not None:  # from elsewhere, or with facts that no jsonl has
+        raise InputError(
+            f"{store_path}: not made from {jsonl} as it is now; train on the store, or delete or rename it"
+        )
+    return False
 
 
 def jsonl_to_store(
@@ -66,125 +94,113 @@ def jsonl_to_store(
     crops_per_image: int = 1,
     class_names: list[str] | None = None,
 ) -> BadLines:
-    """Check all lines and write them as a token store, which appears when it is complete.
-
-    Until then its parts, of the same size, lie in `<store>.lines/`.
+    """Check all lines and write them to a token store, atomically. Chunk files, as large as the store, are in
+    `<store>.lines/` meanwhile.
 
     Args:
         max_bad_fraction: bad lines up to this share of all are left out.
-        crops_per_image: consecutive lines that are of one image.
+        crops_per_image: consecutive lines that belong to one image.
         class_names: in the order of the class ids.
 
     Returns:
         What was left out.
 
     Raises:
-        InputError: more bad lines than allowed, of which it names the first ten, or lines that do not make whole
-            images. Nothing is left.
+        InputError: more bad lines than allowed, of which it names the first ten, or a last image without all its
+            crops. Nothing is kept.
     """
     check_codebook_size(store_path, sizes.codebook_size)
     status = jsonl.stat()
-    parts = ChunkFiles(store_path.with_name(store_path.name + ".lines"), status.st_size, RANGE_BYTES, ".npz")
+    chunk_files = ChunkFiles(
+        store_path.with_name(store_path.name + ".lines"),
+        num_items=status.st_size,
+        chunk_size=CHUNK_BYTES,
+        suffix=".npz",
+    )
     bad_lines = BadLines(max_bad_fraction)
-    if not parts.blocks:
+    if not chunk_files.chunks:
         bad_lines.check(jsonl, complete=True)
-    facts = {"name": jsonl.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
-    parts.claim_anew({**facts, **sizes._asdict(), "range": RANGE_BYTES})
+    file = {"name": jsonl.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    chunk_files.open_or_replace({**file, **sizes._asdict(), "chunk bytes": CHUNK_BYTES})
     try:
-        source = describe_source(jsonl, _convert_ranges(jsonl, parts, sizes, bad_lines, processes))
+        chunk_hashes = _convert_lines(jsonl, chunk_files, sizes, bad_lines, processes)
         if bad_lines.num_lines % crops_per_image:
-            raise InputError(f"{jsonl}: found {bad_lines.num_lines} lines, expected {crops_per_image} of each image")
+            raise InputError(
+                f"{jsonl}: found {bad_lines.num_lines} lines, expected a multiple of {crops_per_image}, the crops of "
+                "each image"
+            )
     except InputError:
-        parts.remove()
+        chunk_files.remove()
         raise
-    of_jsonl = crops_per_image, class_names, source, bad_lines.count, edge_of_square(sizes.image_seq_len)
-    fields = StoreMeta(sizes.image_seq_len, sizes.codebook_size, *of_jsonl)
+    meta = StoreMeta(
+        image_seq_len=sizes.image_seq_len,
+        codebook_size=sizes.codebook_size,
+        crops_per_image=crops_per_image,
+        class_names=class_names,
+        source=describe_source(jsonl, chunk_hashes),
+        num_skipped=bad_lines.count,
+        grid_size=edge_of_square(sizes.image_seq_len),
+    )
     fault_point("join.begin", 0)
-    with new_token_store(store_path, fields) as writer:
-        for block in tqdm(parts.blocks, desc=store_path.name, unit="part", delay=2):
-            with np.load(parts.path(block)) as part:
-                writer.append(part["codes"], part["class_ids"])
+    with new_token_store(store_path, meta) as writer:
+        for chunk in tqdm(chunk_files.chunks, desc=store_path.name, unit="chunk", delay=2):
+            with np.load(chunk_files.path(chunk)) as content:
+                writer.append(content["codes"], content["class_ids"])
         fault_point("join.end", 0)
-    parts.remove()
+    chunk_files.remove()
     return bad_lines
 
 
 def edge_of_square(image_seq_len: int) -> int | None:
-    """Of a grid that so many codes would fill; None: of none."""
+    """The edge of the square grid of so many codes; None: there is none."""
     edge = isqrt(image_seq_len)
     return edge if edge**2 == image_seq_len else None
 
 
-def is_conversion(store_path: Path, jsonl: Path, sizes: Sizes, max_bad_fraction: float) -> bool:
-    """Whether a store is there that was made from this jsonl as it is now, under the same rules; False means that one
-    is to be made, where nothing but an older conversion is lost.
-
-    Raises:
-        InputError: a store of this name that was not made from this file.
-    """
-    if not store_path.is_dir():
-        return False
-    meta = open_store(store_path)[0]
-    same, skipped = is_source(meta.source, jsonl), meta.num_skipped
-    follows_rules = skipped <= max_bad_fraction * (meta.num_samples + skipped)
-    fits = follows_rules and meta.sha256 is not None and meta.codebook_size == sizes.codebook_size
-    if meta.source is not None and same and fits:
-        if (now := {**meta.source, "name": jsonl.name, "mtime_ns": jsonl.stat().st_mtime_ns}) != meta.source:
-            meta.source = now  # the next start need not read it
-            write_meta(store_path, meta)
-        return True
-    if meta.source is None or meta.tokenizer_sha256 is not None:  # no conversion, or one that knows more than a jsonl
-        raise InputError(
-            f"{store_path}: not made from {jsonl} as it is now; train on the store, or delete or rename it"
-        )
-    return False
-
-
-def _convert_ranges(jsonl: Path, parts: ChunkFiles, sizes: Sizes, bad_lines: BadLines, processes: int) -> list[str]:
-    """Make the missing parts; count bad lines in the order of the file, as far as it is read without a gap.
+def _convert_lines(
+    jsonl: Path, chunk_files: ChunkFiles, sizes: Sizes, bad_lines: BadLines, processes: int
+) -> list[str]:
+    """Write the missing chunks; count bad lines in the order of the file, as far as it is read without a gap.
 
     Returns:
-        The hash of each range.
+        The hash of each chunk of bytes.
     """
-    range_hashes: list[str] = []
-    missing, counted, size = parts.missing(), 0, parts.blocks[-1].stop
-    pending = {block.start for block in missing}
 
-    def convert(block: range) -> None:
-        lines = read_range(jsonl, block.start, block.stop, sizes)
-        with parts.writing(block) as partial, partial.open("wb") as file:
-            digest = range_sha256(jsonl, block.start, block.stop)
+    def convert(chunk: range) -> None:
+        lines = read_range(jsonl, chunk.start, chunk.stop, sizes)
+        with chunk_files.writing(chunk) as partial, partial.open("wb") as file:
+            digest = range_sha256(jsonl, chunk.start, chunk.stop)
             counts = json.dumps([lines.num_lines, lines.num_bad, lines.reasons, digest])
             np.savez(file, codes=lines.codes, class_ids=lines.class_ids, counts=counts)
 
-    def count_ready() -> None:
-        nonlocal counted
-        while counted < len(parts.blocks) and parts.blocks[counted].start not in pending:
-            with np.load(parts.path(parts.blocks[counted])) as part:
-                *counts, digest = json.loads(str(part["counts"]))
-            bad_lines.add(*counts)
-            range_hashes.append(digest)
-            counted += 1
-        bad_lines.check(jsonl, complete=counted == len(parts.blocks))
+    missing = chunk_files.missing()
+    pending = {chunk.start for chunk in missing}
+    hashes: list[str] = []
 
-    count_ready()
-    initial = size - sum(map(len, missing))
+    def count_ready_chunks() -> None:
+        while len(hashes) < len(chunk_files.chunks) and chunk_files.chunks[len(hashes)].start not in pending:
+            with np.load(chunk_files.path(chunk_files.chunks[len(hashes)])) as content:
+                num_lines, num_bad, reasons, digest = json.loads(str(content["counts"]))
+            bad_lines.add(num_lines, num_bad, reasons)
+            hashes.append(digest)
+        bad_lines.check(jsonl, complete=len(hashes) == len(chunk_files.chunks))
+
+    count_ready_chunks()
+    size = chunk_files.chunks[-1].stop
     with (
-        tqdm(total=size, initial=initial, desc=jsonl.name, unit="B", unit_scale=True) as progress,
-        closing(in_processes(convert, missing, processes)) as blocks,
+        tqdm(total=size, initial=size - sum(map(len, missing)), desc=jsonl.name, unit="B", unit_scale=True) as progress,
+        closing(in_processes(convert, missing, processes)) as finished,
     ):
-        for block in blocks:
-            pending.remove(block.start)
-            progress.update(len(block))
-            count_ready()
-    return range_hashes
+        for chunk in finished:
+            pending.remove(chunk.start)
+            progress.update(len(chunk))
+            count_ready_chunks()
+    return hashes
 
 
 def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:
-    """Write the samples as jsonl, unless that has been done; the file appears when it is complete, and until then it
-    lies in `<jsonl>.rows/`.
-
-    A store beside it notes that it is the conversion of that file.
+    """Write the samples as jsonl, atomically, unless that has been done; until then it is in `<jsonl>.rows/`. A store
+    of the same name records that it is the conversion of that file.
 
     Returns:
         Number of samples.
@@ -193,51 +209,62 @@ def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:
         InputError: no store there, a damaged one, or another file under that name.
     """
     meta, codes, class_ids = open_store(store_path)
-    parts = ChunkFiles(jsonl.with_name(jsonl.name + ".rows"), len(codes), ROWS_PER_BLOCK, ".done")
-    sizes = [formatted_size(class_ids[b.start : b.stop], codes[b.start : b.stop]) for b in parts.blocks]
-    growing = parts.folder / "growing.jsonl"
+    chunk_files = ChunkFiles(
+        jsonl.with_name(jsonl.name + ".rows"), num_items=len(codes), chunk_size=CHUNK_ROWS, suffix=".done"
+    )
+    sizes = [
+        formatted_size(class_ids[chunk.start : chunk.stop], codes[chunk.start : chunk.stop])
+        for chunk in chunk_files.chunks
+    ]
+    growing = chunk_files.folder / "growing.jsonl"
     if jsonl.exists():
-        published = parts.folder.exists() and not growing.exists()  # by a run that was killed then
-        if jsonl.stat().st_size != sum(sizes) or not (published or is_source(meta.source, jsonl)):
+        was_published = chunk_files.folder.exists() and not growing.exists()  # by a run that was killed right after
+        if jsonl.stat().st_size != sum(sizes) or not (was_published or is_source(meta.source, jsonl)):
             raise InputError(f"{jsonl}: exists and is not {store_path} as jsonl; delete it or choose another name")
     else:
-        parts.claim_anew({"codes": meta.fingerprint, "rows": ROWS_PER_BLOCK})
+        chunk_files.open_or_replace({"codes": meta.fingerprint, "chunk rows": CHUNK_ROWS})
         growing.open("ab").close()
-        _write_rows(growing, codes, class_ids, parts, sizes, processes)
+        _write_rows(growing, codes, class_ids, chunk_files, sizes, processes)
         fault_point("join.begin", 0)
         publish(growing, jsonl)
         fault_point("join.end", 0)
     if jsonl.with_suffix(".tokens") == store_path:
         meta.source = describe_source(jsonl)
         write_meta(store_path, meta)
-    parts.remove()
+    chunk_files.remove()
     return len(codes)
 
 
 def _write_rows(
-    growing: Path, codes: np.ndarray, class_ids: np.ndarray, parts: ChunkFiles, sizes: list[int], processes: int
+    growing: Path, codes: np.ndarray, class_ids: np.ndarray, chunk_files: ChunkFiles, sizes: list[int], processes: int
 ) -> None:
-    """The missing parts, each to its place in the growing jsonl.
+    """Write the missing chunks at their offsets in the growing jsonl.
 
     Args:
-        sizes: bytes of each part.
+        sizes: bytes of each chunk.
     """
-    offsets = dict(zip(parts.blocks, accumulate(sizes, initial=0), strict=False))
+    offsets = dict(zip(chunk_files.chunks, accumulate(sizes, initial=0), strict=False))
 
-    def convert(block: range) -> None:
-        text = format_lines(class_ids[block.start : block.stop], codes[block.start : block.stop])
-        with parts.writing(block) as marker, growing.open("r+b") as file:
-            file.seek(offsets[block])
+    def convert(chunk: range) -> None:
+        text = format_lines(class_ids[chunk.start : chunk.stop], codes[chunk.start : chunk.stop])
+        with chunk_files.writing(chunk) as marker, growing.open("r+b") as file:
+            file.seek(offsets[chunk])
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
             marker.touch()
 
-    missing = parts.missing()
-    finished, name = len(codes) - sum(map(len, missing)), parts.folder.stem
+    missing = chunk_files.missing()
     with (
-        tqdm(total=len(codes), initial=finished, desc=name, unit="line", unit_scale=True, delay=2) as progress,
-        closing(in_processes(convert, missing, processes)) as blocks,
+        tqdm(
+            total=len(codes),
+            initial=len(codes) - sum(map(len, missing)),
+            desc=chunk_files.folder.stem,
+            unit="line",
+            unit_scale=True,
+            delay=2,
+        ) as progress,
+        closing(in_processes(convert, missing, processes)) as finished,
     ):
-        for block in blocks:
-            progress.update(len(block))
+        for chunk in finished:
+            progress.update(len(chunk))

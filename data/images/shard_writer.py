@@ -1,6 +1,6 @@
-"""Webdataset shards: the images untouched, the bytes of the shards reproducible, an index beside each.
+"""Webdataset shards with unchanged images, reproducible bytes and an index for each.
 
-Our own, for webdataset's writer does not tell the offsets, and it writes the names of the user into the headers.
+Not webdataset's own writer: it does not report offsets, and it writes the name of the user into the headers.
 """
 
 import io
@@ -41,13 +41,13 @@ class Shard(NamedTuple):
 
 
 def plan_shards(source: ImageFolder, prefix: str, samples_per_shard: int, heldout: float) -> list[Shard]:
-    """Shuffled, so that every shard holds all classes.
+    """Shuffle the images, so that every shard holds all classes, and cut them into shards.
 
     Args:
         heldout: share of each class, rounded down but at least one image, that goes to the shards `heldout-*.tar`.
 
     Raises:
-        InputError: a class of one image, none of which can be held out.
+        InputError: a class of one image, which cannot be held out.
     """
     order = permutation(philox(Stream.SHARDS, 0, 0), len(source))
     by_class = order[np.argsort(source.class_ids[order], kind="stable")]  # grouped, shuffled within a class
@@ -64,74 +64,75 @@ def plan_shards(source: ImageFolder, prefix: str, samples_per_shard: int, heldou
     is_heldout = rank < num_heldout[source.class_ids]
     shards = []
     for name, indices in ((prefix, order[~is_heldout[order]]), (HELDOUT_PREFIX, order[is_heldout[order]])):
-        cuts = range(0, len(indices), samples_per_shard)
-        shards += [Shard(f"{name}-{i:06d}.tar", indices[cut : cut + samples_per_shard]) for i, cut in enumerate(cuts)]
+        starts = range(0, len(indices), samples_per_shard)
+        for number, start in enumerate(starts):
+            shards.append(Shard(f"{name}-{number:06d}.tar", indices[start : start + samples_per_shard]))
     return shards
 
 
 def is_written(output: Path, class_names: list[str], shards: list[Shard]) -> bool:
-    """Whether these shards are there already; then what a kill at the very end has left is deleted.
+    """Whether `output` holds these shards; if so, the rest of a run that was killed at its very end is deleted.
 
     Raises:
-        InputError: something else is there.
+        InputError: it holds something else.
     """
     if not output.exists():
         return False
     try:
         found = {name: record["samples"] for name, record in json.loads((output / COUNTS_FILE).read_text()).items()}
-        same = found == {shard.name: len(shard.indices) for shard in shards}
-        same = same and json.loads((output / CLASS_NAMES_FILE).read_text()) == class_names
+        found_names = json.loads((output / CLASS_NAMES_FILE).read_text())
     except (OSError, ValueError, TypeError):
-        same = False
-    if not same:
-        raise InputError(f"{output}: exists and holds other things; delete it or choose another name")
-    shutil.rmtree(parts_folder(output), ignore_errors=True)
+        found, found_names = None, None
+    if found != {shard.name: len(shard.indices) for shard in shards} or found_names != class_names:
+        raise InputError(f"{output}: exists with other content; delete it or choose another name")
+    shutil.rmtree(chunk_folder(output), ignore_errors=True)
     return True
 
 
-def parts_folder(output: Path) -> Path:
-    return output.with_name(output.name + ".parts")
+def chunk_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".chunks")
 
 
 def write_shards(
     source: ImageFolder, class_names: list[str], shards: list[Shard], output: Path, processes: int
 ) -> Generator[int, None, None]:
-    """Write them, their indices, shards.json and classes.json to a folder that appears when all is done; yields numbers
+    """Write the shards, their indices, shards.json and classes.json to the folder `output`, atomically; yields numbers
     of images.
 
-    Until then the shards lie in `<output>.parts/`, from where the next call goes on.
+    Finished shards are in `<output>.chunks/` meanwhile, from which the next call resumes.
 
     Raises:
-        InputError: a file that cannot be read, or parts of another source.
+        InputError: a file that cannot be read, or shards of another source in that folder.
     """
-    parts = ChunkFiles(parts_folder(output), len(shards), 1, ".json")
-    fingerprint: dict[str, Any] = {"images": source.fingerprint, "class names": class_names}
-    fingerprint |= {shard.name: len(shard.indices) for shard in shards}
-    parts.claim(fingerprint)
-    folder = parts.folder / "shards"
+    chunk_files = ChunkFiles(chunk_folder(output), num_items=len(shards), chunk_size=1, suffix=".json")
+    sizes = {shard.name: len(shard.indices) for shard in shards}
+    chunk_files.open({"images": source.fingerprint, "class names": class_names, **sizes})
+    folder = chunk_files.folder / "shards"
     folder.mkdir(exist_ok=True)
     keys = unique_keys(source)
 
-    def write(block: range) -> None:
-        shard = shards[block.start]
-        with parts.writing(block) as record:
+    def write(chunk: range) -> None:
+        shard = shards[chunk.start]
+        with chunk_files.writing(chunk) as record:
             record.write_text(json.dumps(write_shard(folder / shard.name, _samples(source, shard.indices, keys))))
 
-    missing = parts.missing()
-    yield sum(len(shard.indices) for shard in shards) - sum(len(shards[block.start].indices) for block in missing)
-    for block in in_processes(write, missing, processes):
-        yield len(shards[block.start].indices)
+    missing = chunk_files.missing()
+    yield sum(sizes.values()) - sum(len(shards[chunk.start].indices) for chunk in missing)
+    for chunk in in_processes(write, missing, processes):
+        yield len(shards[chunk.start].indices)
     fault_point("join.begin", 0)
-    records = {shards[block.start].name: json.loads(parts.path(block).read_text()) for block in parts.blocks}
+    records = {
+        shards[chunk.start].name: json.loads(chunk_files.path(chunk).read_text()) for chunk in chunk_files.chunks
+    }
     write_text(folder / COUNTS_FILE, json.dumps(records, indent=1) + "\n")
     write_text(folder / CLASS_NAMES_FILE, json.dumps(class_names) + "\n")
     fault_point("join.end", 0)
     publish(folder, output)
-    parts.remove()
+    chunk_files.remove()
 
 
 def unique_keys(source: ImageFolder) -> list[str]:
-    """`<class folder>/<file name>` without extension; webdataset ends a key at the first dot.
+    """`<class folder>/<file name>` of each image, without extension; webdataset ends a key at the first dot.
 
     Raises:
         InputError: two files with the same key.
@@ -155,7 +156,7 @@ def _samples(source: ImageFolder, indices: np.ndarray, keys: list[str]) -> Itera
 
 
 def write_shard(path: Path, samples: Iterable[ShardSample]) -> dict[str, Any]:
-    """Per sample `<key>.cls` and `<key>.<extension>`, in order, without times and owners; then the index beside it.
+    """Write `<key>.cls` and `<key>.<extension>` of each sample, in order, without times and owners; then the index.
 
     Returns:
         samples, bytes and sha256 of the shard, as in shards.json.
@@ -170,8 +171,9 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> dict[str, Any]:
                 member = tarfile.TarInfo(key + suffix)
                 member.size, member.mode = len(content), FILE_MODE
                 tar.addfile(member, io.BytesIO(content))
-            end = tar.offset  # of the image, which fills whole blocks
-            rows.append((key, class_id, end - -(-len(encoded) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, len(encoded)))
+            num_blocks = -(-len(encoded) // tarfile.BLOCKSIZE)
+            offset = tar.offset - num_blocks * tarfile.BLOCKSIZE  # the image fills the last blocks
+            rows.append((key, class_id, offset, len(encoded)))
     index = ShardIndex.of(rows)
     index.sha256 = file_sha256(path)
     write_index(path, index)
@@ -179,11 +181,15 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> dict[str, Any]:
 
 
 def index_shards(shards: list[Path], processes: int) -> Iterator[Path]:
-    """Write the indices of shards from elsewhere, whose headers are read for it; yields the shards that are done.
+    """Write the indices of shards from elsewhere, by reading their headers; yields the finished shards.
 
     Raises:
         InputError: a damaged shard.
     """
-    blocks = [range(i, i + 1) for i in range(len(shards))]
-    for block in in_processes(lambda b: write_index(shards[b.start], read_headers(shards[b.start])), blocks, processes):
-        yield shards[block.start]
+
+    def write(chunk: range) -> None:
+        path = shards[chunk.start]
+        write_index(path, read_headers(path))
+
+    for chunk in in_processes(write, [range(i, i + 1) for i in range(len(shards))], processes):
+        yield shards[chunk.start]

@@ -69,18 +69,18 @@ def pixels_of(block: range, resolution: int) -> np.ndarray:
 
 def write_parts(output: Path, images: int, arguments: argparse.Namespace, pixels: np.ndarray | None = None) -> None:
     """Parts of these pixels, or of some that are made part by part."""
-    parts = SampleChunks(output.with_name(output.name + ".parts"), images, arguments.batch)
-    parts.claim({})
-    for block in parts.blocks:
-        made = pixels_of(block, arguments.resolution) if pixels is None else pixels[block.start : block.stop]
-        parts.save(block, made)
+    chunk_files = SampleChunks(output.with_name(output.name + ".chunks"), images, arguments.batch)
+    chunk_files.open({})
+    for chunk in chunk_files.chunks:
+        made = pixels_of(chunk, arguments.resolution) if pixels is None else pixels[chunk.start : chunk.stop]
+        chunk_files.save(chunk, made)
 
 
 def pack_parts(output: Path, images: int, arguments: argparse.Namespace) -> None:
     config = load_config([f"experiment.output_dir={output}", f"sampling.num_fid_samples={images}"])
-    parts = SampleChunks(output.with_name(output.name + ".parts"), images, arguments.batch)
+    chunk_files = SampleChunks(output.with_name(output.name + ".chunks"), images, arguments.batch)
     labels = class_labels_of(range(images), config.model.generator.condition_num_classes)
-    pack(parts, output, config, labels, fingerprint={}, figures={})
+    pack(chunk_files, output.with_name(output.name + ".npz"), config, labels, provenance={}, figures={})
 
 
 def png_way(folder: Path, pixels: np.ndarray) -> None:

@@ -28,7 +28,7 @@ from modeling.tokenizers.registry import build_tokenizer
 from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
 from scripts.benchmarks.rounding_ties import FLOAT32_GAP, largest_gap
-from scripts.sample_imagenet_rear import pack, sample_blocks
+from scripts.sample_imagenet_rear import pack, sample_chunks
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.sample_chunks import ChunkWriter, SampleChunks
@@ -233,16 +233,17 @@ def end_to_end(model: ReAR, config: GeneratorConfig, batch: int, arguments: argp
         vq_model = replace(defaults.model.vq_model, resolution=16 * round(config.image_seq_len**0.5))
         full: Config = replace(defaults, sampling=sampling, model=replace(defaults.model, generator=config))
         tokenizer = build_tokenizer(vq_model).to(device()).eval().requires_grad_(False)
-        parts = SampleChunks(output.with_name("samples.parts"), images, batch)
-        parts.claim({})
+        chunk_files = SampleChunks(output.with_name("samples.chunks"), images, batch)
+        chunk_files.open({})
         first_second: list[float] = []
-        sampler, indices = ImageSampler(model, tokenizer, full, len(parts.blocks[0]), print), list(range(images))
-        with ChunkWriter(parts, output, save_png=False) as writer:
-            for block, pixels in sample_blocks(parts.blocks, indices, sampler, full):
+        sampler, indices = ImageSampler(model, tokenizer, full, len(chunk_files.chunks[0]), print), list(range(images))
+        with ChunkWriter(chunk_files, png_folder=None) as writer:
+            for chunk, pixels in sample_chunks(chunk_files.chunks, indices, sampler, full):
                 first_second.append(time.perf_counter())
-                writer.write(block, pixels)
-        pack(parts, output, full, class_labels_of(indices, model.num_classes), fingerprint={}, figures={})
+                writer.write(chunk, pixels)
+        labels = class_labels_of(indices, model.num_classes)
+        pack(chunk_files, output.with_suffix(".npz"), full, labels, provenance={}, figures={})
         duration = time.perf_counter() - first_second[0]
-    rate = (images - len(parts.blocks[0])) / duration
+    rate = (images - len(chunk_files.chunks[0])) / duration
     print(f"end to end, batch {batch}: {rate:.4g} images/s after the first batch, npz included")
     return {"end_to_end_images_per_s": rate}

@@ -24,7 +24,7 @@ from modeling.sampling.image_inputs import image_inputs, image_orders, indices_o
 from modeling.sampling.image_sampler import ImageSampler, load_trained
 from modeling.sampling.inpainting import complete
 from modeling.tokenizers.registry import load_tokenizer
-from scripts.complete_images import GREY, in_pixels, kept_codes
+from scripts.complete_images import GREY, conditioning_mask, in_pixels
 from scripts.demo_page.growth import growing_codes
 from utils.config_checks import check_ranges
 from utils.distributed import DistributedContext
@@ -160,7 +160,7 @@ class DemoModel:
             InputError: it keeps all or none, or what the model cannot complete.
         """
         completion = replace(self.config.completion, keep=f"{region}:{share:.2f}")
-        return kept_codes(replace(self.config, completion=completion), self.tokenizer)
+        return conditioning_mask(replace(self.config, completion=completion), self.tokenizer)
 
     def kept_around(self, brushed: np.ndarray) -> Tensor:
         """Mask (N,) bool of the codes without a brushed pixel, of a mask (H', W') bool of any size.

@@ -161,7 +161,7 @@ def test_statistics_of_other_weights_are_refused(tmp_path: Path) -> None:
     statistics = {key: np.zeros(shape) for key, shape in STATISTICS.items()}
     np.savez(reference, arr_0=np.zeros((4, 8, 8, 3), np.uint8), **statistics)
     opened = open_input(reference, verify=False)
-    for content in (None, "[]", "{}", '{"made_from": 1}'):  # nothing tells from which weights
+    for content in (None, "[]", "{}", '{"provenance": 1}'):  # the weights are unknown
         if content is not None:
             reference.with_suffix(".json").write_text(content)
         check_statistics(opened, "a" * 64)
@@ -186,8 +186,9 @@ def test_packaged_back_end_needs_no_weights(tmp_path: Path) -> None:
     assert "reference: N = 16 of 16x16" in result.stdout
     assert "samples: N = 12 of 16x16" in result.stdout
     assert "warning: N differs, 16 and 12" in result.stderr
-    assert len(report["samples"]["sha256"]) == len(report["weights"]["sha256"]) == 64
-    assert {"python", "torch", "numpy", "efficientnet-lite-pytorch"} < report["versions"].keys()
+    provenance = report["provenance"]
+    assert len(provenance["samples"]["sha256"]) == len(provenance["weights"]["sha256"]) == 64
+    assert {"python", "torch", "numpy", "efficientnet-lite-pytorch"} < provenance["versions"].keys()
 
 
 def test_faults_are_one_line_and_no_number(files: dict[str, Path], tmp_path: Path) -> None:

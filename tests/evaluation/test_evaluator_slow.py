@@ -47,7 +47,7 @@ def adm(
     options = ["--inception", weights, "--batch-size", batch_size, "--distance", distance]
     evaluation("evaluator.py", reference, samples, *options, processes=processes)
     report = json.loads(samples.with_name(f"{samples.stem}.inception.json").read_text())
-    assert report["distance"] == distance
+    assert report["provenance"]["distance"] == distance
     return report["metrics"]
 
 

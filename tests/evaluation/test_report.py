@@ -15,7 +15,7 @@ def report_of(reference: Path, samples: Path, fid: float) -> dict:
         title: {"file": path.name, "sha256": file_sha256(path)}
         for title, path in (("reference", reference), ("samples", samples))
     }
-    return {"backend": "inception", **sides, "metrics": {"fid": fid}}
+    return {"provenance": {"backend": "inception", **sides}, "metrics": {"fid": fid}}
 
 
 def test_a_second_reference_leaves_the_first_report(tmp_path: Path) -> None:
@@ -49,3 +49,14 @@ def test_reports_of_names_that_begin_alike_are_told_apart(tmp_path: Path) -> Non
         find_report(samples, reference, "inception")
     write_report(report_of(reference, samples, 1), samples)
     assert [find_report(path, reference, "inception")["metrics"]["fid"] for path in (samples, other)] == [1, 7]
+
+
+def test_a_flat_report_of_an_earlier_version(tmp_path: Path) -> None:
+    reference, samples = tmp_path / "reference.npz", tmp_path / "s.npz"
+    for path in (reference, samples):
+        path.write_text(str(path))
+    report = report_of(reference, samples, 7)
+    (tmp_path / "s.inception.json").write_text(json.dumps({**report.pop("provenance"), **report}))
+    assert find_report(samples, reference, "inception")["metrics"]["fid"] == 7
+    assert write_report(report_of(reference, samples, 8), samples).name == "s.inception.json"
+    assert find_report(samples, reference, "inception")["metrics"]["fid"] == 8

@@ -1,6 +1,5 @@
 """Kinds of trouble from outside: the console, the disk, signals of a terminal, a second launch, the environment."""
 
-import json
 import os
 import signal
 import time
@@ -51,7 +50,7 @@ def test_a_second_launch_is_refused_and_the_first_goes_on(run: Run, oracle: Run)
     run.wait_for_step(3)
     assert run.status().step >= 1  # while it runs
     config = load_config(run.arguments)
-    with pytest.raises(InputError, match=rf"in use by .*process {run.processes[0].pid} on .*, since 20"):
+    with pytest.raises(InputError, match=rf"process {run.processes[0].pid} on "):
         train_rear.main(config)
     assert run.wait() == [0]
     assert_equal_runs(run, oracle)
@@ -173,7 +172,7 @@ def test_a_rank_that_outlives_its_launch_leaves_the_status_of_the_next(tmp_path:
     """Rank 0 was killed, and a new launch has begun before rank 1 notices."""
     ctx = DistributedContext(1, 1, torch.device("cpu"))  # of size 1, so that it asks nobody
     for owner, expected in ((os.getpid(), "failed"), (1, "running")):
-        (tmp_path / ".lock.owner").write_text(json.dumps({"pid": owner}))
+        (tmp_path / ".lock").write_text(f"filelock/2\npid={owner}\nhost=x\nmode=lease\ntoken=a\nduration=30.0\n")
         keeper = StatusKeeper(tmp_path, ctx, group_timeout=1, saving_memory="")
         keeper.has_begun = True
         keeper._owner = os.getpid()

@@ -130,9 +130,9 @@ def test_samples_remember_the_step_of_their_weights(
         assert find_step(tmp_path / f"{name}.npz", run) == step
     record = tmp_path / "final.json"
     there = json.loads(record.read_text())
-    record.write_text(json.dumps({key: there[key] for key in ("bytes", "made_from")}))  # as before steps were recorded
+    record.write_text(json.dumps({key: there[key] for key in ("bytes", "provenance")}))  # no step, as in old records
     sample(tiny_arguments, run / "model.safetensors", tmp_path / "final")
-    assert "made from the same weights and config already" in capsys.readouterr().out
+    assert "final.npz: already made" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"final\.json: does not tell 'step'"):
         find_step(tmp_path / "final.npz", run)
 

@@ -1,4 +1,4 @@
-"""Two commands at the same time in one folder: one goes on, the other names it; the result is that of one alone."""
+"""Two commands at the same time in one folder: one continues, the other names it; the result is that of one alone."""
 
 import re
 from pathlib import Path
@@ -61,7 +61,7 @@ def rounds(kind: str, number: int, arguments: list[str], images: Path, folder: P
         for error in refused:
             owner = processes[codes.index(0)].pid
             last = error.strip().splitlines()[-1]
-            assert re.search(rf"^error: .*in use by \w+\.py, process {owner} on \S+, since \d{{4}}-", last), error
+            assert re.search(rf"^error: .*/out\S*: .*process {owner} on \S+;", last), error
         results.add(content(place / RESULTS[kind]))
     assert len(results) == 1
     command, output = command_of(kind, arguments, images, weights, place := folder / "killed"), folder / "output"

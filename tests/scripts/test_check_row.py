@@ -253,7 +253,7 @@ def test_scores_by_other_features_get_no_verdict(tmp_path: Path, monkeypatch: py
     save_config(config, tmp_path / "samples.yaml")
     made_from = dict(flat({"model": asdict(config.model), "sampling": asdict(config.sampling)}))
     for sha256, told in (("6726825d" * 8, []), ("0" * 64, ["features by weights of sha256 00000000, not 6726825d"])):
-        facts = {"samples": made_from, "evaluation": {"weights": {"sha256": sha256}}}
+        facts = {"samples": made_from, "evaluation": {"provenance": {"weights": {"sha256": sha256}}}}
         assert check_row.other_settings(row, config, tmp_path / "samples.npz", facts) == told
 
 
@@ -265,10 +265,10 @@ def test_a_shipped_row_has_a_config_and_a_place(name: str, monkeypatch: pytest.M
     generator = config.model.generator
     assert (config.sampling.num_fid_samples, row.backend) == (50_000, "inception")
     assert (generator.guidance_scale, generator.guidance_scale_pow) == (row.guidance_scale, row.guidance_scale_pow)
-    download = next((name for name, file in FILES.items() if file.place == row.checkpoint), None)
+    download = next((name for name, file in FILES.items() if file.target == row.checkpoint), None)
     if download:
         assert row.get == f"bash scripts_bash/download.sh tokenizer {download}"
-        assert config.experiment.tokenizer_checkpoint == FILES["tokenizer"].place
+        assert config.experiment.tokenizer_checkpoint == FILES["tokenizer"].target
     else:
         assert row.checkpoint.startswith("outputs/")
         assert row.get.startswith(("no weights of plain AR are published", "no weights are published"))

@@ -145,8 +145,8 @@ def test_shards_and_folders_with_classes_are_inputs_too(arguments: list[str], tm
             r"completion.keep=left:0.5: expected top:SHARE, as model.generator.order=raster",
         ),
         (["completion.keep=bottom"], r"completion.keep=bottom: expected top:SHARE, left:SHARE"),
-        (["completion.keep=top:0.1"], r"completion.keep=top:0.1: keeps 0 of 16 codes, expected some, not all"),
-        (["completion.keep=center:.99", ANY_ORDER], "keeps 16 of 16 codes"),
+        (["completion.keep=top:0.1"], r"completion.keep=top:0.1: keeps 0 of 16 tokens, expected some, not all"),
+        (["completion.keep=center:.99", ANY_ORDER], "keeps 16 of 16 tokens"),
         (["completion.keep=README.md"], "completion.keep=README.md: found no picture that can be read"),
         (["completion.keep=docs/results/quickstart/training_curves.png"], r"pixels, expected a square"),
         (["completion.class_label=5"], "completion.class_label=5: expected 0 to 4, or null for the null class"),
@@ -167,7 +167,7 @@ def test_other_completions_are_not_replaced(
 ) -> None:
     before = run(arguments, tmp_path / "out")
     run(arguments, tmp_path / "out", "sampling.per_gpu_batch_size=3")
-    assert "made from the same already" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"completions.npz: exists .*\(sampling.seed=42 there, found 1\)"):
+    assert "completions.npz: already made" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"completions.npz: .*sampling.seed: found 42, expected 1;"):
         run(arguments, tmp_path / "out", "sampling.seed=1")
     np.testing.assert_array_equal(run(arguments, tmp_path / "out")["images"], before["images"])

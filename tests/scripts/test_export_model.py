@@ -116,7 +116,7 @@ def test_an_export_is_whole_and_stays(run: Path, exported: Path, tmp_path: Path)
     other = export(run, exported, "--license", "mit")
     assert other.returncode == 1
     assert other.stderr == (
-        f"error: {exported}: exists and was made otherwise (--license=None there, found mit); delete it or choose "
+        f"error: {exported}: exists with another provenance: --license: found None, expected mit; delete it or choose "
         "another output\n"
     )
     weights = load_file(exported / "model.safetensors")

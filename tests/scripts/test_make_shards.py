@@ -78,18 +78,18 @@ def test_kills_and_processes_change_nothing(images: Path, tmp_path: Path) -> Non
     assert make(images, "three", "--processes", "3") == expected
     command = ["scripts/make_shards.py", str(images), str(tmp_path / "killed")]
     command += ["--samples-per-shard", "5", "--processes", "1"]
-    for fault in ("part.begin.0", "part.rename.1", "part.begin.3", "join.begin", "join.end"):
+    for fault in ("chunk.begin.0", "chunk.rename.1", "chunk.begin.3", "join.begin", "join.end"):
         assert run_script(command, tmp_path, REAR_FAULT=fault).returncode == -signal.SIGKILL
         assert not (tmp_path / "killed").exists()
-    written = {path.name: path.stat().st_ino for path in (tmp_path / "killed.parts/shards").glob("*.tar")}
+    written = {path.name: path.stat().st_ino for path in (tmp_path / "killed.chunks/shards").glob("*.tar")}
     assert make(images, "killed") == expected
     assert {path.name: path.stat().st_ino for path in (tmp_path / "killed").glob("*.tar")} == written
-    assert not (tmp_path / "killed.parts").exists()
+    assert not (tmp_path / "killed.chunks").exists()
 
-    (tmp_path / "killed.parts").mkdir()  # as after a kill at the very end
+    (tmp_path / "killed.chunks").mkdir()  # as after a kill at the very end
     assert make(images, "killed") == expected
-    assert not (tmp_path / "killed.parts").exists()
-    with pytest.raises(InputError, match="killed: exists and holds other things"):
+    assert not (tmp_path / "killed.chunks").exists()
+    with pytest.raises(InputError, match="killed: exists with other content"):
         make(images, "killed", "--heldout", "0.3")
 
 
@@ -107,7 +107,7 @@ def test_class_names_from_a_file(images: Path, tmp_path: Path) -> None:
 
 def test_errors(images: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    with pytest.raises(InputError, match="there: exists and holds other things"):
+    with pytest.raises(InputError, match="there: exists with other content"):
         make(images, "there")
     with pytest.raises(InputError, match="nothing: no such folder"):
         make(tmp_path / "nothing", "out")
@@ -116,7 +116,7 @@ def test_errors(images: Path, tmp_path: Path) -> None:
         make(images, "out")
     assert not (tmp_path / "out").exists()
     (images / "n01/x.png").rename(images / "n01/a_v1.png")
-    with pytest.raises(InputError, match=r"images=.* in the run that began here, found"):
+    with pytest.raises(InputError, match=r"out\.chunks: .*images: found \w+, expected"):
         make(images, "out")
     with pytest.raises(InputError, match="has the same key 'n01/a_v1' as "):
         make(images, "out3")

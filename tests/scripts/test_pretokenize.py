@@ -75,7 +75,7 @@ def store_files(output: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def many_images(images: Path) -> Path:
-    """As `images`, but 600 of the first class: parts of 258, 258 and 87, read 3 at a time."""
+    """As `images`, but 600 of the first class: chunks of 258, 258 and 87, read 3 at a time."""
     for i in range(10, 607):
         shutil.copy(images / "cat/0.png", images / f"cat/{i}.png")
     return images
@@ -97,20 +97,20 @@ def test_any_number_of_processes_and_kills_give_the_same_bytes(
     assert store_files(tmp_path / "three/codes.jsonl") == expected
 
     killed, folder = arguments_of("killed"), tmp_path / "killed"
-    assert run_script([SCRIPT, *killed], tmp_path, processes=2, REAR_FAULT="part.rename.1").returncode == 1
+    assert run_script([SCRIPT, *killed], tmp_path, processes=2, REAR_FAULT="chunk.rename.1").returncode == 1
     assert not (folder / "codes.jsonl").exists()
-    first = folder / "codes.tokens.parts/000000000000.npy"
+    first = folder / "codes.tokens.chunks/000000000000.npy"
     written = first.stat().st_mtime_ns if first.exists() else None
-    for fault in ("part.begin.1", "join.begin", "join.end"):
+    for fault in ("chunk.begin.1", "join.begin", "join.end"):
         assert run_script([SCRIPT, *killed], tmp_path, REAR_FAULT=fault).returncode == -9
         assert not (folder / "codes.tokens").exists()
-        assert written in (None, first.stat().st_mtime_ns)  # finished parts are not made again
+        assert written in (None, first.stat().st_mtime_ns)  # finished chunks are not made again
     pretokenize.main(load_config(killed))
     assert store_files(folder / "codes.jsonl") == expected
     assert sorted(path.name for path in folder.iterdir()) == ["codes.jsonl", "codes.tokens"]
 
 
-def test_parts_and_stores_of_another_origin_are_refused(
+def test_chunks_and_stores_of_another_provenance_are_refused(
     tiny_arguments: list[str], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ours = arguments(tiny_arguments, images, tmp_path / "codes.tokens")
@@ -119,21 +119,21 @@ def test_parts_and_stores_of_another_origin_are_refused(
     with pytest.raises(ZeroDivisionError):
         pretokenize.main(load_config(ours))
     monkeypatch.undo()
-    with pytest.raises(InputError, match=r"fingerprint\.json: crops_per_image=10 in the run that began here, found 1"):
+    with pytest.raises(InputError, match=r"pretokenize_crops: found ten_crop, expected center"):
         pretokenize.main(load_config(other))
     (images / "dog/1.png").rename(images / "dog/x.png")
-    with pytest.raises(InputError, match="source_sha256="):
+    with pytest.raises(InputError, match="source_sha256: found "):
         pretokenize.main(load_config(ours))
     (images / "dog/x.png").rename(images / "dog/1.png")
     pretokenize.main(load_config(ours))
     before = (tmp_path / "codes.tokens/tokens.npy").stat().st_ino
     pretokenize.main(load_config(ours))  # nothing left to do
     assert (tmp_path / "codes.tokens/tokens.npy").stat().st_ino == before
-    with pytest.raises(InputError, match=r"codes\.tokens: exists and was made otherwise: settings is .*delete it"):
+    with pytest.raises(InputError, match=r"codes\.tokens: .*pretokenize_crops: found ten_crop, expected center"):
         pretokenize.main(load_config(other))
 
 
-def test_the_store_tells_its_origin(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+def test_the_store_records_its_provenance(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     config = load_config(arguments(tiny_arguments, images, tmp_path / "codes.tokens"))
     pretokenize.main(config)
     meta = TokenStore(tmp_path / "codes.tokens").meta
@@ -172,7 +172,7 @@ def test_wrong_configs(tiny_arguments: list[str], images: Path, tmp_path: Path, 
 def test_codes_that_are_there_are_not_replaced(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     output = tmp_path / "codes.jsonl"
     output.write_text("downloaded\n")
-    with pytest.raises(InputError, match=r"codes\.jsonl: exists, and no store beside it tells that it is from here"):
+    with pytest.raises(InputError, match=r"codes\.jsonl: exists without the store"):
         pretokenize.main(load_config(arguments(tiny_arguments, images, output)))
     output.unlink()
     pretokenize.main(load_config(arguments(tiny_arguments, images, output)))
@@ -189,7 +189,7 @@ def test_bad_image_leaves_no_store(tiny_arguments: list[str], images: Path, tmp_
     (images / "dog/1.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"dog/1\.png"):
         pretokenize.main(load_config(arguments(tiny_arguments, images, tmp_path / "codes.jsonl")))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["codes.tokens.parts", "images"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["codes.tokens.chunks", "images"]
 
 
 def test_a_typo_ends_before_the_slow_imports(tmp_path: Path) -> None:
@@ -223,5 +223,5 @@ def test_another_background_is_another_store(tiny_arguments: list[str], images: 
     pretokenize.main(load_config(ours))
     settings = TokenStore(tmp_path / "codes.tokens").meta.settings
     assert "dataset.preprocessing.background" not in settings  # as in older stores
-    with pytest.raises(InputError, match="made otherwise: settings"):
+    with pytest.raises(InputError, match="dataset.preprocessing.background: found None, expected black"):
         pretokenize.main(load_config([*ours, "dataset.preprocessing.background=black"]))

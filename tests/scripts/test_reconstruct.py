@@ -78,7 +78,7 @@ def test_first_images_only(tiny_arguments: list[str], images: Path, tmp_path: Pa
 def test_classes_take_turns() -> None:
     class_ids = np.repeat([0, 1, 2], [40, 50, 30]).astype(np.int32)
     shuffled = np.random.default_rng(0).permutation(120)
-    order = reconstruct.by_turns(shuffled, class_ids)
+    order = reconstruct.interleave_classes(shuffled, class_ids)
     assert sorted(order) == list(range(120))
     assert class_ids[order][:90].tolist() == [0, 1, 2] * 30
     for class_id in range(3):
@@ -116,7 +116,7 @@ def test_labels_are_those_of_training(tiny_arguments: list[str], images: Path, t
 def test_other_images_are_not_replaced(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     before = run(tiny_arguments, images, tmp_path / "out")
     again = run(tiny_arguments, images, tmp_path / "out", "sampling.per_gpu_batch_size=3")
-    with pytest.raises(InputError, match=r"reference.npz: exists .*\(sampling.seed=42 there, found 1\)"):
+    with pytest.raises(InputError, match=r"reference.npz: .*sampling.seed: found 42, expected 1;"):
         run(tiny_arguments, images, tmp_path / "out", "sampling.seed=1")
     for name, array in before.items():
         np.testing.assert_array_equal(again[name], array)

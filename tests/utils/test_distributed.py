@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from tests.processes import free_port
 from utils.distributed import DistributedContext, init_distributed, launch_environment
 from utils.errors import InputError, TrainingError
+from utils.files.lock import only_writer
 
 
 def child(rank: int, port: int, work: Callable[[DistributedContext], object], results: multiprocessing.Queue) -> None:
@@ -71,7 +73,7 @@ def test_reductions_leave_their_argument_as_it_is() -> None:
 
 
 @pytest.mark.multiprocess
-def test_an_error_is_told_where_it_happened_and_ends_all() -> None:
+def test_an_error_is_raised_where_it_happened_and_ends_all_ranks() -> None:
     assert on_two_ranks(lambda ctx: ctx.broadcast_from_rank0(lambda: fail_on(0, ctx))) == [
         "InputError: bad file on 0",
         "SystemExit: 1",
@@ -83,7 +85,7 @@ def test_an_error_is_told_where_it_happened_and_ends_all() -> None:
 
 
 @pytest.mark.multiprocess
-def test_the_main_process_goes_first_and_may_take_longer_than_the_limit_of_a_reduction() -> None:
+def test_rank_0_goes_first_and_may_take_longer_than_the_limit_of_a_reduction() -> None:
     def work(ctx: DistributedContext) -> float:
         def make() -> float:
             time.sleep(6 if ctx.is_rank0 else 0)
@@ -98,7 +100,7 @@ def test_the_main_process_goes_first_and_may_take_longer_than_the_limit_of_a_red
 @pytest.mark.multiprocess
 def test_differences_are_named_by_rank_0() -> None:
     ours, theirs = on_two_ranks(lambda ctx: ctx.assert_same_on_all_ranks("config", {"same": 1, "seed": ctx.rank}))
-    assert ours == "InputError: launch: rank 1 differs from rank 0 in its config: seed=1 instead of 0"
+    assert ours == "InputError: launch: rank 1 differs from rank 0 in config: seed: found 1, expected 0"
     assert theirs == "SystemExit: 1"
 
 
@@ -119,3 +121,19 @@ def test_a_half_set_environment_is_one_line(
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
         launch_environment()
+
+
+@pytest.mark.multiprocess
+def test_rank_0_holds_the_lock_for_all(tmp_path: Path) -> None:
+    def work(ctx: DistributedContext) -> bool:
+        with ctx.locked(tmp_path / "x"):
+            held = (tmp_path / "x.lock").exists()
+            ctx.barrier()
+        return held
+
+    assert on_two_ranks(work) == [True, True]
+    assert list(tmp_path.iterdir()) == []
+    with only_writer(tmp_path / "x"):
+        refused, left = on_two_ranks(work)
+    assert str(tmp_path / "x") in refused
+    assert left == "SystemExit: 1"

@@ -1,4 +1,4 @@
-"""What the machine has to mend is one line, what we have to mend says so, and the console may fail."""
+"""Errors that a user can fix are one line, bugs ask for a report, and the console may fail."""
 
 import ast
 import errno
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.runs import launch_environment
-from utils.console import Console, lasting_console
+from utils.console import Console, unbreakable_console
 from utils.errors import REPORT, InputError, input_errors_exit
 
 ROOT = Path(__file__).parents[2]
@@ -79,7 +79,7 @@ def test_characters_that_the_console_lacks_are_escaped() -> None:
 
 def test_the_streams_come_back() -> None:
     streams = sys.stdout, sys.stderr
-    with lasting_console():
+    with unbreakable_console():
         assert isinstance(sys.stdout, Console)
     assert (sys.stdout, sys.stderr) == streams
 

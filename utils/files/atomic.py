@@ -1,4 +1,4 @@
-"""Files and folders that exist under their name only when they are complete, also after a power cut."""
+"""Atomic writes: a file or folder gets its name only when it is complete, also after a power cut."""
 
 import os
 import shutil
@@ -9,10 +9,10 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
-    """Give `<path><suffix>` to write to; at the end it takes the place of `path`, after an error it is removed."""
+    """Give `<path><suffix>` to write to; at the end it replaces `path`, after an error it is removed."""
     partial = path.with_name(path.name + suffix)
     try:
-        with naming(path):
+        with _errors_name(path):
             yield partial
             publish(partial, path)
     finally:
@@ -21,13 +21,13 @@ def atomic_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give the new folder `<path>.tmp` to fill, in place of one that a killed run left; at the end it becomes `path`,
+    """Give the new folder `<path>.tmp` to fill, replacing that of a killed run; at the end it is renamed to `path`,
     which must not exist then; after an error it is removed."""
     partial = path.with_name(path.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        with naming(path):
+        with _errors_name(path):
             yield partial
             publish(partial, path)
     finally:
@@ -35,8 +35,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An OSError inside that does not tell the file, as of a full disk, tells `path`."""
+def _errors_name(path: Path) -> Iterator[None]:
+    """Add `path` to an OSError that names no file, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -46,13 +46,13 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Of a small file: several processes may write it at the same time, and the last one stays."""
+    """Write a small file atomically. If several processes write it at the same time, the last one wins."""
     with atomic_file(path, f".{os.getpid()}.tmp") as partial:
         partial.write_text(text)
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Flush a file, or a folder and all in it, to disk and rename it to `path`; then the name, too, is on disk."""
+    """Flush a file, or a folder with all its files, to disk, rename it to `path` and flush the new name."""
     for inside in partial.rglob("*") if partial.is_dir() else []:
         sync(inside)
     sync(partial)
@@ -61,7 +61,7 @@ def publish(partial: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Return when a file, or the list of names in a folder, is on disk."""
+    """Flush a file, or the list of names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

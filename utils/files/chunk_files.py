@@ -1,128 +1,111 @@
-"""Long work on many items, kept in part files, from which a killed run goes on.
+"""Long work on many items, saved in chunk files, from which a killed run resumes.
 
-A part is the file of one finished block, which is a range of consecutive items. The blocks depend on the number of
-items and the block size only, so any number of processes can share the missing ones. `fingerprint.json` beside the
-parts tells what they were made from.
+A chunk is a range of consecutive items, which one process works on at a time; its file appears when it is complete.
+Chunks depend on the number of items and the chunk size only, so any number of processes can share the missing ones.
 
-Our own, for libraries that do such work (joblib, dask, luigi) bring a scheduler and choose the processes themselves;
-here they are torchrun's, or forked, and the files alone say what is done.
+Not joblib, dask or luigi: these bring a scheduler and start the processes themselves, where here torchrun does, or a
+fork, and the files alone record what is done.
 """
 
-import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from utils.distributed import DistributedContext
 from utils.errors import InputError
 from utils.faults import fault_point
-from utils.files.atomic import atomic_file, write_text
-from utils.files.json_file import read_json
+from utils.files.atomic import atomic_file
+from utils.files.provenance import is_made, write_record
 
-POLL_SECONDS = 0.5
-FINGERPRINT = "fingerprint.json"
+if TYPE_CHECKING:  # torch is slow to import, and conversions do without
+    from utils.distributed import DistributedContext
+
+POLL_S = 0.5
+PROVENANCE_FILE = "provenance.json"
 
 
 class ChunkFiles:
-    """The part files of some work on items 0 to count - 1.
+    """The chunk files of some work on items 0 to num_items - 1.
 
     Args:
-        folder: where they lie; `claim` creates it.
-        count: items of the whole work.
-        block_size: items per part; the last part holds the rest.
-        suffix: of the part files, such as .npy.
+        folder: of the chunk files; `open` creates it.
+        chunk_size: items per chunk; the last chunk holds the rest.
+        suffix: of the chunk files, such as .npy.
 
     Attributes:
-        blocks: the range of items of each part, in order.
+        chunks: the range of items of each chunk, in order.
     """
 
-    def __init__(self, folder: Path, count: int, block_size: int, suffix: str) -> None:
-        self.folder, self.suffix = folder, suffix
-        self.blocks = [range(i, min(i + block_size, count)) for i in range(0, count, block_size)]
-
-    def claim(self, fingerprint: dict[str, Any]) -> None:
-        """Create the folder for parts of this fingerprint (flat, by config key), unless that has been done.
-
-        Raises:
-            InputError: parts of another fingerprint, or that nothing describes.
-        """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if self.claimed:
-            self.check(fingerprint)
-            return
-        if next(self.folder.glob(f"*{self.suffix}"), None):
-            raise InputError(f"{self.folder}: holds parts but no {FINGERPRINT}; delete the folder to start anew")
-        write_text(self.folder / FINGERPRINT, json.dumps(fingerprint, indent=1) + "\n")
-
-    def check(self, fingerprint: dict[str, Any]) -> None:
-        """Refuse to mix parts of different origin.
-
-        Raises:
-            InputError: the folder was claimed with another fingerprint; the first key that differs is named.
-        """
-        path = self.folder / FINGERPRINT
-        theirs = read_json(path)
-        if not isinstance(theirs, dict):
-            raise InputError(f"{path}: damaged; delete the folder to start anew")
-        for key in [*fingerprint, *theirs]:
-            if fingerprint.get(key) != theirs.get(key):
-                raise InputError(
-                    f"{path}: {key}={theirs.get(key)} in the run that began here, found {fingerprint.get(key)}; "
-                    "finish that run first or delete the folder"
-                )
+    def __init__(self, folder: Path, num_items: int, chunk_size: int, suffix: str) -> None:
+        self.folder = folder
+        self.suffix = suffix
+        self.chunks = [range(i, min(i + chunk_size, num_items)) for i in range(0, num_items, chunk_size)]
+        self._record = folder / PROVENANCE_FILE
 
     @property
-    def claimed(self) -> bool:
-        """Whether there may be parts to go on from; not so while, or after, they are deleted."""
-        return (self.folder / FINGERPRINT).exists()
+    def can_resume(self) -> bool:
+        """Whether there may be chunks of an earlier run; not while or after they are removed."""
+        return self._record.exists()
 
-    def begin(self, fingerprint: dict[str, Any], ctx: DistributedContext) -> list[range]:
-        """`claim` for all processes of a launch, which call this together; the parts missing at that moment.
+    def open(self, provenance: dict[str, Any]) -> None:
+        """Create the folder, or resume from the chunks of an earlier run.
 
         Raises:
-            InputError: parts of another fingerprint, or that nothing describes.
+            InputError: the chunks have another provenance, or none.
         """
-        ctx.rank0_first(lambda: self.claim(fingerprint))
-        missing = self.missing()
-        ctx.barrier()  # all have looked before anyone adds parts
-        return missing
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.can_resume:
+            is_made(self.folder, provenance, self._record, remedy="finish that run first or delete the folder")
+        elif next(self.folder.glob(f"*{self.suffix}"), None):
+            raise InputError(f"{self.folder}: found chunks but no {PROVENANCE_FILE}; delete the folder to start again")
+        else:
+            write_record(self.folder, provenance, self._record)
 
-    def claim_anew(self, fingerprint: dict[str, Any]) -> None:
-        """As `claim`, but parts of another fingerprint, which are of no use any more, are deleted."""
+    def open_or_replace(self, provenance: dict[str, Any]) -> None:
+        """As `open`, but chunks of another provenance are deleted."""
         try:
-            self.claim(fingerprint)
+            self.open(provenance)
         except InputError:
             self.remove()
-            self.claim(fingerprint)
+            self.open(provenance)
 
-    def path(self, block: range) -> Path:
-        return self.folder / f"{block.start:012d}{self.suffix}"
+    def open_on_all_ranks(self, provenance: dict[str, Any], ctx: "DistributedContext") -> list[range]:
+        """As `open`, for all ranks together; returns the chunks that are missing then.
+
+        Raises:
+            InputError: the chunks have another provenance, or none.
+        """
+        ctx.rank0_first(self.open, provenance)
+        missing = self.missing()
+        ctx.barrier()  # no rank adds chunks before all have looked
+        return missing
+
+    def path(self, chunk: range) -> Path:
+        return self.folder / f"{chunk.start:012d}{self.suffix}"
 
     def missing(self) -> list[range]:
-        there = {entry.name for entry in os.scandir(self.folder)}
-        return [block for block in self.blocks if self.path(block).name not in there]
+        names = {entry.name for entry in os.scandir(self.folder)}
+        return [chunk for chunk in self.chunks if self.path(chunk).name not in names]
 
     @contextmanager
-    def writing(self, block: range) -> Iterator[Path]:
-        """Give a path to write a part to; it gets its name at the end. Two processes at the same part do no harm."""
-        number = block.start // len(self.blocks[0])
-        with atomic_file(self.path(block), f".{os.getpid()}.tmp") as partial:
-            fault_point("part.begin", number)
+    def writing(self, chunk: range) -> Iterator[Path]:
+        """Give a path to write a chunk to; it is renamed at the end. Two processes may write the same chunk."""
+        number = self.chunks.index(chunk)
+        with atomic_file(self.path(chunk), f".{os.getpid()}.tmp") as partial:
+            fault_point("chunk.begin", number)
             yield partial
-            fault_point("part.rename", number)
+            fault_point("chunk.rename", number)
 
     def wait(self) -> None:
-        """Return when all parts are there; the launcher ends this process if another one dies."""
+        """Return when no chunk is missing; the launcher ends this process if another one dies."""
         while self.missing():
-            time.sleep(POLL_SECONDS)
+            time.sleep(POLL_S)
 
     def remove(self) -> None:
-        """Delete all parts, if there are any. The fingerprint goes first: what a killed deletion leaves is of no use to
-        anyone."""
-        (self.folder / FINGERPRINT).unlink(missing_ok=True)
+        """Delete all chunks, if there are any; first their provenance, so that no later run resumes from the rest."""
+        self._record.unlink(missing_ok=True)
         if self.folder.exists():
             shutil.rmtree(self.folder)

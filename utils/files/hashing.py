@@ -11,12 +11,13 @@ CHUNK_BYTES = 1 << 20
 
 
 def file_sha256(path: Path, progress: bool = False) -> str:
-    """Hash of the content, in hexadecimal.
+    """sha256 of the content, in hexadecimal.
 
     Args:
-        progress: show a bar if it takes longer than a second.
+        progress: show a bar after a second.
     """
-    digest, total = hashlib.sha256(), path.stat().st_size
+    digest = hashlib.sha256()
+    total = path.stat().st_size
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"sha256 {path.name}", delay=1, disable=not progress)
     with path.open("rb") as file, bar:
         while chunk := file.read(CHUNK_BYTES):
@@ -26,7 +27,7 @@ def file_sha256(path: Path, progress: bool = False) -> str:
 
 
 def range_sha256(path: Path, start: int, stop: int) -> str:
-    """Of the bytes `start` to `stop - 1` of a file."""
+    """sha256 of the bytes `start` to `stop - 1` of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         file.seek(start)
@@ -37,5 +38,5 @@ def range_sha256(path: Path, start: int, stop: int) -> str:
 
 
 def hash_of(values: dict[str, Any]) -> str:
-    """sha256 of anything that JSON can hold."""
+    """sha256 of values that JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

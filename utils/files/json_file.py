@@ -1,4 +1,4 @@
-"""Reading JSON files that people may have touched."""
+"""Reading JSON files that people may have edited."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from utils.errors import InputError
 def read_json(path: Path) -> Any:
     """
     Raises:
-        InputError: a file that is not there, cannot be read or holds something else.
+        InputError: a file that does not exist, cannot be read or holds no JSON.
     """
     try:
         return json.loads(path.read_bytes())

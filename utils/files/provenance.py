@@ -1,4 +1,10 @@
-"""What a result was made from, in a small JSON file beside it: one that was made otherwise is never replaced."""
+"""The provenance of a result: everything that it depends on, by name, in one JSON form.
+
+    {"provenance": {"sampling.seed": 42, ...}, other facts, such as metrics}
+
+A JSON file of this form is next to each result and in each folder of chunk files. A result of another provenance is
+never replaced.
+"""
 
 import json
 from pathlib import Path
@@ -8,37 +14,66 @@ from utils.errors import InputError
 from utils.files.atomic import write_text
 from utils.files.json_file import read_json
 
+KEY, OLDER_KEY = "provenance", "made_from"
 
-def is_made(result: Path, made_from: dict[str, Any], record: Path | None = None) -> bool:
-    """Whether `result` is there, made from the same.
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """`key: found X, expected Y` for each key whose values differ; an absent key equals None."""
+    return [
+        f"{key}: found {found.get(key)}, expected {expected.get(key)}"
+        for key in dict.fromkeys([*expected, *found])
+        if found.get(key) != expected.get(key)
+    ]
+
+
+def provenance_in(content: Any) -> dict[str, Any] | None:
+    """The provenance in the content of a JSON file; None: it holds none."""
+    if not isinstance(content, dict):
+        return None
+    provenance = content.get(KEY, content.get(OLDER_KEY))
+    return provenance if isinstance(provenance, dict) else None
+
+
+def is_made(
+    result: Path,
+    provenance: dict[str, Any],
+    record: Path | None = None,
+    remedy: str = "delete it or choose another output",
+) -> bool:
+    """Whether `result` exists, with this provenance.
 
     Args:
-        made_from: what must be equal, by name.
         record: the file that `write_record` wrote; None: `result` with the suffix .json.
+        remedy: the end of the error message.
 
     Raises:
-        InputError: it is there and was made otherwise, or nothing tells from what.
+        InputError: it exists with another provenance, or with none.
     """
     if not result.exists():
         return False
     record = record or result.with_suffix(".json")
-    found = read_json(record) if record.is_file() else None
-    theirs = found.get("made_from") if isinstance(found, dict) else None
-    if not isinstance(found, dict) or not isinstance(theirs, dict):
-        reason = f"{record} does not tell from what"
-    elif differing := [key for key in made_from if theirs.get(key) != made_from[key]]:
-        reason = f"{differing[0]}={theirs.get(differing[0])} there, found {made_from[differing[0]]}"
-    elif found.get("bytes", size := result.stat().st_size) != size:
-        reason = f"{found['bytes']} bytes in {record}, found {size}"
-    else:
-        return True
-    raise InputError(f"{result}: exists and was made otherwise ({reason}); delete it or choose another output")
+    content = read_json(record) if record.is_file() else {}
+    found = provenance_in(content)
+    if found is None:
+        raise InputError(f"{result}: exists, but {record} holds no provenance; {remedy}")
+    different = differences(found, expected=provenance)
+    if different:
+        raise InputError(f"{result}: exists with another provenance: {different[0]}; {remedy}")
+    size = result.stat().st_size
+    if content.get("bytes", size) != size:
+        raise InputError(f"{result}: found {size} bytes, expected {content['bytes']} as in {record}; {remedy}")
+    return True
 
 
 def write_record(
-    result: Path, made_from: dict[str, Any], record: Path | None = None, figures: dict[str, Any] | None = None
+    result: Path, provenance: dict[str, Any], record: Path | None = None, figures: dict[str, Any] | None = None
 ) -> None:
-    """Of a result that is complete, with `bytes` among the figures; or, without, of one that is about to be made and
-    may be made again: a kill on the way must not leave a result that nothing describes."""
-    content = {**(figures or {}), "made_from": made_from}
+    """Write the JSON file of a result: before a result that may be overwritten later, so that a killed run leaves none
+    without a provenance, else after it.
+
+    Args:
+        record: the file to write; None: `result` with the suffix .json.
+        figures: other facts, such as metrics; with `bytes`, the size of a complete file.
+    """
+    content = {**(figures or {}), KEY: provenance}
     write_text(record or result.with_suffix(".json"), json.dumps(content, indent=1) + "\n")

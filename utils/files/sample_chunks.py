@@ -1,4 +1,4 @@
-"""The images or codes of a sampling run in part files, from which a killed run goes on."""
+"""The images or codes of a sampling run in chunk files, from which a killed run resumes."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,66 +15,68 @@ PNG_THREADS = 4
 
 
 class SampleChunks(ChunkFiles):
-    """Part files that hold images, or their codes; see `ChunkFiles`.
+    """Chunk files of images (n, H, W, 3) uint8 or codes (n, N) uint16; see `ChunkFiles`."""
 
-    Args:
-        folder: where they lie; `claim` creates it.
-        num_images: of the whole run.
-        block_size: images per part; the last part holds the rest.
-    """
+    def __init__(self, folder: Path, num_images: int, chunk_size: int) -> None:
+        super().__init__(folder, num_images, chunk_size, ".npy")
 
-    def __init__(self, folder: Path, num_images: int, block_size: int) -> None:
-        super().__init__(folder, num_images, block_size, ".npy")
-
-    def save(self, block: range, images: np.ndarray) -> None:
-        """Write the images (len(block), H, W, 3) uint8 of a block, or its codes (len(block), N) uint16."""
-        assert len(images) == len(block), f"{len(images)} images for {block}"
-        with self.writing(block) as partial, partial.open("wb") as file:
+    def save(self, chunk: range, images: np.ndarray) -> None:
+        """Write the images (len(chunk), H, W, 3) uint8 of a chunk, or its codes (len(chunk), N) uint16."""
+        assert len(images) == len(chunk), f"{len(images)} images for {chunk}"
+        with self.writing(chunk) as partial_path, partial_path.open("wb") as file:
             np.save(file, images)
 
     def load(self) -> Iterator[np.ndarray]:
-        """Everything in order, a part at a time."""
-        return (np.load(self.path(block)) for block in self.blocks)
+        """The images or codes of each chunk, in order."""
+        return (np.load(self.path(chunk)) for chunk in self.chunks)
 
     def first_images(self, count: int) -> np.ndarray:
         """(count, H, W, 3) uint8, or fewer if there are not so many."""
-        parts: list[np.ndarray] = []
+        found: list[np.ndarray] = []
+        num_found = 0
         for images in self.load():
-            parts.append(images[: count - sum(map(len, parts))])
-            if sum(map(len, parts)) == count:
+            found.append(images[: count - num_found])
+            num_found += len(found[-1])
+            if num_found == count:
                 break
-        return np.concatenate(parts)
+        return np.concatenate(found)
 
 
 class ChunkWriter:
-    """Writes parts, and PNG files before them, in worker threads beside the sampling; the parts appear in order."""
+    """Writes chunks, and before each its PNG files, in threads; the chunks appear in order."""
 
-    def __init__(self, parts: SampleChunks, output: Path, save_png: bool) -> None:
-        self.parts, self.folder = parts, output.with_name(output.name + ".images") if save_png else None
-        self.queue, self.png_pool = ThreadPoolExecutor(1), ThreadPoolExecutor(PNG_THREADS)
-        self.last: Future | None = None
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, chunk_files: SampleChunks, png_folder: Path | None) -> None:
+        """
+        Args:
+            png_folder: for the PNG files; None: none are written.
+        """
+        self.chunk_files = chunk_files
+        self.png_folder = png_folder
+        self._queue = ThreadPoolExecutor(1)
+        self._png_pool = ThreadPoolExecutor(PNG_THREADS)
+        self._last: Future | None = None
+        if png_folder is not None:
+            png_folder.mkdir(parents=True, exist_ok=True)
 
     def __enter__(self) -> "ChunkWriter":
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.queue.shutdown()
-        self.png_pool.shutdown()
-        if self.last is not None:
-            self.last.result()
+        self._queue.shutdown()
+        self._png_pool.shutdown()
+        if self._last is not None:
+            self._last.result()
 
-    def write(self, block: range, images: np.ndarray) -> None:
-        """Queue a block; waits for the one before, so that not more than one is in memory."""
-        if self.last is not None:
-            self.last.result()
-        self.last = self.queue.submit(self._write, block, images)
+    def write(self, chunk: range, images: np.ndarray) -> None:
+        """Queue a chunk; waits for the one before, so that memory holds no more than one."""
+        if self._last is not None:
+            self._last.result()
+        self._last = self._queue.submit(self._write, chunk, images)
 
-    def _write(self, block: range, images: np.ndarray) -> None:
-        if self.folder is not None:
-            list(self.png_pool.map(partial(_write_png, self.folder), block, images))
-        self.parts.save(block, images)
+    def _write(self, chunk: range, images: np.ndarray) -> None:
+        if self.png_folder is not None:
+            list(self._png_pool.map(partial(_write_png, self.png_folder), chunk, images))
+        self.chunk_files.save(chunk, images)
 
 
 def _write_png(folder: Path, index: int, image: np.ndarray) -> None:

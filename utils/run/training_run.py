@@ -16,7 +16,6 @@ from utils.config_checks import accumulation_steps
 from utils.distributed import ignored_launcher_settings, init_distributed
 from utils.errors import TrainingError
 from utils.faults import fault_point
-from utils.files.lock import only_writer
 from utils.files.weights import save_weights
 from utils.precision import deterministic, matmul_precision
 from utils.run.compatibility import check_same_run
@@ -89,7 +88,7 @@ class TrainingRun:
             facts = code_facts()
             self.ctx.assert_same_on_all_ranks("config and code", dict(flat(asdict(self.config))) | facts)
             self._code = facts["code"]
-            self.ctx.broadcast_from_rank0(lambda: exits.enter_context(only_writer(self.output_dir, inside=True)))
+            exits.enter_context(self.ctx.locked(self.output_dir, inside=True))
             self._status = StatusKeeper(self.output_dir, self.ctx, limits[1], self._saving_memory)
             exits.callback(self._end_reports)
             exits.push(self._status.note_end)

@@ -1,4 +1,4 @@
-"""Conversion in ranges and blocks: any cut, any number of processes and any kill give the same bytes."""
+"""Conversion in chunks: any cut, any number of processes and any kill give the same bytes."""
 
 import os
 import signal
@@ -24,12 +24,12 @@ NO_LINE = b"{}\n"
 
 @pytest.fixture
 def jsonl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """500 lines of about 50 bytes, read in 29 ranges, written in 8 blocks."""
+    """500 lines of about 50 bytes, read in 29 chunks, written in 8 chunks."""
     rng = np.random.default_rng(0)
     path = tmp_path / "codes.jsonl"
     path.write_bytes(format_lines(rng.integers(0, 1000, LINES), rng.integers(0, 1024, (LINES, 6))))
-    monkeypatch.setattr(conversion, "RANGE_BYTES", 1024)
-    monkeypatch.setattr(conversion, "ROWS_PER_BLOCK", 64)
+    monkeypatch.setattr(conversion, "CHUNK_BYTES", 1024)
+    monkeypatch.setattr(conversion, "CHUNK_ROWS", 64)
     return path
 
 
@@ -58,7 +58,7 @@ def test_processes_and_ranges_change_nothing(jsonl: Path, monkeypatch: pytest.Mo
     for processes in (2, 3):
         convert(jsonl, f"{processes}.tokens", processes)
         assert contents(jsonl.with_name(f"{processes}.tokens")) == expected
-    monkeypatch.setattr(conversion, "RANGE_BYTES", 777)
+    monkeypatch.setattr(conversion, "CHUNK_BYTES", 777)
     convert(jsonl, "other.tokens")
     store = TokenStore(jsonl.with_name("one.tokens"))
     assert TokenStore(jsonl.with_name("other.tokens")).fingerprint == store.fingerprint
@@ -93,12 +93,12 @@ def in_child(function: object, *arguments: object, fault: str = "", kill_after: 
 @pytest.mark.multiprocess
 def test_killed_conversions_go_on(jsonl: Path) -> None:
     convert(jsonl, "expected.tokens")
-    target, parts = jsonl.with_name("codes.tokens"), jsonl.with_name("codes.tokens.lines")
-    for fault in ("part.begin.0", "part.rename.3", "part.begin.9", "join.begin", "join.end"):
-        before = {path.name: path.stat().st_ino for path in parts.glob("*.npz")}
+    target, folder = jsonl.with_name("codes.tokens"), jsonl.with_name("codes.tokens.lines")
+    for fault in ("chunk.begin.0", "chunk.rename.3", "chunk.begin.9", "join.begin", "join.end"):
+        before = {path.name: path.stat().st_ino for path in folder.glob("*.npz")}
         assert in_child(convert, jsonl, target.name, fault=fault) == -signal.SIGKILL
         assert not target.exists()
-        after = {path.name: path.stat().st_ino for path in parts.glob("*.npz")}
+        after = {path.name: path.stat().st_ino for path in folder.glob("*.npz")}
         assert before.items() <= after.items()
     assert len(after) == 29
     convert(jsonl, target.name, processes=2)
@@ -106,7 +106,7 @@ def test_killed_conversions_go_on(jsonl: Path) -> None:
 
     back = jsonl.with_name("back.jsonl")
     arguments = (target, back, 1)
-    for fault in ("part.begin.0", "part.rename.2", "part.begin.5", "join.begin"):
+    for fault in ("chunk.begin.0", "chunk.rename.2", "chunk.begin.5", "join.begin"):
         assert in_child(store_to_jsonl, *arguments, fault=fault) == -signal.SIGKILL
         assert not back.exists()
     assert in_child(store_to_jsonl, *arguments, fault="join.end") == -signal.SIGKILL
@@ -121,35 +121,35 @@ def test_killed_conversions_go_on(jsonl: Path) -> None:
 
 @pytest.mark.multiprocess
 def test_workers_do_not_outlive_a_killed_conversion(tmp_path: Path) -> None:
-    parts = ChunkFiles(tmp_path / "parts", 100, 1, ".txt")
-    parts.claim({})
+    chunk_files = ChunkFiles(tmp_path / "chunks", num_items=100, chunk_size=1, suffix=".txt")
+    chunk_files.open({})
 
-    def work(block: range) -> None:
+    def work(chunk: range) -> None:
         time.sleep(0.05)
-        parts.path(block).touch()
+        chunk_files.path(chunk).touch()
 
-    assert in_child(lambda: list(in_processes(work, parts.blocks, 3)), kill_after=0.4) == -signal.SIGKILL
+    assert in_child(lambda: list(in_processes(work, chunk_files.chunks, 3)), kill_after=0.4) == -signal.SIGKILL
     time.sleep(0.3)
-    left = len(parts.missing())
+    left = len(chunk_files.missing())
     time.sleep(0.3)
-    assert len(parts.missing()) == left > 0
+    assert len(chunk_files.missing()) == left > 0
 
 
 @pytest.mark.multiprocess
 def test_a_worker_that_fails_or_dies_ends_the_work() -> None:
-    def fail(block: range) -> None:
-        if block.start == 3:
+    def fail(chunk: range) -> None:
+        if chunk.start == 3:
             raise InputError("three")
         time.sleep(0.01)
 
-    def die(block: range) -> None:
+    def die(chunk: range) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    blocks = [range(i, i + 1) for i in range(1000)]
+    chunks = [range(i, i + 1) for i in range(1000)]
     with pytest.raises(InputError, match="three"):
-        list(in_processes(fail, blocks, 2))
+        list(in_processes(fail, chunks, 2))
     with pytest.raises(TrainingError, match="a worker process ended with exit code -9"):
-        list(in_processes(die, blocks, 2))
+        list(in_processes(die, chunks, 2))
 
 
 def test_a_changed_file_is_converted_from_the_start(jsonl: Path) -> None:
@@ -188,7 +188,7 @@ def test_ten_bad_lines_end_a_long_file_early(jsonl: Path, monkeypatch: pytest.Mo
 
 
 def test_crops_names_and_links(jsonl: Path) -> None:
-    with pytest.raises(InputError, match="found 500 lines, expected 3 of each image"):
+    with pytest.raises(InputError, match="found 500 lines, expected a multiple of 3"):
         convert(jsonl, "codes.tokens", crops_per_image=3)
     names = [f"class {i}" for i in range(1000)]
     convert(jsonl, "codes.tokens", crops_per_image=10, class_names=names)
