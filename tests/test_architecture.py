@@ -38,7 +38,7 @@ def test_imports_go_one_way(path: Path) -> None:
     name = str(path.relative_to(ROOT))
     package = "scripts" if name in JOIN_PACKAGES else name.split("/")[0]
     modules = imported_modules(path)
-    runs_scripts = name.startswith(("scripts/benchmark", "scripts/gpu_check", "scripts/demo"))
+    runs_scripts = name.startswith(("scripts/benchmark", "scripts/demo"))
     allowed = MAY_IMPORT[package] | ({"scripts"} if runs_scripts else set())
     inside = {module.split(".")[0] for module in modules} & set(MAY_IMPORT)
     assert inside <= allowed

@@ -73,7 +73,7 @@ def generate_published(
     return codes
 
 
-BASELINES = {
+BASELINES: dict[str, Callable[[ReAR, Tensor, Tensor, GeneratorConfig], Tensor]] = {
     "no_cache": generate_published,
     "concat_cache": partial(generate_published, cached=True),
     "lean_concat_cache": partial(generate_published, cached=True, lean=True),
