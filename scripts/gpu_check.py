@@ -133,25 +133,23 @@ def run_part(part: str, work: Path, log: Path, seconds_left: float) -> list[Row]
                 os.killpg(process.pid, signal.SIGKILL)  # also what it started
             process.wait()
     shutil.rmtree(work, ignore_errors=True)
+    rows = read_results(results) if results.exists() else []
+    if ending is None and process.returncode != 0 and not any(row.get("result") == FAIL for row in rows):
+        ending = f"pytest ended with exit status {process.returncode}"
     if ending is not None:
-        return [comparison(FAIL, ENDS, f"{ending}; see {log}")]
-    if not results.exists():
-        return [comparison(FAIL, ENDS, f"pytest ended with exit status {process.returncode}; see {log}")]
-    return read_results(results)
+        rows.append(comparison(FAIL, ENDS, f"{ending}; see logs/{log.name}"))
+    return rows
 
 
 def read_results(junit: Path) -> list[Row]:
     """What `tests.gpu.checks.conftest.Report` and pytest wrote about the tests of a part."""
     rows = []
     for case in ElementTree.parse(junit).iter("testcase"):
-        found = [json.loads(item.get("value", "")) for item in case.iter("property")]
-        rows += found
+        rows += [json.loads(item.get("value", "")) for item in case.iter("property")]
         if (skip := case.find("skipped")) is not None:
             rows.append(comparison(SKIPPED, "", skip.get("message", "")))
-        for problem in (*case.iter("failure"), *case.iter("error")):
-            if not any(row.get("result") == FAIL for row in found):
-                message = problem.get("message", "").splitlines() or ["no message"]
-                rows.append(comparison(FAIL, ENDS, message[0]))
+        for problem in case.iter("failure"):  # an exception; a comparison that failed is an `error`, and a property
+            rows.append(comparison(FAIL, ENDS, problem.get("message", "").partition("\n")[0]))
     return rows
 
 

@@ -114,11 +114,13 @@ def test_what_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.
         "fails": (f"{failing}::test_fails", WAIT_S),
         "raises": (f"{ending}::test_raises", WAIT_S),
         "crashes": (f"{ending}::test_crashes", WAIT_S),
+        "absent": (f"{ending}::test_absent", WAIT_S),
     }
     monkeypatch.setattr(gpu_check, "PARTS", parts)
     out = tmp_path / "out"
     assert gpu_check.main([str(out)]) == 1
-    assert results(out) == {"hangs": {"FAIL"}, "fails": {"FAIL", "PASS"}, "raises": {"FAIL"}, "crashes": {"FAIL"}}
+    ended = {"hangs": {"FAIL"}, "raises": {"FAIL"}, "crashes": {"FAIL"}, "absent": {"FAIL"}}
+    assert results(out) == ended | {"fails": {"FAIL", "PASS"}}
     text = (out / "gpu_check.md").read_text()
     assert "| hangs | FAIL | runs to its end | still running after 12 s" in text
     assert "| fails | FAIL | too large | 2 | at most 1 |" in text
