@@ -58,6 +58,7 @@ REGIONS = [  # what is completed, and the region that stays
     ("the middle", "border"),
 ]
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}  # for all clicks together
+BUTTONS = ["download", "fullscreen"]  # gradio's others include one that uploads the picture
 CSS = ".pictures img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}"
 
 
@@ -104,8 +105,9 @@ def build_page(model: DemoModel) -> gr.Blocks:
                 gr.Markdown("A picture to complete and reconstruct:")
                 upload = gr.UploadButton("Upload a picture", elem_id="upload")
                 last = len(model.validation or ()) - 1
-                index = gr.Number(0, precision=0, minimum=0, maximum=last, label=f"0 to {last}", visible=last >= 0)
-                take = gr.Button("Take this validation image", visible=last >= 0, elem_id="take")
+                label = f"or a validation image, 0 to {last}"
+                index = gr.Number(0, precision=0, minimum=0, maximum=last, label=label, visible=last >= 0)
+                take = gr.Button("Take it", visible=last >= 0, elem_id="take")
             with gr.Column(scale=3):
                 with gr.Tab("Sample"):
                     sample_tab(model, class_label, numbers)
@@ -140,7 +142,7 @@ def build_page(model: DemoModel) -> gr.Blocks:
 
 def sample_tab(model: DemoModel, class_label: gr.Dropdown, numbers: list[gr.components.Component]) -> None:
     button = gr.Button("Sample", variant="primary", elem_id="sample")
-    pictures = gr.Gallery(format="png", columns=4, label="samples", elem_id="samples", elem_classes="pictures")
+    pictures = gallery("samples")
 
     def sample(class_label: int, count: int, seed: int | None, *settings: Any) -> list[np.ndarray]:
         with errors_shown():
@@ -174,8 +176,8 @@ def complete_tab(
             region = gr.Radio(regions, value=regions[0][1], label="complete", elem_id="region")
             with_class = gr.Checkbox(False, label="with the class (without: no guidance)")
             button = gr.Button("Complete", variant="primary", elem_id="complete")
-            stays = picture("stays")
-    pictures = gr.Gallery(format="png", columns=4, label="completions", elem_id="completions", elem_classes="pictures")
+            stays = picture("stays", height=CANVAS // 2)
+    pictures = gallery("completions")
 
     def complete(
         image: np.ndarray | None,
@@ -218,8 +220,14 @@ def errors_shown() -> Iterator[None]:
         raise gr.Error(html.escape(line), print_exception=False) from error
 
 
-def picture(name: str) -> gr.Image:
-    return gr.Image(interactive=False, format="png", label=name, elem_id=name, elem_classes="pictures")
+def gallery(name: str) -> gr.Gallery:
+    options = {"columns": 4, "height": "fit-content", "buttons": BUTTONS, "format": "png"}
+    return gr.Gallery(label=name, elem_id=name, elem_classes="pictures", **options)
+
+
+def picture(name: str, height: int = CANVAS) -> gr.Image:
+    options = {"interactive": False, "height": height, "buttons": BUTTONS, "format": "png"}
+    return gr.Image(label=name, elem_id=name, elem_classes="pictures", **options)
 
 
 if __name__ == "__main__":
