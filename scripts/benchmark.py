@@ -1,16 +1,11 @@
-"""Measure a part of this project against the way it is usually done, both in one run.
+"""Measure a part of this project and its published counterpart, alternately in one run.
 
     python scripts/benchmark.py sampling --width 64 --layers 2 --tokens 64 256 --batch 4
-    python scripts/benchmark.py decode --resolution 64 --batch 8
     python scripts/benchmark.py training --width 256 --layers 4 --tokens 256 --batch 64 --classes 20
-    python scripts/benchmark.py codebook --sizes 1024 16384
-    python scripts/benchmark.py npz --images 5000
     python scripts/benchmark.py data --lines 100000 1000000
-    python scripts/benchmark.py precision config=configs/rear_blue_marble.yaml \\
-        experiment.generator_checkpoint=outputs/quickstart/rear
 
-`benchmark.py COMMAND --help` lists the options. Each checks first that both ways agree, alternates between them, and
-prints a table and, last, one line of JSON.
+`benchmark.py COMMAND --help` lists the options. Each command first checks that both ways compute the same, then
+measures them alternately. Prints a table and, last, one line of JSON.
 """
 
 import argparse
@@ -25,7 +20,7 @@ if __name__ == "__main__":
 from utils.errors import input_errors_exit
 from utils.run.run_environment import describe_environment
 
-COMMANDS = ("sampling", "decode", "training", "codebook", "npz", "data", "precision")  # modules of scripts/benchmarks
+COMMANDS = ("sampling", "training", "data")  # modules of scripts/benchmarks
 
 
 def main(argv: list[str]) -> None:

@@ -4,7 +4,7 @@
 
 Writes train-000000.tar ..., heldout-000000.tar ..., an index of each shard, classes.json (class names), shards.json
 (samples of each shard) and classes.png (tiles of each class) to OUTPUT_DIR, the same bytes every time. Does nothing if
-OUTPUT_DIR is there: it appears when it is complete.
+OUTPUT_DIR exists: it appears only when it is complete.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def main(output_dir: Path) -> None:
         from data.images.blue_marble import build_shards  # takes seconds to import, for torch
 
         with only_writer(output_dir):
-            if not output_dir.exists():  # nor by a process that has just ended
+            if not output_dir.exists():  # another process may have built it in the meantime
                 build_shards(output_dir)
     train, heldout = (TarShards(str(output_dir / f"{split}-*.tar")) for split in ("train", "heldout"))
     assert train.class_names is not None, "build_shards writes them"

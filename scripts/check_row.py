@@ -1,14 +1,14 @@
-"""Check a published result of configs/published_results.yaml: first its inputs, then its scores.
+"""Check a published result of configs/published_results.yaml: first its files, then its scores.
 
     ROW=rear_b bash scripts_bash/rear_test.sh    # calls this, samples, scores, and calls this again
     python scripts/check_row.py rear_b
     python scripts/check_row.py rear_b --samples outputs/row_rear_b.npz
 
-The first form prints the back end of the evaluator, the reference and the arguments of the sampler, a line each. A file
-that is not there is an error that says how to get it, as is a checkpoint of another sha256 than the row's. The second,
-of samples that the evaluator has scored, prints expected and found numbers and the verdict, and writes them to
-<SAMPLES>.verdict.md and, with all that the numbers depend on, <SAMPLES>.verdict.json. Its exit status is 0 for PASS
-alone: samples of other settings than the row's, such as fewer images, get no verdict.
+The first form prints the backend of the evaluator, the reference and the arguments of the sampler, a line each; if a
+file is missing, it prints how to get it and fails. The second form, for samples that the evaluator has scored, prints
+expected and found numbers with PASS or FAIL, and writes them, with everything that they depend on, to
+<SAMPLES>.verdict.json. Samples of other settings than the row's, such as fewer images, get no verdict. The exit status
+is 0 for PASS only.
 """
 
 import argparse
@@ -16,21 +16,21 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
+import msgspec
 import torch
+import yaml
 
 from evaluation.inception import PUBLISHED_SHA256, find_cached_weights
-from evaluation.published_results import Judged, Row, RowFile
 from evaluation.report import TITLES, find_report
 from utils.config import ROOT, flat, load_config, read_yaml
 from utils.console import markdown_table
-from utils.errors import InputError, input_errors_exit
+from utils.errors import InputError, first_line, input_errors_exit
 from utils.files.atomic import write_text
-from utils.files.hashing import file_sha256
 from utils.files.hub import SCHEME
 from utils.files.json_file import read_json
 from utils.files.provenance import provenance_in
@@ -39,123 +39,134 @@ from utils.run.trained_weights import find_trained_weights
 from utils.schema import Config
 
 TOKENIZER = "experiment.tokenizer_checkpoint"
-# Of model and sampling, what a row leaves open, and images_per_class, which is told as the number of images.
-OPEN = {"seed", "per_gpu_batch_size", "save_png", "compile", "mixed_precision", "images_per_class"}
-SHOWN = (
-    *("sampling.num_fid_samples", "sampling.seed", "sampling.mixed_precision", "device"),
-    *("model.generator.guidance_scale", "model.generator.guidance_scale_pow", "model.generator.randomize_temperature"),
-)
+# A row does not fix these keys of `sampling`; images_per_class is part of num_fid_samples.
+NOT_COMPARED = {"seed", "per_gpu_batch_size", "save_png", "compile", "mixed_precision", "images_per_class"}
+Metric = Literal["inception_score", "fid", "sfid", "precision", "recall", "frechet_distance"]
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
-VERDICTS = {True: "PASS", False: "FAIL", None: "-"}
 
 
-def check_files(row: Row, config: Config, reference: str, get_reference: str) -> None:
+class Row(msgspec.Struct, forbid_unknown_fields=True):
+    """
+    Attributes:
+        checkpoint: a file, or the folder of a run.
+        get: how to get checkpoint and tokenizer.
+        expected: by metric the published number and its tolerance; None: not judged.
+        published: where the numbers are from.
+        overrides: further arguments of the sampler.
+    """
+
+    config: str
+    checkpoint: str
+    get: str
+    num_images: int
+    guidance_scale: float
+    guidance_scale_pow: float
+    expected: dict[Metric, tuple[float, float | None]]
+    published: str
+    overrides: list[str] = []
+
+    @property
+    def backend(self) -> str:
+        return "efficientnet_lite0" if "frechet_distance" in self.expected else "inception"
+
+    def arguments(self) -> list[str]:
+        """Of the sampler."""
+        return [
+            f"config={self.config}",
+            f"experiment.generator_checkpoint={self.checkpoint}",
+            f"sampling.num_fid_samples={self.num_images}",
+            f"model.generator.guidance_scale={self.guidance_scale}",
+            f"model.generator.guidance_scale_pow={self.guidance_scale_pow}",
+            *self.overrides,
+        ]
+
+
+class Reference(msgspec.Struct, forbid_unknown_fields=True):
+    file: str
+    get: str
+
+
+class Content(msgspec.Struct, forbid_unknown_fields=True):
+    reference: Reference
+    rows: dict[str, Row]
+
+
+def read(path: Path) -> Content:
     """
     Raises:
-        InputError: a file is not there, after a line that says how to get it; or it is another one than the row's.
+        InputError: an unknown key, or a value that is missing or of another type.
     """
-    checkpoint, tokenizer = str(config.experiment.generator_checkpoint), config.experiment.tokenizer_checkpoint
+    try:
+        return msgspec.convert(yaml.safe_load(path.read_text()), Content)
+    except (yaml.YAMLError, msgspec.ValidationError) as error:
+        raise InputError(f"{path}: {first_line(error)}") from error
+
+
+def missing_files(row: Row, config: Config, reference: Reference) -> list[str]:
+    """A line for each file that is not found, with how to get it."""
     lines = []
-    for files, get in (((checkpoint, tokenizer), row.get), ((reference,), get_reference)):
-        if absent := [file for file in files if not (file.startswith(SCHEME) or Path(file).exists())]:
-            lines.append(f"{' and '.join(absent)} not there. To get: {get}")
+    for file in (str(config.experiment.generator_checkpoint), str(config.experiment.tokenizer_checkpoint)):
+        if not (file.startswith(SCHEME) or Path(file).exists()):
+            lines.append(f"{file}: not found; to get it: {row.get}")
+    if not Path(reference.file).exists():
+        lines.append(f"{reference.file}: not found; to get it: {reference.get}")
     if row.backend == "inception":
         try:
             find_cached_weights()
-        except InputError as error:
-            what = str(error).removeprefix("--inception: missing, and ")
-            lines.append(f"{what}. To get: wget -P {torch.hub.get_dir()}/checkpoints {INCEPTION_URL}")
-    if lines:
-        print("\n".join(lines), file=sys.stderr)
-        raise InputError(f"{checkpoint}: sampling and scoring need more files, named above")
-    if row.sha256 is not None:
-        found = file_sha256(find_trained_weights(checkpoint).path, progress=True)
-        if found != row.sha256:
-            raise InputError(f"{checkpoint}: found sha256 {found}, expected {row.sha256}; get it anew: {row.get}")
+        except InputError:
+            folder = Path(torch.hub.get_dir()) / "checkpoints"
+            lines.append(f"Inception weights: not found in {folder}; to get them: wget -P {folder} {INCEPTION_URL}")
+    return lines
 
 
-def facts_of(row: Row, config: Config, samples: Path, reference: str) -> dict[str, Any]:
-    """All that the numbers depend on.
-
-    Raises:
-        InputError: samples that do not tell what they were made from, of other weights, or without a score.
-    """
+def other_settings(row: Row, config: Config, samples: Path, report: dict[str, Any]) -> list[str]:
+    """In what the samples or their scores differ from the row."""
     record = read_json(samples.with_suffix(".json"))
-    weights = find_trained_weights(str(config.experiment.generator_checkpoint)).path
-    if record.get("weights") != str(weights.resolve()):
-        raise InputError(f"{samples}: made from the weights {record.get('weights')}, expected {weights}")
-    return {
-        "weights": {"file": str(weights), "sha256": file_sha256(weights, progress=True) if weights.is_file() else None},
-        "samples": provenance_in(record),
-        "evaluation": find_report(samples, Path(reference), row.backend),
-        "environment": describe_environment().splitlines(),
-    }
-
-
-def other_settings(row: Row, config: Config, samples: Path, facts: dict[str, Any]) -> list[str]:
-    """In what samples, or their score, differ from those of the row."""
     sections = {"model": dataclasses.asdict(config.model), "sampling": dataclasses.asdict(config.sampling)}
-    wanted = {key: value for key, value in flat(sections) if key.removeprefix("sampling.") not in OPEN}
-    found = {TOKENIZER: read_yaml(samples.with_suffix(".yaml"))[TOKENIZER], **facts["samples"]}
-    wanted[TOKENIZER] = config.experiment.tokenizer_checkpoint
-    other = [f"{key}={found.get(key)}, not {value}" for key, value in wanted.items() if found.get(key) != value]
-    features = facts["evaluation"]["provenance"]["weights"]["sha256"]
+    expected = {key: value for key, value in flat(sections) if key.removeprefix("sampling.") not in NOT_COMPARED}
+    expected[TOKENIZER] = config.experiment.tokenizer_checkpoint
+    expected["weights"] = str(find_trained_weights(str(config.experiment.generator_checkpoint)).path.resolve())
+    found = dict(provenance_in(record) or {})
+    found[TOKENIZER] = read_yaml(samples.with_suffix(".yaml"))[TOKENIZER]
+    found["weights"] = record.get("weights")
+    other = [f"{key}={found.get(key)}, not {value}" for key, value in expected.items() if found.get(key) != value]
+    features = report["provenance"]["weights"]["sha256"]
     if row.backend == "inception" and not features.startswith(PUBLISHED_SHA256):
-        other.append(f"features by weights of sha256 {features[:8]}, not {PUBLISHED_SHA256}")
+        other.append(f"features of weights with sha256 {features[:8]}, not {PUBLISHED_SHA256}")
     return other
 
 
-def verdict_of(name: str, judged: dict[str, Judged], other: list[str]) -> str:
-    """A line that begins with the name, and PASS, FAIL or no verdict."""
+def compare(name: str, row: Row, config: Config, samples: Path, reference: str) -> bool:
+    """Print the verdict on samples and write it next to them; whether it is PASS."""
+    report = find_report(samples, Path(reference), row.backend)
+    other = other_settings(row, config, samples, report)
+    numbers: dict[str, dict[str, Any]] = {}
+    for metric, (expected, tolerance) in row.expected.items():
+        found, verdict = report["metrics"][metric], None
+        if tolerance is not None and not other:
+            verdict = "PASS" if abs(found - expected) <= tolerance else "FAIL"
+        numbers[metric] = {"expected": expected, "found": found, "tolerance": tolerance, "verdict": verdict}
+    verdicts = {number["verdict"] for number in numbers.values()}
+    verdict = "FAIL" if "FAIL" in verdicts else "PASS" if "PASS" in verdicts else "no verdict"
     if other:
-        return f"{name}: no verdict: the samples are not those of the row ({'; '.join(other)})"
-    wrong = [TITLES[metric] for metric, number in judged.items() if number.right is False]
-    return f"{name}: FAIL: {', '.join(wrong)}" if wrong else f"{name}: PASS"
-
-
-def table_of(judged: dict[str, Judged]) -> str:
-    lines = []
-    for metric, number in judged.items():
-        expected, difference, tolerance = "not published", "-", "-"
-        if number.expected is not None:
-            expected, difference = f"{number.expected:g}", f"{number.found - number.expected:+.4g}"
-        if number.tolerance is not None:
-            tolerance = f"{number.tolerance:.3g}"
-        lines.append([TITLES[metric], expected, f"{number.found:.6g}", difference, tolerance, VERDICTS[number.right]])
-    return markdown_table(["number", "expected", "found", "difference", "tolerance", "verdict"], lines)
-
-
-def as_markdown(verdict: str, table: str, row: Row, rows: RowFile, facts: dict[str, Any]) -> str:
-    settings = ", ".join(f"{key.rpartition('.')[2]} {facts['samples'][key]}" for key in SHOWN)
-    weights, evaluation = facts["weights"], facts["evaluation"]["provenance"]
-    group = rows.tolerances[row.tolerance]
-    lines = [
-        f"- published: {row.published}",
-        f"- samples: {settings}",
-        f"- weights: {weights['file']}, sha256 {weights['sha256']}",
-        f"- reference: {evaluation['reference']['file']}, sha256 {evaluation['reference']['sha256']}",
-        f"- features: {evaluation['weights']['file']}, sha256 {evaluation['weights']['sha256']}",
-        f"- environment: {', '.join(facts['environment'])}",
-        *(f"- tolerance of {TITLES[key]}: {value.reason}" for key, value in group.items() if row.expected.get(key)),
-    ]
-    return "\n".join([verdict, "", table, "", *lines]) + "\n"
-
-
-def conclude(name: str, row: Row, rows: RowFile, config: Config, samples: Path, reference: str) -> bool:
-    """Print and write the verdict on samples; whether it is PASS."""
-    facts = facts_of(row, config, samples, reference)
-    judged = rows.judge(row, facts["evaluation"]["metrics"])
-    if other := other_settings(row, config, samples, facts):
-        judged = {metric: dataclasses.replace(number, right=None) for metric, number in judged.items()}
-    verdict, table = verdict_of(name, judged, other), table_of(judged)
-    numbers = {metric: dataclasses.asdict(number) for metric, number in judged.items()}
-    found = {"verdict": verdict, "numbers": numbers, "other settings": other, "published": row.published, **facts}
-    write_text(samples.with_suffix(".verdict.json"), json.dumps(found, indent=2) + "\n")
-    write_text(samples.with_suffix(".verdict.md"), as_markdown(verdict, table, row, rows, facts))
-    print(f"{table}\n\n{verdict}\nreport: {samples.with_suffix('.verdict.md')} and .json beside it")
-    return verdict == f"{name}: PASS"
+        verdict += f": the samples are not those of the row ({'; '.join(other)})"
+    result = {
+        "row": name,
+        "verdict": verdict,
+        "numbers": numbers,
+        "published": row.published,
+        "samples": read_json(samples.with_suffix(".json")),
+        "evaluation": report,
+        "environment": describe_environment().splitlines(),
+    }
+    path = samples.with_suffix(".verdict.json")
+    write_text(path, json.dumps(result, indent=2) + "\n")
+    lines = [[TITLES[metric], *(str(value) for value in number.values())] for metric, number in numbers.items()]
+    print(markdown_table(["number", "expected", "found", "tolerance", "verdict"], lines))
+    print(f"\n{name}: {verdict}\nreport: {path}")
+    return verdict == "PASS"
 
 
 def main() -> None:
@@ -163,22 +174,21 @@ def main() -> None:
     parser.add_argument("row", help="name of a row")
     parser.add_argument("--samples", type=Path, metavar="NPZ", help="samples that the evaluator has scored")
     parser.add_argument("--rows", type=Path, default=ROOT / "configs/published_results.yaml", help="the file of rows")
-    parser.add_argument("--checkpoint", help="in place of the row's, where the file lies elsewhere")
-    parser.add_argument("--reference", help="in place of the one that the file of rows names")
+    parser.add_argument("--checkpoint", help="instead of the row's, if it is stored elsewhere")
+    parser.add_argument("--reference", help="instead of the file's, if it is stored elsewhere")
     args = parser.parse_args()
-    rows = RowFile(args.rows)
-    row = rows[args.row]
-    reference = args.reference or rows.reference.file
-    arguments = row.arguments(args.checkpoint or row.checkpoint)
-    try:
-        config = load_config(["experiment.output_dir=unused", *arguments])
-    except InputError as error:
-        raise InputError(f"{args.rows}: row {args.row}: {error}") from error
-    if args.samples is None:
-        check_files(row, config, reference, rows.reference.get)
-        print("\n".join([row.backend, reference, *arguments]))
-    elif not conclude(args.row, row, rows, config, args.samples, reference):
-        raise SystemExit(1)
+    content = read(args.rows)
+    if args.row not in content.rows:
+        raise InputError(f"{args.rows}: found no row {args.row}, expected one of {', '.join(content.rows)}")
+    row, reference = content.rows[args.row], content.reference
+    row.checkpoint = args.checkpoint or row.checkpoint
+    reference.file = args.reference or reference.file
+    config = load_config(["experiment.output_dir=unused", *row.arguments()])
+    if args.samples is not None:
+        raise SystemExit(0 if compare(args.row, row, config, args.samples, reference.file) else 1)
+    if missing := missing_files(row, config, reference):
+        raise SystemExit("\n".join(f"error: {line}" for line in missing))
+    print("\n".join([row.backend, reference.file, *row.arguments()]))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""The first ten minutes on a GPU: does everything compute there what it should, and how fast is it?
+"""The first ten minutes on a GPU: is what it computes right, and how fast is it?
 
     bash scripts_bash/gpu_check.sh [OUT] [--parts NAME ...]
     python scripts/gpu_check.py outputs/gpu_check --parts model graphs
 
-Runs each part in a process of its own with a time limit and goes on after a failure; environment is always the first.
-On a machine without a GPU all is done on the CPU in tiny sizes. Needs a checkout (tests/fixtures), no network and no
-files to bring.
+Runs the checks of tests/gpu/checks with pytest, each in a process of its own with a time limit, so that a crash or a
+hang does not end the others. On a machine without a GPU they run on the CPU in tiny sizes. Needs a checkout and pytest
+(requirements-dev.txt), no network and no downloaded files.
 
 Writes OUT/gpu_check.md (a table to be committed as docs/benchmarks/<device>.md), OUT/gpu_check.json and
 OUT/logs/<part>.log. The exit status is 1 if anything failed.
@@ -13,88 +13,167 @@ OUT/logs/<part>.log. The exit status is 1 if anything failed.
 
 import argparse
 import json
+import os
+import re
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from collections import Counter
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
-from scripts.gpu_checks import environment, numerics, sampling, speed, training
-from scripts.gpu_checks.findings import FAIL, Figure, Finding, Findings, Machine, read_findings
-from scripts.gpu_checks.processes import Check, run_part
-from scripts.gpu_checks.table import file_name, line, page, summary
-from utils.errors import input_errors_exit
+from utils.config import ROOT
+from utils.console import markdown_table
+from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
 
 TOTAL_S = 600
-PARTS: dict[str, tuple[Check, float]] = {  # in this order, with limits in seconds
-    "environment": (environment.environment, 60),
-    "model": (numerics.model_parity, 60),
-    "tokenizer": (numerics.tokenizer_parity, 120),
-    "bf16": (numerics.bfloat16, 60),
-    "graphs": (sampling.graphs, 180),
-    "batches": (sampling.batches, 90),
-    "ranks": (sampling.ranks, 120),
-    "decoder": (sampling.decoder, 60),
-    "evaluator": (numerics.evaluator_parity, 120),
-    "training": (training.training, 180),
-    "copies": (training.copies, 90),
-    "two-ranks": (training.two_ranks, 150),
-    "memory": (training.memory, 120),
-    "roofline": (speed.roofline, 60),
-    "speed-sampling": (speed.sampling, 240),
-    "speed-decode": (speed.decode, 90),
-    "speed-training": (speed.training, 90),
+CHECKS = "tests/gpu/checks"
+PARTS: dict[str, tuple[str, float]] = {  # test and time limit in seconds, in this order
+    "environment": (f"{CHECKS}/test_numerics.py::test_environment", 60),
+    "model": (f"{CHECKS}/test_numerics.py::test_model", 60),
+    "tokenizer": (f"{CHECKS}/test_numerics.py::test_tokenizer", 120),
+    "bf16": (f"{CHECKS}/test_numerics.py::test_bf16", 60),
+    "graphs": (f"{CHECKS}/test_sampling.py::test_graphs", 180),
+    "batches": (f"{CHECKS}/test_sampling.py::test_batches", 90),
+    "ranks": (f"{CHECKS}/test_sampling.py::test_ranks", 120),
+    "decoder": (f"{CHECKS}/test_sampling.py::test_decoder", 60),
+    "evaluator": (f"{CHECKS}/test_numerics.py::test_evaluator", 120),
+    "training": (f"{CHECKS}/test_training.py::test_training", 180),
+    "copies": (f"{CHECKS}/test_training.py::test_copies", 90),
+    "two-ranks": (f"{CHECKS}/test_training.py::test_two_ranks", 150),
+    "memory": (f"{CHECKS}/test_training.py::test_memory", 120),
+    "roofline": (f"{CHECKS}/test_speed.py::test_roofline", 60),
+    "speed-sampling": (f"{CHECKS}/test_speed.py::test_speed_sampling", 240),
+    "speed-decode": (f"{CHECKS}/test_speed.py::test_speed_decode", 90),
+    "speed-training": (f"{CHECKS}/test_speed.py::test_speed_training", 90),
 }
+PASS, FAIL, SKIPPED = "PASS", "FAIL", "SKIPPED"
+ENDS = "runs to its end"
+Row = dict[str, Any]  # part, result, what, found, expected of a comparison; part, name, value, goal of a figure
 
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, default=Path("outputs/gpu_check"), metavar="OUT")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="these only")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these, and environment")
     arguments = parser.parse_args(argv)
+    if find_spec("pytest") is None:
+        raise InputError("scripts/gpu_check.py: pytest is not installed: pip install -r requirements-dev.txt")
     out: Path = arguments.out.resolve()
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="work-", dir=out))
-    machine, start = Machine("unknown", 0, 0), time.monotonic()
-    findings: list[Finding] = []
-    figures: list[Figure] = []
-    for name, (check, limit) in PARTS.items():
-        if name not in ("environment", *arguments.parts):
-            continue
-        found = Findings(name, scratch / "findings.jsonl")
-        left = TOTAL_S - (time.monotonic() - start)
-        print(f"== {name}", flush=True)
-        if left < 1:
-            found.skip("", f"{TOTAL_S} s are over")
-        else:
-            work = scratch / name
-            work.mkdir()
-            started = time.monotonic()
-            run_part(check, found, machine, work, out / f"logs/{name}.log", min(limit, left))
-            found.figure("took, s", time.monotonic() - started)
-            shutil.rmtree(work)
-        new_findings, new_figures = read_findings(found.path)
-        found.path.unlink()
-        for finding in new_findings:
-            print(line(finding), flush=True)
-        findings, figures = findings + new_findings, figures + new_figures
-        if name == "environment":
-            machine = environment.machine_of(figures)
-            print(machine.name)
-    shutil.rmtree(scratch)
+    comparisons: list[Row] = []
+    figures: list[Row] = []
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="work-", dir=out, ignore_cleanup_errors=True) as work:
+        for part in PARTS:
+            if part not in ("environment", *arguments.parts):
+                continue
+            print(f"== {part}", flush=True)
+            part_start = time.monotonic()
+            found = run_part(part, Path(work) / part, out / f"logs/{part}.log", TOTAL_S - (part_start - start))
+            comparisons += [{"part": part, **row} for row in found if "what" in row]
+            figures += [{"part": part, **row} for row in found if "name" in row]
+            took = time.monotonic() - part_start
+            figures.append({"part": part, "name": "took, s", "value": took, "goal": ""})
+            for row in found:
+                if "what" in row:
+                    print(f"{row['result']:7} {row['what'] or part}: {row['found']}", flush=True)
+    values = {figure["name"]: figure["value"] for figure in figures if figure["part"] == "environment"}
+    device, on_gpu = str(values.get("device", "unknown")), bool(values.get("GPUs"))
+    counts = Counter(row["result"] for row in comparisons)
+    summary = ", ".join(f"{counts[result]} {result}" for result in (PASS, FAIL, SKIPPED))
     seconds = time.monotonic() - start
-    write_text(out / "gpu_check.md", page(machine, findings, figures, seconds))
-    rows = {"findings": list(map(asdict, findings)), "figures": list(map(asdict, figures))}
-    write_text(out / "gpu_check.json", json.dumps({"machine": asdict(machine), "seconds": seconds, **rows}, indent=1))
-    print(f"{summary(findings)}: {out / 'gpu_check.md'}")
-    if machine.gpus:
-        print(f"to keep it: docs/benchmarks/{file_name(machine)}, with a link in README.md")
-    return int(any(finding.result == FAIL for finding in findings))
+    write_text(out / "gpu_check.md", page(device, on_gpu, f"{summary} in {seconds:.0f} s.", comparisons, figures))
+    result = {"device": device, "seconds": seconds, "findings": comparisons, "figures": figures}
+    write_text(out / "gpu_check.json", json.dumps(result, indent=1))
+    print(f"{summary}: {out / 'gpu_check.md'}")
+    if on_gpu:
+        file = re.sub(r"\W+", "-", device.lower()).strip("-") + ".md"
+        print(f"to keep it: docs/benchmarks/{file}, with a link in README.md")
+    return int(counts[FAIL] > 0)
+
+
+def run_part(part: str, work: Path, log: Path, seconds_left: float) -> list[Row]:
+    """Comparisons and figures of a part.
+
+    Args:
+        work: folder for its files, removed at its end.
+        log: receives its output.
+        seconds_left: of the whole check.
+    """
+    test, limit = PARTS[part]
+    limit = min(limit, seconds_left)
+    if limit < 1:
+        return [comparison(SKIPPED, "", f"{TOTAL_S} s are over")]
+    results = work.with_suffix(".xml")
+    command = [sys.executable, "-m", "pytest", test, "-m", "gpu", "-s", "-p", "no:cacheprovider"]
+    command += [f"--junitxml={results}", f"--basetemp={work}"]
+    devices = {"TESTS_ON_GPU": "1", "GPU_CHECKS_ON_CPU": "1"}  # on the CPU only if there is no GPU
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | devices, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            process.wait(limit)
+            ending = f"ended by {signal.Signals(-process.returncode).name}" if process.returncode < 0 else None
+        except subprocess.TimeoutExpired:
+            ending = f"still running after {limit:.0f} s, killed"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # also what it started
+            process.wait()
+    shutil.rmtree(work, ignore_errors=True)
+    rows = read_results(results) if results.exists() else []
+    if ending is None and process.returncode != 0 and not any(row.get("result") == FAIL for row in rows):
+        ending = f"pytest ended with exit status {process.returncode}"
+    if ending is not None:
+        rows.append(comparison(FAIL, ENDS, f"{ending}; see logs/{log.name}"))
+    return rows
+
+
+def read_results(junit: Path) -> list[Row]:
+    """What `tests.gpu.checks.conftest.Report` and pytest wrote about the tests of a part."""
+    rows = []
+    for case in ElementTree.parse(junit).iter("testcase"):
+        rows += [json.loads(item.get("value", "")) for item in case.iter("property")]
+        if (skip := case.find("skipped")) is not None:
+            rows.append(comparison(SKIPPED, "", skip.get("message", "")))
+        for problem in case.iter("failure"):  # an exception; a comparison that failed is an `error`, and a property
+            rows.append(comparison(FAIL, ENDS, problem.get("message", "").partition("\n")[0]))
+    return rows
+
+
+def comparison(result: str, what: str, found: str) -> Row:
+    return {"result": result, "what": what, "found": found, "expected": ""}
+
+
+def page(device: str, on_gpu: bool, summary: str, comparisons: list[Row], figures: list[Row]) -> str:
+    """The table in Markdown, which can be committed."""
+    compared = [cells(row["part"], row["result"], row["what"], row["found"], row["expected"]) for row in comparisons]
+    measured = [cells(row["part"], row["name"], row["value"], row["goal"] if on_gpu else "") for row in figures]
+    note = "" if on_gpu else "On a CPU all sizes are tiny, and the figures say nothing about a GPU.\n\n"
+    return (
+        f"# {device}\n\n```bash\nbash scripts_bash/gpu_check.sh\n```\n\n{summary}\n\n"
+        + markdown_table(["part", "result", "compared", "found", "expected"], compared)
+        + f"\n\n{note}"
+        + markdown_table(["part", "figure", "found", "goal for reAR-B on one H200 (stretch)"], measured)
+        + "\n"
+    )
+
+
+def cells(*values: object) -> list[str]:
+    texts = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
+    return [text.replace("|", "/") for text in texts]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sample 50,000 images and score them. Further arguments override the config:
 #   CHECKPOINT=reAR-B.safetensors REFERENCE=VIRTUAL_imagenet256_labeled.npz bash scripts_bash/rear_test.sh
-# Without REFERENCE it samples only. Or check a published number, a row of configs/published_results.yaml (ROWS is another such file):
+# Without REFERENCE it only samples. Or check a published number, a row of configs/published_results.yaml or of the file ROWS:
 #   ROW=rear_b bash scripts_bash/rear_test.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,7 +12,7 @@ export PYTHONPATH="$PWD"
 
 if [[ -n "$ROW" ]]; then
   if [[ -n "${CONFIG:-}${BACKEND:-}" ]]; then
-    echo "error: ROW=$ROW names config and back end: leave CONFIG and BACKEND out" >&2
+    echo "error: ROW=$ROW sets config and backend; unset CONFIG and BACKEND" >&2
     exit 1
   fi
   CHECK=("$ROW" --rows "${ROWS:-configs/published_results.yaml}")

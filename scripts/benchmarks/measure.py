@@ -2,15 +2,11 @@
 
 import resource
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 import torch
 
-SAMPLE_SECONDS = 0.002  # between looks at the memory
 CPU_MATMUL, GPU_MATMUL = 1024, 8192  # rows and columns
 CPU_COPY_BYTES, GPU_COPY_BYTES = 2**26, 8 * 10**9
 
@@ -34,10 +30,10 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int, budget: float) -> dict[str, list[float]]:
-    """Seconds of `repeats` rounds over all functions, which warm-up has seen before.
+    """Seconds of each function in `repeats` rounds over all of them; warm them up before.
 
     Args:
-        budget: seconds after which a function sits out the remaining rounds.
+        budget: seconds after which a function skips the remaining rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
@@ -60,33 +56,8 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
-@contextmanager
-def extra_rss_mb() -> Iterator[list[float]]:
-    """Peak of the resident memory above that at the start, in MB: the list holds it at the end."""
-    before, peak, done = _rss_bytes(), 0, threading.Event()
-    result: list[float] = []
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(SAMPLE_SECONDS):
-            peak = max(peak, _rss_bytes())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield result
-    finally:
-        done.set()
-        thread.join()
-        result.append(max(0, peak - before) / 1e6)
-
-
-def _rss_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 def ceilings() -> dict[str, float]:
-    """What this machine does now, per second: `flops` of one matrix product (bf16 on a GPU, float32 on a CPU) and
+    """Measured limits of this machine, per second: `flops` of one matrix product (bf16 on a GPU, float32 on a CPU) and
     `bytes` of one copy, read and written."""
     on_gpu = device().type == "cuda"
     size, copied = (GPU_MATMUL, GPU_COPY_BYTES) if on_gpu else (CPU_MATMUL, CPU_COPY_BYTES)

@@ -1,46 +1,39 @@
-"""Sampling codes: `modeling.sampling.generate`, also in random orders, against no cache and concatenating caches
-(`baselines.py`), which know raster order only.
+"""Sampling codes: `modeling.sampling.generate` against the published sampler and two KV caches (`baselines.py`).
 
-Random weights: the time does not depend on them. The gate before it is in float32, the measurement in the precision of
-`sampling.mixed_precision=auto`; the baselines run in float32 (TF32 on a GPU), as they are published.
+With random weights, on which the time does not depend. Codes are compared in float32; the measurement is in the
+precision of `sampling.mixed_precision=auto`, of the baselines in float32 (TF32 on a GPU), as they are published.
 """
 
 import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling.rear import ReAR
-from modeling.sampling.cached_decoding import DecodingState, StepFunctions, decode_one_token
-from modeling.sampling.generate import CodeSampler, choose_codes
-from modeling.sampling.image_inputs import class_labels_of, image_inputs, image_orders
+from modeling.sampling.generate import CodeSampler
+from modeling.sampling.image_inputs import image_inputs, image_orders
 from modeling.sampling.image_sampler import ImageSampler
 from modeling.tokenizers.registry import build_tokenizer
-from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
+from scripts.benchmarks.baselines import BASELINES, generate_published
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
 from scripts.benchmarks.rounding_ties import FLOAT32_GAP, largest_gap
-from scripts.sample_imagenet_rear import pack, sample_chunks
+from scripts.sample_imagenet_rear import sample_chunks
 from utils.config import load_config
 from utils.errors import InputError
-from utils.files.sample_chunks import ChunkWriter, SampleChunks
+from utils.files.npz import write_npz
 from utils.precision import matmul_precision
-from utils.schema import Config, GeneratorConfig, ModelConfig, SamplingConfig
+from utils.schema import GeneratorConfig, ModelConfig, SamplingConfig
 
-GATE_IMAGES = 4
-BASELINES = {
-    "no_cache": generate_no_cache,
-    "concat_cache": generate_concatenating,
-    "lean_concat_cache": generate_lean_concatenating,
-}
+COMPARED_IMAGES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,12 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @matmul_precision(tf32=True)
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure all settings; the figures are those of the last one, all are under `settings`."""
+    """Measure all settings. The figures returned are those of the last one; `settings` has all of them."""
     limits = ceilings()
     print(f"ceilings: {limits['flops'] / 1e12:.3g} TFLOP/s (matrix product), {limits['bytes'] / 1e9:.3g} GB/s (copy)")
     settings = []
     for tokens in arguments.tokens:
-        model, config = random_model(arguments, tokens)
+        model, config = random_model(arguments.width, arguments.layers, tokens, arguments.heads)
         check_equal(model, config, arguments.compile)
         latency = one_image_seconds(model, config, arguments)
         print(f"N {tokens}: codes equal the baselines' in float32; one image takes {latency:.4g} s")
@@ -82,19 +75,19 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def random_model(arguments: argparse.Namespace, tokens: int) -> tuple[ReAR, GeneratorConfig]:
+def random_model(width: int, layers: int, tokens: int, heads: int | None = None) -> tuple[ReAR, GeneratorConfig]:
     config = GeneratorConfig(
-        hidden_size=arguments.width,
-        num_hidden_layers=arguments.layers,
-        num_attention_heads=arguments.heads or (16 if arguments.width >= 256 else 4),
-        intermediate_size=4 * arguments.width,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads or (16 if width >= 256 else 4),
+        intermediate_size=4 * width,
         image_seq_len=tokens,
         transition_alignment=False,
         order="random",
     )
     torch.manual_seed(0)
     model = ReAR(ModelConfig(generator=config)).to(device()).eval().requires_grad_(False)
-    for module in model.modules():  # no adaLN of zeros, which would hide the blocks from the gate
+    for module in model.modules():  # adaLN starts at zero, which would hide the blocks from the comparison
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.02)
     return model, config
@@ -104,17 +97,15 @@ def random_model(arguments: argparse.Namespace, tokens: int) -> tuple[ReAR, Gene
 def check_equal(model: ReAR, config: GeneratorConfig, compile_mode: str) -> None:
     """
     Raises:
-        InputError: other codes than a baseline's, which rounding does not explain.
+        InputError: a baseline gives other codes, and rounding does not explain it.
     """
-    labels, uniforms = (values.to(device()) for values in image_inputs(range(GATE_IMAGES), model, seed=0))
+    labels, uniforms = (values.to(device()) for values in image_inputs(range(COMPARED_IMAGES), model, seed=0))
     codes = CodeSampler(model, config, compile_mode=compile_mode)(labels, uniforms)
     for name, baseline in BASELINES.items():
         others = baseline(model, labels, uniforms, config)
-        differing = (others != codes).sum().item()
         if largest_gap(model, labels, uniforms, codes, others, config) > FLOAT32_GAP:
-            raise InputError(
-                f"gate: {differing} of {codes.numel()} codes differ from {name}, expected 0 or close calls"
-            )
+            differing = (others != codes).sum().item()
+            raise InputError(f"{name}: {differing} of {codes.numel()} codes differ from ours, expected 0 but for ties")
 
 
 def default_sampler(model: ReAR, config: GeneratorConfig, compile_mode: str) -> CodeSampler:
@@ -127,7 +118,7 @@ def one_image_seconds(model: ReAR, config: GeneratorConfig, arguments: argparse.
     sampler = default_sampler(model, config, arguments.compile)
     generate = partial(sampler, *image_inputs([0], model, seed=0))
     generate()
-    return statistics.median(interleaved({"": generate}, arguments.repeats, budget=60)[""])
+    return statistics.median(interleaved({"ours": generate}, arguments.repeats, budget=60)["ours"])
 
 
 def measure(
@@ -147,23 +138,21 @@ def measure(
     in_orders()
     functions: dict[str, Callable[[], object]] = {"ours": partial(sampler, *inputs), "random_orders": in_orders}
     functions |= {name: partial(baseline, model, labels, uniforms, config) for name, baseline in BASELINES.items()}
-    cpu_start = time.process_time()
-    functions["ours"]()
-    cpu_seconds = time.process_time() - cpu_start
-    generate_concatenating(model, labels, uniforms, config)  # warm-up; the first run of "no cache" is among its repeats
+    # Warm-up of the baselines; without a cache a run is so long that its warm-up is one of its repeats.
+    generate_published(model, labels, uniforms, config, cached=True)
     times = interleaved(functions, arguments.repeats, arguments.baseline_seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    work, operations = step_work(config, batch, torch.finfo(sampler.weights.dtype).bits // 8), step_operations(sampler)
+    element_size = 2 if device().type == "cuda" else 4
+    work = least_work(config, batch, element_size)
     print(f"N {config.image_seq_len}, batch {batch}: cold start {cold_start:.3g} s, peak memory {memory:.0f} MB")
     for name, values in times.items():
-        print(f"  {name:18} {describe(values, config.image_seq_len / 1e3)} ms per step, "
-              f"{batch / medians[name]:.4g} images/s")  # fmt: skip
+        per_step = describe(values, config.image_seq_len / 1e3)
+        print(f"  {name:18} {per_step} ms per step, {batch / medians[name]:.4g} images/s")
+    share_of_flops = work.flops / medians["ours"] / limits["flops"]
+    share_of_bytes = work.bytes / medians["ours"] / limits["bytes"]
     print(
         f"  at least {work.flops / batch / 1e9:.4g} GFLOP and {work.bytes / batch / 1e9:.4g} GB per image: "
-        f"{work.flops / medians['ours'] / limits['flops']:.1%} and "
-        f"{work.bytes / medians['ours'] / limits['bytes']:.1%} of the ceilings; "
-        f"per step {work.bytes / (config.image_seq_len + 1) / 1e6:.4g} MB on average and "
-        f"{operations.number} operations, attention by {operations.attention}"
+        f"{share_of_flops:.1%} and {share_of_bytes:.1%} of the ceilings"
     )
     return {
         "images_per_s": batch / medians["ours"],
@@ -171,39 +160,13 @@ def measure(
         **{f"ratio_{name}": medians[name] / medians["ours"] for name in (*BASELINES, "random_orders")},
         **{f"images_per_s_{name}": batch / medians[name] for name in BASELINES},
         "seconds_ours": medians["ours"],
-        "cpu_seconds": cpu_seconds,
         "cold_start_s": cold_start,
         "peak_memory_mb": memory,
         "gflop_per_image": work.flops / batch / 1e9,
         "gb_per_image": work.bytes / batch / 1e9,
-        **{"operations_per_step": operations.number, "attention": operations.attention},
-        "share_of_flops": work.flops / medians["ours"] / limits["flops"],
-        "share_of_bytes": work.bytes / medians["ours"] / limits["bytes"],
+        "share_of_flops": share_of_flops,
+        "share_of_bytes": share_of_bytes,
     }
-
-
-class CountOperations(TorchDispatchMode):
-    """Of torch, inside `with`; each that is no view is a kernel at least, which compiling joins and a graph launches at
-    once."""
-
-    number = 0
-    attention = "matrix products"  # or the kernel that torch chose
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        self.number += not func.is_view
-        if "attention" in func.__name__:
-            self.attention = func.__name__
-        return func(*args, **(kwargs or {}))
-
-
-def step_operations(sampler: CodeSampler) -> CountOperations:
-    """Of a decode step that is neither compiled nor in a graph, but masked where a graph would be."""
-    state = DecodingState(sampler.weights, 1, guided=sampler.guidance_scale != 1)
-    state.position.fill_(2)
-    with torch.inference_mode(), CountOperations() as operations:
-        hidden = decode_one_token(state, 3, device().type == "cuda", StepFunctions())
-        choose_codes(hidden, state, sampler.scales, sampler.config)
-    return operations
 
 
 @dataclass
@@ -212,38 +175,37 @@ class Work:
     bytes: float
 
 
-def step_work(config: GeneratorConfig, batch: int, itemsize: int) -> Work:
-    """What a batch needs at least: matrix products and attention; weights, read each step, and cache, over the used
-    length. Without adaLN, which is computed once per class and position, and activations."""
-    d, layers, n, streams = config.hidden_size, config.num_hidden_layers, config.image_seq_len, 2 * batch
+def least_work(config: GeneratorConfig, batch: int, element_size: int) -> Work:
+    """The least that a batch needs: matrix products and attention over the used length; weights, read each step, and
+    cache. Without activations, and without adaLN, which is computed once per class and position."""
+    d, layers, n, sequences = config.hidden_size, config.num_hidden_layers, config.image_seq_len, 2 * batch
     block = 4 * d * d + 2 * d * config.intermediate_size  # parameters
     positions, lengths = n + 1, (n + 1) * (n + 2) / 2
     head = d * ModelConfig().vq_model.codebook_size
-    flops = 2 * layers * streams * (block * positions + 2 * d * lengths) + 2 * head * batch * n
-    return Work(flops, layers * itemsize * (block * positions + 2 * d * streams * lengths) + 4 * head * n)
+    flops = 2 * layers * sequences * (block * positions + 2 * d * lengths) + 2 * head * batch * n
+    return Work(flops, layers * element_size * (block * positions + 2 * d * sequences * lengths) + 4 * head * n)
 
 
 def end_to_end(model: ReAR, config: GeneratorConfig, batch: int, arguments: argparse.Namespace) -> dict[str, float]:
-    """Images per second from codes to a finished npz, with a tokenizer of random weights, after the first batch."""
-    images = max(arguments.end_to_end, 2 * batch)
+    """Images per second from labels to a complete npz, with a tokenizer of random weights, after the first batch."""
+    blocks = [range(start, start + batch) for start in range(0, max(arguments.end_to_end, 2 * batch), batch)]
+    indices = list(range(blocks[-1].stop))
+    defaults = load_config(["experiment.output_dir=unused", f"sampling.compile={arguments.compile}"])
+    full = replace(defaults, model=replace(defaults.model, generator=config))
+    vq_model = replace(defaults.model.vq_model, resolution=16 * round(config.image_seq_len**0.5))
+    tokenizer = build_tokenizer(vq_model).to(device()).eval().requires_grad_(False)
+    sampler = ImageSampler(model, tokenizer, full, batch)
+    finished: list[float] = []  # when each batch was
+
+    def pixels() -> Iterator[np.ndarray]:
+        for _, images in sample_chunks(blocks, indices, sampler, full):
+            finished.append(time.perf_counter())
+            yield images
+
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "samples"
-        defaults = load_config([f"experiment.output_dir={output}", f"sampling.compile={arguments.compile}"])
-        sampling = replace(defaults.sampling, num_fid_samples=images, per_gpu_batch_size=batch)
-        vq_model = replace(defaults.model.vq_model, resolution=16 * round(config.image_seq_len**0.5))
-        full: Config = replace(defaults, sampling=sampling, model=replace(defaults.model, generator=config))
-        tokenizer = build_tokenizer(vq_model).to(device()).eval().requires_grad_(False)
-        chunk_files = SampleChunks(output.with_name("samples.chunks"), images, batch)
-        chunk_files.open({})
-        first_second: list[float] = []
-        sampler, indices = ImageSampler(model, tokenizer, full, len(chunk_files.chunks[0]), print), list(range(images))
-        with ChunkWriter(chunk_files, png_folder=None) as writer:
-            for chunk, pixels in sample_chunks(chunk_files.chunks, indices, sampler, full):
-                first_second.append(time.perf_counter())
-                writer.write(chunk, pixels)
-        labels = class_labels_of(indices, model.num_classes)
-        pack(chunk_files, output.with_suffix(".npz"), full, labels, provenance={}, figures={})
-        duration = time.perf_counter() - first_second[0]
-    rate = (images - len(chunk_files.chunks[0])) / duration
+        shape = (len(indices), tokenizer.resolution, tokenizer.resolution, 3)
+        write_npz(Path(folder) / "samples.npz", {"arr_0": (shape, np.uint8, pixels())})
+        duration = time.perf_counter() - finished[0]
+    rate = (len(indices) - batch) / duration
     print(f"end to end, batch {batch}: {rate:.4g} images/s after the first batch, npz included")
     return {"end_to_end_images_per_s": rate}

@@ -1,7 +1,7 @@
-"""Training: whole steps as in scripts/train_rear.py against those of the published modules (`published_training.py`).
+"""Training: steps as of scripts/train_rear.py against steps of the published network (`baselines.py`).
 
-On made-up codes of one batch, without reading data, logging and saving; in bf16 on a GPU, in float32 on a CPU. The gate
-before it compares losses and gradients of both in float32.
+On one batch of made-up codes, without reading data, logging and saving; in bf16 on a GPU, in float32 on a CPU. Losses
+and gradients of both are compared in float32 first.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from modeling.rear import ReAR
 from modeling.tokenizers.registry import build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.training_step import compile_blocks, training_step
+from scripts.benchmarks.baselines import published_block, published_loss
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
-from scripts.benchmarks.published_training import published_block, published_loss
 from utils.config import Config, load_config
 from utils.errors import InputError
 from utils.optim import build_optimizer, set_learning_rate
@@ -33,7 +33,7 @@ from utils.run.sharding import clip_gradients
 
 MAX_LOSS_DIFFERENCE, MAX_GRADIENT_DIFFERENCE = 1e-5, 1e-4  # relative
 NEGLIGIBLE = 1e-3  # of the norm of the whole gradient
-MAX_RATIO = 1.0  # of replaced codes, as at the beginning
+MAX_RATIO = 1.0  # upper bound of the perturbation rate, as at the start of training
 Loss = Callable[[ReAR, Tokenizer, dict[str, Tensor], float, Config], Tensor]
 
 
@@ -54,24 +54,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @matmul_precision(tf32=True)
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    config = config_of(arguments)
+    config = config_from(arguments)
     torch.manual_seed(0)
     tokenizer = build_tokenizer(config.model.vq_model).to(device()).eval().requires_grad_(False)
     model = ReAR(config.model).to(device())
-    for block in model.blocks:  # no adaLN of zeros, which would hide the blocks from the gate
+    for block in model.blocks:  # adaLN starts at zero, which would hide the blocks from the comparison
         nn.init.normal_(block.adaLN_modulation[1].weight, std=0.02)  # type: ignore[index,union-attr]
-    print(*(f"{notice}\n" for notice in compile_blocks(model, config, device())), sep="", end="")
+    for notice in compile_blocks(model, config, device()):
+        print(notice)
     batch = made_up_batch(model, config)
-    restated = partial(published_loss, block_function=published_block)
-    check_equal(model, tokenizer, batch, config, restated)
+    uncompiled = partial(published_loss, block_function=published_block)
+    check_equal(model, tokenizer, batch, config, uncompiled)
     block_function = published_block if arguments.eager_baseline else torch.compile(published_block)
     published = partial(published_loss, block_function=block_function)
-    ways = {"ours": Steps(model, tokenizer, batch, config, our_loss)}
-    ways["published"] = Steps(
-        model, tokenizer, batch, at_precision(config, default_precision()), published, fused=False
-    )
+    published_config = at_precision(config, default_precision())
+    ways = {
+        "ours": Steps(model, tokenizer, batch, config, loss=our_loss, fused=True),
+        "published": Steps(model, tokenizer, batch, published_config, loss=published, fused=False),
+    }
     first = {name: seconds(way.take) for name, way in ways.items()}
-    flops = {"ours": ways["ours"].count_flops(our_loss), "published": ways["published"].count_flops(restated)}
+    flops = {"ours": ways["ours"].count_flops(our_loss), "published": ways["published"].count_flops(uncompiled)}
     memory = {name: way.peak_memory_mb() for name, way in ways.items()}
     limits = ceilings()
     functions = {name: partial(way.take, arguments.steps) for name, way in ways.items()}
@@ -82,11 +84,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         f"ceiling: {limits['flops'] / 1e12:.3g} TFLOP/s (matrix product); {labels} labels in {arguments.batch} images"
     )
     for name in ways:
-        print(f"  {name:10} {describe(times[name], arguments.steps / 1e3)} ms per step, "
-              f"{arguments.batch / medians[name]:.4g} images/s, "
-              f"{flops[name] / arguments.batch / 1e9:.4g} GFLOP per image, "
-              f"{flops[name] / medians[name] / limits['flops']:.1%} of the ceiling, {memory[name]:.0f} MB, "
-              f"first step {first[name]:.3g} s")  # fmt: skip
+        print(
+            f"  {name:10} {describe(times[name], arguments.steps / 1e3)} ms per step, "
+            f"{arguments.batch / medians[name]:.4g} images/s, "
+            f"{flops[name] / arguments.batch / 1e9:.4g} GFLOP per image, "
+            f"{flops[name] / medians[name] / limits['flops']:.1%} of the ceiling, {memory[name]:.0f} MB, "
+            f"first step {first[name]:.3g} s"
+        )
     return {
         "device": device().type,
         "ratio_published": medians["published"] / medians["ours"],
@@ -105,7 +109,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def config_of(arguments: argparse.Namespace) -> Config:
+def config_from(arguments: argparse.Namespace) -> Config:
     sizes = {
         "vq_model.resolution": 16 * math.isqrt(arguments.tokens),
         "generator.hidden_size": arguments.width,
@@ -132,6 +136,10 @@ def default_precision() -> str:
     return "bf16" if device().type == "cuda" else "no"
 
 
+def at_precision(config: Config, precision: Any) -> Config:
+    return replace(config, training=replace(config.training, mixed_precision=precision))
+
+
 def made_up_batch(model: ReAR, config: Config) -> dict[str, Tensor]:
     """Random codes and labels, prepared as `data.training_batches` does."""
     size, generator = config.training.per_gpu_batch_size, config.model.generator
@@ -149,18 +157,14 @@ class Steps:
     """A way to train a model on one batch."""
 
     def __init__(
-        self,
-        model: ReAR,
-        tokenizer: Tokenizer,
-        batch: dict[str, Tensor],
-        config: Config,
-        loss: Loss,
-        fused: bool = True,
+        self, model: ReAR, tokenizer: Tokenizer, batch: dict[str, Tensor], config: Config, loss: Loss, fused: bool
     ) -> None:
-        self.model, self.config, self.step = model.train(), config, 0
-        self.optimizer, self._inputs = build_optimizer(model, config), (model, tokenizer, batch, MAX_RATIO, config)
+        self.model, self.config = model.train(), config
+        self.step = 0
+        self.optimizer = build_optimizer(model, config)
         for group in self.optimizer.param_groups:
-            group["fused"] = group["fused"] if fused else None  # torch chooses
+            group["fused"] = group["fused"] if fused else None  # None: torch's default, which is not fused
+        self._inputs = (model, tokenizer, batch, MAX_RATIO, config)
         self._loss = loss
 
     def take(self, count: int = 1) -> None:
@@ -169,21 +173,21 @@ class Steps:
             loss = self._loss(*self._inputs)
             loss.backward()
             norm = clip_gradients(self.model, self.config.training.max_grad_norm, sharded=False)
-            if not math.isfinite((loss.detach() + norm).item()):  # as in training, each step waits for this answer
+            if not math.isfinite((loss.detach() + norm).item()):  # training also waits for this in each step
                 raise InputError(f"step {self.step}: loss or gradient not finite")
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
 
     def count_flops(self, loss: Loss) -> float:
-        """Of forward and backward pass of `loss`, not compiled: in what is, nothing is counted."""
+        """Of forward and backward pass of `loss`, which must not be compiled: compiled code is not counted."""
         with FlopCounterMode(display=False) as counter:
             loss(*self._inputs).backward()
         self.model.zero_grad(set_to_none=True)
         return counter.get_total_flops()
 
     def peak_memory_mb(self) -> float:
-        """Of a step; on a CPU of the process until now."""
+        """Of a step; on a CPU of the process so far."""
         if device().type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.take()
@@ -194,21 +198,23 @@ class Steps:
 def check_equal(model: ReAR, tokenizer: Tokenizer, batch: dict[str, Tensor], config: Config, published: Loss) -> None:
     """
     Raises:
-        InputError: loss or gradients differ from the published modules' in float32, without dropout.
+        InputError: loss or gradients differ from the published ones, in float32 and without dropout.
     """
-    (loss, gradients), (wanted_loss, wanted) = (
-        loss_and_gradients(model, partial(way, model, tokenizer, batch, MAX_RATIO, at_precision(config, "no")))
-        for way in (our_loss, published)
-    )
-    if not abs(loss - wanted_loss) <= MAX_LOSS_DIFFERENCE * abs(wanted_loss):
-        raise InputError(f"gate: loss {loss:.8g}, expected {wanted_loss:.8g} as of the published modules")
-    whole = torch.stack([gradient.norm() for gradient in wanted.values()]).norm().item()
+    inputs = (model, tokenizer, batch, MAX_RATIO, at_precision(config, "no"))
+    loss, gradients = loss_and_gradients(model, partial(our_loss, *inputs))
+    expected_loss, expected = loss_and_gradients(model, partial(published, *inputs))
+    if not abs(loss - expected_loss) <= MAX_LOSS_DIFFERENCE * abs(expected_loss):
+        raise InputError(f"loss: found {loss:.8g}, expected {expected_loss:.8g} of the published network")
+    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
     for name, gradient in gradients.items():
-        scale = wanted[name].norm().clamp(min=NEGLIGIBLE * whole)  # that of a bias of keys is 0 but for rounding
-        difference = ((gradient - wanted[name]).norm() / scale).item()
+        scale = expected[name].norm().clamp(min=NEGLIGIBLE * whole)  # that of a bias of keys is 0 but for rounding
+        difference = ((gradient - expected[name]).norm() / scale).item()
         if not difference <= MAX_GRADIENT_DIFFERENCE:
-            raise InputError(f"gate: the gradient of {name} is {difference:.3g} from that of the published modules")
-    print(f"losses and gradients equal those of the published modules in float32 ({loss:.7g}, {wanted_loss:.7g})")
+            raise InputError(
+                f"gradient of {name}: relative difference {difference:.3g} from the published network, "
+                f"expected at most {MAX_GRADIENT_DIFFERENCE:g}"
+            )
+    print(f"losses and gradients equal those of the published network in float32 ({loss:.7g}, {expected_loss:.7g})")
 
 
 def loss_and_gradients(model: ReAR, loss_of: Callable[[], Tensor]) -> tuple[float, dict[str, Tensor]]:
@@ -219,7 +225,3 @@ def loss_and_gradients(model: ReAR, loss_of: Callable[[], Tensor]) -> tuple[floa
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return loss.item(), gradients
-
-
-def at_precision(config: Config, precision: Any) -> Config:
-    return replace(config, training=replace(config.training, mixed_precision=precision))

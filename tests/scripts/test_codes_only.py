@@ -22,7 +22,7 @@ from scripts import (
     sweep_guidance,
     train_rear,
 )
-from scripts.demo_page.model import DemoModel
+from scripts.demo_model import DemoModel
 from tests.conftest import make_noise_images
 from tests.docs.pages import fences
 from tests.docs.test_commands import split

@@ -1,12 +1,10 @@
-"""What the page computes, against the scripts that do the same; uploads; the start. The page itself, in a browser, is
-in test_demo_page.py."""
+"""What the demo computes, against the scripts that do the same; uploads. The page in a browser: test_demo_page.py."""
 
 import os
-import socket
-import time
+import sys
 import zlib
-from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -15,32 +13,26 @@ import torch
 from PIL import Image
 
 from modeling.rear import ReAR
-from modeling.sampling.generate import CodeSampler
-from modeling.sampling.image_inputs import image_inputs
 from modeling.sampling.image_sampler import ImageSampler
-from scripts import complete_images, demo, reconstruct
-from scripts.demo_page.growth import growing_codes
-from scripts.demo_page.model import FRAMES, DemoModel, Settings, class_choices
-from scripts.demo_page.uploads import MAX_BYTES, read_upload
+from scripts import complete_images, reconstruct
+from scripts.demo_model import MAX_BYTES, DemoModel, Settings, names_of_classes, read_upload
 from tests.conftest import make_noise_images
-from tests.processes import WAIT_S
 from utils.config import load_config
 from utils.errors import InputError, NonFiniteError
 from utils.files.weights import save_weights
 from utils.schema import Config
 
 SETTINGS = Settings(guidance_scale=2.0, randomize_temperature=0.9, top_k=20, top_p=0.95)
-GREY = complete_images.GREY
 
 
 @pytest.fixture(scope="module")
 def arguments(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """Random weights of a model of any order, and twelve held-out images of two classes."""
     folder = tmp_path_factory.mktemp("demo")
     return [*tiny_arguments, *demo_arguments(load_config([*tiny_arguments, "experiment.output_dir=unused"]), folder)]
 
 
 def demo_arguments(config: Config, folder: Path) -> list[str]:
+    """Random weights of a model of any order, and twelve validation images of two classes."""
     torch.manual_seed(0)
     model = ReAR(config.model)
     for parameter in model.parameters():
@@ -58,68 +50,51 @@ def model(arguments: list[str]) -> DemoModel:
     return DemoModel(load_config(arguments))
 
 
-def with_settings(config: Config, seed: int) -> Config:
-    generator = replace(config.model.generator, **SETTINGS._asdict())
-    return replace(
-        config, model=replace(config.model, generator=generator), sampling=replace(config.sampling, seed=seed)
-    )
+def validation_image(model: DemoModel, index: int = 0) -> np.ndarray:
+    return model.validation[index]["image"].numpy()
 
 
 @pytest.mark.parametrize("order", ["raster", "random"])
-def test_samples_grow_into_those_of_the_sampler(arguments: list[str], order: str) -> None:
+def test_samples_are_those_of_the_sampler(arguments: list[str], order: str) -> None:
     model = DemoModel(load_config([*arguments, f"sampling.order={order}"]))
-    *frames, last = model.sample(3, 2, 7, SETTINGS)
-    wanted = ImageSampler(model.model, model.tokenizer, with_settings(model.config, 7), 2)([3, 3 + 5])
-    np.testing.assert_array_equal(last, wanted)
-    assert len(frames) == FRAMES
-    for i, frame in enumerate(frames, 1):
-        is_grey = (frame == GREY).reshape(2, 4, 4, 4, 4, 3).all(axis=(2, 4, 5)).reshape(2, 16)
-        first = 16 * i // (FRAMES + 1)
-        assert (is_grey.sum(axis=1) == 16 - first).all()
-        assert is_grey[:, first:].all() == (order == "raster")
-
-
-def test_the_same_again_is_prepared_once(model: DemoModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = []
-    original = CodeSampler._prepare
-    monkeypatch.setattr(CodeSampler, "_prepare", lambda *given: prepared.append(given[1]) or original(*given))
-    stronger = SETTINGS._replace(guidance_scale=2.5)
-    asked = [(0, 2, SETTINGS), (1, 4, SETTINGS), (3, 2, stronger), (0, 2, SETTINGS)]
-    pictures = [list(model.sample(label, count, 0, settings))[-1] for label, count, settings in asked]
-    assert prepared == [2, 4]
-    np.testing.assert_array_equal(pictures[0], pictures[3])
+    generator = replace(model.config.model.generator, **SETTINGS._asdict())
+    sampling = replace(model.config.sampling, seed=7)
+    config = replace(model.config, model=replace(model.config.model, generator=generator), sampling=sampling)
+    expected = ImageSampler(model.model, model.tokenizer, config, 2)([3, 3 + 5])
+    np.testing.assert_array_equal(model.sample(3, 2, 7, SETTINGS), expected)
+    model.sample(3, 2, 8, SETTINGS._replace(guidance_scale=3.0))
+    np.testing.assert_array_equal(model.sample(3, 2, 7, SETTINGS), expected)
 
 
 @pytest.mark.parametrize("class_label", [None, 2])
 def test_completions_are_those_of_the_script(
     model: DemoModel, arguments: list[str], tmp_path: Path, class_label: int | None
 ) -> None:
-    more = [f"{key}={value}" for key, value in (("keep", "border:0.50"), ("num_images", 1), ("num_completions", 3))]
-    generator = [f"model.generator.{name}={value}" for name, value in SETTINGS._asdict().items()]
+    completion = {
+        "keep": "border:0.5",
+        "num_images": 1,
+        "num_completions": 3,
+        "class_label": "null" if class_label is None else class_label,
+        "inputs": model.config.dataset.params.eval_shards_path_or_url,
+    }
     complete_images.main(
         load_config(
             [
                 *arguments,
-                *generator,
-                *(f"completion.{one}" for one in more),
-                f"completion.class_label={'null' if class_label is None else class_label}",
-                f"completion.inputs={model.config.dataset.params.eval_shards_path_or_url}",
+                *(f"model.generator.{name}={value}" for name, value in SETTINGS._asdict().items()),
+                *(f"completion.{name}={value}" for name, value in completion.items()),
                 *("sampling.seed=9", f"experiment.output_dir={tmp_path}"),
             ]
         )
     )
-    image, label = model.heldout_image(0)
-    assert label == 0
-    kept = model.kept_region("border", 0.5)
-    *frames, last = model.complete(image, kept, class_label, 3, 9, SETTINGS)
+    image = validation_image(model)
     np.testing.assert_array_equal(image, np.load(tmp_path / "inputs.npz")["arr_0"][0])
-    np.testing.assert_array_equal(last, np.load(tmp_path / "completions.npz")["arr_0"])
-    assert 0 < len(frames) <= FRAMES
-    hole = (model.without(image, kept) == GREY).all(axis=-1)
-    assert hole.sum() == 8 * 8
-    for frame in frames:  # what stays is there from the first one on
-        assert not (frame == GREY).all(axis=-1)[:, ~hole].any()
-        assert (frame == GREY).all(axis=-1)[:, hole].any()
+    kept = model.kept_region("border")
+    images = model.complete(image, kept, class_label, 3, 9, SETTINGS)
+    np.testing.assert_array_equal(images, np.load(tmp_path / "completions.npz")["arr_0"])
+    hidden = (model.hide(image, kept) == complete_images.GREY).all(axis=-1)
+    assert hidden[4:12, 4:12].all()
+    assert hidden.sum() == 8 * 8
 
 
 def test_the_brush(model: DemoModel) -> None:
@@ -133,40 +108,30 @@ def test_the_brush(model: DemoModel) -> None:
 
 def test_models_in_raster_order_keep_the_top(arguments: list[str]) -> None:
     model = DemoModel(load_config([*arguments, "model.generator.order=raster"]))
-    assert model.completes == "top"
-    assert model.kept_region("top", 0.25).tolist() == [True] * 4 + [False] * 12
-    with pytest.raises(InputError, match="trained in raster order alone"):
-        model.kept_region("left", 0.5)
+    assert not model.any_order
+    assert model.kept_region("top").tolist() == [True] * 8 + [False] * 8
+    with pytest.raises(InputError, match=r"completion\.keep=left:0\.5"):
+        model.kept_region("left")
 
 
 def test_reconstructions_are_those_of_the_script(model: DemoModel, arguments: list[str], tmp_path: Path) -> None:
     reconstruct.main(load_config([*arguments, f"experiment.output_dir={tmp_path}", "sampling.num_fid_samples=1"]))
     image = np.load(tmp_path / "reference.npz")["arr_0"][0]
-    decoded, figures = model.reconstruct(image)
+    decoded, psnr = model.reconstruct(image)
     np.testing.assert_array_equal(decoded, np.load(tmp_path / "reconstructions.npz")["arr_0"][0])
-    assert f'"psnr": {figures["psnr"]}' in (tmp_path / "reconstruct.json").read_text()
+    assert f'"psnr": {psnr}' in (tmp_path / "reconstruct.json").read_text()
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ({"count": 6}, "found 6 images, expected 1 to demo.max_images=5"),
-        ({"count": None}, "found an empty field"),
-        ({"seed": -1}, "sampling.seed=-1: expected 0 to"),
-        ({"settings": SETTINGS._replace(randomize_temperature=0)}, "randomize_temperature=0: expected at least"),
-        ({"settings": SETTINGS._replace(guidance_scale=float("nan"))}, "guidance_scale=nan: expected a finite number"),
-    ],
-)
-def test_what_is_out_of_range_is_named(model: DemoModel, asked: dict, message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        next(model.sample(**{"class_label": 0, "count": 1, "seed": 0, "settings": SETTINGS} | asked))
+@pytest.mark.parametrize("settings", [{"randomize_temperature": 0}, {"guidance_scale": float("nan")}])
+def test_settings_out_of_range_are_named(model: DemoModel, settings: dict) -> None:
+    with pytest.raises(InputError, match=next(iter(settings))):
+        model.sample(0, 1, 0, SETTINGS._replace(**settings))
 
 
-def test_held_out_images_that_are_not_there(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_the_page_does_without_validation_images(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     model = DemoModel(load_config([*arguments, "dataset.params.eval_shards_path_or_url=absent-*.tar"]))
-    assert "no held-out images on the page: absent-*.tar" in capsys.readouterr().out
-    with pytest.raises(InputError, match="held-out image 0"):
-        model.heldout_image(0)
+    assert model.validation is None
+    assert "absent-*.tar" in capsys.readouterr().out
 
 
 def test_weights_that_compute_no_numbers_are_an_input_error(arguments: list[str]) -> None:
@@ -174,62 +139,27 @@ def test_weights_that_compute_no_numbers_are_an_input_error(arguments: list[str]
     with torch.no_grad():
         model.model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(NonFiniteError):
-        list(model.sample(0, 1, 0, SETTINGS))
-
-
-def test_a_page_that_is_closed_ends_the_sampling(model: DemoModel) -> None:
-    sampler, inputs, steps = (
-        CodeSampler(model.model, model.config.model.generator),
-        image_inputs([0], model.model, 0),
-        [],
-    )
-
-    def sample(on_step: Callable[[], object]) -> torch.Tensor:
-        def steps_that_stop_at_five() -> None:
-            steps.append(on_step())
-            deadline = time.monotonic() + WAIT_S
-            while len(steps) == 5 and time.monotonic() < deadline:
-                on_step()  # raises when the page is closed
-
-        return sampler(*inputs, steps_that_stop_at_five)
-
-    frames = growing_codes(sampler, sample, frames=3)
-    codes, is_there = next(frames)
-    assert (codes.shape, is_there.sum()) == ((1, 16), 4)
-    frames.close()
-    assert len(steps) in (4, 5)
-
-
-def animated(path: Path, kind: str) -> None:
-    first, *others = (Image.new("RGB", (32, 32), colour) for colour in ("red", "green", "blue"))
-    first.save(path, kind, save_all=True, append_images=others)
+        model.sample(0, 1, 0, SETTINGS)
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("text.png", "text.png: found no picture that can be read, expected PNG, JPEG"),
-        ("start.eps", "found no picture that can be read"),
-        ("cut.jpg", "found no picture that can be read"),
-        ("moving.gif", "found 3 frames of 32 x 32 pixels, expected one of at most 50000000 pixels"),
-        ("moving.webp", "found 3 frames"),
-        ("wide.png", "found 1 frames of 8000 x 8000 pixels"),
-        ("bomb.png", "could be decompression bomb"),
-        ("large.bmp", f"found {MAX_BYTES + 1} bytes, expected at most {MAX_BYTES}"),
+        ("text.png", "no picture that can be read"),
+        ("start.eps", "no picture that can be read"),
+        ("cut.jpg", "no picture that can be read"),
+        ("wide.png", "too many pixels"),
+        ("bomb.png", "no picture that can be read"),
+        ("large.bmp", f"found {MAX_BYTES + 1} bytes"),
     ],
 )
 def test_bad_uploads(model: DemoModel, tmp_path: Path, name: str, message: str) -> None:
     path, small = tmp_path / name, Image.new("RGB", (32, 32), "red")
-    if name.startswith("moving"):
-        animated(path, name.partition(".")[2])
-    elif path.suffix == ".eps":
+    if path.suffix == ".eps":
         small.save(path)
     elif name in ("wide.png", "bomb.png"):
-        side = 8000 if name == "wide.png" else 40_000
         small.save(path)
-        written = path.read_bytes()
-        size = side.to_bytes(4, "big")
-        path.write_bytes(with_checksum(written, written[8:16] + size + size + written[24:29]))
+        change_size(path, side=8000 if name == "wide.png" else 40_000)
     elif name == "cut.jpg":
         small.save(path)
         path.write_bytes(path.read_bytes()[:-300])
@@ -238,42 +168,48 @@ def test_bad_uploads(model: DemoModel, tmp_path: Path, name: str, message: str) 
         os.truncate(path, MAX_BYTES + 1)
     else:
         path.write_text("no picture\n" * 99)
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=f"{name}: .*{message}"):
         read_upload(path, model.config.dataset.preprocessing)
 
 
-def with_checksum(png: bytes, header: bytes) -> bytes:
-    """The file with another first chunk."""
-    return png[:8] + header + zlib.crc32(header[4:]).to_bytes(4, "big") + png[33:]
+def change_size(png: Path, side: int) -> None:
+    """Another size in the header, with its checksum; the pixels stay."""
+    written = png.read_bytes()
+    size = side.to_bytes(4, "big")
+    header = written[8:16] + size + size + written[24:29]
+    png.write_bytes(written[:8] + header + zlib.crc32(header[4:]).to_bytes(4, "big") + written[33:])
 
 
-def test_an_upload_is_cropped_as_the_images_of_a_folder(model: DemoModel, tmp_path: Path) -> None:
-    file = next(Path(model.config.dataset.params.eval_shards_path_or_url).glob("cat/0.png"))
-    np.testing.assert_array_equal(read_upload(file, model.config.dataset.preprocessing), model.heldout_image(0)[0])
+def test_uploads_are_cropped_like_images_of_a_folder(model: DemoModel, tmp_path: Path) -> None:
+    file = Path(model.config.dataset.params.eval_shards_path_or_url, "cat/0.png")
+    preprocessing = model.config.dataset.preprocessing
+    np.testing.assert_array_equal(read_upload(file, preprocessing), validation_image(model))
+    frames = [Image.new("RGB", (32, 32), color) for color in ("red", "green")]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    assert (read_upload(tmp_path / "moving.gif", preprocessing) == (255, 0, 0)).all()
 
 
 def test_names_of_classes(arguments: list[str], tmp_path: Path) -> None:
-    assert class_choices(load_config(arguments)) == ["0", "1", "2", "3", "4"]
+    assert names_of_classes(load_config(arguments)) == ["0", "1", "2", "3", "4"]
     make_noise_images(tmp_path, 1, 16, 16)
     named = load_config([*arguments, f"dataset.params.train_shards_path_or_url={tmp_path}"])
-    assert class_choices(named) == ["0 cat", "1 dog", "2", "3", "4"]
+    assert names_of_classes(named) == ["0 cat", "1 dog", "2", "3", "4"]
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported/classes.json").write_text('["a", "b", "c", "d", "e"]')
     exported = load_config([*arguments, f"experiment.generator_checkpoint={tmp_path / 'exported'}"])
-    assert class_choices(exported) == ["0 a", "1 b", "2 c", "3 d", "4 e"]
-    imagenet = class_choices(load_config(["config=configs/rear_b.yaml", "dataset.params.pretokenization=null"]))
+    assert names_of_classes(exported) == ["0 a", "1 b", "2 c", "3 d", "4 e"]
+    imagenet = names_of_classes(load_config(["config=configs/rear_b.yaml", "dataset.params.pretokenization=null"]))
     assert (len(imagenet), imagenet[207], imagenet[360]) == (1000, "207 golden retriever", "360 otter")
 
 
-def test_an_address_that_is_taken_is_named(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "find_spec", lambda name: name)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(InputError, match=rf"demo\.host=127\.0\.0\.1, demo\.port={port}: Address already in use"):
-            demo.main(load_config([*arguments, f"demo.port={port}"]))
+def test_clicks_are_processed_one_at_a_time(model: DemoModel) -> None:
+    pytest.importorskip("gradio")
+    page = import_module("scripts.demo").build_page(model)
+    assert {(click.concurrency_id, click.concurrency_limit) for click in page.fns.values()} == {("model", 1)}
 
 
-def test_without_gradio_one_line_says_what_to_install(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install -r requirements-demo\.txt"):
-        demo.main(load_config(arguments))
+def test_without_gradio_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "scripts.demo", raising=False)
+    with pytest.raises(SystemExit, match=r"pip install -r requirements-demo\.txt"):
+        import_module("scripts.demo")

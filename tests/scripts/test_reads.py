@@ -3,20 +3,17 @@
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from modeling.rear import ReAR
-from scripts.demo_page.model import DemoModel, Settings
+from scripts.demo_model import DemoModel, Settings, read_upload
 from tests.evaluation.made_up import StubExtractor
-from tests.processes import free_port
 from utils.config import load_config
 from utils.files.weights import save_weights
 from utils.keys import KEYS, keys_under
-from utils.schema import Config
 
 PROJECT = ("scripts", "modeling", "data", "evaluation", "utils")  # not dataclasses.asdict, which reads everything
 UNREAD = {
@@ -124,38 +121,22 @@ def test_training_and_sampling_read(
     check("sweep_guidance", recorded, UNREAD | of_training)
 
 
-def test_the_demo_reads(
-    arguments: list[str], recorded: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    more = [f"experiment.generator_checkpoint={tmp_path / 'model.safetensors'}", f"demo.port={free_port()}"]
-    config = load_config([*arguments, *more])
+def test_the_demo_reads(arguments: list[str], recorded: set[str], tmp_path: Path) -> None:
+    """A visitor in the place of the page."""
+    pytest.importorskip("gradio")
+    config = load_config([*arguments, f"experiment.generator_checkpoint={tmp_path / 'model.safetensors'}"])
     save_weights(ReAR(config.model).state_dict(), tmp_path / "model.safetensors")
+    demo = import_module("scripts.demo")
     recorded.clear()
-    sample_index(config, monkeypatch)
+    model, settings = DemoModel(config), Settings(1.0, 1.0, 0, 1.0)
+    demo.build_page(model)
+    image = read_upload(tmp_path / "images/cat/0.png", config.dataset.preprocessing)
+    model.sample(0, 1, 0, settings)
+    model.complete(image, model.kept_region("top"), None, 1, 0, settings)
+    model.reconstruct(image)
     recorded -= {"dataset.preprocessing.random_crop", "dataset.preprocessing.random_flip"}  # as in reconstruct
     set_by_the_page = {f"completion.{name}" for name in ("keep", "num_completions", "class_label")}
     recorded -= {*set_by_the_page, "sampling.per_gpu_batch_size"}
     of_training = {key.name for key in keys_under(["model"])} - recorded
-    check("demo", recorded, UNREAD | of_training)
-
-
-def sample_index(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demo with a visitor in the place of its page, which needs gradio."""
-    demo, uploads = import_module("scripts.demo"), import_module("scripts.demo_page.uploads")
-
-    def click(model: DemoModel) -> None:
-        settings = Settings(1.0, 1.0, 0, 1.0)
-        image = uploads.read_upload(
-            next(Path(config.dataset.params.train_shards_path_or_url).glob("*/0.png")), config.dataset.preprocessing
-        )
-        list(model.sample(0, 1, 0, settings))
-        list(model.complete(image, model.kept_region("top", 0.5), None, 1, 0, settings))
-        model.reconstruct(image)
-
-    page = SimpleNamespace(build_page=click, launch=lambda *given: None)
-    monkeypatch.setitem(sys.modules, "scripts.demo_page.page", page)
-    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
-    for name in ("find_spec", "bound_all_pictures"):
-        monkeypatch.setattr(demo, name, lambda *given: True)
-    monkeypatch.setattr("signal.signal", lambda *given: None)
-    demo.main(config)
+    read_by_main = {"demo.host", "demo.port", "training.enable_tf32"}
+    check("demo", recorded, UNREAD | of_training | read_by_main)

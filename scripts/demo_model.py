@@ -1,0 +1,204 @@
+"""What scripts/demo.py asks of a model: samples, completions and reconstructions as arrays, and uploads. No gradio.
+
+Legend: N codes per image, H x W pixels.
+"""
+
+import io
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.images.image_io import ImageDecoding
+from data.images.reading import ImageDataset
+from data.images.transforms import NUM_DRAWS, training_transform
+from data.training_batches import training_classes
+from data.validation_data import open_validation_images
+from evaluation.reconstruction import ReconstructionMetrics
+from modeling.pretrained import class_names
+from modeling.sampling.image_inputs import indices_of_classes
+from modeling.sampling.image_sampler import ImageSampler, load_trained
+from modeling.sampling.inpainting import complete
+from modeling.tokenizers.registry import load_tokenizer
+from scripts.complete_images import GREY, conditioning_mask, in_pixels
+from utils.distributed import DistributedContext
+from utils.errors import InputError
+from utils.images import to_float, to_uint8
+from utils.schema import Config, PreprocessingConfig
+
+IMAGENET_CLASSES = 1000
+MAX_BYTES = 20_000_000  # of an upload
+MAX_PIXELS = 50_000_000  # of a picture; 200 MB as RGBA
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's readers of others, such as EPS, may start programs
+
+
+class Settings(NamedTuple):
+    """Keys of `model.generator` that the page sets for each click."""
+
+    guidance_scale: float
+    randomize_temperature: float
+    top_k: int
+    top_p: float
+
+
+class DemoModel:
+    """A generator with its tokenizer, on a GPU if there is one. Images are (H, W, 3) uint8.
+
+    Attributes:
+        classes: a name for each class.
+        validation: validation images; None if the config names none that exist.
+        has_grid: codes are a grid, so that a part of an image can be completed.
+        any_order: any codes may be given in a completion; if False, only the first ones (a model in raster order).
+
+    Raises:
+        InputError: no weights, weights of another model, or a tokenizer without images.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        tokenizer = load_tokenizer(config)
+        if not tokenizer.has_images:
+            raise tokenizer.no_images("scripts/demo.py")
+        model, self.weights = load_trained(config, tokenizer, DistributedContext(0, 1, torch.device("cpu")))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()
+        self.classes, self.validation = names_of_classes(config), find_validation_images(config)
+        self.has_grid = len(tokenizer.code_shape) == 2
+        self.any_order = config.model.generator.order != "raster"
+        # A sampler has buffers, and on a GPU graphs, for one number of images; a few are kept.
+        self.image_sampler = lru_cache(maxsize=4)(self._image_sampler)
+
+    def _image_sampler(self, count: int) -> ImageSampler:
+        return ImageSampler(self.model, self.tokenizer, self.config, batch_size=count)
+
+    def _config_with(self, settings: Settings, seed: int) -> Config:
+        config = self.config
+        generator = replace(config.model.generator, **settings._asdict())
+        model, sampling = replace(config.model, generator=generator), replace(config.sampling, seed=seed)
+        return replace(config, model=model, sampling=sampling)
+
+    def sample(self, class_label: int, count: int, seed: int, settings: Settings) -> np.ndarray:
+        """Images (count, H, W, 3): those of sample_imagenet_rear.py with `sampling.class_labels=[class_label]`.
+
+        Raises:
+            InputError: a setting outside its range, or weights that compute no finite numbers.
+        """
+        sampler = self.image_sampler(count)
+        sampler.configure(self._config_with(settings, seed))
+        return sampler(indices_of_classes([class_label], count, self.model.num_classes))
+
+    def complete(
+        self, image: np.ndarray, kept: Tensor, class_label: int | None, count: int, seed: int, settings: Settings
+    ) -> np.ndarray:
+        """Completions (count, H, W, 3): those of complete_images.py if `image` is its first input.
+
+        Args:
+            kept: (N,) bool, from `kept_region` or `kept_around`.
+            class_label: None: the null class, without guidance.
+
+        Raises:
+            InputError: as for `sample`.
+        """
+        config, sampler = self._config_with(settings, seed), self.image_sampler(count)
+        sampling = replace(config.sampling, per_gpu_batch_size=count)
+        completion = replace(config.completion, num_completions=count, class_label=class_label)
+        config = replace(config, sampling=sampling, completion=completion)
+        codes = complete(self._encode(image)[1].cpu(), kept, sampler.sampler, config)[0]  # (count, N)
+        pending: Any = sampler.decoder.start(codes.to(self.device))
+        return sampler.decoder.finish(pending)
+
+    def kept_region(self, region: str) -> Tensor:
+        """Mask (N,) bool of the codes that `completion.keep=REGION:0.5` keeps.
+
+        Raises:
+            InputError: the model cannot complete that.
+        """
+        completion = replace(self.config.completion, keep=f"{region}:0.5")
+        return conditioning_mask(replace(self.config, completion=completion), self.tokenizer)
+
+    def kept_around(self, brushed: np.ndarray) -> Tensor:
+        """Mask (N,) bool of the codes without a brushed pixel, for a mask (H', W') bool of any size.
+
+        Raises:
+            InputError: that is all or none of them.
+        """
+        rows, columns = self.tokenizer.code_shape
+        y, x = np.nonzero(brushed)
+        kept = torch.ones(rows, columns, dtype=torch.bool)
+        kept[y * rows // brushed.shape[0], x * columns // brushed.shape[1]] = False
+        if kept.all() or not kept.any():
+            raise InputError(f"the brush leaves {int(kept.sum())} of {kept.numel()} codes, expected some, not all")
+        return kept.flatten()
+
+    def hide(self, image: np.ndarray, kept: Tensor) -> np.ndarray:
+        """The image with all but the kept codes (N,) in grey."""
+        mask = in_pixels(kept.view(self.tokenizer.code_shape).numpy(), self.tokenizer.resolution)
+        return np.where(mask[..., None], image, np.uint8(GREY))
+
+    def reconstruct(self, image: np.ndarray) -> tuple[np.ndarray, float]:
+        """The decoded codes of an image, and its PSNR in dB, as of reconstruct.py."""
+        metrics = ReconstructionMetrics(self.tokenizer.codebook_size)
+        images, codes = self._encode(image)
+        with torch.inference_mode():
+            decoded = self.tokenizer.decode(codes)
+        metrics.update(images, decoded, codes)
+        return to_uint8(decoded, self.config.sampling.uint8_rule)[0], metrics.summary()["psnr"]
+
+    @torch.inference_mode()
+    def _encode(self, image: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(1, 3, H, W) in [0, 1] and codes (1, N)."""
+        images = to_float(torch.from_numpy(image)[None].to(self.device))
+        return images, self.tokenizer.encode(images)
+
+
+def names_of_classes(config: Config) -> list[str]:
+    """For each class its id, and its name in the training data, in an exported model or in ImageNet."""
+    num_classes, folder = config.model.generator.condition_num_classes, config.experiment.generator_checkpoint
+    names: list[str] = []
+    known = training_classes(config)
+    if known is not None:
+        names = known[0]
+    elif folder is not None and Path(folder).is_dir():
+        names = class_names(Path(folder)) or []
+    if not names and num_classes == IMAGENET_CLASSES:
+        from torchvision.models import ResNet50_Weights  # slow to import
+
+        names = ResNet50_Weights.DEFAULT.meta["categories"]
+    return [f"{i} {names[i] if i < len(names) else ''}".strip() for i in range(num_classes)]
+
+
+def find_validation_images(config: Config) -> ImageDataset | None:
+    """The images of `dataset.params.eval_shards_path_or_url`, which the page can do without."""
+    if config.dataset.params.eval_shards_path_or_url is None:
+        return None
+    try:
+        return open_validation_images(config, config.model.generator.condition_num_classes)
+    except InputError as error:
+        print(f"no validation images on the page: {error}")
+        return None
+
+
+def read_upload(path: Path, preprocessing: PreprocessingConfig) -> np.ndarray:
+    """The centre crop (H, W, 3) uint8 of a picture; of several frames the first one.
+
+    Raises:
+        InputError: too many bytes, too many pixels, or no picture that can be read.
+    """
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise InputError(f"{path.name}: found {size} bytes, expected at most {MAX_BYTES}")
+    encoded = path.read_bytes()
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            fits = image.width * image.height <= MAX_PIXELS  # known before any pixel is decoded
+        picture = ImageDecoding.of(preprocessing).decode(encoded)[0] if fits else None
+    except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
+        raise InputError(f"{path.name}: found no picture that can be read, expected {', '.join(FORMATS)}") from error
+    if picture is None:
+        raise InputError(f"{path.name}: found too many pixels, expected at most {MAX_PIXELS}")
+    center_crop = training_transform(replace(preprocessing, random_crop=False, random_flip=False))
+    return center_crop(picture, np.zeros(NUM_DRAWS)).numpy()
