@@ -223,5 +223,5 @@ def test_another_background_is_another_store(tiny_arguments: list[str], images: 
     pretokenize.main(load_config(ours))
     settings = TokenStore(tmp_path / "codes.tokens").meta.settings
     assert "dataset.preprocessing.background" not in settings  # as in older stores
-    with pytest.raises(InputError, match="dataset.preprocessing.background: found None, expected black"):
+    with pytest.raises(InputError, match=r"preprocessing\.background: found None, expected black"):
         pretokenize.main(load_config([*ours, "dataset.preprocessing.background=black"]))
