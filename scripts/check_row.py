@@ -34,7 +34,7 @@ from utils.files.hashing import file_sha256
 from utils.files.hub import SCHEME
 from utils.files.json_file import read_json
 from utils.run.run_environment import describe_environment
-from utils.run.trained_weights import find_trained_weights
+from utils.run.weights_path import find_weights
 from utils.schema import Config
 
 TOKENIZER = "experiment.tokenizer_checkpoint"
@@ -70,7 +70,7 @@ def check_files(row: Row, config: Config, reference: str, get_reference: str) ->
         print("\n".join(lines), file=sys.stderr)
         raise InputError(f"{checkpoint}: sampling and scoring need more files, named above")
     if row.sha256 is not None:
-        found = file_sha256(find_trained_weights(checkpoint).path, progress=True)
+        found = file_sha256(find_weights(checkpoint).path, progress=True)
         if found != row.sha256:
             raise InputError(f"{checkpoint}: found sha256 {found}, expected {row.sha256}; get it anew: {row.get}")
 
@@ -82,7 +82,7 @@ def facts_of(row: Row, config: Config, samples: Path, reference: str) -> dict[st
         InputError: samples that do not tell what they were made from, of other weights, or without a score.
     """
     record = read_json(samples.with_suffix(".json"))
-    weights = find_trained_weights(str(config.experiment.generator_checkpoint)).path
+    weights = find_weights(str(config.experiment.generator_checkpoint)).path
     if record.get("weights") != str(weights.resolve()):
         raise InputError(f"{samples}: made from the weights {record.get('weights')}, expected {weights}")
     return {

@@ -44,9 +44,9 @@ from evaluation.inputs import open_input
 from evaluation.reference_split import HALVES, SplitReference
 from evaluation.report import TITLES
 from evaluation.sample_distance import find_extractor
+from modeling.loading import load_generator, load_tokenizer
 from modeling.sampling.image_inputs import asked_images
-from modeling.sampling.image_sampler import ImageSampler, images_made_from, load_trained
-from modeling.tokenizers.registry import load_tokenizer
+from modeling.sampling.image_sampler import ImageSampler
 from utils.config import Config
 from utils.console import markdown_table
 from utils.distributed import DistributedContext, init_distributed
@@ -58,6 +58,8 @@ from utils.files.npz import Npz
 from utils.files.provenance import is_made, write_record
 from utils.precision import matmul_precision
 from utils.run.curves import draw_curve, panel_grid, save_figure
+from utils.run.image_provenance import image_provenance
+from utils.run.weights_path import find_generator_weights
 
 KEYS = ("guidance_scale", "guidance_scale_pow", "randomize_temperature")  # of model.generator, and of the lists
 NO_MATTER = ("sampling.per_gpu_batch_size", "sampling.save_png", *(f"model.generator.{key}" for key in KEYS))
@@ -81,9 +83,11 @@ def sweep(config: Config, held: ExitStack, ctx: DistributedContext) -> None:
     ctx.broadcast_from_rank0(lambda: held.enter_context(only_writer(output_dir, inside=True)))
     reference = ctx.rank0_first(lambda: open_reference(config, tokenizer.resolution, ctx.is_rank0))
     classes, indices = ctx.broadcast_from_rank0(lambda: asked(config))
-    model, _ = load_trained(config, tokenizer, ctx)
+    model = load_generator(find_generator_weights(config, tokenizer.sha256(), ctx).path, config.model)
     distance, extractor = ctx.rank0_first(lambda: find_extractor(ctx.device, "sweep.reference"))
-    made_from = images_made_from(config, classes, indices, model, tokenizer, ctx.device)
+    made_from = image_provenance(
+        config, class_labels=classes, indices=indices, model=model, tokenizer=tokenizer, device=ctx.device
+    )
     made_from = origin(made_from, reference, extractor)
     done = ctx.broadcast_from_rank0(lambda: read_scores(output_dir / "sweep.json", made_from))
     missing = [setting for setting in settings_of(config) if setting not in done]

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.codes.token_store import open_tokens
-from modeling.rear import ReAR, load_generator
+from modeling.loading import load_generator
+from modeling.rear import ReAR
 from modeling.sampling.cached_decoding import (
     BUCKET,
     DecoderWeights,
@@ -24,7 +25,7 @@ from modeling.sampling.cached_decoding import (
 from scripts.benchmarks.measure import device
 from utils.config import Config, load_config
 from utils.errors import InputError
-from utils.run.trained_weights import find_trained_weights
+from utils.run.weights_path import find_weights
 
 MAX_NLL_DIFFERENCE, MIN_AGREEMENT = 1e-3, 0.995
 
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if weights is None or store_path is None:
         key = "experiment.generator_checkpoint" if weights is None else "dataset.params.pretokenization"
         raise InputError(f"{key}: missing, expected a path")
-    model = load_generator(find_trained_weights(weights).path, config.model).to(device()).eval()
+    model = load_generator(find_weights(weights).path, config.model).to(device()).eval()
     class_labels, codes = read_codes(Path(store_path), config, arguments.images)
     exact, rounded = (teacher_forced(model, class_labels, codes, dtype) for dtype in (torch.float32, torch.bfloat16))
     nll, nll_bf16 = (F.cross_entropy(logits.flatten(0, 1), codes.flatten()).item() for logits in (exact, rounded))

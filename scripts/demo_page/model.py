@@ -18,19 +18,18 @@ from data.images.reading import ImageDataset
 from data.training_batches import training_classes
 from data.validation_data import open_validation_images
 from evaluation.reconstruction import ReconstructionMetrics
-from modeling.pretrained import class_names
+from modeling.loading import class_names, load_generator, load_tokenizer
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_inputs import image_inputs, image_orders, indices_of_classes
-from modeling.sampling.image_sampler import ImageSampler, load_trained
+from modeling.sampling.image_sampler import ImageSampler
 from modeling.sampling.inpainting import complete
-from modeling.tokenizers.registry import load_tokenizer
 from scripts.complete_images import GREY, in_pixels, kept_codes
 from scripts.demo_page.growth import growing_codes
 from utils.config_checks import check_ranges
-from utils.distributed import DistributedContext
 from utils.errors import InputError
 from utils.images import to_float, to_uint8
 from utils.keys import keys_under
+from utils.run.weights_path import find_generator_weights
 from utils.schema import Config
 
 FRAMES = 12  # pictures of an image as it grows, before the last
@@ -64,7 +63,8 @@ class DemoModel:
         self.config, tokenizer = config, load_tokenizer(config)
         if not tokenizer.has_images:
             raise tokenizer.no_images("scripts/demo.py")
-        model, self.weights = load_trained(config, tokenizer, DistributedContext(0, 1, torch.device("cpu")))
+        self.weights = find_generator_weights(config, tokenizer.sha256())
+        model = load_generator(self.weights.path, config.model)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = model.to(device).eval(), tokenizer.to(device).eval()
         as_the_sampler = ImageSampler(self.model, self.tokenizer, config, 1, print)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeling.loading import load_tokenizer
 from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_decoder import ImageDecoder
 from modeling.sampling.image_inputs import image_inputs
-from modeling.tokenizers.registry import load_tokenizer
 from scripts import sample_imagenet_rear
 from scripts.benchmarks.decode import MAX_GREY_LEVELS
 from scripts.benchmarks.measure import device, seconds
