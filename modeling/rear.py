@@ -16,8 +16,7 @@ predicted positions go with them, those of the timesteps do not.
 """
 
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +24,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modeling.blocks import Block, FinalLayer, gather_rows
-from modeling.hub_model import HubModel
 from modeling.input_validation import checked_class_labels, checked_codes, checked_orders
+from modeling.pretrained_model import PretrainedModel
 from modeling.robust_embedding import projector
-from utils.files.weights import load_state_dict, load_strict
-from utils.run.trained_weights import find_trained_weights
 from utils.schema import Config, ModelConfig
 
 # Rows that the published tables have beyond the length of the sequence; unused.
@@ -49,7 +46,7 @@ class ReAROutput:
     decode_z: Tensor | None  # (B, N, Z) from the position that predicts the code
 
 
-class ReAR(HubModel):
+class ReAR(PretrainedModel):
     """Class-conditional autoregressive transformer.
 
     Args:
@@ -58,7 +55,11 @@ class ReAR(HubModel):
 
     Attributes:
         config: the same; its guidance, temperature, top-k and top-p are the defaults of sampling.
+        training_only: names of the top-level modules that only training needs. `sampling_config` builds none of them,
+            and loading for sampling drops their weights; every other key must match.
     """
+
+    training_only: ClassVar[tuple[str, ...]] = ("encode_align_mlp", "decode_align_mlp")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,8 +101,13 @@ class ReAR(HubModel):
         return {"model": asdict(self.config)}
 
     @classmethod
-    def of_config(cls, config: Config) -> "ReAR":
+    def from_config(cls, config: Config) -> "ReAR":
         return cls(config.model)
+
+    @staticmethod
+    def sampling_config(config: ModelConfig) -> ModelConfig:
+        """The config of the same model without its training-only modules."""
+        return replace(config, generator=replace(config.generator, transition_alignment=False))
 
     def init_weights(self) -> None:
         """Truncated normal (std 0.02) everywhere, but zero for biases, cls token and adaLN outputs."""
@@ -190,39 +196,3 @@ class ReAR(HubModel):
 
     def _embed_class(self, class_labels: Tensor) -> Tensor:
         return self.embeddings(self.codebook_size + 1 + class_labels).unsqueeze(1)  # (B, 1, D)
-
-
-def load_generator(path: Path, config: ModelConfig) -> ReAR:
-    """Build the model for sampling, without the training-only projectors, and load its weights strictly.
-
-    Args:
-        path: what `utils.files.weights` reads; `utils.run.trained_weights` finds it in a run or checkpoint folder.
-
-    Raises:
-        InputError: no weights there, or keys or shapes that are not those of `config`.
-    """
-    state = {key: value for key, value in load_state_dict(path).items() if "_align_mlp." not in key}
-    model = ReAR(replace(config, generator=replace(config.generator, transition_alignment=False)))
-    load_strict(model, state, path)
-    return model
-
-
-def init_from(source: str, model: ReAR) -> None:
-    """Begin fine-tuning: load trained weights, except the embeddings of the classes, which stay as initialised.
-
-    Codes, mask and null class keep their rows, so the number of classes may differ; nothing else may.
-
-    Args:
-        source: a weights file, `hf://OWNER/REPO/FILE`, a checkpoint or a run folder.
-
-    Raises:
-        InputError: no weights there, or keys or shapes that are not the model's.
-    """
-    path = find_trained_weights(source).path
-    state = load_state_dict(path)
-    trained, own = state.get("embeddings.weight"), model.embeddings.weight
-    if trained is not None and trained.shape[1:] == own.shape[1:]:
-        first_class = model.codebook_size + 1
-        classes = own.detach().cpu()[first_class:-1]
-        state["embeddings.weight"] = torch.cat([trained[:first_class], classes.to(trained.dtype), trained[-1:]])
-    load_strict(model, state, path)

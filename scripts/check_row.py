@@ -35,7 +35,7 @@ from utils.files.hub import SCHEME
 from utils.files.json_file import read_json
 from utils.files.provenance import provenance_in
 from utils.run.run_environment import describe_environment
-from utils.run.trained_weights import find_trained_weights
+from utils.run.weights_path import find_weights
 from utils.schema import Config
 
 TOKENIZER = "experiment.tokenizer_checkpoint"
@@ -127,7 +127,7 @@ def other_settings(row: Row, config: Config, samples: Path, report: dict[str, An
     sections = {"model": dataclasses.asdict(config.model), "sampling": dataclasses.asdict(config.sampling)}
     expected = {key: value for key, value in flat(sections) if key.removeprefix("sampling.") not in NOT_COMPARED}
     expected[TOKENIZER] = config.experiment.tokenizer_checkpoint
-    expected["weights"] = str(find_trained_weights(str(config.experiment.generator_checkpoint)).path.resolve())
+    expected["weights"] = str(find_weights(str(config.experiment.generator_checkpoint)).path.resolve())
     found = dict(provenance_in(record) or {})
     found[TOKENIZER] = read_yaml(samples.with_suffix(".yaml"))[TOKENIZER]
     found["weights"] = record.get("weights")

@@ -45,16 +45,14 @@ from data.images.plain_folder import PlainFolder, is_plain
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
 from evaluation.reconstruction import psnr_of_part
+from modeling.loading import load_generator, load_tokenizer
 from modeling.orders import known_first
 from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_decoder import ImageDecoder
-from modeling.sampling.image_sampler import load_trained
 from modeling.sampling.inpainting import complete, in_region
-from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
-from utils.distributed import DistributedContext
 from utils.errors import InputError, NonFiniteError, input_errors_exit
 from utils.files.lock import only_writer
 from utils.files.npz import write_npz
@@ -63,6 +61,7 @@ from utils.files.weights import weights_sha256
 from utils.images import make_grid, to_float, write_png
 from utils.precision import matmul_precision
 from utils.run.run_environment import code_facts
+from utils.run.weights_path import find_generator_weights
 
 REGION = re.compile(r"(top|left|center|border):(0?\.\d+)")
 GRID_ROWS = 8  # images in the picture
@@ -191,7 +190,7 @@ def load_model(config: Config, tokenizer: Tokenizer) -> ReAR:
     label, num_classes = config.completion.class_label, config.model.generator.condition_num_classes
     if label is not None and label >= num_classes:
         raise InputError(f"completion.class_label={label}: expected 0 to {num_classes - 1}, or null for the null class")
-    return load_trained(config, tokenizer, DistributedContext(0, 1, torch.device("cpu")))[0]
+    return load_generator(find_generator_weights(config, tokenizer.sha256()).path, config.model)
 
 
 def read_inputs(config: Config) -> np.ndarray:

@@ -20,15 +20,14 @@ from data.images.transforms import NUM_DRAWS, training_transform
 from data.training_batches import training_classes
 from data.validation_data import open_validation_images
 from evaluation.reconstruction import ReconstructionMetrics
-from modeling.pretrained import class_names
+from modeling.loading import class_names, load_generator, load_tokenizer
 from modeling.sampling.image_inputs import indices_of_classes
-from modeling.sampling.image_sampler import ImageSampler, load_trained
+from modeling.sampling.image_sampler import ImageSampler
 from modeling.sampling.inpainting import complete
-from modeling.tokenizers.registry import load_tokenizer
 from scripts.complete_images import GREY, conditioning_mask, in_pixels
-from utils.distributed import DistributedContext
 from utils.errors import InputError
 from utils.images import to_float, to_uint8
+from utils.run.weights_path import find_generator_weights
 from utils.schema import Config, PreprocessingConfig
 
 IMAGENET_CLASSES = 1000
@@ -64,7 +63,8 @@ class DemoModel:
         tokenizer = load_tokenizer(config)
         if not tokenizer.has_images:
             raise tokenizer.no_images("scripts/demo.py")
-        model, self.weights = load_trained(config, tokenizer, DistributedContext(0, 1, torch.device("cpu")))
+        self.weights = find_generator_weights(config, tokenizer.sha256())
+        model = load_generator(self.weights.path, config.model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()
         self.classes, self.validation = names_of_classes(config), find_validation_images(config)

@@ -40,7 +40,7 @@ from data.batch_sampler import permutation_of_pass
 from data.codes.code_statistics import CodeStatistics, code_statistics
 from data.codes.token_store import TokenStore
 from data.training_batches import check_tokenizer, open_codes
-from modeling.tokenizers.registry import load_tokenizer
+from modeling.loading import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, input_errors_exit

@@ -49,7 +49,7 @@ from data.images.notices import check_bad
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import cut_crops, pretokenize_transform
 from data.loading import Batches
-from modeling.tokenizers.registry import load_tokenizer
+from modeling.loading import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.distributed import DistributedContext, init_distributed

@@ -46,7 +46,7 @@ from data.images.reading import allowed_bad_fraction
 from data.loading import Batches
 from data.validation_data import open_validation_images
 from evaluation.reconstruction import ReconstructionMetrics
-from modeling.tokenizers.registry import load_tokenizer
+from modeling.loading import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import input_errors_exit

@@ -39,10 +39,10 @@ from tqdm import tqdm
 from data.codes.store_files import StoreMeta, check_codebook_size
 from data.codes.token_writer import new_token_store
 from data.training_batches import asked_classes
+from modeling.loading import load_generator, load_tokenizer
 from modeling.sampling.image_decoder import ImageDecoder, KeptCodes
 from modeling.sampling.image_inputs import asked_images, class_labels_of
-from modeling.sampling.image_sampler import ImageSampler, images_made_from, load_trained
-from modeling.tokenizers.registry import load_tokenizer
+from modeling.sampling.image_sampler import ImageSampler
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, save_config
 from utils.distributed import DistributedContext, init_distributed
@@ -52,6 +52,8 @@ from utils.files.provenance import is_made, write_record
 from utils.files.sample_chunks import ChunkWriter, SampleChunks
 from utils.images import make_grid, write_png
 from utils.precision import matmul_precision
+from utils.run.image_provenance import image_provenance
+from utils.run.weights_path import find_generator_weights
 
 GRID_COLUMNS, GRID_IMAGES = 10, 50
 
@@ -70,9 +72,12 @@ def main(config: Config) -> None:
 def sample(config: Config, tokenizer: Tokenizer, output: Path, ctx: DistributedContext) -> None:
     sampling = config.sampling
     classes = ctx.broadcast_from_rank0(asked_classes, config)
-    model, weights = load_trained(config, tokenizer, ctx)
+    weights = find_generator_weights(config, tokenizer.sha256(), ctx)
+    model = load_generator(weights.path, config.model)
     indices = asked_images(sampling, classes, model.num_classes)
-    provenance = images_made_from(config, classes, indices, model, tokenizer, ctx.device)
+    provenance = image_provenance(
+        config, class_labels=classes, indices=indices, model=model, tokenizer=tokenizer, device=ctx.device
+    )
     result = output.with_name(output.name + (".npz" if tokenizer.has_images else ".tokens"))
     chunk_files = SampleChunks(output.with_name(output.name + ".chunks"), len(indices), sampling.per_gpu_batch_size)
     if ctx.broadcast_from_rank0(is_finished, chunk_files, result, provenance):

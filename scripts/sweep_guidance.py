@@ -42,9 +42,9 @@ from evaluation.inputs import open_input
 from evaluation.reference_split import HALVES, SplitReference
 from evaluation.report import TITLES
 from evaluation.sample_distance import find_extractor
+from modeling.loading import load_generator, load_tokenizer
 from modeling.sampling.image_inputs import asked_images
-from modeling.sampling.image_sampler import ImageSampler, images_made_from, load_trained
-from modeling.tokenizers.registry import load_tokenizer
+from modeling.sampling.image_sampler import ImageSampler
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.console import markdown_table
@@ -56,6 +56,8 @@ from utils.files.npz import Npz
 from utils.files.provenance import is_made, write_record
 from utils.precision import matmul_precision
 from utils.run.curves import draw_curve, panel_grid, save_figure
+from utils.run.image_provenance import image_provenance
+from utils.run.weights_path import find_generator_weights
 
 
 class Setting(NamedTuple):
@@ -88,9 +90,11 @@ def sweep(config: Config, tokenizer: Tokenizer, ctx: DistributedContext) -> None
     output_dir, batch_size = Path(config.experiment.output_dir), config.sampling.per_gpu_batch_size
     reference = ctx.rank0_first(open_reference, config, tokenizer.resolution, verify=ctx.is_rank0)
     classes, indices = ctx.broadcast_from_rank0(asked, config)
-    model, _ = load_trained(config, tokenizer, ctx)
+    model = load_generator(find_generator_weights(config, tokenizer.sha256(), ctx).path, config.model)
     distance, extractor = ctx.rank0_first(find_extractor, ctx.device, "sweep.reference")
-    sampler_provenance = images_made_from(config, classes, indices, model, tokenizer, ctx.device)
+    sampler_provenance = image_provenance(
+        config, class_labels=classes, indices=indices, model=model, tokenizer=tokenizer, device=ctx.device
+    )
     provenance = provenance_of(sampler_provenance, reference, extractor)
     scores = ctx.broadcast_from_rank0(read_scores, output_dir / "sweep.json", provenance)
     missing = [setting for setting in settings_of(config) if setting not in scores]

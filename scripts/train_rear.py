@@ -36,10 +36,10 @@ import torch
 
 from data.training_batches import TrainingBatches, describe_length, open_training_data, passes_done
 from evaluation.validator import Validator
+from modeling.loading import init_from_weights, load_tokenizer
 from modeling.noise import num_noise_uniforms, perturbation_ratio, random_order_ratio
-from modeling.rear import ReAR, init_from
+from modeling.rear import ReAR
 from modeling.sampling.sample_grid import notices_of_images, save_sample_grid, whole_model
-from modeling.tokenizers.registry import load_tokenizer
 from modeling.training_step import compile_blocks, num_order_uniforms, training_cost, training_step
 from utils.config import Config
 from utils.errors import input_errors_exit
@@ -47,6 +47,7 @@ from utils.optim import MovingAverage, build_optimizer, set_learning_rate
 from utils.randomness import dropout_seed
 from utils.run.sharding import accumulating, clip_gradients, parallelize
 from utils.run.training_run import EXIT_STATUS, TrainingRun
+from utils.run.weights_path import find_weights
 
 SAVING_MEMORY = (
     "a smaller training.per_gpu_batch_size (give training.global_batch_size, and the accumulation follows), "
@@ -69,7 +70,7 @@ def main(config: Config) -> str:
         torch.manual_seed(training.seed)
         model = ReAR(config.model).to(device)
         if run.is_new and experiment.init_from is not None:
-            init_from(experiment.init_from, model)
+            init_from_weights(model, find_weights(experiment.init_from).path)
             run.notices.append(f"starting from the weights of {experiment.init_from}, with new rows for the classes")
         ema = MovingAverage(model, training.ema_decay) if training.use_ema else None
         parallel = parallelize(model, model.blocks, ctx, training)

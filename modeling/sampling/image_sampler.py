@@ -1,6 +1,5 @@
 """From the indices of images to their bytes, as the config asks for: what the sampler and the sweep share."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,17 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeling.rear import ReAR, load_generator
+from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_decoder import ImageDecoder, KeptCodes
 from modeling.sampling.image_inputs import image_inputs, image_orders
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.config import flat
-from utils.distributed import DistributedContext
-from utils.errors import InputError
-from utils.files.weights import weights_sha256
-from utils.run.run_environment import code_facts
-from utils.run.trained_weights import TrainedWeights, find_trained_weights
 from utils.schema import Config
 
 
@@ -111,42 +104,3 @@ class ImageSampler:
         """
         pending: Any = self.decoder.start(self.codes(indices, class_labels, on_step))
         return self.decoder.finish(pending)
-
-
-def load_trained(config: Config, tokenizer: Tokenizer, ctx: DistributedContext) -> tuple[ReAR, TrainedWeights]:
-    """The model of `experiment.generator_checkpoint` on the CPU, and where it came from. All ranks call it.
-
-    Raises:
-        InputError: no weights, or those of another model or tokenizer.
-    """
-    source = config.experiment.generator_checkpoint
-    if source is None:
-        raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
-    weights = ctx.broadcast_from_rank0(lambda: find_trained_weights(source))
-    for notice in weights.notices if ctx.is_rank0 else []:
-        print(notice)
-    weights.check_tokenizer(tokenizer.sha256(), config.experiment)
-    return load_generator(weights.path, config.model), weights
-
-
-def images_made_from(
-    config: Config, class_labels: list[int], indices: list[int], model: ReAR, tokenizer: Tokenizer, device: torch.device
-) -> dict[str, Any]:
-    """All that images depend on, by config key.
-
-    Args:
-        class_labels, indices: what `sampling` asks for.
-    """
-    sections = {"model": dataclasses.asdict(config.model), "sampling": dataclasses.asdict(config.sampling)}
-    facts = dict(flat(sections))
-    del facts["sampling.images_per_class"]
-    return {
-        **facts,
-        "sampling.num_fid_samples": len(indices),
-        "sampling.class_labels": None if config.sampling.class_labels is None else class_labels,
-        "training.enable_tf32": config.training.enable_tf32,
-        "device": device.type,
-        "sha256 of experiment.generator_checkpoint": weights_sha256(model),
-        "sha256 of experiment.tokenizer_checkpoint": tokenizer.sha256(),
-        **code_facts(),
-    }

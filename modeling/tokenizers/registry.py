@@ -14,9 +14,8 @@ from modeling.tokenizers.titok import TiTokVQ
 from modeling.tokenizers.tokenizer import Tokenizer, TrainableTokenizer
 from modeling.tokenizers.vq_plus import VQPlus
 from utils.errors import InputError
-from utils.files.hub import local_file
 from utils.files.weights import check_fits
-from utils.schema import Config, VQModelConfig
+from utils.schema import VQModelConfig
 
 TOKENIZERS: dict[str, type[Tokenizer]] = {
     "maskgit_vq": MaskGitVQ,
@@ -67,23 +66,6 @@ def check_weights(config: VQModelConfig, state: dict[str, Tensor], source: objec
     with torch.device("meta"):
         tokenizer = build_tokenizer(config)
     check_fits(tokenizer, tokenizer.weights_of(state, source), source)
-
-
-def load_tokenizer(config: Config) -> Tokenizer:
-    """The frozen tokenizer of `experiment.tokenizer_checkpoint` in eval mode, float32 (also from fp16 files), on CPU.
-
-    Raises:
-        InputError: as `build_tokenizer` and `Tokenizer.load_weights`.
-    """
-    vq_model = config.model.vq_model
-    tokenizer = build_tokenizer(vq_model)
-    if tokenizer.image_seq_len != vq_model.num_latent_tokens:
-        raise InputError(
-            f"model.vq_model.num_latent_tokens={vq_model.num_latent_tokens}: expected {tokenizer.image_seq_len} "
-            f"(codes of shape {tokenizer.code_shape} of model_type={vq_model.model_type})"
-        )
-    tokenizer.load_weights(local_file(config.experiment.tokenizer_checkpoint))
-    return tokenizer.eval().requires_grad_(False)
 
 
 def tokenizer_sizes(state: dict[str, Tensor]) -> VQModelConfig:

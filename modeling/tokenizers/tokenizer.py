@@ -14,8 +14,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from modeling.hub_model import HubModel
 from modeling.input_validation import check_images, checked_codes
+from modeling.pretrained_model import PretrainedModel
 from modeling.tokenizers.vector_quantizer import QuantizerOutput
 from utils.errors import InputError, NonFiniteError
 from utils.files.weights import load_state_dict, load_strict, weights_sha256
@@ -24,7 +24,7 @@ from utils.schema import Config, VQModelConfig
 T = TypeVar("T", bound="Tokenizer")
 
 
-class Tokenizer(HubModel, ABC):
+class Tokenizer(PretrainedModel, ABC):
     """Images in [0, 1] <-> codes; a network that works in another range converts inside.
 
     A new tokenizer implements the abstract methods below and enters the table of registry.py; it overrides
@@ -65,7 +65,7 @@ class Tokenizer(HubModel, ABC):
         return {"model": {"vq_model": asdict(self.config)}}
 
     @classmethod
-    def of_config(cls: type[T], config: Config) -> T:
+    def from_config(cls: type[T], config: Config) -> T:
         return cls(config.model.vq_model)
 
     def load_weights(self, path: Path) -> None:

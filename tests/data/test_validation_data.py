@@ -11,7 +11,7 @@ from data import validation_data
 from data.codes.token_store import TokenStore
 from data.images.reading import ImageDataset
 from data.validation_data import ValidationPixels, open_validation_data, validation_batches
-from modeling.tokenizers.registry import load_tokenizer
+from modeling.loading import load_tokenizer
 from modeling.validation import ValidationTokens
 from scripts import pretokenize
 from tests.conftest import make_noise_images

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from nbclient import NotebookClient
 
-from modeling.pretrained import load_pretrained
+from modeling.loading import load_pretrained
 from modeling.rear import ReAR
 from tests.docs.pages import ROOT
 from utils.config import load_config, save_config

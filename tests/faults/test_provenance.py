@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tests.faults.test_resuming import flip_a_bit
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.weights import load_state_dict, save_weights
-from utils.run.trained_weights import find_trained_weights
+from utils.run.weights_path import find_weights
 
 STEPS = ["training.max_train_steps=12", "experiment.save_every=4"]
 
@@ -50,45 +51,46 @@ def sample(tiny_arguments: list[str], weights: Path, output: Path, *overrides: s
 
 
 def test_a_run_folder_means_its_newest_complete_state(run: Path) -> None:
-    found = find_trained_weights(str(run))
+    found = find_weights(str(run))
     assert found.path == run / "checkpoint-8/ema.safetensors"
-    assert found.notices == [f"{run}: taking checkpoint-8 (the run is running; its model.safetensors is of step 4)"]
+    assert len(found.notices) == 1
+    assert re.search(r"checkpoint-8 .*running.*model\.safetensors is of step 4", found.notices[0])
     flip_a_bit(run / "checkpoint-8/ema.safetensors")
-    found = find_trained_weights(str(run))
+    found = find_weights(str(run))
     assert found.path == run / "model.safetensors"  # as new as checkpoint-4
     assert "checkpoint-8/ema.safetensors: damaged" in found.notices[0]
     (run / "model.safetensors").unlink()
-    assert find_trained_weights(str(run)).path == run / "checkpoint-4/ema.safetensors"
+    assert find_weights(str(run)).path == run / "checkpoint-4/ema.safetensors"
     for step in (4, 8):
         shutil.rmtree(run / f"checkpoint-{step}")
     with pytest.raises(InputError, match="found no weights: no complete checkpoint yet"):
-        find_trained_weights(str(run))
+        find_weights(str(run))
 
 
 def test_final_weights_are_taken_when_nothing_is_newer(run: Path) -> None:
     shutil.rmtree(run / "checkpoint-8")
-    found = find_trained_weights(str(run))
-    assert (found.path, found.step, found.notices) == (run / "model.safetensors", 4, [])
+    found = find_weights(str(run))
+    assert (found.path, found.step, found.notices) == (run / "model.safetensors", 4, ())
 
 
 def test_a_damaged_checkpoint_is_named(run: Path) -> None:
     checkpoint = run / "checkpoint-8"
     for path in (checkpoint, checkpoint / "model.safetensors"):
-        find_trained_weights(str(path))
+        find_weights(str(path))
     flip_a_bit(checkpoint / "model.safetensors")
     with pytest.raises(InputError, match=r"checkpoint-8/model\.safetensors: damaged, found sha256"):
-        find_trained_weights(str(checkpoint / "model.safetensors"))
+        find_weights(str(checkpoint / "model.safetensors"))
     (checkpoint / "ema.safetensors").unlink()
     with pytest.raises(InputError, match=r"ema\.safetensors: found no file, expected"):
-        find_trained_weights(str(checkpoint))
+        find_weights(str(checkpoint))
 
 
 @pytest.mark.parametrize("name", ["checkpoint-8.tmp", "checkpoint-8.deleted"])
 def test_an_unfinished_checkpoint_is_refused(run: Path, name: str) -> None:
     (run / "checkpoint-8/manifest.json").unlink()
     (run / "checkpoint-8").rename(run / name)
-    with pytest.raises(InputError, match="never complete or is half deleted"):
-        find_trained_weights(str(run / name))
+    with pytest.raises(InputError, match=f"{name}: found an unfinished"):
+        find_weights(str(run / name))
 
 
 def test_a_flipped_bit_in_final_weights_is_named_by_every_reader(
@@ -113,9 +115,7 @@ def test_weights_remember_their_tokenizer(tiny_arguments: list[str], run: Path, 
     save_weights(state, tmp_path / "other.safetensors")
     other = f"experiment.tokenizer_checkpoint={tmp_path / 'other.safetensors'}"
     for weights in (run, run / "checkpoint-4", run / "model.safetensors"):
-        with pytest.raises(
-            InputError, match=r"trained on codes of the tokenizer of sha256 .*allow_other_tokenizer=true"
-        ):
+        with pytest.raises(InputError, match=r"trained with the tokenizer of sha256 .*allow_other_tokenizer=true"):
             sample(tiny_arguments, weights, tmp_path / "x", other)
     sample(tiny_arguments, run, tmp_path / "x", other, "experiment.allow_other_tokenizer=true")
     with pytest.raises(InputError, match="trained with the tokenizer of sha256"):
@@ -142,7 +142,7 @@ def test_resume_takes_the_newest_checkpoint_of_a_run_folder(
 ) -> None:
     command = [*STEPS, "training.use_ema=true", f"experiment.resume={run}"]
     train(tiny_arguments, tmp_path / "fork", *command, "training.stop_steps=10")
-    assert "taking checkpoint-8" in (tmp_path / "fork/log.txt").read_text()
+    assert "using checkpoint-8" in (tmp_path / "fork/log.txt").read_text()
     assert "steps 8 to 10" in (tmp_path / "fork/log.txt").read_text()
     train(tiny_arguments, tmp_path / "fork", *command)
     assert "steps 10 to 12" in (tmp_path / "fork/log.txt").read_text()

@@ -16,7 +16,7 @@ from utils.run.checkpoint import load_optimizers
 from utils.run.manifest import MANIFEST_FILE, read_manifest
 from utils.run.resume import find_start
 from utils.run.snapshot import Resumable
-from utils.run.trained_weights import find_trained_weights
+from utils.run.weights_path import find_weights
 
 FILES = ["model.safetensors", "optimizer.bin", MANIFEST_FILE]
 
@@ -49,7 +49,7 @@ def test_rows_9_10_a_damaged_checkpoint_is_named_and_passed_over(oracle: Run, tm
     with pytest.raises(InputError, match="checkpoint-12"):  # by name it is an error
         find_start(run.folder, str(run.folder / "checkpoint-12"))
     run.completed()
-    assert f"passed over: {run.folder / 'checkpoint-12'}" in run.log()
+    assert f"skipped: {run.folder / 'checkpoint-12'}" in run.log()
     assert "steps 8 to 12" in run.log()
     assert_equal_runs(run, oracle)
     assert (run.folder / "checkpoint-12.aside" / file).read_bytes() == before
@@ -72,7 +72,7 @@ def test_row_11_never_silently_from_scratch(run: Run, oracle: Run, tmp_path: Pat
         flip_a_bit(damaged.folder / f"checkpoint-{step}/model.safetensors")
     metrics = (damaged.folder / "metrics.jsonl").read_bytes()
     assert damaged(f"experiment.resume={resume}") == [1]
-    assert "is whole: passed over:" in damaged.output()
+    assert "all checkpoints are damaged: skipped:" in damaged.output()
     assert all(name in damaged.output() for name in ("checkpoint-12", "checkpoint-8"))
     assert (damaged.folder / "metrics.jsonl").read_bytes() == metrics
     assert run("experiment.resume=true") == [1]
@@ -87,7 +87,7 @@ def test_row_12_foreign_names_are_ignored(oracle: Run, tmp_path: Path) -> None:
     (run.folder / "checkpoint-77").write_text("a file")
     start = find_start(run.folder, "auto")
     assert start.checkpoint == str(run.folder / "checkpoint-12")
-    assert start.notices == start.back_up == []
+    assert start.notices == start.back_up == ()
 
 
 def test_row_13_another_model_is_one_error_before_loading(oracle: Run, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_row_14_the_published_layout_loads_with_a_notice(run: Run, oracle: Run, 
     path.parent.mkdir(parents=True)
     torch.save(weights, path) if path.suffix == ".bin" else save_file(weights, path)
     run.completed(f"experiment.resume={published if layout else path}", "training.max_train_steps=0")
-    assert f"{path}: no manifest, so weights only" in run.log()
+    assert f"{path}: found no manifest.json, so weights only" in run.log()
     loaded = load_file(run.folder / "model.safetensors")
     assert all(torch.equal(loaded[key], weights[key]) for key in weights)
 
@@ -170,7 +170,7 @@ def test_a_path_starts_a_new_run_once_and_then_the_same_command_continues(run: R
     assert run(command, "training.stop_steps=10") == [0]
     assert "steps 8 to 10" in run.log()
     run.completed(command)
-    assert "continuing checkpoint-10, which began with" in run.log()
+    assert "resuming checkpoint-10, which began with" in run.log()
     assert "steps 10 to 12" in run.log()
     ours, theirs = run.tensors(), oracle.tensors()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -182,11 +182,11 @@ def test_a_path_inside_the_run_folder_goes_back(oracle: Run, tmp_path: Path) -> 
     shutil.copy(oracle.folder / "model.safetensors", run.folder)
     command = f"experiment.resume={run.folder / 'checkpoint-8'}"
     assert run(command, "training.stop_steps=8") == [0]
-    assert find_trained_weights(str(run.folder)).step == 8
+    assert find_weights(str(run.folder)).step == 8
     (run.folder / "model.safetensors").unlink()
     run.completed(command)
-    assert "checkpoint-12 is set aside" in run.log()
-    assert "model.safetensors is set aside" in run.log()
+    assert "checkpoint-12 is backed up" in run.log()
+    assert "model.safetensors is backed up" in run.log()
     assert (run.folder / "model.safetensors.aside").read_bytes() == (oracle.folder / "model.safetensors").read_bytes()
     assert (run.folder / "checkpoint-12.aside").is_dir()
     assert_equal_runs(run, oracle)
@@ -197,17 +197,17 @@ def test_a_path_inside_the_run_folder_goes_back(oracle: Run, tmp_path: Path) -> 
 def test_final_weights_are_of_no_use_to_their_own_run(oracle: Run, tmp_path: Path) -> None:
     run = copy_of(oracle, tmp_path / "run")
     own = Path(shutil.copy(oracle.folder / "model.safetensors", run.folder))
-    with pytest.raises(InputError, match=r"the final weights of this run itself, expected a checkpoint; to start"):
+    with pytest.raises(InputError, match=r"resume=.*expected a checkpoint.*experiment\.output_dir"):
         find_start(run.folder, str(own))
     elsewhere = find_start(run.folder, str(oracle.folder / "model.safetensors"))
-    assert elsewhere.back_up == [str(run.folder / name) for name in ("checkpoint-8", "checkpoint-12", own.name)]
+    assert elsewhere.back_up == tuple(run.folder / name for name in ("checkpoint-8", "checkpoint-12", own.name))
 
 
 def test_a_typo_in_resume_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"experiment.resume=ture: no such path; expected auto, true, false or"):
+    with pytest.raises(InputError, match=r"experiment.resume=ture: no such path; expected auto, true, false"):
         find_start(tmp_path, "ture")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"found neither manifest.json nor weights"):
+    with pytest.raises(InputError, match=r"empty: found .*manifest\.json"):
         find_start(tmp_path, str(tmp_path / "empty"))
 
 

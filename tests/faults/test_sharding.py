@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.validation_data import ValidationPixels
 from evaluation.sample_distance import SampleDistance
-from modeling.rear import load_generator
+from modeling.loading import load_generator, load_tokenizer
 from modeling.sampling.sample_grid import exact_samples, save_sample_grid
-from modeling.tokenizers.registry import load_tokenizer
 from tests.conftest import make_noise_images
 from tests.faults.runs import NO_DROPOUT, Run, assert_equal_runs
 from tests.modeling.test_validation import random_model

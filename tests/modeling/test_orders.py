@@ -10,13 +10,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from modeling.loading import load_generator, load_tokenizer
 from modeling.losses import next_token_loss
 from modeling.noise import perturbation_ratio, random_order_ratio
 from modeling.orders import ORDERS, random_orders, training_orders
-from modeling.rear import ReAR, load_generator
+from modeling.rear import ReAR
 from modeling.sampling.cached_decoding import DecoderWeights, DecodingState, StepFunctions, decode_one_token, prefill
 from modeling.sampling.generate import guidance_schedule
-from modeling.tokenizers.registry import load_tokenizer
 from modeling.training_step import num_order_uniforms, training_step
 from utils.config import load_config
 from utils.config_checks import accumulation_steps

@@ -1,12 +1,9 @@
 import dataclasses
-from dataclasses import replace
 
 import pytest
 import torch
 
-from modeling.rear import ReAR, init_from, load_generator
-from utils.errors import InputError
-from utils.files.weights import save_weights
+from modeling.rear import ReAR
 from utils.schema import GeneratorConfig, ModelConfig
 
 
@@ -88,44 +85,3 @@ def test_modulations_once_per_class_change_neither_outputs_nor_gradients(tiny_mo
     for of_each, of_classes in zip(*results, strict=True):
         torch.testing.assert_close(of_each, of_classes, rtol=1e-4, atol=1e-6)
     assert results[0][0][0].sub(results[0][0][4]).abs().max() > 1e-3  # images of one class have their own codes
-
-
-def test_init_from_keeps_all_but_the_classes(tiny_config: ModelConfig, tiny_model: ReAR, tmp_path) -> None:
-    source = tmp_path / "model.safetensors"
-    save_weights(tiny_model.state_dict(), source)
-    model = ReAR(replace(tiny_config, generator=replace(tiny_config.generator, condition_num_classes=3)))
-    classes = model.embeddings.weight[25:28].clone()
-    init_from(str(tmp_path), model)
-    trained = tiny_model.state_dict()
-    for key, value in model.state_dict().items():
-        if key != "embeddings.weight":
-            assert torch.equal(value, trained[key]), key
-    table, old = model.embeddings.weight, trained["embeddings.weight"]
-    assert torch.equal(table[:25], old[:25])  # codes and mask
-    assert torch.equal(table[25:28], classes)
-    assert torch.equal(table[28], old[30])  # null class
-
-    wider = ReAR(replace(tiny_config, vq_model=replace(tiny_config.vq_model, codebook_size=25)))
-    with pytest.raises(InputError, match=r"model\.safetensors: does not fit ReAR as configured: .*lm_head"):
-        init_from(str(source), wider)
-    del trained["encode_align_mlp.0.bias"]
-    save_weights(trained, source)
-    with pytest.raises(InputError, match=r"1 missing \(encode_align_mlp\.0\.bias\)"):
-        init_from(str(source), model)
-
-
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_load_generator_is_strict_but_for_the_projectors(
-    tiny_config: ModelConfig, tiny_model: ReAR, tmp_path, suffix: str
-) -> None:
-    path = tmp_path / f"model.{suffix}"
-    state = tiny_model.state_dict()
-    save_weights(state, path) if suffix == "safetensors" else torch.save(state, path)
-    loaded = load_generator(path, tiny_config)
-    assert torch.equal(loaded.lm_head.weight, tiny_model.lm_head.weight)
-    assert loaded.encode_align_mlp is None
-
-    del state["lm_head.bias"]
-    save_weights(state, tmp_path / "short.safetensors")
-    with pytest.raises(InputError, match=r"short\.safetensors.*lm_head\.bias"):
-        load_generator(tmp_path / "short.safetensors", tiny_config)

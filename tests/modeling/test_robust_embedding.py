@@ -11,11 +11,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from modeling.loading import load_tokenizer
 from modeling.losses import next_token_loss
 from modeling.noise import NOISES, num_noise_uniforms
 from modeling.rear import ReAR
 from modeling.robust_embedding import ANNEAL_END, RobustEmbedding, alignment_loss, cosine_to_codes, mask_codes
-from modeling.tokenizers.registry import load_tokenizer
 from modeling.training_step import training_step
 from tests.processes import run_ranks
 from utils.config import load_config

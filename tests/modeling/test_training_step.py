@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from modeling.loading import load_tokenizer
 from modeling.losses import alignment_loss, cosine_to_codes, next_token_loss
 from modeling.noise import num_noise_uniforms, switch_codes
 from modeling.rear import ReAR, ReAROutput
-from modeling.tokenizers.registry import load_tokenizer
 from modeling.training_step import compile_blocks, training_step
 from utils.config import load_config
 

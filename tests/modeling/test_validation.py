@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from data.validation_data import open_validation_data, validation_batches
+from modeling.loading import load_tokenizer
 from modeling.rear import ReAR
-from modeling.tokenizers.registry import load_tokenizer
 from modeling.validation import (
     ValidationLosses,
     ValidationTokens,

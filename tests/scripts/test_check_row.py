@@ -213,7 +213,7 @@ def test_scores_of_other_features_get_no_verdict(tmp_path: Path, monkeypatch: py
     (tmp_path / "model.safetensors").touch()
     config = load_config(["experiment.output_dir=unused", *row.arguments()])
     save_config(config, tmp_path / "samples.yaml")
-    weights = check_row.find_trained_weights(str(tmp_path)).path.resolve()
+    weights = check_row.find_weights(str(tmp_path)).path.resolve()
     made_from = dict(flat({"model": asdict(config.model), "sampling": asdict(config.sampling)}))
     (tmp_path / "samples.json").write_text(json.dumps({"provenance": made_from, "weights": str(weights)}))
     for sha256, count in (("6726825d" * 8, 0), ("0" * 64, 1)):

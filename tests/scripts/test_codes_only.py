@@ -11,7 +11,7 @@ import torch
 
 from data.codes.token_store import TokenStore
 from evaluation.inputs import open_input
-from modeling.tokenizers.registry import load_tokenizer
+from modeling.loading import load_tokenizer
 from scripts import (
     complete_images,
     convert_tokens,

@@ -8,10 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
+from modeling.loading import load_tokenizer
 from modeling.rear import ReAR
 from modeling.sampling.generate import generate
 from modeling.sampling.inpainting import in_region
-from modeling.tokenizers.registry import load_tokenizer
 from scripts import complete_images
 from utils.config import load_config
 from utils.errors import InputError

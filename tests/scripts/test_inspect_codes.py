@@ -9,7 +9,7 @@ from PIL import Image
 
 from data.codes.code_statistics import CodeStatistics
 from data.codes.token_writer import StoreMeta, new_token_store
-from modeling.tokenizers.registry import load_tokenizer
+from modeling.loading import load_tokenizer
 from scripts import inspect_codes
 from utils.config import load_config
 from utils.errors import InputError

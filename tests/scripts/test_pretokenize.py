@@ -16,7 +16,7 @@ from PIL import Image
 from data.codes.token_store import TokenStore, open_tokens
 from data.images.reading import open_images
 from data.images.transforms import adm_center_crop
-from modeling.tokenizers.registry import load_tokenizer
+from modeling.loading import load_tokenizer
 from scripts import pretokenize
 from tests.conftest import make_noise_images
 from tests.processes import ROOT, run_script

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling.tokenizers.registry import load_tokenizer
+from modeling.loading import load_tokenizer
 from scripts import reconstruct
 from utils.config import load_config
 from utils.errors import InputError

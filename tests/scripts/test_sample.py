@@ -11,18 +11,18 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling.rear import ReAR, load_generator
-from modeling.sampling import image_sampler
+from modeling.loading import load_generator, load_tokenizer
+from modeling.rear import ReAR
 from modeling.sampling.cached_decoding import DecodingState
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_sampler import ImageSampler
-from modeling.tokenizers.registry import load_tokenizer
 from scripts import sample_imagenet_rear
 from tests.processes import ROOT, rank_environments, run_script, start_script
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.sample_chunks import SampleChunks
 from utils.files.weights import load_state_dict, save_weights
+from utils.run import image_provenance
 
 SCRIPT = "scripts/sample_imagenet_rear.py"
 
@@ -223,11 +223,8 @@ def test_values_that_are_not_finite_name_the_images_and_the_weights(
     tiny_arguments: list[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str, what: str
 ) -> None:
     """Damaged after loading, since a file with such values is refused."""
-    owner, load = {
-        "model": (image_sampler, "load_generator"),
-        "tokenizer": (sample_imagenet_rear, "load_tokenizer"),
-    }[broken]
-    original = getattr(owner, load)
+    load = {"model": "load_generator", "tokenizer": "load_tokenizer"}[broken]
+    original = getattr(sample_imagenet_rear, load)
 
     def damaged(*arguments: object) -> torch.nn.Module:
         module = original(*arguments)
@@ -235,7 +232,7 @@ def test_values_that_are_not_finite_name_the_images_and_the_weights(
         head.bias.data[1] = torch.nan
         return module
 
-    monkeypatch.setattr(owner, load, damaged)
+    monkeypatch.setattr(sample_imagenet_rear, load, damaged)
     with pytest.raises(InputError, match=rf"images 0 to 7: the {what} are not finite.*generator_checkpoint=") as caught:
         sample(tiny_arguments, checkpoint, tmp_path / "x")
     assert str(checkpoint) in str(caught.value)
@@ -308,7 +305,7 @@ def test_chunks_of_another_run_are_refused(
             sample(tiny_arguments, checkpoint, tmp_path / "x")
     overrides = [override]
     if override == "other code":
-        monkeypatch.setattr(image_sampler, "code_facts", lambda: {"code": "0ther"})
+        monkeypatch.setattr(image_provenance, "code_facts", lambda: {"code": "0ther"})
         overrides = []
     if override == "other weights":
         state = load_state_dict(checkpoint)

@@ -14,7 +14,6 @@ from PIL import Image
 
 from evaluation.metrics import frechet_distance
 from modeling.rear import ReAR
-from modeling.sampling import image_sampler
 from scripts import sample_imagenet_rear, sweep_guidance
 from tests.evaluation.made_up import StubExtractor, blocky_images
 from tests.processes import run_ranks, run_script
@@ -215,14 +214,14 @@ def test_scores_of_another_origin_are_not_mixed(
 def test_values_that_are_not_finite_name_the_setting(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = image_sampler.load_generator
+    original = sweep_guidance.load_generator
 
     def damaged(*given: object) -> ReAR:
         model = original(*given)
         model.lm_head.bias.data[1] = torch.nan
         return model
 
-    monkeypatch.setattr(image_sampler, "load_generator", damaged)
+    monkeypatch.setattr(sweep_guidance, "load_generator", damaged)
     with pytest.raises(InputError, match=r"^model\.generator\.guidance_scale=1\.0 .*not finite.*generator_checkpoint="):
         run(arguments, tmp_path / "x")
 

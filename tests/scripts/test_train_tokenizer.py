@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from modeling.loading import load_tokenizer
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
-from modeling.tokenizers.registry import load_tokenizer
 from scripts import train_tokenizer
 from tests.processes import run_script
 from utils.config import load_config

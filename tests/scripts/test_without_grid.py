@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from data.codes.token_store import TokenStore
+from modeling.loading import load_tokenizer
 from modeling.rear import ReAR
-from modeling.tokenizers.registry import build_tokenizer, load_tokenizer
+from modeling.tokenizers.registry import build_tokenizer
 from scripts import inspect_codes, make_config, make_shards, pretokenize, reconstruct, sample_imagenet_rear, train_rear
 from scripts.demo_model import DemoModel, Settings
 from tests.conftest import make_noise_images

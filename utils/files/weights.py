@@ -1,8 +1,7 @@
-"""Weights: reading finite tensors whatever saved them, loading that accepts no difference, a hash.
+"""Weights: read finite tensors whatever trainer saved them, load them strictly, hash them.
 
-Read are the files of safetensors and torch.save under any name, and folders of shards with an index. What trainers put
-around a state dict is taken off where that leaves no choice: one known name above it (`{"state_dict": ...}`) or one
-known prefix on all keys (`module.`), said in one line. Everything else is an error.
+Known wrappers of trainers are removed where that is unambiguous, and reported in one line: one name above the state
+dict (`{"state_dict": ...}`), or one prefix of all keys (`module.`). Anything else is an error.
 """
 
 import errno
@@ -19,121 +18,107 @@ from torch import Tensor, nn
 
 from utils.errors import InputError
 from utils.files.atomic import atomic_file
-from utils.files.weight_formats import find_index, is_index, read_contents, shards_of
+from utils.files.weight_formats import is_index, read_contents, shards_of
 
-RECORD = "re-ar"  # name in a safetensors file's metadata
-NAMED_IN_ERRORS = 3  # keys that an error message spells out
-# Names above a state dict, and first parts of its keys: of DDP and AveragedModel (module), torch.compile (_orig_mod),
-# Lightning (state_dict, model). No key of our own modules begins with one.
+RECORD = "re-ar"  # key in the metadata of a safetensors file
+NAMES_IN_ERRORS = 3
+# Names above a state dict and prefixes of its keys: DDP and AveragedModel (module), torch.compile (_orig_mod),
+# Lightning (state_dict, model). No key of this project's modules begins with one.
 WRAPPERS = ("state_dict", "model", "module", "_orig_mod", "ema", "generator")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def load_state_dict(path: Path) -> dict[str, Tensor]:
-    """Read tensors on the CPU, without running code; rank 0 prints a line if it took off a name or joined shards.
+    """Read tensors on the CPU, without running code. Rank 0 prints which wrappers were removed.
 
     Args:
-        path: a file of safetensors or torch.save, whatever its suffix; an `*.index.json` of shards beside it, or a
-            folder with one.
+        path: a file of safetensors or torch.save with any suffix, or an `*.index.json` of shards next to it.
 
     Raises:
-        InputError: there is nothing, or something else, which is named; more than one state dict; a prefix on some of
-            the keys; a tensor with a value that is not finite in float32.
+        InputError: no weights, several state dicts, a prefix of some of the keys only, a tensor that is not finite in
+            float32, or one that differs from the hash in the file.
     """
     path = Path(path)
-    if path.is_dir():
-        path = find_index(path)
-    if is_index(path):
-        state, taken = _read_shards(path)
-    else:
-        state, taken = _read_file(path)
-    while (name := _common_wrapper(state, path)) is not None:
-        state = {key.removeprefix(f"{name}."): value for key, value in state.items()}
-        taken.append(f"without the prefix {name!r} of all its keys")
-    if taken and os.environ.get("RANK", "0") == "0":
-        print(f"{path}: read {', '.join(taken)}")
+    state, changes = _read_shards(path) if is_index(path) else _read_file(path)
+    while (prefix := _common_prefix(state, path)) is not None:
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        changes.append(f"removed the prefix {prefix!r}")
+    if changes and os.environ.get("RANK", "0") == "0":
+        print(f"{path}: {', '.join(changes)}")
     return state
 
 
 def _read_shards(index: Path) -> tuple[dict[str, Tensor], list[str]]:
     state: dict[str, Tensor] = {}
     shards = shards_of(index)
-    absent = [name for name in shards if not (index.parent / name).is_file()]
-    if absent:
-        raise InputError(f"{index}: {len(absent)} of {len(shards)} shards are not there ({_first(absent)})")
+    missing = [name for name in shards if not (index.parent / name).is_file()]
+    if missing:
+        raise InputError(f"{index}: {len(missing)} of {len(shards)} shards are missing ({_first(missing)})")
     for name, keys in shards.items():
         tensors, _ = _read_file(index.parent / name)
-        if differing := sorted(keys ^ tensors.keys()):
+        if different := sorted(keys ^ tensors.keys()):
             raise InputError(
-                f"{index.parent / name}: found other keys than {index.name} says: {len(differing)} differ "
-                f"({_first(differing)})"
+                f"{index.parent / name}: {len(different)} keys differ from those in {index.name} ({_first(different)})"
             )
         state |= tensors
-    return state, [f"from {len(shards)} shards"]
+    return state, [f"joined {len(shards)} shards"]
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """A flat dict of finite tensors, and what was around it."""
-    contents, taken = read_contents(path), []
+    """A flat dict of finite tensors, and which wrapper was removed."""
+    contents, changes = read_contents(path), []
     if isinstance(contents, dict) and any(isinstance(value, dict) for value in contents.values()):
-        nests = [key for key, value in contents.items() if key in WRAPPERS and isinstance(value, dict)]
-        if len(nests) == 1:
-            contents, taken = contents[nests[0]], [f"from under {nests[0]!r}"]
-        elif nests:
-            raise InputError(
-                f"{path}: found a dict under each of {', '.join(map(repr, nests))}, expected one of them; "
-                "save the state dict that you mean in a file of its own"
-            )
-    if not isinstance(contents, dict) or not all(map(_is_entry, contents.items())):
+        wrappers = [key for key in WRAPPERS if isinstance(contents.get(key), dict)]
+        if len(wrappers) > 1:
+            raise InputError(f"{path}: found state dicts under {', '.join(wrappers)}, expected one; save it alone")
+        if wrappers:
+            contents = contents[wrappers[0]]
+            changes = [f"used the state dict under {wrappers[0]!r}"]
+    if not isinstance(contents, dict) or not all(_is_entry(key, value) for key, value in contents.items()):
         raise InputError(
-            f"{path}: expected a flat dict of tensors, by itself or under one of {', '.join(WRAPPERS)}, "
-            f"found {_describe(contents)}"
+            f"{path}: found {_describe(contents)}, expected a flat dict of tensors, alone or under one of "
+            f"{', '.join(WRAPPERS)}"
         )
-    _check_record(contents, path)
-    _check_finite(contents, path)
-    return contents, taken
-
-
-def _is_entry(item: tuple[Any, Any]) -> bool:
-    key, value = item
-    plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
-    return isinstance(key, str) and plain
-
-
-def _check_finite(state: dict[str, Tensor], path: Path) -> None:
-    bad = [key for key, value in state.items() if value.dtype in FLOATS and not _is_finite(value)]
+    expected = read_record(path).get("tensors_sha256")
+    if expected is not None and (found := tensors_sha256(contents)) != expected:
+        raise InputError(f"{path}: damaged, found tensors of sha256 {found[:12]}..., expected {expected[:12]}...")
+    bad = [key for key, value in contents.items() if value.dtype in FLOATS and not _is_finite(value)]
     if bad:
-        raise InputError(
-            f"{path}: {len(bad)} of {len(state)} tensors hold NaN or infinity ({_first(bad)}), expected finite weights"
-        )
+        raise InputError(f"{path}: {len(bad)} of {len(contents)} tensors hold NaN or infinity ({_first(bad)})")
+    return contents, changes
+
+
+def _is_entry(key: Any, value: Any) -> bool:
+    is_dense = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized
+    return isinstance(key, str) and is_dense
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """In float32. Both extremes are NaN where one value is; finding them reads a tensor once and copies nothing."""
+    """In float32. Both extremes are NaN if any value is; aminmax reads a tensor once and copies nothing."""
     return tensor.numel() == 0 or bool(torch.stack(tensor.detach().aminmax()).float().isfinite().all())
 
 
-def _common_wrapper(state: dict[str, Tensor], path: Path) -> str | None:
-    """The known name with which all keys begin."""
-    for name in WRAPPERS:
-        begin = sum(key.startswith(f"{name}.") for key in state)
-        if begin and begin < len(state):
+def _common_prefix(state: dict[str, Tensor], path: Path) -> str | None:
+    """The known prefix of all keys."""
+    for prefix in (f"{name}." for name in WRAPPERS):
+        count = sum(key.startswith(prefix) for key in state)
+        if count and count < len(state):
             raise InputError(
-                f"{path}: {begin} of {len(state)} keys begin with {name!r}, expected all or none; "
-                "save the tensors that you mean in a file of their own"
+                f"{path}: {count} of {len(state)} keys begin with {prefix!r}, expected all or none; save the tensors "
+                "of one model alone"
             )
-        if begin:
-            return name
+        if count:
+            return prefix
     return None
 
 
 def save_weights(state_dict: dict[str, Tensor], path: Path, record: dict[str, Any] | None = None) -> None:
-    """Write a safetensors file with the permissions that the umask gives (safetensors itself writes 0600).
+    """Write a safetensors file with the permissions of the umask (safetensors itself writes 0600).
 
     Args:
-        record: what the weights were made from (JSON values); kept in the file's metadata with a hash of the tensors,
-            which every reader compares.
+        record: provenance of the weights (JSON values), kept in the file's metadata with a hash of the tensors, which
+            every reader compares.
 
     Raises:
         OSError: the disk is full or fails.
@@ -157,18 +142,18 @@ def read_record(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {}).get(RECORD, "{}"))
-    except (OSError, SafetensorError, ValueError):  # `load_state_dict` says what is there instead
+    except (OSError, SafetensorError, ValueError):  # `load_state_dict` reports them
         return {}
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
-    """Copy `state` into `module`, in the module's precision; every key and shape must be equal, and floats be floats.
+    """Copy `state` into `module`, in the module's precision. All keys and shapes must be equal, and floats be floats.
 
     Args:
         source: where the tensors come from, for the error message.
 
     Raises:
-        InputError: missing, unexpected or misshapen entries or such of another type, counted and the first ones named.
+        InputError: missing or unexpected keys, other shapes or types, counted and the first ones named.
     """
     check_fits(module, state, source)
     module.load_state_dict(state, strict=True)
@@ -177,27 +162,28 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], source: object) -> 
 def check_fits(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
     """The check of `load_strict` alone."""
     own = module.state_dict()
-    missing = [key for key in own if key not in state]
-    unexpected = [key for key in state if key not in own]
-    misshapen = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    mistyped = [
-        f"{key} {_name(state[key].dtype)} instead of {_name(own[key].dtype)}"
-        for key in own
-        if key in state and _kind(state[key].dtype) != _kind(own[key].dtype)
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
-    problems["of another type"] = mistyped
+    pairs = [(key, state[key], own[key]) for key in own if key in state]
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [
+            f"{key} {tuple(found.shape)} instead of {tuple(expected.shape)}"
+            for key, found, expected in pairs
+            if found.shape != expected.shape
+        ],
+        "of another type": [
+            f"{key} {_name(found.dtype)} instead of {_name(expected.dtype)}"
+            for key, found, expected in pairs
+            if _kind(found.dtype) != _kind(expected.dtype)
+        ],
+    }
     if any(problems.values()):
-        found = "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in problems.items() if names)
+        found = "; ".join(f"{len(names)} {problem} ({_first(names)})" for problem, names in problems.items() if names)
         raise InputError(f"{source}: does not fit {type(module).__name__} as configured: {found}")
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Hash of a module's names, shapes and values, whatever file they came from."""
+    """Hash of a module's names, shapes and values, independent of the file they came from."""
     return tensors_sha256(module.state_dict())
 
 
@@ -209,14 +195,8 @@ def tensors_sha256(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _check_record(state: dict[str, Tensor], path: Path) -> None:
-    expected = read_record(path).get("tensors_sha256")
-    if expected is not None and (found := tensors_sha256(state)) != expected:
-        raise InputError(f"{path}: damaged, found tensors of sha256 {found[:12]}..., expected {expected[:12]}...")
-
-
 def _first(names: list[str]) -> str:
-    return ", ".join(names[:NAMED_IN_ERRORS]) + (", ..." if len(names) > NAMED_IN_ERRORS else "")
+    return ", ".join(names[:NAMES_IN_ERRORS]) + (", ..." if len(names) > NAMES_IN_ERRORS else "")
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -224,12 +204,12 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _kind(dtype: torch.dtype) -> str:
-    """Types of one kind are converted; all others must be equal: bool, complex, and floats that need a scale."""
+    """Types of one kind are converted; others (bool, complex, floats that need a scale) must be equal."""
     return "float" if dtype in FLOATS else "integer" if dtype in INTEGERS else _name(dtype)
 
 
 def _describe(contents: object) -> str:
     if not isinstance(contents, dict):
         return f"a {type(contents).__name__}"
-    key, value = next(item for item in contents.items() if not _is_entry(item))
+    key, value = next((key, value) for key, value in contents.items() if not _is_entry(key, value))
     return f"a {type(value).__name__} under {key!r}"

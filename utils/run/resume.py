@@ -1,136 +1,207 @@
-"""Where a run starts: the rules of `experiment.resume`."""
+"""Where a run starts: the rules of `experiment.resume` (docs/cluster.md), and what a checkpoint may be resumed with."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from utils.config import flat
 from utils.errors import InputError
+from utils.files.hub import SCHEME
 from utils.files.weights import load_state_dict, read_record
+from utils.keys import KEYS
+from utils.marks import MAY_CHANGE, SILENT
 from utils.run.checkpoint import EMA, MODEL, checkpoint_folders, load_modules, load_optimizers, step_of
-from utils.run.manifest import MANIFEST_FILE, TrainingState, read_manifest, verify
+from utils.run.manifest import MANIFEST_FILE, Provenance, TrainingState, read_manifest, verify, versions
 from utils.run.snapshot import Resumable, restore_module
-from utils.run.trained_weights import FINAL_FILE
+from utils.run.weights_path import FINAL_FILE, check_tokenizer, find_weights, resolve_path
 from utils.schema import Config, TrainingConfig
 
-MODEL_FILES = (FINAL_FILE, "unwrapped_model/model.safetensors", "unwrapped_model/pytorch_model.bin")
+WORDS = ("auto", "true", "false")  # values of experiment.resume that are not paths
 
 
-@dataclass
+@dataclass(frozen=True)
 class Start:
     """What a run starts from.
 
     Attributes:
-        checkpoint: a verified checkpoint folder, or weights without a manifest; None: from scratch.
-        weights_only: `checkpoint` holds weights in the published layout; optimizer, step and data start anew.
+        checkpoint: a verified checkpoint folder, or a weights file; None: from scratch.
+        weights_only: `checkpoint` is a weights file; optimizer, step and data order start anew.
         notices: lines for the log.
-        back_up: checkpoints of `output_dir` that are damaged or of later steps, and final weights of later steps, to
-            be renamed before training.
+        back_up: checkpoints in `output_dir` that are damaged or of later steps, and final weights of later steps. They
+            are renamed before training.
     """
 
     checkpoint: str | None = None
     weights_only: bool = False
-    notices: list[str] = field(default_factory=list)
-    back_up: list[str] = field(default_factory=list)
+    notices: tuple[str, ...] = ()
+    back_up: tuple[Path, ...] = ()
 
 
 def find_start(output_dir: Path, resume: str) -> Start:
-    """Choose and verify a checkpoint, reading all of it; changes nothing.
+    """Choose a checkpoint and verify all its files; changes nothing.
 
     Args:
-        resume: `auto`: the newest good checkpoint of `output_dir`, from scratch if there is none at all; `true`: there
-            must be one; `false`: there must be none; else a path: a checkpoint, or weights of the published layout.
-            With a path, checkpoints that a run from this path has written to `output_dir` come first, so that the
-            same command continues.
+        resume: `auto`: the newest good checkpoint in `output_dir`, from scratch if there is none at all; `true`: there
+            must be one; `false`: there must be none; else a path (`utils.run.weights_path`). With a path, checkpoints
+            that a run from this path has written to `output_dir` take precedence, so that the same command resumes.
 
     Raises:
-        InputError: a rule above is broken, every checkpoint is damaged, or the one asked for by name is.
+        InputError: a rule above is broken, every checkpoint is damaged, or the one that a path names is.
     """
+    if resume not in WORDS:
+        return _start_from_path(output_dir, resume)
     folders = checkpoint_folders(output_dir)
     if resume == "false":
         if folders:
             raise InputError(f"experiment.resume=false: {output_dir} already holds {folders[-1].name}")
         return Start()
-    if resume not in ("auto", "true"):
-        return _start_from_path(output_dir, resume)
     newest, damaged = _newest_good(folders)
     if newest is not None:
-        return Start(str(newest), notices=[*damaged.values()], back_up=[str(path) for path in damaged])
+        return Start(str(newest), notices=tuple(damaged.values()), back_up=tuple(damaged))
     if damaged:
-        reasons = "; ".join(damaged.values())
-        raise InputError(f"experiment.resume={resume}: no checkpoint in {output_dir} is whole: {reasons}")
+        raise InputError(f"experiment.resume={resume}: all checkpoints are damaged: {'; '.join(damaged.values())}")
     if resume == "true":
         raise InputError(f"experiment.resume=true: no complete checkpoint in {output_dir}")
     return Start()
 
 
+def _start_from_path(output_dir: Path, resume: str) -> Start:
+    if not resume.startswith(SCHEME) and not Path(resume).exists():
+        raise InputError(f"experiment.resume={resume}: no such path; expected {', '.join(WORDS)} or a path")
+    own, damaged = _newest_good(checkpoint_folders(output_dir))
+    if own is not None and read_manifest(own).state.started_from == _identity(resume):
+        notice = f"resuming {own.name}, which began with experiment.resume={resume}"
+        return Start(str(own), notices=(*damaged.values(), notice), back_up=tuple(damaged))
+    source = resolve_path(resume)
+    if source.kind == "checkpoint":
+        verify(source.path)
+        return _start_from_checkpoint(output_dir, source.path, notices=(), damaged=damaged)
+    in_run = checkpoint_folders(source.path) if source.kind == "run" else []
+    if not in_run:
+        return _start_from_weights(output_dir, resume)
+    newest, skipped = _newest_good(in_run)
+    if newest is None:
+        raise InputError(f"experiment.resume={resume}: all checkpoints are damaged: {'; '.join(skipped.values())}")
+    notices = (*skipped.values(), f"experiment.resume={resume}: using {newest.name}")
+    return _start_from_checkpoint(output_dir, newest, notices=notices, damaged=damaged)
+
+
+def _start_from_checkpoint(
+    output_dir: Path, checkpoint: Path, *, notices: tuple[str, ...], damaged: dict[Path, str]
+) -> Start:
+    """
+    Args:
+        damaged: checkpoints in `output_dir`.
+    """
+    step = read_manifest(checkpoint).state.global_step
+    others = [path for path in checkpoint_folders(output_dir) if path.resolve() != checkpoint.resolve()]
+    back_up = [path for path in others if path in damaged or step_of(path) >= step]
+    final = output_dir / FINAL_FILE
+    if final.is_file() and read_record(final).get("step", step + 1) > step:
+        back_up.append(final)  # else a sampler would take it for the newest state
+    return Start(str(checkpoint), notices=(*notices, *_describe(back_up)), back_up=tuple(back_up))
+
+
+def _start_from_weights(output_dir: Path, resume: str) -> Start:
+    weights, final = find_weights(resume).path, output_dir / FINAL_FILE
+    if weights.resolve() == final.resolve():
+        raise InputError(
+            f"experiment.resume={resume}: found the final weights of this run itself, expected a checkpoint; to start "
+            "from them choose another experiment.output_dir"
+        )
+    back_up = [path for path in checkpoint_folders(output_dir) if path.resolve() != Path(resume).resolve()]
+    if final.is_file():
+        back_up.append(final)
+    notice = f"{weights}: found no {MANIFEST_FILE}, so weights only; optimizer, step and data order start anew"
+    return Start(str(weights), weights_only=True, notices=(notice, *_describe(back_up)), back_up=tuple(back_up))
+
+
 def _newest_good(folders: list[Path]) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint that is as its manifest says, and by path what is wrong with newer ones."""
+    """The newest checkpoint that agrees with its manifest, and the problems of newer ones."""
     damaged = {}
     for path in reversed(folders):
         try:
             verify(path)
         except InputError as error:
-            damaged[path] = f"passed over: {error}"
+            damaged[path] = f"skipped: {error}"
         else:
             return path, damaged
     return None, damaged
 
 
-def _start_from_path(output_dir: Path, resume: str) -> Start:
-    path = Path(resume)
-    if not path.exists():
-        raise InputError(f"experiment.resume={resume}: no such path; expected auto, true, false or a checkpoint")
-    folders = checkpoint_folders(output_dir)
-    own, damaged = _newest_good(folders)
-    if own is not None and read_manifest(own).state.started_from == str(path.resolve()):
-        notice = f"continuing {own.name}, which began with experiment.resume={resume}"
-        return Start(str(own), notices=[*damaged.values(), notice], back_up=[str(p) for p in damaged])
-    inside = checkpoint_folders(path) if path.is_dir() else []
-    notices: list[str] = []
-    if inside:  # a run folder
-        newest, broken = _newest_good(inside)
-        if newest is None:
-            raise InputError(f"experiment.resume={resume}: no checkpoint there is whole: {'; '.join(broken.values())}")
-        path, notices = newest, [*broken.values(), f"experiment.resume={resume}: taking {newest.name}"]
-    if not (path / MANIFEST_FILE).is_file():
-        weights = path if path.is_file() else next((path / n for n in MODEL_FILES if (path / n).is_file()), None)
-        if weights is None:
-            raise InputError(f"{path}: found neither {MANIFEST_FILE} nor weights, one of {', '.join(MODEL_FILES)}")
-        if weights.resolve() == (output_dir / FINAL_FILE).resolve():
-            raise InputError(
-                f"experiment.resume={resume}: found the final weights of this run itself, expected a checkpoint; to "
-                "start from them choose another experiment.output_dir"
-            )
-        start = Start(str(weights), weights_only=True)
-        start.notices = [f"{weights}: no manifest, so weights only; optimizer, step and data order start anew"]
-    else:
-        if not inside:
-            verify(path)
-        start = Start(str(path), notices=notices)
-    first_step = 0 if start.weights_only else read_manifest(path).state.global_step
-    others = [p for p in folders if p.resolve() != path.resolve()]
-    start.back_up = [str(p) for p in others if p in damaged or step_of(p) >= first_step]
-    final = output_dir / FINAL_FILE
-    if final.is_file() and (start.weights_only or read_record(final).get("step", first_step + 1) > first_step):
-        start.back_up.append(str(final))  # else a sampler would take it for the newest state
-    start.notices += [f"{Path(p).name} is set aside" for p in start.back_up]
-    return start
+def _identity(resume: str) -> str:
+    """How the state of a run records the path that it was started from."""
+    return resume if resume.startswith(SCHEME) else str(Path(resume).resolve())
+
+
+def _describe(back_up: list[Path]) -> list[str]:
+    return [f"{path.name} is backed up with the suffix .aside" for path in back_up]
 
 
 def back_up(start: Start) -> None:
     """Rename what must neither be taken for the newest state nor be lost: `checkpoint-<step>.aside`."""
-    for path in map(Path, start.back_up):
-        target = path.with_name(path.name + ".aside")
+    for path in start.back_up:
+        target = path.with_name(f"{path.name}.aside")
         number = 1
         while target.exists():
-            number, target = number + 1, path.with_name(f"{path.name}.aside{number}")
+            number += 1
+            target = path.with_name(f"{path.name}.aside{number}")
         path.rename(target)
 
 
-def starting_state(start: Start, config: Config, global_batch_size: int) -> TrainingState:
-    """The state that the run goes on from.
+def check_same_run(start: Start, config: Config, provenance: Provenance, global_batch_size: int) -> list[str]:
+    """Compare with the run that wrote the checkpoint, before anything is loaded.
+
+    Which keys may differ is annotated in the schema.
+
+    Returns:
+        A line for the log for each other difference.
 
     Raises:
-        InputError: the run is to end before that.
+        InputError: another model, data or tokenizer, or another global batch without `training.allow_batch_change`.
+    """
+    if start.checkpoint is None or start.weights_only:
+        return []
+    manifest = read_manifest(Path(start.checkpoint))
+    changes = _differences(manifest.provenance.config, asdict(config))
+    model_changes = [
+        line for key, line in changes.items() if key.startswith("model.") and MAY_CHANGE not in KEYS[key].marks
+    ]
+    if model_changes:
+        raise InputError(f"{start.checkpoint}: written by another model: {'; '.join(model_changes)}")
+    if manifest.provenance.data_hash != provenance.data_hash:
+        raise InputError(
+            f"{start.checkpoint}: written on other training data: found hash {provenance.data_hash[:12]}..., expected "
+            f"{manifest.provenance.data_hash[:12]}...; use another experiment.output_dir, or the data of that run"
+        )
+    trained_with = manifest.provenance.tokenizer_sha256
+    check_tokenizer(trained_with, provenance.tokenizer_sha256, start.checkpoint, config.experiment)
+    written_at = manifest.state.global_batch_size
+    if written_at != global_batch_size and not config.training.allow_batch_change:
+        raise InputError(
+            f"{start.checkpoint}: written at a global batch of {written_at} images, found {global_batch_size} = "
+            "per_gpu_batch_size * gradient_accumulation_steps * processes; keep the product, or set "
+            "training.allow_batch_change=true"
+        )
+    notices = [line for key, line in changes.items() if SILENT not in KEYS[key].marks]
+    if manifest.provenance.code_hash != provenance.code_hash:
+        notices.append("the code has changed")
+    notices += _differences(manifest.versions, versions()).values()
+    return [f"since {Path(start.checkpoint).name}: {notice}" for notice in notices]
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """By dotted key: `key=new, was old`, for keys that both have."""
+    old, new = dict(flat(old)), dict(flat(new))
+    common = [key for key in new if key in old and old[key] != new[key]]
+    return {key: f"{key}={new[key]}, was {old[key]}" for key in common}
+
+
+def starting_state(start: Start, config: Config, global_batch_size: int) -> TrainingState:
+    """The state from which the run continues.
+
+    Raises:
+        InputError: the run is configured to end before it.
     """
     resume = config.experiment.resume
     if start.checkpoint is not None and not start.weights_only:
@@ -138,8 +209,8 @@ def starting_state(start: Start, config: Config, global_batch_size: int) -> Trai
         state.global_batch_size = global_batch_size
     else:
         state = TrainingState(global_step=0, global_batch_size=global_batch_size, samples_seen=0)
-    if resume not in ("auto", "true", "false"):
-        state.started_from = str(Path(resume).resolve())
+    if resume not in WORDS:
+        state.started_from = _identity(resume)
     if state.global_step > last_step(config.training):
         key = "max_train_steps" if config.training.stop_steps is None else "stop_steps"
         raise InputError(
@@ -155,8 +226,7 @@ def last_step(training: TrainingConfig) -> int:
 
 
 def load_start(start: Start, resumable: Resumable) -> list[str]:
-    """Load what the run starts from, in place and strictly. With weights alone all but the model and its EMA start
-    anew.
+    """Load what the run starts from, in place and strictly. Weights alone are loaded into the model and its EMA.
 
     Returns:
         Lines for the log.

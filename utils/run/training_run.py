@@ -18,7 +18,6 @@ from utils.errors import TrainingError
 from utils.faults import fault_point
 from utils.files.weights import save_weights
 from utils.precision import deterministic, matmul_precision
-from utils.run.compatibility import check_same_run
 from utils.run.gc_control import gc_between_steps
 from utils.run.manifest import Provenance, TrainingData
 from utils.run.measurements import Measurements
@@ -26,14 +25,14 @@ from utils.run.memory_estimate import MemoryEstimate
 from utils.run.nonfinite_guard import NonFiniteGuard
 from utils.run.profiling import profiled
 from utils.run.reporter import Reporter
-from utils.run.resume import back_up, find_start, last_step, load_start, starting_state
+from utils.run.resume import back_up, check_same_run, find_start, last_step, load_start, starting_state
 from utils.run.run_environment import code_facts, log_and_continue, prepare_run_folder
 from utils.run.saver import CheckpointSaver
 from utils.run.signals import StoppedWaitingError, StopSignals, stacks_of_a_hang
 from utils.run.snapshot import Optimizers, Resumable, weights_of
 from utils.run.status import EXIT_PREEMPTED, StatusKeeper
 from utils.run.step_triggers import StepTriggers
-from utils.run.trained_weights import FINAL_FILE
+from utils.run.weights_path import FINAL_FILE
 
 EXIT_STATUS = {"completed": 0, "preempted": EXIT_PREEMPTED}
 D = TypeVar("D", bound=TrainingData)
@@ -118,7 +117,7 @@ class TrainingRun:
         self._facts = {"processes": self.ctx.size, "global_batch_size": self.global_batch_size, "samples": len(data)}
         self._provenance = Provenance(asdict(self.config), data.fingerprint, self._code, tokenizer_sha256)
         check = (self._start, self.config, self._provenance, self.global_batch_size)
-        self.notices = self._start.notices + self.ctx.broadcast_from_rank0(lambda: check_same_run(*check))
+        self.notices = [*self._start.notices, *self.ctx.broadcast_from_rank0(lambda: check_same_run(*check))]
         return data
 
     def begin(

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from modeling.loading import load_tokenizer
 from modeling.tokenizers import conv_layers
 from modeling.tokenizers.conv_tokenizer import ConvTokenizer
-from modeling.tokenizers.registry import build_tokenizer, load_tokenizer, tokenizer_sizes
+from modeling.tokenizers.registry import build_tokenizer, tokenizer_sizes
 from modeling.tokenizers.tokenizer import TrainableTokenizer
 from modeling.tokenizers.vector_quantizer import SignQuantizer, entropy_loss
 from tests.modeling.tokenizers.made_up import formula_weight

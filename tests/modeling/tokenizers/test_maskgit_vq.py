@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from modeling.loading import load_tokenizer
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
-from modeling.tokenizers.registry import load_tokenizer
 from tests.modeling.tokenizers.made_up import formula_weight
 from utils.errors import InputError
 from utils.schema import Config, ExperimentConfig, ModelConfig, VQModelConfig

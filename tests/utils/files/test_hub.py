@@ -1,4 +1,4 @@
-"""Names on the Hub, against a cache that is made by hand: nothing is downloaded here."""
+"""Names on the Hub, with a cache written by hand: nothing is downloaded here."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_a_cached_file_is_found(cache: Path, revision: str) -> None:
     assert hub.local_file(f"hf://someone/model{revision}/sub/weights.bin").read_text() == "weights"
 
 
-def test_with_an_index_come_its_shards(cache: Path) -> None:
+def test_the_shards_of_an_index_are_downloaded_too(cache: Path) -> None:
     folder = cache / f"models--someone--model/snapshots/{COMMIT}/sub"
     (folder / "w.index.json").write_text('{"weight_map": {"a": "weights.bin"}}')
     assert hub.local_file("hf://someone/model/sub/w.index.json") == folder / "w.index.json"
@@ -43,7 +43,7 @@ def test_with_an_index_come_its_shards(cache: Path) -> None:
         hub.local_file("hf://someone/model/sub/w.index.json")
 
 
-def test_a_path_is_left_alone(cache: Path) -> None:
+def test_a_path_is_unchanged(cache: Path) -> None:
     assert hub.local_file("someone/model/weights.bin") == Path("someone/model/weights.bin")
 
 
@@ -62,7 +62,7 @@ def test_errors_name_the_source(cache: Path, source: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_a_folder_is_looked_for_on_the_hub_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_looked_up_on_the_hub_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def download(repo: str, **options: object) -> str:
         asked.append((repo, options["revision"]))
         raise LocalEntryNotFoundError("cannot\nreach the Hub")
@@ -75,7 +75,7 @@ def test_a_folder_is_looked_for_on_the_hub_only_when_asked(tmp_path: Path, monke
     for source in ("outputs/rear", Path("outputs/rear"), "outputs", str(tmp_path / "outputs/rear")):
         assert hub.local_folder(source, []) == Path(source)
     for source, message in {
-        "outputs/raer": "outputs/raer: found no such folder, expected a folder; hf://outputs/raer would ask the",
+        "outputs/raer": "outputs/raer: found no such folder, expected a folder; hf://outputs/raer would",
         "outputs/file": "outputs/file: found a file, expected a folder",
         Path("someone/model"): "someone/model: found no such folder, expected a folder",
         "model": "model: found no such folder, expected a folder",

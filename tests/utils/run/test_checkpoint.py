@@ -59,7 +59,7 @@ def test_only_complete_checkpoints_count_and_the_newest_are_kept(tmp_path: Path)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
     start = find_start(tmp_path, "auto")
     assert start.checkpoint == str(tmp_path / "checkpoint-100")
-    assert start.back_up == [str(tmp_path / "checkpoint-300")]
+    assert start.back_up == (tmp_path / "checkpoint-300",)
     assert find_start(tmp_path / "empty", "auto").checkpoint is None
 
 

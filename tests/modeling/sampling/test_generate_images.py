@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from modeling.pretrained import generate_images
 from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler
+from modeling.sampling.generate_images import generate_images
 from modeling.sampling.image_sampler import ImageSampler
 from modeling.tokenizers.registry import build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer

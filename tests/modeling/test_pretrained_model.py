@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from modeling.hub_model import HubModel
+from modeling.pretrained_model import PretrainedModel
 from modeling.rear import ReAR
 from modeling.tokenizers.registry import TOKENIZERS, build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ from utils.config import load_config
 from utils.errors import InputError
 
 
-def check_equal(model: HubModel, other: HubModel) -> None:
+def check_equal(model: PretrainedModel, other: PretrainedModel) -> None:
     ours, theirs = model.state_dict(), other.state_dict()
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

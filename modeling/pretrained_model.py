@@ -1,0 +1,117 @@
+"""Models as folders, local or on the Hugging Face Hub: config.json, model.safetensors and README.md, a model card.
+
+config.json is a config file like any other (`config=FOLDER/config.json`), and is checked like one.
+"""
+
+import json
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+from torch import nn
+
+from modeling.model_card import CARD_FILE, model_card
+from utils.config import Config, load_config
+from utils.errors import InputError
+from utils.files.atomic import write_text
+from utils.files.hub import local_folder, upload_folder
+from utils.files.weights import load_state_dict, load_strict, save_weights, weights_sha256
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+M = TypeVar("M", bound="PretrainedModel")
+
+
+class PretrainedModel(nn.Module):
+    """A module with `from_pretrained`, `save_pretrained` and `push_to_hub`."""
+
+    @abstractmethod
+    def sections(self) -> dict[str, Any]:
+        """The sections of config.json, as in any config file."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls: type[M], config: Config) -> M:
+        """With the sizes of a config, and random weights."""
+
+    def load_weights(self, path: Path) -> None:
+        """
+        Raises:
+            InputError: the file is missing, damaged or refused, or its keys or shapes are not those of this model.
+        """
+        load_strict(self, load_state_dict(path), path)
+
+    @classmethod
+    def from_pretrained(cls: type[M], source: str | Path, **download: Any) -> M:
+        """Load a folder, or a repository of the Hub; in eval mode, float32, on the CPU.
+
+        Args:
+            source: a folder, or `OWNER/REPO`; see `utils.files.hub.local_folder`.
+            download: further arguments of `huggingface_hub.snapshot_download`, such as revision, token and cache_dir.
+
+        Raises:
+            InputError: a folder or a file that is missing or damaged, a config with a wrong key or value, or weights
+                that do not fit it.
+        """
+        folder = local_folder(source, [CONFIG_FILE, WEIGHTS_FILE], **download)
+        model = build_from_folder(folder, cls.from_config)
+        model.load_weights(folder / WEIGHTS_FILE)
+        return model.eval()
+
+    def save_pretrained(self, folder: str | Path, source: str | None = None) -> None:
+        """Write config.json, model.safetensors and a model card to a folder, over what is there.
+
+        Args:
+            source: what the card's lines load; None: the name of the folder.
+        """
+        folder, name = Path(folder), type(self).__name__
+        source = source or folder.name
+        self.write_files(folder)
+        loading = f'from {type(self).__module__} import {name}\n\nmodel = {name}.from_pretrained("{source}")'
+        write_text(folder / CARD_FILE, model_card(source, loading=loading, facts=self.card_facts()))
+
+    def push_to_hub(self, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to OWNER/NAME on the Hub, which is created if needed; returns a URL.
+
+        Raises:
+            InputError: the Hub does not answer, or refuses.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, repository)
+            return upload_folder(Path(folder), repository, private=private, token=token)
+
+    def write_files(self, folder: Path, record: dict[str, Any] | None = None) -> None:
+        """Without a card.
+
+        Args:
+            record: provenance, kept with the weights; see `save_weights`.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        save_weights(self.state_dict(), folder / WEIGHTS_FILE, record or {})
+        self.write_config(folder)
+
+    def write_config(self, folder: Path) -> None:
+        write_text(folder / CONFIG_FILE, json.dumps(self.sections(), indent=2) + "\n")
+
+    def card_facts(self) -> dict[str, object]:
+        """Rows of the card's table."""
+        millions = sum(parameter.numel() for parameter in self.parameters()) / 1e6
+        return {"parameters": f"{millions:.1f} M", "sha256 of the weights": weights_sha256(self)}
+
+
+def build_from_folder(folder: Path, build: Callable[[Config], M]) -> M:
+    """What `build` makes of the config.json of a folder.
+
+    Raises:
+        InputError: there is none, or a key or value in it is wrong; the message begins with the file.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise InputError(f"{folder}: found no {CONFIG_FILE}, expected a folder of save_pretrained or export_model.py")
+    try:
+        # reads=[]: sizes that follow from others are not compared; loading the weights does that.
+        return build(load_config([f"config={path}", "experiment.output_dir=unused"], reads=[]))
+    except InputError as error:
+        message = str(error)
+        raise InputError(message if str(path) in message else f"{path}: {message}") from error

@@ -1,0 +1,190 @@
+"""What a path to weights, a checkpoint or a run means, for sampling, export, fine-tuning and `experiment.resume`.
+
+| path | meaning |
+|---|---|
+| `hf://OWNER/REPO/FILE` | that file, downloaded |
+| a file | these weights; `*.index.json`: the shards next to it |
+| a folder with manifest.json | a checkpoint: its EMA if there is one, else its model |
+| a folder with checkpoint-<step>/ or status.json | a run: its newest complete checkpoint or its final weights |
+| a folder with one of `PUBLISHED_FILES` or one `*.index.json` | these weights |
+
+The content of a checkpoint, and of a run's final weights, is compared with its sha256.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from utils.distributed import DistributedContext
+from utils.errors import InputError
+from utils.files.hashing import file_sha256
+from utils.files.hub import local_file
+from utils.files.weight_formats import INDEX_SUFFIX
+from utils.files.weights import read_record
+from utils.run.checkpoint import EMA, MODEL, UNFINISHED, checkpoint_folders, step_of
+from utils.run.manifest import MANIFEST_FILE, check_sizes
+from utils.run.status import STATUS_FILE, read_status
+from utils.schema import Config, ExperimentConfig
+
+FINAL_FILE = "model.safetensors"  # in a run folder, when the run is complete
+PUBLISHED_FILES = (FINAL_FILE, "unwrapped_model/model.safetensors", "unwrapped_model/pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class ResolvedPath:
+    """
+    Attributes:
+        path: the folder of a run or a checkpoint; for weights the file, or the index of their shards.
+    """
+
+    kind: Literal["weights", "checkpoint", "run"]
+    path: Path
+
+
+@dataclass(frozen=True)
+class TrainedWeights:
+    """
+    Attributes:
+        path: the file to load, or the index of its shards.
+        record: `Provenance.record` of the file or its checkpoint; empty if it has none.
+        notices: lines for the user: which file was chosen and why.
+    """
+
+    path: Path
+    record: dict[str, Any] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
+
+    @property
+    def step(self) -> int | None:
+        """Number of training steps; None: not recorded."""
+        return self.record.get("step")
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """Of the tokenizer of the training data; None: not recorded."""
+        return self.record.get("tokenizer_sha256")
+
+
+def resolve_path(source: str) -> ResolvedPath:
+    """
+    Args:
+        source: a path, or `hf://OWNER/REPO/FILE`, which is downloaded.
+
+    Raises:
+        InputError: nothing of the table above is there.
+    """
+    path = local_file(source)
+    if path.is_file():
+        return ResolvedPath("weights", path)
+    if not path.is_dir():
+        raise InputError(f"{path}: no such file or folder; expected weights, a checkpoint or a run folder")
+    if (path / MANIFEST_FILE).is_file():
+        return ResolvedPath("checkpoint", path)
+    if UNFINISHED.fullmatch(path.name):
+        raise InputError(f"{path}: found an unfinished or half deleted checkpoint; choose a complete one")
+    if checkpoint_folders(path) or (path / STATUS_FILE).is_file():
+        return ResolvedPath("run", path)
+    published = [path / name for name in PUBLISHED_FILES if (path / name).is_file()]
+    if published:
+        return ResolvedPath("weights", published[0])
+    indices = sorted(path.glob(f"*{INDEX_SUFFIX}"))
+    if len(indices) == 1:
+        return ResolvedPath("weights", indices[0])
+    expected = ", ".join((MANIFEST_FILE, STATUS_FILE, *PUBLISHED_FILES))
+    raise InputError(f"{path}: found {len(indices)} *{INDEX_SUFFIX} and none of {expected}; give a weights file")
+
+
+def find_weights(source: str) -> TrainedWeights:
+    """The weights that a path means, verified if a manifest has their sha256.
+
+    Raises:
+        InputError: no weights, or weights that are damaged or incomplete.
+    """
+    resolved = resolve_path(source)
+    if resolved.kind == "checkpoint":
+        return _checkpoint_weights(resolved.path)
+    if resolved.kind == "run":
+        return _run_weights(resolved.path)
+    if (resolved.path.parent / MANIFEST_FILE).is_file():
+        return _checkpoint_weights(resolved.path.parent, resolved.path.name)
+    return TrainedWeights(resolved.path, read_record(resolved.path))
+
+
+def find_generator_weights(
+    config: Config, tokenizer_sha256: str, ctx: DistributedContext | None = None
+) -> TrainedWeights:
+    """The weights of `experiment.generator_checkpoint`, found by rank 0, which prints what it chose. All ranks call it.
+
+    Args:
+        tokenizer_sha256: of the tokenizer that decodes what the generator samples.
+
+    Raises:
+        InputError: no weights, or weights that were trained with another tokenizer.
+    """
+    source = config.experiment.generator_checkpoint
+    if source is None:
+        raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
+    weights = find_weights(source) if ctx is None else ctx.broadcast_from_rank0(lambda: find_weights(source))
+    for notice in weights.notices if ctx is None or ctx.is_rank0 else ():
+        print(notice)
+    check_tokenizer(weights.tokenizer_sha256, tokenizer_sha256, weights.path, config.experiment)
+    return weights
+
+
+def check_tokenizer(trained_with: str | None, found: str | None, source: object, experiment: ExperimentConfig) -> None:
+    """
+    Args:
+        trained_with, found: sha256 of the tokenizer of the training data and of the configured one.
+        source: where the weights come from, for the message.
+
+    Raises:
+        InputError: both are known and differ, and `experiment.allow_other_tokenizer` is not set.
+    """
+    if trained_with is not None and trained_with != found and not experiment.allow_other_tokenizer:
+        raise InputError(
+            f"{source}: trained with the tokenizer of sha256 {trained_with[:12]}..., found {str(found)[:12]}... in "
+            f"experiment.tokenizer_checkpoint={experiment.tokenizer_checkpoint}; set "
+            "experiment.allow_other_tokenizer=true to use it anyway"
+        )
+
+
+def find_run_folder(source: Path) -> Path | None:
+    """The run folder that a run, a checkpoint or a file in one of them belongs to: the one with config.yaml."""
+    candidates = (source, *source.resolve().parents[:2])
+    return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
+
+
+def _run_weights(folder: Path) -> TrainedWeights:
+    """The final weights, unless there is a good checkpoint of a later step."""
+    final = folder / FINAL_FILE
+    record = read_record(final) if final.is_file() else {}
+    damaged = []
+    for checkpoint in reversed(checkpoint_folders(folder)):
+        if final.is_file() and ("step" not in record or record["step"] >= step_of(checkpoint)):
+            break
+        try:
+            weights = _checkpoint_weights(checkpoint)
+        except InputError as error:
+            damaged.append(f"skipped: {error}")
+            continue
+        status = read_status(folder).status if (folder / STATUS_FILE).is_file() else "unknown"
+        older = f", its {FINAL_FILE} is of step {record['step']}" if final.is_file() else ""
+        notice = f"{folder}: using {checkpoint.name} (status of the run: {status}{older})"
+        return TrainedWeights(weights.path, weights.record, (*damaged, notice))
+    if not final.is_file():
+        raise InputError(f"{folder}: found no weights: {'; '.join(damaged) or 'no complete checkpoint yet'}")
+    return TrainedWeights(final, record, tuple(damaged))
+
+
+def _checkpoint_weights(folder: Path, name: str | None = None) -> TrainedWeights:
+    """A weights file of a checkpoint; None: its EMA, or else its model."""
+    manifest = check_sizes(folder)
+    names = [name] if name is not None else [f"{EMA}.safetensors", f"{MODEL}.safetensors"]
+    known = [name for name in names if name in manifest.files]
+    if not known:
+        raise InputError(f"{folder}: found none of {', '.join(names)} in its {MANIFEST_FILE}")
+    path, expected = folder / known[0], manifest.files[known[0]].sha256
+    found = file_sha256(path)
+    if found != expected:
+        raise InputError(f"{path}: damaged, found sha256 {found[:12]}..., expected {expected[:12]}...")
+    return TrainedWeights(path, manifest.provenance.record(manifest.state.global_step))
