@@ -12,8 +12,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from evaluation.inception import Inception
-from evaluation.metrics import frechet_distance
-from evaluation.moments import Moments, ScoreSums
+from evaluation.metrics import Moments, ScoreSums, frechet_distance
 from evaluation.precision_recall import precision_recall
 from modeling.losses import LossTerms, rear_loss
 from modeling.rear import ReAR
@@ -151,10 +150,12 @@ def evaluator_parity(findings: Findings, machine: Machine, work: Path) -> None:
         findings.skip("FID, Inception Score, precision and recall", "on a CPU tests/evaluation compares them")
         return
     reference, samples = fixture_features(2400, 12).to(device()), fixture_features(5200, 13, 0.03, 0.9).to(device())
-    moments = [Moments(reference.shape[1], device()) for _ in range(2)]
-    for sums, of in zip(moments, (reference, samples), strict=True):
-        sums.update(of)
-    fid = frechet_distance(*moments[0].mean_and_covariance(), *moments[1].mean_and_covariance())
+    gaussians = []
+    for rows in (reference, samples):
+        moments = Moments(rows.shape[1], device())
+        moments.update(rows)
+        gaussians.append(moments.gaussian())
+    fid = frechet_distance(gaussians[0], gaussians[1])
     findings.at_most("FID as by the original, relative", abs(fid / expected["fid"].item() - 1), 1e-6)
     log_probs = (samples.double() @ softmax_weights().to(device()).double()).log_softmax(1)
     score = ScoreSums(len(samples), log_probs.shape[1], device())

@@ -64,7 +64,7 @@ def test_the_distance_is_the_evaluators(empty_cache: Path, tmp_path: Path, alone
     validation, samples = images()
     for name, array in (("validation", validation), ("samples", samples)):
         np.savez(tmp_path / f"{name}.npz", arr_0=array)
-    files = (tmp_path / "heldout.npz", tmp_path / "samples.npz")
+    files = (tmp_path / "validation.npz", tmp_path / "samples.npz")
     evaluator = Evaluator(files[0], alone, "efficientnet_lite0", batch_size=5)
     expected = evaluator(evaluator.open(files[1]))["metrics"]["frechet_distance"]
     distance = SampleDistance(InMemory(validation), 12, 5, alone)
@@ -111,7 +111,7 @@ def test_a_model_without_finite_numbers_has_no_distance(
 
     assert np.isnan(distance(generate)["val/fid_4"])
     assert distance(lambda numbers: images()[1][numbers])["val/fid_4"] > 0
-    with pytest.raises(InputError, match=r"experiment\.eval_samples=4: found 1 held-out image, expected 2"):
+    with pytest.raises(InputError, match=r"experiment\.eval_samples=4: found 1 validation images, expected at least 2"):
         SampleDistance(InMemory(images()[0][:1]), 4, 2, alone)
 
 
