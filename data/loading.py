@@ -1,64 +1,54 @@
-"""Batches for every script that reads data: worker processes whose errors arrive as one line, and which end.
+"""Batches of a data set, read ahead by worker processes.
 
-torch's DataLoader does the work. What it does not do by itself:
-
-- An error in a worker comes as a pickled traceback. Here an InputError crosses as its text.
-- A batch is sent by a thread of the worker; where that fails (shared memory full, too many open files), the batch is
-  lost and the main process waits for ever. Here batches are made ready to send where an error can still be caught.
-- A worker that ignores SIGTERM is never ended by Python, which at its exit sends SIGTERM and waits. Here it ends for
-  the SIGTERM of its parent and ignores those of others (`utils.run.signals`).
-- Waiting for a batch has no end, whatever signal comes. Here a stop signal ends it.
+torch's DataLoader does the work. What it does not do by itself, and is added here: errors of a data set arrive as one
+line instead of a worker's traceback, a worker that dies or a batch that does not fit in shared memory is an error with
+a hint, and a stop signal ends the wait for a batch.
 """
 
 import errno
-import multiprocessing
 import os
-import pickle
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from multiprocessing.connection import wait
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from data.images.image_source import OUT_OF_FILES
 from utils.errors import InputError, TrainingError
 from utils.images import to_float
 from utils.processes import num_cpus
 from utils.run.signals import StoppedWaitingError, end_with_parent_only
 
 Batch = dict[str, Tensor]
-POLL_SECONDS = 1  # between looks for a stop signal while waiting
-PATIENCE_SECONDS = 5  # in which a batch may still come after a stop signal
-FILES, FILES_PER_WORKER = 24, 4  # open at once: pipes to the workers, and the memory of batches on their way
+POLL_SECONDS = 1  # between checks for a stop signal while waiting
+PATIENCE_SECONDS = 5  # for a batch to arrive after a stop signal
+FILES, FILES_PER_WORKER = 24, 16  # open files: pipes to the workers, and the tensors of batches in flight
 SHARED_MEMORY = (
     "shared memory (/dev/shm) is full: make it larger (docker run --shm-size=8g, or --ipc=host) or lower "
     "dataset.params.num_workers_per_gpu or training.per_gpu_batch_size"
 )
 OPEN_FILES = "too many open files: raise the limit (ulimit -n 65536) or lower dataset.params.num_workers_per_gpu"
-PROCESSES = "no process can be started: lower dataset.params.num_workers_per_gpu"
 MEMORY = "often for lack of memory: lower dataset.params.num_workers_per_gpu or training.per_gpu_batch_size"
 
 
 class Batches(Iterator[Batch]):
-    """The batches of a data set in the order of `batch_sampler`, in memory as `dataset.collate` makes them.
+    """The batches of a data set in the order of `batch_sampler`.
 
     Args:
+        dataset: gives whole batches (`__getitems__`), or samples and `collate`.
         batch_sampler: the items of each batch.
-        num_workers: processes that read ahead; 0: this one reads; None: as many as `dataset.workers`, if there are
-            CPUs for them.
-        pin_memory: for copies to a GPU that do not wait.
-        stop_requested: whether a stop signal has come.
+        num_workers: processes that read ahead; 0: this process reads; None: `dataset.workers`, limited by the CPUs.
+        pin_memory: for copies to a GPU that do not block.
+        stop_requested: whether a stop signal has arrived.
 
     Raises:
-        InputError: from the data set, in a worker too; or no shared memory, too many open files.
-        TrainingError: a worker was killed.
-        StoppedWaitingError: a stop signal came while no batch did.
+        InputError: from the data set, also in a worker; or shared memory or the limit of open files is too small.
+        TrainingError: a worker died.
+        StoppedWaitingError: a stop signal arrived, and then no batch for `PATIENCE_SECONDS`.
     """
 
     def __init__(
@@ -69,68 +59,85 @@ class Batches(Iterator[Batch]):
         pin_memory: bool = False,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._stop_requested, self._stop_seen = stop_requested, 0.0
         if num_workers is None:
             num_workers = default_workers(dataset.workers)  # type: ignore[attr-defined]
-        others = set(multiprocessing.active_children())
+        if num_workers:
+            _check_open_files(num_workers)
+        self._stop_requested = stop_requested
+        self._stop_seen_at: float | None = None
         loader = DataLoader(
-            _Caught(dataset),
+            _ErrorsAsValues(dataset),
             batch_sampler=batch_sampler,
             num_workers=num_workers,
-            collate_fn=_as_it_is,
+            collate_fn=_identity,
             pin_memory=pin_memory,
             timeout=POLL_SECONDS if num_workers else 0,
             worker_init_fn=end_with_parent_only,
         )
-        if num_workers:
-            _check_open_files(FILES + FILES_PER_WORKER * num_workers)
-        handler = signal.getsignal(signal.SIGCHLD)
+        sigchld_handler = signal.getsignal(signal.SIGCHLD)
         try:
             self._batches = iter(loader)
         except OSError as error:
-            raise _explained(error) or InputError(f"{PROCESSES}: {error}") from error
+            hint = _hint(error) or f"cannot start a data worker: lower dataset.params.num_workers_per_gpu ({error})"
+            raise InputError(hint) from error
         finally:
-            self._workers = set(multiprocessing.active_children()) - others
-            signal.signal(signal.SIGCHLD, handler)  # torch's raises in the middle of anything when a worker dies
+            signal.signal(signal.SIGCHLD, sigchld_handler)  # torch's raises anywhere in the program when a worker dies
+        self._workers = getattr(self._batches, "_workers", [])
 
     def __next__(self) -> Batch:
         while True:
             try:
-                return next(self._batches).open()
+                batch = next(self._batches)
             except (OSError, RuntimeError, EOFError) as error:
                 if self._workers and "DataLoader timed out" in str(error):
-                    self._give_up_after_a_stop()
+                    self._check_wait()
                     continue
-                dead = self._exit_codes(POLL_SECONDS if isinstance(error, EOFError | ConnectionError) else 0)
-                raise _of_dead_worker(dead[0]) if dead else _explained(error) or error from error
+                raise self._explained(error) from error
+            if isinstance(batch, InputError):
+                raise batch
+            return batch
 
-    def _exit_codes(self, patience: float) -> list[int]:
-        """Of workers that have failed. A process that dies loses its connections first and has an exit code later."""
-        closed = wait([worker.sentinel for worker in self._workers], patience)
-        for worker in self._workers:
-            if worker.sentinel in closed:
-                worker.join()
-        return [worker.exitcode for worker in self._workers if worker.exitcode]
-
-    def _give_up_after_a_stop(self) -> None:
+    def _check_wait(self) -> None:
+        """
+        Raises:
+            StoppedWaitingError, InputError: no batch will come.
+        """
+        pin_memory_thread = getattr(self._batches, "_pin_memory_thread", None)
+        if pin_memory_thread is not None and not pin_memory_thread.is_alive():
+            raise InputError(OPEN_FILES)  # it ends without a message when it cannot open a batch
         if not self._stop_requested():
             return
-        self._stop_seen = self._stop_seen or time.monotonic()
-        if time.monotonic() - self._stop_seen > PATIENCE_SECONDS:
+        if self._stop_seen_at is None:
+            self._stop_seen_at = time.monotonic()
+        if time.monotonic() - self._stop_seen_at > PATIENCE_SECONDS:
             for worker in self._workers:
                 worker.kill()
             raise StoppedWaitingError
 
+    def _explained(self, error: Exception) -> Exception:
+        """The error of a dead worker if there is one, else this one with a hint if one is known."""
+        if self._workers:  # a process that dies closes its connections first and has an exit code later
+            wait([worker.sentinel for worker in self._workers], POLL_SECONDS)
+        for worker in self._workers:
+            if worker.exitcode == -signal.SIGBUS:
+                return TrainingError(SHARED_MEMORY)
+            if worker.exitcode:
+                code = worker.exitcode
+                cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                return TrainingError(f"a data worker {cause}, {MEMORY}")
+        hint = _hint(error)
+        return error if hint is None else InputError(hint)
+
 
 def read_batch(dataset: Any, items: list[Any]) -> Batch:
-    """Whole batches of a data set, whether it gives them itself or item by item."""
+    """A batch of a data set that gives whole batches or samples."""
     if hasattr(dataset, "__getitems__"):
         return dataset.__getitems__(items)
     return dataset.collate([dataset[item] for item in items])
 
 
-class _Caught(Dataset):
-    """Whole batches of a data set, each in a message that holds it or the error."""
+class _ErrorsAsValues(Dataset):
+    """Whole batches of a data set. An error is returned: raised in a worker it would arrive as a traceback."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -138,83 +145,51 @@ class _Caught(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitems__(self, items: list[Any]) -> "_Message":
+    def __getitems__(self, items: list[Any]) -> Batch | InputError:
         try:
             batch = read_batch(self.dataset, items)
-            return _Message(batch) if get_worker_info() is None else _Message(sent=bytes(ForkingPickler.dumps(batch)))
+            if get_worker_info() is not None:
+                for values in batch.values():
+                    values.share_memory_()  # if this failed later, in torch's sending thread, the batch would be lost
+            return batch
         except InputError as error:
-            return _Message(error=str(error))
+            return error
         except (OSError, RuntimeError) as error:
-            explained = _explained(error)
-            if explained is None:
+            hint = _hint(error)
+            if hint is None:
                 raise
-            return _Message(error=str(explained))
-
-
-@dataclass
-class _Message:
-    """A batch, a batch on its way between processes, or what went wrong, in one line."""
-
-    batch: Batch | None = None
-    sent: bytes = b""
-    error: str = ""
-
-    def open(self) -> Batch:
-        if self.error:
-            raise InputError(self.error)
-        return self.batch if self.batch is not None else pickle.loads(self.sent)
-
-    def pin_memory(self) -> "_Message":
-        """Called by the DataLoader in a thread of the main process, where nothing can be raised: what fails is left
-        as it is, and fails again where it is opened."""
-        try:
-            return _Message({key: values.pin_memory() for key, values in self.open().items()})
-        except (OSError, RuntimeError, EOFError, InputError):
-            return self
+            return InputError(hint)
 
 
 def default_workers(wanted: int) -> int:
-    """So many, or the CPUs of this machine that each of its ranks can have."""
+    """`wanted`, or the number of CPUs per rank of this machine if that is less; at least 1."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(1, min(wanted, num_cpus() // ranks_here))
 
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch there; its `image`, sent as uint8 (B, H, W, 3), as float32 (B, 3, H, W) in [0, 1]."""
+    """The batch on a device; `image`, sent as uint8 (B, H, W, 3), becomes float32 (B, 3, H, W) in [0, 1]."""
     moved = {key: values.to(device, non_blocking=True) for key, values in batch.items()}
     return moved | {"image": to_float(moved["image"])} if "image" in moved else moved
 
 
-def _as_it_is(message: Any) -> Any:
-    return message
+def _identity(batch: Any) -> Any:
+    return batch
 
 
-def _check_open_files(count: int) -> None:
-    """torch leaves half of its workers behind where it runs out of files in the middle."""
-    opened = []
-    try:
-        for _ in range(count):
-            opened.append(os.open(os.devnull, os.O_RDONLY))
-    except OSError as error:
-        raise InputError(OPEN_FILES) from error
-    finally:
-        for descriptor in opened:
-            os.close(descriptor)
+def _check_open_files(num_workers: int) -> None:
+    """Without this, torch leaves started workers behind when it runs out of files."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    needed = len(os.listdir("/proc/self/fd")) + FILES + FILES_PER_WORKER * num_workers
+    if limit != resource.RLIM_INFINITY and limit < needed:
+        raise InputError(OPEN_FILES)
 
 
-def _explained(error: Exception) -> InputError | None:
-    """What an error of the operating system means, as Python or torch tells it; None: nothing that is known here."""
+def _hint(error: Exception) -> str | None:
+    """What to do about an error of the operating system, as Python or torch words it; None if unknown."""
     text, number = str(error), getattr(error, "errno", None)
-    no_answer = isinstance(error, EOFError | ConnectionError)  # of a living worker that was asked for a batch's memory
-    if number in OUT_OF_FILES or "Too many open files" in text or "items of ancdata" in text or no_answer:
-        return InputError(OPEN_FILES)
+    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in text or "items of ancdata" in text:
+        return OPEN_FILES
     if number == errno.ENOSPC or "No space left on device" in text or "shared memory" in text:
-        return InputError(SHARED_MEMORY)
+        return SHARED_MEMORY
     return None
-
-
-def _of_dead_worker(exit_code: int) -> TrainingError:
-    if exit_code == -signal.SIGBUS:
-        return TrainingError(SHARED_MEMORY)
-    how = f"was killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"ended with status {exit_code}"
-    return TrainingError(f"a data worker {how}, {MEMORY}")

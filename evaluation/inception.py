@@ -1,8 +1,8 @@
-"""The Inception network of 2015-12-05, from which all published FID numbers are made.
+"""The Inception network of 2015-12-05, behind all published FID numbers.
 
-torch-fidelity (https://github.com/toshas/torch-fidelity) has the network with TensorFlow's quirks: resize to 299 pixels
-without half-pixel centres, average pools that leave out the padding, a max pool in Mixed_7c. What it lacks is added
-here: the spatial features of sFID (https://arxiv.org/abs/2103.03841) and logits without bias in float64.
+torch-fidelity (https://github.com/toshas/torch-fidelity) has the network with TensorFlow's peculiarities: resize to 299
+pixels without half-pixel centres, average pools that ignore the padding, a max pool in Mixed_7c. Added here: the
+spatial features of sFID (https://arxiv.org/abs/2103.03841) and logits without bias in float64.
 """
 
 import io
@@ -32,10 +32,10 @@ class Inception:
     packages: tuple[str, ...] = ("torch-fidelity",)
 
     def __init__(self, device: torch.device, path: Path | None = None) -> None:
-        """Load the weights from `path`, or from the cache of the libraries; never from the network.
+        """Load the weights from `path` or from torch hub's cache; nothing is downloaded.
 
         Raises:
-            InputError: no weights file, or not the weights of this network.
+            InputError: no weights, or not of this network.
         """
         path = path or find_cached_weights()
         state = load_state_dict(path)
@@ -56,14 +56,14 @@ class Inception:
     @property
     def caveat(self) -> str | None:
         published = self.weights_sha256.startswith(PUBLISHED_SHA256)
-        return None if published else "not the published Inception weights; the numbers compare with no others"
+        return None if published else "not the published Inception weights; the numbers are not comparable with others"
 
 
 def find_cached_weights() -> Path:
     """The weights in torch hub's cache, where torch-fidelity and pytorch-fid put them.
 
     Raises:
-        InputError: they are not there.
+        InputError: there are none.
     """
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for name in CACHED_NAMES:
@@ -73,10 +73,10 @@ def find_cached_weights() -> Path:
 
 
 def build_network(state: dict[str, Tensor], path: Path) -> Any:
-    """torch-fidelity's network with these weights; raises InputError if they belong to another one."""
+    """torch-fidelity's network with these weights; raises InputError if they are of another network."""
     from torch_fidelity import FeatureExtractorInceptionV3
 
-    # The constructor unpickles its file without restriction: it gets what has been read with them.
+    # The constructor unpickles its file without restrictions, so it gets the checked tensors instead.
     checked = io.BytesIO()
     torch.save(state, checked)
     checked.seek(0)
@@ -85,5 +85,5 @@ def build_network(state: dict[str, Tensor], path: Path) -> Any:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(f"{path}: not the weights of Inception 2015-12-05 ({reason} ...)") from error
-    check_fits(network, network.state_dict() | state, path)  # the file lacks the counts of its batch norms
+    check_fits(network, network.state_dict() | state, path)  # the file lacks the batch norms' counters
     return network

@@ -1,4 +1,4 @@
-"""What the evaluator takes: npz files of images, and of a reference the Inception statistics that it may hold."""
+"""Input files of the evaluator: npz files of images, with Inception statistics in a reference."""
 
 from pathlib import Path
 
@@ -14,25 +14,25 @@ STATISTICS = {
     "mu_s": (SPATIAL_DIM,),
     "sigma_s": (SPATIAL_DIM, SPATIAL_DIM),
 }
-WEIGHTS = "sha256 of the Inception weights"  # in the record beside a reference of our own
-MIN_IMAGES = 4  # a radius of precision and recall is the distance to the third neighbour
+WEIGHTS = "sha256 of the Inception weights"  # in the record next to a reference of make_reference.py
+MIN_IMAGES = 4  # precision and recall need three neighbours of each image
 
 
 def open_input(path: Path, verify: bool) -> Npz:
-    """Check an npz and open it; see `open_npz`, also for the errors.
+    """Check an npz and open it; see `open_npz`.
 
     Raises:
-        InputError: a store of codes, as the sampler writes for a tokenizer without images.
+        InputError: as there, or a store of codes, which the sampler writes for a tokenizer without images.
     """
     if path.suffix == ".tokens":
-        raise InputError(f"{path}: codes, expected an npz of images; decode them with the tokenizer that they are from")
+        raise InputError(f"{path}: found codes, expected an npz of images; decode them with their tokenizer")
     return open_npz(path, verify, STATISTICS, MIN_IMAGES)
 
 
 def check_statistics(npz: Npz, weights_sha256: str) -> None:
     """
     Raises:
-        InputError: the statistics that the file holds are known to come from other Inception weights.
+        InputError: the stored statistics are from other Inception weights.
     """
     record = npz.images.path.with_suffix(".json")
     if npz.statistics is None or not record.is_file():
@@ -40,6 +40,6 @@ def check_statistics(npz: Npz, weights_sha256: str) -> None:
     found = (provenance_in(read_json(record)) or {}).get(WEIGHTS)
     if found not in (None, weights_sha256):
         raise InputError(
-            f"{npz.images.path}: holds statistics by Inception weights of sha256 {found[:12]}..., expected those of "
-            f"this evaluation, {weights_sha256[:12]}..."
+            f"{npz.images.path}: found statistics of Inception weights with sha256 {found[:12]}..., expected "
+            f"{weights_sha256[:12]}..., the weights of this evaluation"
         )

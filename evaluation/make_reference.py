@@ -18,19 +18,50 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
-from data.images.image_io import COLOURS, ImageDecoding
-from data.images.notices import CountedImages
-from data.images.reading import open_images
-from data.images.transforms import adm_center_crop
+import numpy as np
+from PIL import Image
+
+from data.images.image_io import COLOURS, ImageDecoding, ImageIssue
+from data.images.image_source import ImageSource
+from data.images.reading import CroppedImages, ImageDataset, evenly_spaced, open_images
+from data.images.transforms import training_transform
 from evaluation.evaluator import add_feature_options, load_extractor, positive
 from evaluation.features import Extractor
 from evaluation.inputs import MIN_IMAGES, WEIGHTS, open_input
-from evaluation.reference import CroppedImages, ImageSource, NpzSource, make_reference
+from evaluation.reference import make_reference
 from utils.distributed import init_distributed
 from utils.errors import InputError, input_errors_exit
 from utils.files.hashing import file_sha256
+from utils.files.npz import StoredImages
 from utils.files.provenance import is_made, write_record
 from utils.run.run_environment import code_facts
+from utils.schema import PreprocessingConfig
+
+
+class NpzSource(ImageSource):
+    """The images of an npz, all of class 0."""
+
+    class_names = None
+
+    def __init__(self, images: StoredImages) -> None:
+        self.images = images
+        self.class_ids = np.zeros(len(images), dtype=np.int32)
+
+    def key(self, index: int) -> str:
+        return str(index)
+
+    def location(self, index: int) -> str:
+        return f"{self.images.path}, image {index}"
+
+    def _read(self, index: int) -> bytes:
+        return self.images.read(index, index + 1).tobytes()
+
+    def load(self, index: int) -> tuple[Image.Image, ImageIssue]:
+        return Image.fromarray(self.images.read(index, index + 1)[0]), ImageIssue(0)
+
+    @property
+    def fingerprint(self) -> str:
+        return file_sha256(self.images.path)
 
 
 def open_source(source: str, output: Path, verify: bool, decoding: ImageDecoding) -> ImageSource:
@@ -41,21 +72,19 @@ def open_source(source: str, output: Path, verify: bool, decoding: ImageDecoding
     """
     if not output.parent.is_dir():
         raise InputError(f"{output}: no folder {output.parent}")
-    opened: ImageSource
     if source.endswith(".npz"):
-        opened = NpzSource(open_input(Path(source), verify).images)
+        opened: ImageSource = NpzSource(open_input(Path(source), verify).images)
     else:
-        opened = CountedImages(open_images(source, decoding=decoding))
+        opened = open_images(source, decoding=decoding)
     if len(opened) < MIN_IMAGES:
         raise InputError(f"{source}: found {len(opened)} images, expected at least {MIN_IMAGES}")
     return opened
 
 
 def provenance_of(source: ImageSource, extractor: Extractor, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that the reference depends on; the names and classes of a folder or shards stand for their content."""
-    images = source.source.fingerprint if isinstance(source, CountedImages) else file_sha256(Path(args.source))
+    """What the reference depends on; for a folder or shards the names and classes, not the contents."""
     options = {name: getattr(args, name) for name in ("resolution", "max_images", "background", "exif_orientation")}
-    return {"images": images, WEIGHTS: extractor.weights_sha256, **options}
+    return {"images": source.fingerprint, WEIGHTS: extractor.weights_sha256, **options}
 
 
 def record_provenance(output: Path, provenance: dict[str, Any]) -> None:
@@ -86,13 +115,23 @@ def main() -> None:
         source = ctx.rank0_first(open_source, args.source, args.output, verify=ctx.is_rank0, decoding=decoding)
         with ctx.locked(args.output):
             ctx.broadcast_from_rank0(record_provenance, args.output, provenance_of(source, extractor, args))
-            images = CroppedImages(source, lambda image: adm_center_crop(image, args.resolution))
+            crop = PreprocessingConfig(
+                resize_shorter_edge=args.resolution, crop_size=args.resolution, random_crop=False, random_flip=False
+            )
+            dataset = ImageDataset(source, training_transform(crop), seed=0)
+            count = min(len(dataset), args.max_images)
             ctx.print_on_rank0(f"weights: {extractor.weights_name}, sha256 {extractor.weights_sha256}")
-            make_reference(images, extractor, args.output, ctx, device, args.batch_size, args.max_images)
-            if isinstance(source, CountedImages):
-                source.notes.summary()
-            num_stored = min(len(images), args.max_images)
-            ctx.print_on_rank0(f"statistics of {len(images)} images, {num_stored} of them in {args.output}")
+            make_reference(
+                images=CroppedImages(dataset),
+                selected=CroppedImages(dataset, evenly_spaced(len(dataset), count)),
+                extractor=extractor,
+                output=args.output,
+                ctx=ctx,
+                device=device,
+                batch_size=args.batch_size,
+            )
+            dataset.issues.summary()
+            ctx.print_on_rank0(f"statistics of {len(dataset)} images, {count} of them in {args.output}")
 
 
 if __name__ == "__main__":

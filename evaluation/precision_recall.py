@@ -1,7 +1,7 @@
-"""Precision and recall of Kynkaanniemi et al. 2019 (https://arxiv.org/abs/1904.06991), as the ADM evaluator has them.
+"""Precision and recall of Kynkaanniemi et al. 2019 (https://arxiv.org/abs/1904.06991), as in the ADM evaluator.
 
 Its TensorFlow graph computes the distances in float16, which adds about 0.001 to precision and 0.002 to recall.
-float16 features (`tf-fp16`) reproduce that, roundings included; float32 features (`fp32`) give the exact metric.
+float16 features (`tf-fp16`) reproduce that, including the rounding; float32 features (`fp32`) give the exact metric.
 
 Legend: N, M images; D feature width. Distances are squared.
 """
@@ -17,9 +17,9 @@ from utils.errors import InputError
 from utils.precision import matmul_precision
 
 NEIGHBOURS = 3
-# Rows and columns of one block of distances. Blocks do not depend on the processes, so neither do roundings.
+# Rows and columns of a block of distances. Blocks, and so rounding, do not depend on the number of processes.
 BLOCK_ROWS, BLOCK_COLUMNS = 500, 10_000
-TF_HALVES, TF_STEPS, TF_ACCUMULATORS, TF_LANES = 2, 32, 4, 8  # TensorFlow's order of summation on CPU, D = 2048
+TF_HALVES, TF_STEPS, TF_ACCUMULATORS, TF_LANES = 2, 32, 4, 8  # TensorFlow's order of summation on a CPU, D = 2048
 FEATURE_DTYPES = {"tf-fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -47,33 +47,29 @@ def _add_in_sequence(x: Tensor, dim: int) -> Tensor:
 
 def squared_distances(u: Tensor, v: Tensor, norms_u: Tensor, norms_v: Tensor) -> Tensor:
     """(N, M) float32 from u (N, D) and v (M, D): |u|^2 - 2uv + |v|^2, rounded to the dtype of u at each step."""
-    products = (u.float() @ v.float().T).to(u.dtype)  # accumulated in float32 in either case
+    products = (u.float() @ v.float().T).to(u.dtype)  # accumulated in float32 for both dtypes
     return ((norms_u[:, None] - 2 * products) + norms_v).clamp_min(0).float()
 
 
-def _blocks(
-    u: Tensor, v: Tensor, ctx: DistributedContext, title: str
-) -> Iterator[tuple[slice, Iterator[tuple[slice, Tensor]]]]:
-    """Row blocks of this process: (rows, its column blocks: (columns, distances))."""
-    norms_u, norms_v = squared_norms(u), squared_norms(v)
-
-    def row_of_blocks(rows: slice) -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, len(v), BLOCK_COLUMNS):
-            columns = slice(start, start + BLOCK_COLUMNS)
-            yield columns, squared_distances(u[rows], v[columns], norms_u[rows], norms_v[columns])
-
-    starts = range(ctx.rank * BLOCK_ROWS, len(u), ctx.size * BLOCK_ROWS)
+def _row_blocks(count: int, ctx: DistributedContext, title: str) -> Iterator[slice]:
+    """Blocks of rows of this process."""
+    starts = range(ctx.rank * BLOCK_ROWS, count, ctx.size * BLOCK_ROWS)
     for start in tqdm(starts, desc=title, unit="block", disable=not ctx.is_rank0):
-        rows = slice(start, start + BLOCK_ROWS)
-        yield rows, row_of_blocks(rows)
+        yield slice(start, start + BLOCK_ROWS)
+
+
+def _column_blocks(count: int) -> list[slice]:
+    return [slice(start, start + BLOCK_COLUMNS) for start in range(0, count, BLOCK_COLUMNS)]
 
 
 def manifold_radii(features: Tensor, ctx: DistributedContext, title: str = "radii") -> Tensor:
     """Squared distance of each row of (N, D) to its third neighbour, (N,) float32."""
+    norms = squared_norms(features)
     radii = torch.zeros(len(features), device=features.device)
-    for rows, row_of_blocks in _blocks(features, features, ctx, title):
+    for rows in _row_blocks(len(features), ctx, title):
         nearest = torch.empty(len(features[rows]), 0, device=features.device)
-        for _, distances in row_of_blocks:
+        for columns in _column_blocks(len(features)):
+            distances = squared_distances(features[rows], features[columns], norms[rows], norms[columns])
             candidates = torch.cat([nearest, distances], 1)
             nearest = candidates.topk(min(NEIGHBOURS + 1, candidates.shape[1]), largest=False).values
         radii[rows] = nearest.amax(1)  # the fourth smallest: a row is its own nearest
@@ -85,7 +81,7 @@ def precision_recall(reference: Tensor, samples: Tensor, ctx: DistributedContext
     """Share of the samples inside a ball of the reference, and of the reference inside a ball of the samples.
 
     Args:
-        reference, samples: (N, D) and (M, D), both float16 with D = 2048 or both float32; the same on every process.
+        reference, samples: (N, D) and (M, D), both float16 with D = 2048 or both float32; equal on every process.
 
     Raises:
         InputError: float16 cannot hold the distances.
@@ -93,18 +89,23 @@ def precision_recall(reference: Tensor, samples: Tensor, ctx: DistributedContext
     ctx.rank0_first(lambda: _check_range(reference, samples))
     reference_radii = manifold_radii(reference, ctx, "radii of the reference")
     sample_radii = manifold_radii(samples, ctx, "radii of the samples")
+    reference_norms, sample_norms = squared_norms(reference), squared_norms(samples)
     reference_inside = torch.zeros(len(reference), dtype=torch.int32, device=reference.device)
     samples_inside = torch.zeros(len(samples), dtype=torch.int32, device=reference.device)
-    for rows, row_of_blocks in _blocks(reference, samples, ctx, "precision and recall"):
-        for columns, distances in row_of_blocks:
+    for rows in _row_blocks(len(reference), ctx, "precision and recall"):
+        for columns in _column_blocks(len(samples)):
+            distances = squared_distances(
+                reference[rows], samples[columns], reference_norms[rows], sample_norms[columns]
+            )
             reference_inside[rows] |= (distances <= sample_radii[columns]).any(1)
             samples_inside[columns] |= (distances <= reference_radii[rows, None]).any(0)
-    precision, recall = ((ctx.all_reduce_sum(x) > 0).double().mean() for x in (samples_inside, reference_inside))
-    return precision.item(), recall.item()
+    precision = (ctx.all_reduce_sum(samples_inside) > 0).double().mean().item()
+    recall = (ctx.all_reduce_sum(reference_inside) > 0).double().mean().item()
+    return precision, recall
 
 
 def _check_range(reference: Tensor, samples: Tensor) -> None:
-    """The original computes a block of 10,000 x 10,000 in float32 if float16 overflows: no such mixture here."""
+    """The original switches to float32 for a block of 10,000 x 10,000 if float16 overflows; here it is an error."""
     largest = 2 * max(squared_norms(x).amax().item() for x in (reference, samples))  # no distance is larger
     if not largest <= torch.finfo(reference.dtype).max:
         raise InputError(f"features: squared distances up to {largest:g} overflow float16; use --distance fp32")

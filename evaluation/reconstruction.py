@@ -1,4 +1,4 @@
-"""How well a tokenizer reconstructs images, and how much of its codebook it uses; how near completions come.
+"""Quality of a tokenizer's reconstructions, use of its codebook, and PSNR of inpainted pixels.
 
 Legend: B images, H x W pixels, N codes per image, V codebook size.
 """
@@ -9,10 +9,12 @@ from torch import Tensor
 
 
 class ReconstructionMetrics:
-    """Accumulates over batches; all images weigh the same."""
+    """Averages over images, accumulated over batches."""
 
     def __init__(self, codebook_size: int) -> None:
-        self.count, self.psnr, self.l1 = 0, 0.0, 0.0
+        self.count = 0
+        self.psnr = 0.0
+        self.l1 = 0.0
         self.code_counts = torch.zeros(codebook_size, dtype=torch.int64)
 
     def update(self, images: Tensor, reconstructions: Tensor, codes: Tensor) -> None:
@@ -25,12 +27,10 @@ class ReconstructionMetrics:
         self.code_counts += torch.bincount(codes.flatten().cpu(), minlength=len(self.code_counts))
 
     def summary(self) -> dict[str, float]:
-        """Numbers over all images so far.
-
+        """
         Returns:
-            images: how many; psnr: in dB, mean over images; l1: mean absolute error of values in [0, 1];
-            codebook_used: share of the V codes that occur; codebook_perplexity: exp(entropy) of their frequencies,
-            V if all are equally frequent.
+            images: number of them; psnr: in dB, mean over images; l1: mean absolute error of values in [0, 1];
+            codebook_used: share of the V codes that occur; codebook_perplexity: exp(entropy) of the code frequencies.
         """
         frequencies = self.code_counts / self.code_counts.sum()
         entropy = -torch.special.xlogy(frequencies, frequencies).sum()
@@ -43,9 +43,14 @@ class ReconstructionMetrics:
         }
 
 
-def psnr_of_part(inputs: np.ndarray, images: np.ndarray, part: np.ndarray) -> float:
-    """Mean of the PSNR, in dB, of K images (B, K, H, W, 3) uint8 for each of inputs (B, H, W, 3), over a part (H, W)
-    bool of the pixels; equal images count 100 dB."""
-    difference = (images[:, :, part].astype(np.float32) - inputs[:, None][:, :, part]) / 255  # (B, K, pixels, 3)
+def psnr_of_part(inputs: np.ndarray, images: np.ndarray, mask: np.ndarray) -> float:
+    """Mean PSNR in dB over the pixels of a mask; equal images count 100 dB.
+
+    Args:
+        inputs: (B, H, W, 3) uint8.
+        images: (B, K, H, W, 3) uint8, K images for each input.
+        mask: (H, W) bool.
+    """
+    difference = (images[:, :, mask].astype(np.float32) - inputs[:, None][:, :, mask]) / 255  # (B, K, pixels, 3)
     errors = np.square(difference).mean(axis=(2, 3), dtype=np.float64)
     return float(-10 * np.log10(errors.clip(min=1e-10)).mean())

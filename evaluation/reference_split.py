@@ -1,8 +1,8 @@
-"""Scores against two halves of a reference: one half chooses among samples, the other scores what was chosen."""
+"""Scores against two halves of a reference: one half selects among samples, the other scores the selection."""
 
 import numpy as np
 
-from evaluation.collect import Collected, Images, collect
+from evaluation.collect import FeatureSums, Images, collect
 from evaluation.features import Extractor
 from evaluation.metrics import frechet_distance
 from utils.distributed import DistributedContext
@@ -12,47 +12,50 @@ HALVES = ("choosing_half", "other_half")
 
 
 class SplitReference:
-    """Holds the moments of both halves, drawn at random and always the same. All ranks call every method.
+    """Two random halves of a reference, the same every time. All ranks call every method.
 
-    A distance to half a reference is larger than one to all of it: it compares with distances of the same N, features
-    and reference only.
+    A distance to half a reference is larger than one to all of it: it is comparable at the same N, features and
+    reference only.
 
     Args:
         images: at least 4.
-        batch_size: images that a rank makes or reads, and whose features it computes, at once.
+        batch_size: images per rank and batch.
     """
 
     def __init__(self, images: Images, extractor: Extractor, batch_size: int, ctx: DistributedContext) -> None:
-        self.extractor, self.batch_size, self.ctx = extractor, batch_size, ctx
+        self.extractor = extractor
+        self.batch_size = batch_size
+        self.ctx = ctx
+        self.gaussians = {}
         halves = np.array_split(permutation(philox(Stream.REFERENCE_HALVES, 0, 0), len(images)), 2)
-        self.moments = {
-            name: self._collect(_Rows(images, np.sort(rows)), name).pool.mean_and_covariance()
-            for name, rows in zip(HALVES, halves, strict=True)
-        }
+        for name, rows in zip(HALVES, halves, strict=True):
+            self.gaussians[name] = self._collect(_Rows(images, np.sort(rows)), name).pool.gaussian()
 
     def scores(self, samples: Images, title: str) -> dict[str, float]:
-        """Of at least 2 samples, the same on all ranks: the Frechet distance to each half and, with Inception, their
-        `inception_score`.
+        """Frechet distance of at least 2 samples to each half and, with Inception, `inception_score`.
 
         Args:
             title: of the progress bar.
         """
-        collected = self._collect(samples, title)
-        of_samples = collected.pool.mean_and_covariance()
+        sums = self._collect(samples, title)
+        of_samples = sums.pool.gaussian()
         scores = self.ctx.broadcast_from_rank0(
-            lambda: {name: frechet_distance(*moments, *of_samples) for name, moments in self.moments.items()}
+            lambda: {name: frechet_distance(half, of_samples) for name, half in self.gaussians.items()}
         )
-        return scores | ({"inception_score": collected.score.inception_score()} if collected.score else {})
+        if sums.score is not None:
+            scores["inception_score"] = sums.score.inception_score()
+        return scores
 
-    def _collect(self, images: Images, title: str) -> Collected:
-        return collect(images, self.extractor, self.ctx, self.ctx.device, self.batch_size, title)
+    def _collect(self, images: Images, title: str) -> FeatureSums:
+        return collect(images, self.extractor, self.ctx, batch_size=self.batch_size, title=title)
 
 
 class _Rows:
     """Some of the images of a file."""
 
     def __init__(self, images: Images, rows: np.ndarray) -> None:
-        self.images, self.rows = images, rows.tolist()
+        self.images = images
+        self.rows = rows.tolist()
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -40,8 +40,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from data.images.image_folder import PlainFolder, is_plain
 from data.images.image_io import ImageDecoding
-from data.images.plain_folder import PlainFolder, is_plain
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
 from evaluation.reconstruction import psnr_of_part
@@ -211,9 +211,9 @@ def read_inputs(config: Config) -> np.ndarray:
     images = []
     for index in tqdm(range(min(len(source), config.completion.num_images)), "inputs", unit="image"):
         item = dataset[index]
-        dataset.notes.add_one(index, item["notes"])
+        dataset.issues.add_image(index, item["issues"])
         images.append(item["image"].numpy())
-    dataset.notes.summary()
+    dataset.issues.summary()
     return np.stack(images)
 
 

@@ -43,9 +43,9 @@ from data.codes.conversion import store_to_jsonl
 from data.codes.store_files import MAX_CODEBOOK_SIZE, StoreMeta
 from data.codes.token_store import TokenStore
 from data.codes.token_writer import new_token_store
-from data.images.image_io import ImageDecoding, Note
+from data.images.image_io import ImageDecoding, ImageIssue
 from data.images.image_source import ImageSource
-from data.images.notices import check_bad
+from data.images.notices import check_unreadable
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import cut_crops, pretokenize_transform
 from data.loading import Batches
@@ -110,7 +110,7 @@ def pretokenize(
                 dataset=config.dataset,
                 ctx=ctx,
             )
-        images.notes.summary()
+        images.issues.summary()
     if not ctx.is_rank0:
         return
     if not store_path.is_dir():
@@ -214,9 +214,9 @@ def encode(
             rows = []  # per batch: (b * K, N + 1)
             for _ in range(0, len(chunk), batch_size):
                 batch = next(batches)
-                images.notes.add(batch["index"], batch["notes"])
+                images.issues.add(batch["index"], batch["issues"])
                 crops = cut_crops(batch["image"].to(ctx.device), dataset.preprocessing)  # (b, K, H, W, 3)
-                is_bad = (batch["notes"] & Note.UNREADABLE > 0).repeat_interleave(crops.shape[1])[:, None]
+                is_bad = (batch["issues"] & ImageIssue.UNREADABLE > 0).repeat_interleave(crops.shape[1])[:, None]
                 codes = tokenizer.encode(to_float(crops.flatten(0, 1))).cpu()  # (b * K, N)
                 rows.append(torch.cat([codes, is_bad], dim=1).numpy().astype(np.uint16))
             if launcher.requested():
@@ -244,7 +244,7 @@ def join(
             is_bad = rows[:, -1] > 0
             writer.append(rows[~is_bad, :-1], labels[~is_bad])
             bad |= {chunk.start + row // meta.crops_per_image for row in np.flatnonzero(is_bad).tolist()}
-        check_bad(source, bad, max_bad_fraction)
+        check_unreadable(source, bad, max_bad_fraction)
         writer.meta.num_skipped = len(bad)
         fault_point("join.end", 0)
 

@@ -43,7 +43,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data.batch_sampler import permutation_of_pass
-from data.images.image_io import ImageDecoding, Note
+from data.images.image_io import ImageDecoding, ImageIssue
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import training_transform
 from data.loading import Batches, on_device
@@ -271,9 +271,9 @@ def evaluate(
     columns = min(GRID_COLUMNS, len(heldout_set))
     shown: list[np.ndarray] = []
     for batch in Batches(heldout_set, [order[i : i + columns] for i in range(0, len(order), columns)], num_workers=0):
-        heldout_set.notes.add(batch["index"], batch["notes"])
+        heldout_set.issues.add(batch["index"], batch["issues"])
         batch = on_device(batch, device)
-        images, is_good = batch["image"], batch["notes"] & Note.UNREADABLE == 0
+        images, is_good = batch["image"], batch["issues"] & ImageIssue.UNREADABLE == 0
         codes = tokenizer.encode(images)
         reconstructions = tokenizer.decode(codes)
         metrics.update(images[is_good], reconstructions[is_good], codes[is_good])

@@ -1,4 +1,1 @@
-"""Codes on disk: the memory-mapped store, the published jsonl, and the way from one to the other.
-
-Not here: how images become codes (scripts/pretokenize.py, modeling/tokenizers), and who reads which (data/).
-"""
+"""Token ids of images on disk: the memory-mapped store, the published jsonl, conversion between them."""

@@ -1,4 +1,4 @@
-"""What the codes of a store look like as a whole."""
+"""Statistics of the tokens of a store."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,7 @@ from data.codes.token_store import ROWS_PER_READ, TokenStore
 
 @dataclass
 class CodeStatistics:
-    """Counts over all samples of a store.
-
+    """
     Attributes:
         code_counts: (V,) how often each code occurs.
         class_counts: (C,) samples of each class.
@@ -27,7 +26,7 @@ class CodeStatistics:
 
     @property
     def entropy(self) -> float:
-        """Of the distribution of codes, in bits; log2 V if all are equally frequent."""
+        """Entropy of the code frequencies in bits; log2 V if all are equal."""
         shares = self.code_counts[self.code_counts > 0] / self.code_counts.sum()
         return float(-(shares * np.log2(shares)).sum()) + 0.0  # no negative zero
 
@@ -38,7 +37,7 @@ class CodeStatistics:
 
 
 def code_statistics(store: TokenStore) -> CodeStatistics:
-    """Read all of a store once, in pieces, with a progress bar."""
+    """Read a whole store once, in pieces, with a progress bar."""
     code_counts = np.zeros(store.meta.codebook_size, dtype=np.int64)
     for first in tqdm(range(0, len(store), ROWS_PER_READ), desc="counting codes", delay=2):
         code_counts += np.bincount(store.codes[first : first + ROWS_PER_READ].ravel(), minlength=len(code_counts))

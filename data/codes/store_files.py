@@ -1,7 +1,6 @@
-"""The files of a token store, `<name>.tokens/`: tokens.npy, class_ids.npy and meta.json.
+"""The files of a token store, `<name>.tokens/`, read and checked without torch, whose import alone takes 500 MB.
 
-tokens.npy is (n, N) uint16, class_ids.npy (n,) int32; meta.json holds the fields of `StoreMeta`. Reading and converting
-them needs no torch, whose import alone takes 500 MB.
+tokens.npy is (n, N) uint16, class_ids.npy (n,) int32; meta.json holds the fields of `StoreMeta`.
 """
 
 import json
@@ -20,30 +19,29 @@ MAX_CODEBOOK_SIZE = 2**16  # of uint16
 
 @dataclass
 class StoreMeta:
-    image_seq_len: int  # N, codes per image
+    image_seq_len: int  # N, tokens per image
     codebook_size: int  # V
     crops_per_image: int = 1  # consecutive samples that are crops of one image
     class_names: list[str] | None = None  # in the order of the class ids
     source: dict[str, int | str] | None = None  # of the jsonl with the same samples: name, size, mtime_ns, sha256
-    num_skipped: int = 0  # bad lines of the jsonl or images that were left out
-    # h = w of the grid that the codes fill in raster order, from a jsonl where N allows for one; None: without a grid
-    grid_size: int | None = None
-    tokenizer_sha256: str | None = None  # of the tokenizer's weights; None: a jsonl does not tell
-    source_sha256: str | None = None  # `fingerprint` of the images; None: a jsonl does not tell
-    settings: dict[str, int | str | bool] | None = None  # of the pre-tokenization, by config key
+    num_skipped: int = 0  # bad lines of the jsonl, or unreadable images, that were left out
+    grid_size: int | None = None  # edge of the square grid of tokens in raster order; None: not a square grid
+    tokenizer_sha256: str | None = None  # of the tokenizer's weights; None: unknown (jsonl)
+    source_sha256: str | None = None  # `fingerprint` of the images; None: unknown (jsonl)
+    settings: dict[str, int | str | bool] | None = None  # of pre-tokenization, by config key
     sha256: dict[str, str] | None = None  # of the rows of tokens.npy and class_ids.npy, without their headers
     num_samples: int = 0  # n
     num_classes: int = 0  # number of class names, else largest class id + 1
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal samples in equal order, wherever they came from."""
+        """Equal for equal samples in equal order, independent of their origin."""
         shape = (self.num_samples, self.image_seq_len)
         return hash_of({"sha256": self.sha256, "shape": shape, "codebook_size": self.codebook_size})
 
 
 def open_store(path: Path) -> tuple[StoreMeta, np.memmap, np.memmap]:
-    """Meta, codes (n, N) uint16 and class ids (n,) int32, both mapped from disk.
+    """Meta, codes (n, N) uint16 and class ids (n,) int32, both memory-mapped.
 
     Raises:
         InputError: no store there, or a damaged one.
@@ -54,14 +52,14 @@ def open_store(path: Path) -> tuple[StoreMeta, np.memmap, np.memmap]:
         class_ids = np.load(path / CLASS_IDS_FILE, mmap_mode="r")
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: cannot be opened as a token store: {str(error).splitlines()[0]}") from error
-    expected = (meta.num_samples, meta.image_seq_len)
-    for file, found, shape in (
-        (TOKENS_FILE, codes.shape, expected),
-        (CLASS_IDS_FILE, class_ids.shape, expected[:1]),
-    ):
-        if found != shape:
-            raise InputError(f"{path / file}: found shape {found}, expected {shape} as in {META_FILE}")
+    _check_shape(path / TOKENS_FILE, codes, (meta.num_samples, meta.image_seq_len))
+    _check_shape(path / CLASS_IDS_FILE, class_ids, (meta.num_samples,))
     return meta, codes, class_ids
+
+
+def _check_shape(file: Path, array: np.ndarray, expected: tuple[int, ...]) -> None:
+    if array.shape != expected:
+        raise InputError(f"{file}: found shape {array.shape}, expected {expected} as in {META_FILE}")
 
 
 def check_codebook_size(path: Path, codebook_size: int) -> None:

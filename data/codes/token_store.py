@@ -1,4 +1,4 @@
-"""Tokenized images on disk: a memory map that opens at once, however many images there are."""
+"""Tokenized images on disk: a memory map, which opens at once however many images there are."""
 
 import hashlib
 import os
@@ -28,10 +28,10 @@ class TokenStore(Dataset):
     """A `<name>.tokens` folder: n samples of N codes and a class id.
 
     Attributes:
-        codes: (n, N) uint16, mapped from disk; for reading in order.
-        class_ids: (n,) int32, mapped from disk.
+        codes: (n, N) uint16, memory-mapped; for sequential reading.
+        class_ids: (n,) int32, memory-mapped.
         meta: sizes, class names and origin.
-        workers: processes that read it, by default.
+        workers: default number of processes that read it.
 
     Raises:
         InputError: no store there, or a damaged one.
@@ -49,18 +49,18 @@ class TokenStore(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal samples in equal order, wherever they came from."""
+        """Equal for equal samples in equal order, independent of their origin."""
         return self.meta.fingerprint
 
     def class_name(self, class_id: int) -> str:
-        """The name, or the number itself if the store does not tell names."""
+        """The name, or the number if the store has no names."""
         return self.meta.class_names[class_id] if self.meta.class_names else str(class_id)
 
     def verify(self) -> None:
         """Read everything, with a progress bar, and compare it with the hashes of meta.json.
 
         Raises:
-            InputError: codes or class ids were changed after they were written, or there is no hash to compare with.
+            InputError: codes or class ids differ from what was written, or meta.json has no hashes.
         """
         for file, rows in ((TOKENS_FILE, self.codes), (CLASS_IDS_FILE, self.class_ids)):
             digest = hashlib.sha256()
@@ -70,30 +70,32 @@ class TokenStore(Dataset):
             if digest.hexdigest() != expected:
                 raise InputError(
                     f"{self.path / file}: found sha256 {digest.hexdigest()[:12]}..., expected {expected[:12]}... as in "
-                    f"{META_FILE}; delete the store and make it again"
+                    f"{META_FILE}; delete the store and rebuild it"
                 )
 
     def __getitem__(self, item: int | SampleIndex) -> dict[str, Tensor]:
-        """One sample: what `__getitems__` gives, without the batch dimension."""
+        """One sample: as `__getitems__`, without the batch dimension."""
         return {key: values[0] for key, values in self.__getitems__([item]).items()}
 
     def __getitems__(self, items: Sequence[int | SampleIndex]) -> dict[str, Tensor]:
-        """A batch, asked for by a DataLoader whose collate_fn is `collate`.
+        """A batch, for a DataLoader whose collate_fn is `collate`.
 
         Returns:
             codes: (B, N) int64; class_labels: (B,) int64; index: (B,) int64.
         """
         index = np.array([as_sample_index(item).index for item in items], dtype=np.int64)
-        arrays = {"class_labels": self.class_ids[index], "codes": self._read_rows(index), "index": index}
-        return {key: torch.from_numpy(array.astype(np.int64)) for key, array in arrays.items()}
+        return {
+            "class_labels": torch.from_numpy(self.class_ids[index].astype(np.int64)),
+            "codes": torch.from_numpy(self._read_rows(index).astype(np.int64)),
+            "index": torch.from_numpy(index),
+        }
 
     def _read_rows(self, index: np.ndarray) -> np.ndarray:
-        """Rows (B, N) at random places. Reading maps nothing: through the memory map every row would add the pages
-        around it to the memory that the process is said to use."""
+        """Rows (B, N) in any order. Not through the memory map, whose pages would count as memory of the process."""
         rows = np.empty((len(index), self.codes.shape[1]), dtype=self.codes.dtype)
         for row, i in zip(rows, (index % len(self)).tolist(), strict=True):
             if os.preadv(self._tokens.fileno(), [row], self.codes.offset + i * row.nbytes) != row.nbytes:
-                raise InputError(f"{self.path / TOKENS_FILE}: ends before sample {i}; it was cut after it was opened")
+                raise InputError(f"{self.path / TOKENS_FILE}: ends before sample {i}; it was cut after opening")
         return rows
 
     @staticmethod
@@ -113,14 +115,14 @@ def open_tokens(
     max_bad_fraction: float = 0.0,
     key: str = "dataset.params.pretokenization",
 ) -> TokenStore:
-    """Open codes for a model of these sizes: a `.tokens` store, or a `.jsonl` that is converted once beside itself.
+    """Open codes for a model of these sizes: a `.tokens` store, or a `.jsonl`, which is converted once to a store.
 
     Args:
-        max_bad_fraction: bad lines of a jsonl up to this share are left out, with a warning that counts them.
-        key: of the config, for error messages.
+        max_bad_fraction: share of bad lines of a jsonl that may be left out, with a warning.
+        key: config key of the path, for error messages.
 
     Raises:
-        InputError: nothing there, bad lines, a damaged store or one of other sizes; the message names file and value.
+        InputError: nothing there, bad lines, a damaged store or one of other sizes.
     """
     sizes = Sizes(codebook_size, image_seq_len, num_classes)
     if path.suffix not in (".tokens", ".jsonl"):
@@ -143,7 +145,7 @@ def _open_converted(jsonl: Path, sizes: Sizes, max_bad_fraction: float, key: str
     if is_conversion(store_path, jsonl, sizes, max_bad_fraction):
         return TokenStore(store_path)
     with only_writer(store_path):
-        if not is_conversion(store_path, jsonl, sizes, max_bad_fraction):  # nor by a process that has just ended
+        if not is_conversion(store_path, jsonl, sizes, max_bad_fraction):  # another process may have finished it
             bad_lines = jsonl_to_store(jsonl, store_path, sizes, num_cpus(), max_bad_fraction)
             if bad_lines.count:
                 reasons = "; ".join(bad_lines.reasons)

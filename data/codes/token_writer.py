@@ -1,4 +1,4 @@
-"""Writing a token store. The folder is written as `<name>.tokens.tmp/` and renamed when it is complete."""
+"""Writing a token store, atomically: as `<name>.tokens.tmp/`, which is renamed when it is complete."""
 
 import hashlib
 import io
@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.lib import format as npy
 
 from data.codes.store_files import CLASS_IDS_FILE, TOKENS_FILE, StoreMeta, check_codebook_size, write_meta
 from utils.errors import InputError
@@ -17,7 +18,7 @@ from utils.files.atomic import atomic_folder
 
 @contextmanager
 def new_token_store(path: Path, meta: StoreMeta) -> Iterator["TokenStoreWriter"]:
-    """Give a writer to append to; the store takes the place of an older one at the end, and not after an exception.
+    """A writer to append samples to. At the end the store replaces an older one; after an exception it is deleted.
 
     Raises:
         InputError: more codes than uint16 holds, or no samples.
@@ -34,7 +35,7 @@ def new_token_store(path: Path, meta: StoreMeta) -> Iterator["TokenStoreWriter"]
 
 
 class TokenStoreWriter:
-    """The files of a store in the making: see `new_token_store`."""
+    """Writes the files of a store; see `new_token_store`."""
 
     def __init__(self, folder: Path, meta: StoreMeta) -> None:
         self.meta = meta
@@ -49,7 +50,7 @@ class TokenStoreWriter:
     def append(self, codes: np.ndarray, class_ids: np.ndarray) -> None:
         """Add B samples: integers (B, N) in [0, V) and (B,)."""
         assert len(codes) == len(class_ids)
-        if not len(codes):
+        if len(codes) == 0:
             return
         assert codes.min() >= 0
         assert codes.max() < self.meta.codebook_size
@@ -63,7 +64,7 @@ class TokenStoreWriter:
         self._class_ids.close()
 
     def finished_meta(self) -> StoreMeta:
-        """With what is known now: numbers of samples and classes, and the hashes."""
+        """Meta with the numbers of samples and classes, and the hashes."""
         return replace(
             self.meta,
             sha256={TOKENS_FILE: self._tokens.digest.hexdigest(), CLASS_IDS_FILE: self._class_ids.digest.hexdigest()},
@@ -73,10 +74,13 @@ class TokenStoreWriter:
 
 
 class _NpyWriter:
-    """An .npy file of a number of rows that is known only at the end, when the header is written again."""
+    """Writes an .npy file row by row; the header is rewritten at the end, when the number of rows is known."""
 
     def __init__(self, path: Path, dtype: np.dtype, row_shape: tuple[int, ...]) -> None:
-        self.dtype, self.row_shape, self.rows, self.digest = dtype, row_shape, 0, hashlib.sha256()
+        self.dtype = dtype
+        self.row_shape = row_shape
+        self.rows = 0
+        self.digest = hashlib.sha256()
         self._file = path.open("wb")
         self._data_start = self._file.write(self._header())
 
@@ -95,7 +99,8 @@ class _NpyWriter:
         self._file.close()
 
     def _header(self) -> bytes:
-        header = io.BytesIO()
-        shape, descr = (self.rows, *self.row_shape), np.lib.format.dtype_to_descr(self.dtype)
-        np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
-        return header.getvalue()
+        file = io.BytesIO()
+        shape = (self.rows, *self.row_shape)
+        header = {"descr": npy.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+        npy.write_array_header_1_0(file, header)
+        return file.getvalue()

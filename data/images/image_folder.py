@@ -1,4 +1,4 @@
-"""Images in a folder with one sub-folder per class, the layout of torchvision's ImageFolder."""
+"""Images in a folder: one sub-folder per class, the layout of torchvision's ImageFolder, or none and no classes."""
 
 import os
 from collections.abc import Iterator
@@ -8,33 +8,14 @@ import numpy as np
 
 from data.images.image_io import has_image_name
 from data.images.image_source import ImageSource, printable, to_bytes, to_text
-from data.images.notices import LeftOut, notify
+from data.images.notices import SkippedFiles, notify
 from utils.errors import InputError
 
 
-class ImageFolder(ImageSource):
-    """The sub-folders are the classes 0, 1, ..., with their names as class names: sorted as text, or as numbers if all
-    are numbers. The images of a class may lie in folders within. Names with a dot first are no part of it; files that
-    are no images and images outside of the sub-folders are left out, with a notice that counts them.
+class _Files(ImageSource):
+    """Files of the folder `root`; `key` is the path in it."""
 
-    Raises:
-        InputError: no sub-folders, or one without images.
-    """
-
-    class_names: list[str]
-
-    def __init__(self, root: Path) -> None:
-        self.root, left_out = root, LeftOut()
-        self._folders = class_folders(root, left_out)
-        files = [_image_names(root, folder, left_out) for folder in self._folders]
-        left_out.notify(str(root))
-        self.class_names = list(map(printable, self._folders))
-        self._folder_of = np.repeat(np.arange(len(files), dtype=np.int32), [len(names) for names in files])
-        self.class_ids = self._folder_of  # until `name_classes`
-        self._names = np.array([to_bytes(name) for names in files for name in names])
-
-    def key(self, index: int) -> str:
-        return f"{self._folders[self._folder_of[index]]}/{to_text(self._names[index])}"
+    root: Path
 
     def location(self, index: int) -> str:
         return printable(str(self.root / self.key(index)))
@@ -43,8 +24,64 @@ class ImageFolder(ImageSource):
         return (self.root / self.key(index)).read_bytes()
 
 
-def class_folders(root: Path, left_out: LeftOut | None = None) -> list[str]:
+class ImageFolder(_Files):
+    """Images of a folder with one sub-folder per class, which may be nested further.
+
+    Class names are the names of the sub-folders, sorted as numbers if all are numbers, else as text. Names that begin
+    with a dot are ignored. Other files, and images next to the class folders, are left out with a notice.
+
+    Raises:
+        InputError: no sub-folder, or a sub-folder without images.
+    """
+
+    class_names: list[str]
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        skipped = SkippedFiles()
+        self._folders = class_folders(root, skipped)
+        files = [_image_paths(root, folder, skipped) for folder in self._folders]
+        skipped.notify(str(root))
+        self.class_names = [printable(folder) for folder in self._folders]
+        self._folder_of = np.repeat(np.arange(len(files), dtype=np.int32), [len(paths) for paths in files])
+        self.class_ids = self._folder_of  # `name_classes` may replace it
+        self._paths = np.array([to_bytes(path) for paths in files for path in paths])
+
+    def key(self, index: int) -> str:
+        return f"{self._folders[self._folder_of[index]]}/{to_text(self._paths[index])}"
+
+
+class PlainFolder(_Files):
+    """The images directly in a folder, sorted by name, all of class 0.
+
+    Raises:
+        InputError: there are none.
+    """
+
+    class_names = None
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        names = [path.name for path in root.iterdir() if not path.name.startswith(".")]
+        self._names = sorted(name for name in names if has_image_name(name))
+        if not self._names:
+            raise InputError(f"{root}: found no image")
+        self.class_ids = np.zeros(len(self._names), dtype=np.int32)
+
+    def key(self, index: int) -> str:
+        return self._names[index]
+
+
+def is_plain(folder: Path) -> bool:
+    """A folder without sub-folders."""
+    return folder.is_dir() and not any(path.is_dir() and not path.name.startswith(".") for path in folder.iterdir())
+
+
+def class_folders(root: Path, skipped: SkippedFiles | None = None) -> list[str]:
     """Names of the sub-folders in the order of the class ids.
+
+    Args:
+        skipped: gets the files next to them; None: no notices.
 
     Raises:
         InputError: there are none.
@@ -55,46 +92,44 @@ def class_folders(root: Path, left_out: LeftOut | None = None) -> list[str]:
     if not names:
         hint = f"; for shards give {root / '*.tar'}" if next(root.glob("*.tar"), None) else ""
         raise InputError(f"{root}: found no sub-folder, expected one per class{hint}")
-    if left_out is not None:
-        for entry in entries:
-            if not entry.is_dir():
-                left_out.add(entry.name, "beside the class folders")
     numbers = [name for name in names if name.isascii() and name.isdigit()]
     if len(numbers) == len(names):
-        return sorted(names, key=int)
-    if left_out is not None and numbers != sorted(numbers, key=int):
-        notify(f"{root}: the classes are in the order of text, for not all are numbers: {', '.join(numbers[:4])}, ...")
+        names.sort(key=int)
+    if skipped is not None:
+        for entry in entries:
+            if not entry.is_dir():
+                skipped.add(entry.name, "next to the class folders")
+        if len(numbers) < len(names) and numbers != sorted(numbers, key=int):
+            notify(f"{root}: classes are sorted as text, as not all are numbers: {', '.join(numbers[:4])}, ...")
     return names
 
 
-def _image_names(root: Path, folder: str, left_out: LeftOut) -> list[str]:
+def _image_paths(root: Path, folder: str, skipped: SkippedFiles) -> list[str]:
     """Paths of the images in a class folder, relative to it, sorted."""
-    names = []
-    for path, is_image in _files(root / folder, "", (_identity(root),)):
-        if is_image:
-            names.append(path)
+    paths = []
+    for path in _files(root / folder, "", (_identity(root),)):
+        if has_image_name(path):
+            paths.append(path)
         else:
-            left_out.add(f"{folder}/{path}", "no image")
-    if not names:
+            skipped.add(f"{folder}/{path}", "no image")
+    if not paths:
         raise InputError(f"{printable(str(root / folder))}: found no image, expected some: every sub-folder is a class")
-    return sorted(names)
+    return sorted(paths)
 
 
-def _files(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, bool]]:
-    """Paths of all files and whether their names are those of images. What is called like an image but is a folder or
-    a link to nowhere counts as an image: reading it is an error, as for any image that cannot be read."""
+def _files(folder: Path, prefix: str, parents: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Paths of all files. A folder or broken link with the name of an image counts as one: reading it is an error."""
     identity = _identity(folder)
-    if identity in above:  # a link to a folder around it
+    if identity in parents:  # a link to a folder that contains it
         return
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            is_image = has_image_name(entry.name)
-            if entry.is_dir() and not is_image:
-                yield from _files(folder / entry.name, f"{prefix}{entry.name}/", (*above, identity))
+            if entry.is_dir() and not has_image_name(entry.name):
+                yield from _files(folder / entry.name, f"{prefix}{entry.name}/", (*parents, identity))
             else:
-                yield prefix + entry.name, is_image
+                yield prefix + entry.name
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What every source of images offers: random access by index, whatever the files look like."""
+"""The interface of every source of images: random access by index."""
 
 import errno
 import hashlib
@@ -8,18 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from data.images.image_io import ImageDecoding, Note
+from data.images.image_io import ImageDecoding, ImageIssue
 from utils.errors import InputError
-
-OUT_OF_FILES = (errno.EMFILE, errno.ENFILE)  # no fault of the image whose turn it is
 
 
 class ImageSource(ABC):
-    """n images with class ids. `source[i]` is (PIL RGB image, class id); sources can be pickled and forked.
+    """n images with class ids. `source[i]` is (PIL RGB image, class id). Sources can be pickled and forked.
 
     Attributes:
         class_ids: (n,) int32.
-        class_names: names in the order of the class ids, or None if the files do not tell.
+        class_names: in the order of the class ids; None if the files do not state them.
         decoding: how files become pixels.
     """
 
@@ -29,7 +27,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def key(self, index: int) -> str:
-        """Name of an image, unique within the source; bytes that are no UTF-8 as `surrogateescape` gives them."""
+        """Name of an image, unique within the source; bytes that are not UTF-8 are decoded with `surrogateescape`."""
 
     @abstractmethod
     def location(self, index: int) -> str:
@@ -37,28 +35,6 @@ class ImageSource(ABC):
 
     @abstractmethod
     def _read(self, index: int) -> bytes: ...
-
-    def read(self, index: int) -> bytes:
-        """The encoded image.
-
-        Raises:
-            InputError: the file cannot be read.
-            OSError: this process has too many open files.
-        """
-        try:
-            return self._read(index)
-        except OSError as error:
-            if error.errno in OUT_OF_FILES:
-                raise
-            raise InputError(f"{self.location(index)}: cannot be read: {error.strerror or error}") from error
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for equal keys and class ids in equal order; the pixels are not read."""
-        digest = hashlib.sha256(self.class_ids.tobytes())
-        for index in range(len(self)):
-            digest.update(to_bytes(self.key(index)) + b"\0")
-        return digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self.class_ids)
@@ -71,8 +47,22 @@ class ImageSource(ABC):
         """
         return self.load(index)[0], int(self.class_ids[index])
 
-    def load(self, index: int) -> tuple[Image.Image, Note]:
-        """An image, and what was done to it beyond the ordinary.
+    def read(self, index: int) -> bytes:
+        """The encoded image.
+
+        Raises:
+            InputError: the file cannot be read.
+            OSError: this process has too many open files.
+        """
+        try:
+            return self._read(index)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # not the fault of this image
+                raise
+            raise InputError(f"{self.location(index)}: cannot be read: {error.strerror or error}") from error
+
+    def load(self, index: int) -> tuple[Image.Image, ImageIssue]:
+        """An image and its issues.
 
         Raises:
             InputError: it cannot be read or decoded.
@@ -82,31 +72,45 @@ class ImageSource(ABC):
             return self.decoding.decode(encoded)
         except MemoryError:
             raise
-        except Exception as error:  # damaged bytes raise whatever Pillow's readers did not think of
-            unknown = isinstance(error, Image.UnidentifiedImageError)  # its text is an object's address
-            problem = "no known format" if unknown else (str(error) or type(error).__name__).splitlines()[0]
+        except Exception as error:  # damaged bytes raise many kinds of errors in Pillow
+            if isinstance(error, Image.UnidentifiedImageError):
+                problem = "no known format"
+            else:
+                problem = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(
                 f"{self.location(index)}: cannot decode the image of {len(encoded)} bytes: {problem}"
             ) from error
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the keys and class ids in their order; the pixels are not read."""
+        digest = hashlib.sha256(self.class_ids.tobytes())
+        for index in range(len(self)):
+            digest.update(to_bytes(self.key(index)) + b"\0")
+        return digest.hexdigest()
+
     def name_classes(self, class_names: Sequence[str], origin: str) -> None:
-        """Number the classes as another source does, by their names. Without names, class ids stay as they are.
+        """Renumber the classes by name to the ids they have in `class_names`. A source without names is unchanged.
+
+        Args:
+            origin: where `class_names` are from, for the error message.
 
         Raises:
-            InputError: a class that `class_names` lacks, or has twice.
+            InputError: a class that `class_names` lacks or has twice.
         """
         if self.class_names is None or self.class_names == list(class_names):
             return
-        ids = {name: class_id for class_id, name in enumerate(class_names)}
+        new_ids = {name: class_id for class_id, name in enumerate(class_names)}
         used = [self.class_names[class_id] for class_id in np.unique(self.class_ids).tolist()]
-        wrong = [name for name in used if name not in ids or class_names.count(name) > 1]
+        wrong = [name for name in used if class_names.count(name) != 1]
         if wrong:
             raise InputError(
                 f"{self.location(0)}: found {len(wrong)} class names that {origin} lacks or has twice, such as "
-                f"{wrong[0]!r}; expected names as there, such as {class_names[0]!r}"
+                f"{wrong[0]!r}; expected names such as {class_names[0]!r}"
             )
-        new_ids = np.array([ids.get(name, -1) for name in self.class_names], dtype=np.int32)
-        self.class_ids, self.class_names = new_ids[self.class_ids], list(class_names)
+        table = np.array([new_ids.get(name, -1) for name in self.class_names], dtype=np.int32)
+        self.class_ids = table[self.class_ids]
+        self.class_names = list(class_names)
 
 
 def to_bytes(name: str) -> bytes:
@@ -119,6 +123,6 @@ def to_text(name: bytes) -> str:
 
 
 def printable(name: str) -> str:
-    """Bytes that are no UTF-8 become \\xNN, and control characters such as the end of a line their escapes."""
+    """Escapes bytes that are not UTF-8 (\\xNN) and control characters such as line ends."""
     text = to_bytes(name).decode("utf-8", "backslashreplace")
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

@@ -1,113 +1,97 @@
-"""What a user is told about images that were left out or changed: counted, with one example by name, in one line."""
+"""Notices about skipped files and unusual images: counted, one line per kind, with an example."""
 
 import os
 import sys
 from collections import Counter
 
-from PIL import Image
 from torch import Tensor
 
-from data.images.image_io import MEANINGS, Note
+from data.images.image_io import ISSUE_TEXT, ImageIssue
 from data.images.image_source import ImageSource, printable
 from utils.errors import InputError
 
 
 def notify(text: str) -> None:
-    """One line on stderr; of several ranks, the first alone speaks."""
+    """One line on stderr, from rank 0 only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"notice: {text}", file=sys.stderr, flush=True)
 
 
-class LeftOut:
-    """Files that are no part of a source, counted by reason and extension."""
+class SkippedFiles:
+    """Files that are not part of a source, counted by reason and extension."""
 
     def __init__(self) -> None:
-        self.counts: Counter[tuple[str, str]] = Counter()
-        self.examples: dict[tuple[str, str], str] = {}
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._examples: dict[tuple[str, str], str] = {}
 
     def add(self, name: str, reason: str) -> None:
-        base = name.rpartition("/")[2]
-        kind = (base.rpartition(".")[2] if "." in base else "without extension", reason)
-        self.counts[kind] += 1
-        self.examples.setdefault(kind, name)
+        _, dot, extension = name.rpartition("/")[2].rpartition(".")
+        kind = (extension if dot else "without extension", reason)
+        self._counts[kind] += 1
+        self._examples.setdefault(kind, name)
 
     def notify(self, where: str) -> None:
-        if not self.counts:
-            return
         kinds = [
-            f"{count} {extension} ({reason}, such as {printable(self.examples[extension, reason])})"
-            for (extension, reason), count in self.counts.most_common()
+            f"{count} {extension} ({reason}, such as {printable(self._examples[extension, reason])})"
+            for (extension, reason), count in self._counts.most_common()
         ]
-        notify(f"{where}: left out {self.counts.total()} files: {', '.join(kinds)}")
+        if kinds:
+            notify(f"{where}: left out {self._counts.total()} files: {', '.join(kinds)}")
 
 
-class ImageNotes:
-    """Counts the notes of the images that one process has read, and says each kind when it first appears.
+class IssueCounter:
+    """Counts the issues of the images that one process has read; prints a notice when a kind first appears.
 
     Args:
-        max_bad_fraction: of the images of the source that may be unreadable.
+        max_bad_fraction: allowed share of unreadable images in the source.
 
     Attributes:
-        num_skipped: visits of images that could not be decoded.
+        num_skipped: how often an unreadable image was skipped.
     """
 
     def __init__(self, source: ImageSource, max_bad_fraction: float = 0.0) -> None:
-        self.source, self.max_bad_fraction = source, max_bad_fraction
-        self.num_skipped, self._seen = 0, dict[Note, set[int]]()
+        self.source = source
+        self.max_bad_fraction = max_bad_fraction
+        self.num_skipped = 0
+        self._indices: dict[ImageIssue, set[int]] = {}
 
-    def add(self, indices: Tensor, notes: Tensor) -> None:
-        """Of a batch: indices (B,) and notes (B,), both int64.
+    def add(self, indices: Tensor, issues: Tensor) -> None:
+        """A batch: indices (B,) and issues (B,), both int64.
 
         Raises:
-            InputError: more different images than `max_bad_fraction` allows cannot be decoded.
+            InputError: more images are unreadable than `max_bad_fraction` allows.
         """
-        for index, note in zip(indices[notes != 0].tolist(), notes[notes != 0].tolist(), strict=True):
-            self.add_one(index, Note(note))
+        for index, bits in zip(indices.tolist(), issues.tolist(), strict=True):
+            if bits:
+                self.add_image(index, ImageIssue(bits))
 
-    def add_one(self, index: int, note: Note) -> None:
-        for kind in Note:
-            if kind & note:
-                self._add(index, kind)
-
-    def _add(self, index: int, kind: Note) -> None:
-        seen = self._seen.setdefault(kind, set())
-        self.num_skipped += kind == Note.UNREADABLE
-        if index in seen:
-            return
-        if not seen or kind == Note.UNREADABLE:
-            notify(f"{self.source.location(index)}: {MEANINGS[kind]}")
-        seen.add(index)
-        if kind == Note.UNREADABLE:
-            check_bad(self.source, seen, self.max_bad_fraction)
+    def add_image(self, index: int, issues: ImageIssue) -> None:
+        """As `add`, for one image."""
+        for issue in ImageIssue:
+            if not issue & issues:
+                continue
+            indices = self._indices.setdefault(issue, set())
+            is_unreadable = issue == ImageIssue.UNREADABLE
+            if index not in indices and (is_unreadable or not indices):
+                notify(f"{self.source.location(index)}: {ISSUE_TEXT[issue]}")
+            indices.add(index)
+            if is_unreadable:
+                self.num_skipped += 1
+                check_unreadable(self.source, indices, self.max_bad_fraction)
 
     def summary(self) -> None:
-        """Say how many images of each kind this process has read."""
-        for kind, seen in self._seen.items():
-            notify(f"{len(seen)} of {len(self.source)} images: {MEANINGS[kind]}")
+        """Print how many images have each issue."""
+        for issue, indices in self._indices.items():
+            notify(f"{len(indices)} of {len(self.source)} images: {ISSUE_TEXT[issue]}")
 
 
-def check_bad(source: ImageSource, bad: set[int], max_bad_fraction: float) -> None:
+def check_unreadable(source: ImageSource, indices: set[int], max_bad_fraction: float) -> None:
     """
     Raises:
-        InputError: too many images cannot be decoded.
+        InputError: more than `max_bad_fraction` of the images of the source are unreadable.
     """
-    if len(bad) > max_bad_fraction * len(source):
+    if len(indices) > max_bad_fraction * len(source):
         raise InputError(
-            f"{len(bad)} of {len(source)} images cannot be decoded, expected at most "
-            f"dataset.params.max_bad_fraction={max_bad_fraction}: {source.location(min(bad))}"
+            f"{len(indices)} of {len(source)} images cannot be decoded, expected at most "
+            f"dataset.params.max_bad_fraction={max_bad_fraction}: {source.location(min(indices))}"
         )
-
-
-class CountedImages:
-    """A source for readers who want nothing but `source[i]`: what is done to the images is counted and told."""
-
-    def __init__(self, source: ImageSource) -> None:
-        self.source, self.notes = source, ImageNotes(source)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image, note = self.source.load(index)
-        self.notes.add_one(index, note)
-        return image, int(self.source.class_ids[index])

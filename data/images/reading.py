@@ -1,5 +1,7 @@
 """Images with class ids for a DataLoader, from tar shards or from a folder per class."""
 
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,9 @@ from torch.utils.data import Dataset, default_collate
 
 from data.batch_sampler import SampleIndex, as_sample_index
 from data.images.image_folder import ImageFolder
-from data.images.image_io import ImageDecoding, Note
+from data.images.image_io import ImageDecoding, ImageIssue
 from data.images.image_source import ImageSource
-from data.images.notices import ImageNotes
+from data.images.notices import IssueCounter
 from data.images.tar_shards import TarShards
 from data.images.transforms import NUM_DRAWS, Transform
 from utils.errors import InputError
@@ -23,7 +25,7 @@ def open_images(path: str, num_classes: int | None = None, decoding: ImageDecodi
     """Open webdataset shards (a path, "a-{000..252}.tar" or a glob) or a folder with a sub-folder per class.
 
     Args:
-        num_classes: number of classes of the model that will read the class ids, if there is one.
+        num_classes: number of classes of the model, if there is one.
         decoding: how files become pixels; None: white behind transparency, EXIF orientation ignored.
 
     Raises:
@@ -42,31 +44,33 @@ def open_images(path: str, num_classes: int | None = None, decoding: ImageDecodi
 
 
 def allowed_bad_fraction(params: DatasetParams) -> float:
-    """Share of bad samples that may be left out; 0: none."""
-    return params.max_bad_fraction * (params.on_bad_sample == "skip")
+    """Share of bad samples that may be left out."""
+    return params.max_bad_fraction if params.on_bad_sample == "skip" else 0.0
 
 
 class ImageDataset(Dataset):
     """Transformed images of a source.
 
-    Items are indexed by a plain index (pass 0) or by `SampleIndex(index, dataset_pass)`, as `GlobalBatchSampler` does.
+    Items are indexed by a plain index (pass 0) or by `SampleIndex(index, dataset_pass)`.
     Augmentation depends on (seed, dataset pass, index) only.
 
     Args:
-        max_bad_fraction: if above 0, the next image that can be read takes the place of one that cannot; more of these
-            than this share of all are an error, once `notes` hears of them.
+        max_bad_fraction: allowed share of unreadable images; the next readable image replaces one. The share is checked
+            in `issues`. 0: an unreadable image is an error at once.
 
     Attributes:
-        workers: processes that read it, by default.
-        notes: what this process was told about the images; who asks for batches hands on their `index` and `notes`.
+        workers: default number of processes that read it.
+        issues: counts issues of images; whoever reads batches passes their `index` and `issues` to it.
     """
 
     collate = staticmethod(default_collate)
     workers = 12
 
     def __init__(self, source: ImageSource, transform: Transform, seed: int, max_bad_fraction: float = 0.0) -> None:
-        self.source, self.transform, self.seed = source, transform, seed
-        self.notes = ImageNotes(source, max_bad_fraction)
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+        self.issues = IssueCounter(source, max_bad_fraction)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -83,25 +87,57 @@ class ImageDataset(Dataset):
     def __getitem__(self, item: int | SampleIndex) -> dict[str, Any]:
         """
         Returns:
-            image: what the transform gives, uint8 (H, W, 3); class_labels and index: int;
-            notes: int, the bits of `Note`; with UNREADABLE, another image and its label are in the place of this one.
+            image: the result of the transform, uint8 (H, W, 3); class_labels and index: int;
+            issues: int, bits of `ImageIssue`; with UNREADABLE, image and label are those of the next readable image.
 
         Raises:
             InputError: the image cannot be read or decoded.
         """
         index, dataset_pass = as_sample_index(item)
-        image, there, note = self._readable(index)
+        image, found_at, issues = self._next_readable(index)
         draws = uniforms(philox(Stream.AUGMENTATION, self.seed, dataset_pass * len(self) + index), NUM_DRAWS)
-        class_id = int(self.source.class_ids[there])
-        return {"image": self.transform(image, draws), "class_labels": class_id, "index": index, "notes": int(note)}
+        return {
+            "image": self.transform(image, draws),
+            "class_labels": int(self.class_ids[found_at]),
+            "index": index,
+            "issues": int(issues),
+        }
 
-    def _readable(self, index: int) -> tuple[Image.Image, int, Note]:
+    def _next_readable(self, index: int) -> tuple[Image.Image, int, ImageIssue]:
+        """The image, its index, and the issues of the image at `index`."""
         for step in range(len(self)):
-            there = (index + step) % len(self)
+            candidate = (index + step) % len(self)
             try:
-                image, note = self.source.load(there)
-                return image, there, note if there == index else Note.UNREADABLE
+                image, issues = self.source.load(candidate)
+                return image, candidate, issues if step == 0 else ImageIssue.UNREADABLE
             except InputError:
-                if not self.notes.max_bad_fraction:
+                if not self.issues.max_bad_fraction:
                     raise
         raise InputError(f"{self.source.location(index)}: cannot be decoded, nor can any other image")
+
+
+class CroppedImages:
+    """Images of a data set whose transform is not random, read in slices by several threads.
+
+    Args:
+        indices: of the images; None: all.
+    """
+
+    def __init__(self, dataset: ImageDataset, indices: Sequence[int] | None = None) -> None:
+        self.dataset = dataset
+        self.indices = range(len(dataset)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Images `start` to `stop`, uint8 (stop - start, H, W, 3)."""
+        with ThreadPoolExecutor() as threads:
+            batch = self.dataset.collate(list(threads.map(self.dataset.__getitem__, self.indices[start:stop])))
+        self.dataset.issues.add(batch["index"], batch["issues"])
+        return batch["image"].numpy()
+
+
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """`count` of the indices 0 to length - 1, at equal steps from 0 on."""
+    return (np.arange(count) * length // count).tolist()

@@ -1,7 +1,5 @@
-"""What is where in a tar shard: `<shard>.index.npz` beside `<shard>.tar`, so that no start reads all headers.
-
-One file per shard, for shards are written, copied and chosen one by one. It holds the columns of `ShardIndex`, the size
-of the shard in bytes and, if its writer knew it, the sha256.
+"""The index of a tar shard, `<shard>.index.npz` next to `<shard>.tar`: where each image is, so that no start reads all
+headers. It holds the columns of `ShardIndex`, the size of the shard in bytes and, if known, its sha256.
 """
 
 import zipfile
@@ -17,20 +15,23 @@ from utils.files.npz import write_npz
 
 @dataclass
 class ShardIndex:
-    """Columns, a row per sample; arrays, for reference counts would make every worker copy the memory."""
+    """Columns with a row per sample. Arrays, as reading a list of objects would make every worker copy its memory."""
 
     keys: np.ndarray  # (n,) bytes
     class_ids: np.ndarray  # (n,) int32
     offsets: np.ndarray  # (n,) int64, of the image, in bytes from the start of the shard
     sizes: np.ndarray  # (n,) int64, of the image, in bytes
-    sha256: str = ""  # of the shard; empty: not known
+    sha256: str = ""  # of the shard; empty: unknown
 
     @classmethod
     def of(cls, samples: list[tuple[str, int, int, int]]) -> "ShardIndex":
         """From key, class id, offset and size of each sample."""
-        keys, *numbers = zip(*samples, strict=True)
-        class_ids, offsets, sizes = map(np.array, numbers)
-        return cls(np.array(list(map(to_bytes, keys))), class_ids.astype(np.int32), offsets, sizes)
+        return cls(
+            keys=np.array([to_bytes(key) for key, _, _, _ in samples]),
+            class_ids=np.array([class_id for _, class_id, _, _ in samples], dtype=np.int32),
+            offsets=np.array([offset for _, _, offset, _ in samples]),
+            sizes=np.array([size for _, _, _, size in samples]),
+        )
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -41,9 +42,14 @@ def index_path(shard: Path) -> Path:
 
 
 def write_index(shard: Path, index: ShardIndex) -> None:
-    columns = {"keys": index.keys, "class_ids": index.class_ids, "offsets": index.offsets, "sizes": index.sizes}
-    columns["shard_bytes"] = np.array([shard.stat().st_size])
-    columns["shard_sha256"] = np.array([index.sha256.encode()], dtype="S64")
+    columns = {
+        "keys": index.keys,
+        "class_ids": index.class_ids,
+        "offsets": index.offsets,
+        "sizes": index.sizes,
+        "shard_bytes": np.array([shard.stat().st_size]),
+        "shard_sha256": np.array([index.sha256.encode()], dtype="S64"),
+    }
     write_npz(index_path(shard), {name: (column.shape, column.dtype, [column]) for name, column in columns.items()})
 
 
@@ -51,23 +57,29 @@ def read_index(shard: Path) -> ShardIndex | None:
     """None if the shard has no index.
 
     Raises:
-        InputError: the index is damaged, or of a shard of another size.
+        InputError: the index is damaged, or belongs to a shard of another size.
     """
     path = index_path(shard)
     if not path.is_file():
         return None
     try:
         with np.load(path) as columns:
-            index = ShardIndex(*(columns[name] for name in ("keys", "class_ids", "offsets", "sizes")))
-            index.sha256, expected = columns["shard_sha256"][0].decode(), int(columns["shard_bytes"][0])
+            index = ShardIndex(
+                keys=columns["keys"],
+                class_ids=columns["class_ids"],
+                offsets=columns["offsets"],
+                sizes=columns["sizes"],
+                sha256=columns["shard_sha256"][0].decode(),
+            )
+            expected = int(columns["shard_bytes"][0])
         if not len(index.keys) == len(index.class_ids) == len(index.offsets) == len(index.sizes) > 0:
             raise ValueError("columns of different lengths, or empty")
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: damaged ({error}); delete it or write it anew: make_shards.py --index") from error
+        raise InputError(f"{path}: damaged ({error}); delete it or rewrite it: make_shards.py --index") from error
     found = shard.stat().st_size
     if found != expected:
         raise InputError(
-            f"{shard}: found {found} bytes, expected {expected} as in {path}; one of the two was replaced: "
-            "restore the shard or write the index anew: make_shards.py --index"
+            f"{shard}: found {found} bytes, expected {expected} as in {path}; restore the shard or rewrite the index: "
+            "make_shards.py --index"
         )
     return index

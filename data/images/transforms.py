@@ -1,9 +1,10 @@
-"""Crops: how an image of any size becomes the square that the tokenizer reads.
+"""Crops: from an image of any size to the square that the tokenizer reads.
 
-A transform is a function of (image, draws): `NUM_DRAWS` uniforms in [0, 1) that belong to the image and the pass, so
-that its result does not depend on workers. It gives bytes, which are the least to send; what several crops are cut from
-is sent once. The centre crop is that of ADM (openai/guided-diffusion, guided_diffusion/image_datasets.py), the ten
-crops are those of LlamaGen and RAR: ADM centre crop to 1.1 times the size, then five crops and their mirror images.
+A transform is a function of (image, draws): `NUM_DRAWS` uniforms in [0, 1) keyed by image and pass, so the result does
+not depend on the worker. It returns bytes, which are the least to send; crops are cut after sending.
+
+Sources: centre crop of ADM (openai/guided-diffusion, guided_diffusion/image_datasets.py); ten crops of LlamaGen and
+RAR: ADM centre crop to 1.1 times the size, then five crops and their mirror images.
 """
 
 from collections.abc import Callable
@@ -32,9 +33,9 @@ def resize_shorter_edge(image: Image.Image, edge: int) -> Image.Image:
 
 
 def adm_center_crop(image: Image.Image, size: int, resize_to: int | None = None) -> Image.Image:
-    """ADM's centre crop of `size` x `size` pixels, of the image with shorter edge `resize_to` (None: size)."""
+    """ADM's centre crop of `size` x `size` pixels, of the image resized to shorter edge `resize_to` (None: size)."""
     image = resize_shorter_edge(image, size if resize_to is None else resize_to)
-    return _crop(image, (image.width - size) // 2, (image.height - size) // 2, size)
+    return _crop(image, left=(image.width - size) // 2, top=(image.height - size) // 2, size=size)
 
 
 def training_transform(preprocessing: PreprocessingConfig) -> Transform:
@@ -44,36 +45,37 @@ def training_transform(preprocessing: PreprocessingConfig) -> Transform:
         InputError: the crop is larger than the resized image.
     """
     _check_sizes(preprocessing)
-    return partial(_random_view, preprocessing=preprocessing)  # unlike an inner function, it can be pickled
+    return partial(_training_crop, preprocessing=preprocessing)  # unlike an inner function, it can be pickled
 
 
 def pretokenize_transform(preprocessing: PreprocessingConfig) -> Transform:
-    """What `cut_crops` cuts the crops from: an image to uint8 (S, S, 3), nothing random. S is crop_size, but 1.1 times
-    that for ten_crop, which resizes by itself.
+    """The input of `cut_crops`: an image to uint8 (S, S, 3), nothing random. S is crop_size, for ten_crop 1.1 times it.
 
     Raises:
         InputError: the crop is larger than the resized image.
     """
     _check_sizes(preprocessing)
-    return partial(_uncut, preprocessing=preprocessing)
+    return partial(_pretokenize_crop, preprocessing=preprocessing)
 
 
 def cut_crops(images: Tensor, preprocessing: PreprocessingConfig) -> Tensor:
-    """The K crops of `pretokenize_crops` of what `pretokenize_transform` gives: (B, S, S, 3) to (B, K, size, size, 3).
+    """The K crops of `pretokenize_crops`, of results of `pretokenize_transform`: (B, S, S, 3) to (B, K, size, size, 3).
 
-    ten_crop: top left, top right, bottom left, bottom right and centre, then the same of the mirror image, as
-    torchvision has it. Mirroring the five crops is not enough: the centre may lie between two pixels.
+    ten_crop: top left, top right, bottom left, bottom right, centre, and the same five crops of the mirror image, as in
+    torchvision. (Mirroring the five crops would differ: the centre may lie between two pixels.)
     """
-    size, crops = preprocessing.crop_size, preprocessing.pretokenize_crops
-    end = images.shape[2] - size
-    middle = round(end / 2)
-    places = [(0, 0), (0, end), (end, 0), (end, end), (middle, middle)] if crops == "ten_crop" else [(0, 0)]
-    views = [images] if crops == "center" else [images, images.flip(2)]
-    cut = [view[:, top : top + size, left : left + size] for view in views for top, left in places]
-    return torch.stack(cut, dim=1)
+    size = preprocessing.crop_size
+    corners = [(0, 0)]
+    if preprocessing.pretokenize_crops == "ten_crop":
+        end = images.shape[2] - size
+        middle = round(end / 2)
+        corners = [(0, 0), (0, end), (end, 0), (end, end), (middle, middle)]
+    views = [images] if preprocessing.pretokenize_crops == "center" else [images, images.flip(2)]
+    crops = [view[:, top : top + size, left : left + size] for view in views for top, left in corners]
+    return torch.stack(crops, dim=1)
 
 
-def _random_view(image: Image.Image, draws: np.ndarray, preprocessing: PreprocessingConfig) -> Tensor:
+def _training_crop(image: Image.Image, draws: np.ndarray, preprocessing: PreprocessingConfig) -> Tensor:
     size, resize_to = preprocessing.crop_size, preprocessing.resize_shorter_edge
     if preprocessing.random_crop:
         image = resize_shorter_edge(image, resize_to)
@@ -86,10 +88,10 @@ def _random_view(image: Image.Image, draws: np.ndarray, preprocessing: Preproces
     return torch.from_numpy(np.array(image))
 
 
-def _uncut(image: Image.Image, draws: np.ndarray, preprocessing: PreprocessingConfig) -> Tensor:
+def _pretokenize_crop(image: Image.Image, draws: np.ndarray, preprocessing: PreprocessingConfig) -> Tensor:
     size, resize_to = preprocessing.crop_size, preprocessing.resize_shorter_edge
     if preprocessing.pretokenize_crops == "ten_crop":
-        size, resize_to = (int(TEN_CROP_RATIO * size),) * 2
+        size = resize_to = int(TEN_CROP_RATIO * size)
     return torch.from_numpy(np.array(adm_center_crop(image, size, resize_to)))
 
 

@@ -1,4 +1,4 @@
-"""The loader of all scripts: errors of workers arrive as one line, and nothing waits for ever."""
+"""The loader of all scripts: errors of workers arrive as one line, and nothing waits forever."""
 
 import errno
 import multiprocessing
@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +23,7 @@ ITEMS = [[0, 1], [2, 3], [4, 5]]
 
 
 class Numbers(Dataset):
-    """Item i is i; `at` does something else."""
+    """Item i is i; item `at` calls `act` first."""
 
     collate = staticmethod(default_collate)
 
@@ -103,10 +102,10 @@ def test_an_error_arrives_as_one_line(workers: int, error: Exception, message: s
 
 @pytest.mark.parametrize(("number", "message"), [(errno.ENOSPC, "shared memory"), (errno.EMFILE, "open files")])
 def test_a_batch_that_cannot_be_sent_is_an_error(monkeypatch: pytest.MonkeyPatch, number: int, message: str) -> None:
-    def dumps(batch: object) -> bytes:
+    def share_memory(tensor: Tensor) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(loading, "ForkingPickler", SimpleNamespace(dumps=dumps))
+    monkeypatch.setattr(Tensor, "share_memory_", share_memory)
     with pytest.raises(InputError, match=message):
         next(Batches(Numbers(), ITEMS, 1))
 

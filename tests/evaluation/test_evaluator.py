@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evaluation import evaluator, moments
-from evaluation.collect import Collected, Images
+from evaluation import evaluator, metrics
+from evaluation.collect import FeatureSums, Images
 from evaluation.evaluator import Evaluator
 from evaluation.inputs import POOL_DIM, SPATIAL_DIM, STATISTICS, WEIGHTS, check_statistics, open_input
 from tests.evaluation.made_up import StubExtractor, blocky_images
@@ -47,7 +47,7 @@ def stub_metrics(
     """The five numbers with the cheap back end and splits of 50 images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluator, "load_extractor", lambda *_: StubExtractor())
-        patch.setattr(moments, "SPLIT_SIZE", 50)
+        patch.setattr(metrics, "SPLIT_SIZE", 50)
         compare = Evaluator(files["reference"], ctx, distance="fp32", batch_size=batch_size)
         report = compare(compare.open(files[samples]))
     return report["metrics"]
@@ -90,9 +90,9 @@ def test_number_of_processes_does_not_matter(
 def test_stored_statistics_replace_computed_ones(tmp_path: Path, alone: DistributedContext) -> None:
     statistics = {key: np.random.default_rng(0).random(shape) for key, shape in STATISTICS.items()}
     np.savez(tmp_path / "x.npz", arr_0=np.zeros((4, 8, 8, 3), np.uint8), **statistics)
-    gaussians = evaluator.gaussians(open_input(tmp_path / "x.npz", verify=False), side=None)
-    np.testing.assert_array_equal(gaussians["pool"][1], statistics["sigma"])
-    np.testing.assert_array_equal(gaussians["spatial"][0], statistics["mu_s"])
+    gaussians = evaluator.gaussians(open_input(tmp_path / "x.npz", verify=False), sums=None)
+    np.testing.assert_array_equal(gaussians["pool"].sigma, statistics["sigma"])
+    np.testing.assert_array_equal(gaussians["spatial"].mu, statistics["mu_s"])
 
 
 def test_printed_lines_are_those_of_the_original(
@@ -141,9 +141,9 @@ def test_several_samples_share_the_features_of_the_reference(
     files = {name: Path(shutil.copy(path, tmp_path)) for name, path in files.items()}  # no reports beside them
     collected = []
 
-    def collect(images: Images, *arguments: object) -> Collected:
+    def collect(images: Images, *arguments: object, **options: object) -> FeatureSums:
         collected.append(images.path.stem)
-        return original(images, *arguments)
+        return original(images, *arguments, **options)
 
     original = evaluator.collect
     monkeypatch.setattr(evaluator, "collect", collect)

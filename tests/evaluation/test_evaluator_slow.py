@@ -93,9 +93,18 @@ def full_size(rank: int, folder: Path) -> None:
     extractor = StubExtractor(POOL_DIM, SPATIAL_DIM, 1008)
     opened = [open_input(folder / f"{name}.npz", verify=True) for name in ("reference", "samples")]
     start = time.monotonic()
-    sides = [collect(npz.images, extractor, ctx, cpu, 64, "full size", torch.float16) for npz in opened]
+    sums = [
+        collect(npz.images, extractor, ctx, batch_size=64, title="full size", keep_as=torch.float16) for npz in opened
+    ]
     collected = time.monotonic()
-    metrics = adm_metrics(opened, sides, ctx, cpu)
+    metrics = adm_metrics(
+        reference=opened[0],
+        reference_sums=sums[0],
+        samples=opened[1],
+        sample_sums=sums[1],
+        ctx=ctx,
+        device=cpu,
+    )
     figures = {
         "metrics": metrics,
         "collect_s": collected - start,

@@ -1,23 +1,20 @@
 """Frechet distance, moments and Inception Score against closed forms and the original's numbers."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
 
-from evaluation.metrics import frechet_distance
-from evaluation.moments import SPLIT_SIZE, Moments, ScoreSums
+from evaluation.metrics import SPLIT_SIZE, Gaussian, Moments, ScoreSums, frechet_distance
 from tests.evaluation.made_up import fixture_features, softmax_weights
 
 CPU = torch.device("cpu")
 
 
-def moments_of(features: torch.Tensor, batch_size: int = 64) -> tuple[np.ndarray, np.ndarray]:
+def gaussian_of(features: torch.Tensor, batch_size: int = 64) -> Gaussian:
     moments = Moments(features.shape[1], CPU)
     for batch in features.split(batch_size):
         moments.update(batch)
-    return moments.mean_and_covariance()
+    return moments.gaussian()
 
 
 def score_of(log_probs: torch.Tensor, batch_size: int = 64) -> float:
@@ -29,7 +26,7 @@ def score_of(log_probs: torch.Tensor, batch_size: int = 64) -> float:
 
 def test_frechet_distance_and_score_equal_the_original(expected: dict[str, np.ndarray]) -> None:
     reference, samples = fixture_features(2400, 12), fixture_features(5200, 13, 0.03, 0.9)
-    fid = frechet_distance(*moments_of(reference), *moments_of(samples))
+    fid = frechet_distance(gaussian_of(reference), gaussian_of(samples))
     assert fid == pytest.approx(expected["fid"], rel=1e-6)
     log_probs = (samples.double() @ softmax_weights().double()).log_softmax(1)
     assert score_of(log_probs) == pytest.approx(expected["inception_score"], rel=2e-6)
@@ -42,24 +39,24 @@ def test_frechet_distance_of_commuting_covariances(zeros: int) -> None:
     a, b = rng.uniform(0.1, 3, (2, 60))
     a[:zeros] = b[zeros // 2 : zeros + zeros // 2] = 0  # rank deficient, in different directions
     mu1, mu2 = rng.standard_normal((2, 60))
-    distance = frechet_distance(mu1, (basis * a) @ basis.T, mu2, (basis * b) @ basis.T)
+    distance = frechet_distance(Gaussian(mu1, (basis * a) @ basis.T), Gaussian(mu2, (basis * b) @ basis.T))
     assert distance == pytest.approx(((mu1 - mu2) ** 2).sum() + ((a**0.5 - b**0.5) ** 2).sum(), rel=1e-12)
 
 
 def test_frechet_distance_survives_reordering_with_fewer_images_than_features() -> None:
     rng = np.random.default_rng(0)
     reference, samples = (torch.from_numpy(rng.random((n, 200))) for n in (80, 60))
-    distance = partial(frechet_distance, *moments_of(reference))
     shuffled = samples[torch.randperm(60, generator=torch.Generator().manual_seed(0))]
-    assert distance(*moments_of(shuffled, 7)) == pytest.approx(distance(*moments_of(samples)), rel=1e-12)
-    assert distance(*moments_of(reference)) == pytest.approx(0, abs=1e-11)
+    expected = frechet_distance(gaussian_of(reference), gaussian_of(samples))
+    assert frechet_distance(gaussian_of(reference), gaussian_of(shuffled, 7)) == pytest.approx(expected, rel=1e-12)
+    assert frechet_distance(gaussian_of(reference), gaussian_of(reference)) == pytest.approx(0, abs=1e-11)
 
 
 def test_moments_equal_numpys() -> None:
     features = np.random.default_rng(0).random((1000, 30)) + 5
-    mean, covariance = moments_of(torch.from_numpy(features), 33)
-    np.testing.assert_allclose(mean, features.mean(0), rtol=1e-13)
-    np.testing.assert_allclose(covariance, np.cov(features, rowvar=False), atol=1e-12)
+    gaussian = gaussian_of(torch.from_numpy(features), 33)
+    np.testing.assert_allclose(gaussian.mu, features.mean(0), rtol=1e-13)
+    np.testing.assert_allclose(gaussian.sigma, np.cov(features, rowvar=False), atol=1e-12)
 
 
 def test_one_hot_rows_score_the_number_of_classes() -> None:

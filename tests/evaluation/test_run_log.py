@@ -57,7 +57,7 @@ def test_scores_are_appended_once_at_the_step_of_the_weights(
     scores = scores_in(report)
     assert list(scores) == [f"eval/{name}" for name in ("inception_score", "fid", "sfid", "precision", "recall")]
     assert lines(files) == [json.loads(LINE), {"step": 40, **scores}]
-    assert capsys.readouterr().err.endswith(f"in the metrics of {files['run']} at step 40\n")
+    assert capsys.readouterr().err.endswith(f"appended to the metrics of {files['run']} at step 40\n")
     evaluate(files, monkeypatch)
     assert len(lines(files)) == 2
     evaluate(files, monkeypatch, "--backend=efficientnet_lite0", "--distance=tf-fp16")  # other numbers
@@ -78,10 +78,10 @@ def test_no_feature_is_computed_for_a_step_that_is_not_told(files: dict[str, Pat
     told, size = samples.with_suffix(".json"), samples.stat().st_size
     expected = {
         "no run": f"--log-to {run}: found no metrics.jsonl, expected the folder of a training run",
-        "no record": f"{told}: missing; --log-to needs the record of the sampler, which tells the step",
-        "no step": f"{told}: does not tell 'step', that of the weights; sample from",
-        "other file": f"{told}: tells of a file of 7 bytes, found {size} in {samples}",
-        "other run": f"--log-to {run}: the weights of {samples} are of another run, {run.with_name('other')}",
+        "no record": f"{told}: missing; --log-to needs the sampler's record, which states the step",
+        "no step": f"{told}: found no 'step'; sample again from",
+        "other file": f"{told}: describes a file of 7 bytes, found {size} in {samples}",
+        "other run": f"--log-to {run}: the weights of {samples} are from another run, {run.with_name('other')}",
     }[problem]
     if problem == "no run":
         (run / "metrics.jsonl").unlink()

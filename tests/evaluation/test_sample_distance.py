@@ -111,7 +111,7 @@ def test_a_model_without_finite_numbers_has_no_distance(
 
     assert np.isnan(distance(generate)["val/fid_4"])
     assert distance(lambda numbers: images()[1][numbers])["val/fid_4"] > 0
-    with pytest.raises(InputError, match=r"experiment\.eval_samples=4: found 1 held-out image, expected 2"):
+    with pytest.raises(InputError, match=r"experiment\.eval_samples=4: found 1 validation images, expected at least 2"):
         SampleDistance(InMemory(images()[0][:1]), 4, 2, alone)
 
 

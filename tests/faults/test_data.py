@@ -24,14 +24,14 @@ from utils.run.metrics_file import read_metrics
 
 SIZES = Sizes(codebook_size=24, image_seq_len=16, num_classes=5)
 BAD = {
-    "wrong length": (b'{"class_id": 1, "tokens": [1, 2]}\n', "2 tokens, expected 16"),
+    "wrong length": (b'{"class_id": 1, "tokens": [1, 2]}\n', "Expected `array` of length 16"),
     "code out of range": (
         b'{"class_id": 1, "tokens": [%s24]}\n' % (b"0, " * 15),
-        "tokens[15] is 24, expected an integer from 0 to 23",
+        "Expected `int` <= 23 - at `$.tokens[15]`",
     ),
     "label out of range": (
         b'{"class_id": 5, "tokens": [%s1]}\n' % (b"0, " * 15),
-        "class_id is 5, expected an integer from 0 to 4",
+        "Expected `int` <= 4 - at `$.class_id`",
     ),
     "missing key": (b'{"tokens": [%s1]}\n' % (b"0, " * 15), "Object missing required field `class_id`"),
     "empty line": (b"\n", "empty line"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from evaluation import precision_recall as precision_recall_module
 from evaluation.features import EfficientNetLite0
 from evaluation.inception import Inception
-from evaluation.moments import Moments, ScoreSums
+from evaluation.metrics import Moments, ScoreSums
 from evaluation.precision_recall import manifold_radii, precision_recall
 from modeling.noise import num_noise_uniforms
 from modeling.rear import ReAR

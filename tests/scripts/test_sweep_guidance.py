@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.metrics import frechet_distance
+from evaluation.metrics import Gaussian, frechet_distance
 from modeling.rear import ReAR
 from scripts import sample_imagenet_rear, sweep_guidance
 from tests.evaluation.made_up import StubExtractor, blocky_images
@@ -64,9 +64,9 @@ def run(arguments: list[str], output_dir: Path, *more: str) -> dict:
     return json.loads((output_dir / "sweep.json").read_text())
 
 
-def moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def gaussian(images: np.ndarray) -> Gaussian:
     pool = StubExtractor()(torch.from_numpy(images)).pool.double().numpy()
-    return pool.mean(0), np.cov(pool, rowvar=False)
+    return Gaussian(mu=pool.mean(0), sigma=np.cov(pool, rowvar=False))
 
 
 @pytest.mark.parametrize("classes", [[], ["sampling.class_labels=[3,1]", "sampling.images_per_class=3"]])
@@ -86,7 +86,7 @@ def test_the_scores_are_those_of_the_samplers_images(arguments: list[str], tmp_p
         sample_imagenet_rear.main(load_config([*arguments, *classes, *overrides]))
         images = np.load(tmp_path / f"{number}.npz")["arr_0"]
         for half, name in zip(halves, ("choosing_half", "other_half"), strict=True):
-            expected = frechet_distance(*moments(reference[half]), *moments(images))
+            expected = frechet_distance(gaussian(reference[half]), gaussian(images))
             assert rows[setting][name] == pytest.approx(expected, rel=1e-6)
         assert rows[setting]["inception_score"] > 1
     assert len({row["choosing_half"] for row in rows.values()}) == 6

@@ -108,7 +108,7 @@ def test_missing_held_out_images_end_the_start(tiny_arguments: list[str], tmp_pa
     )
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "held-out images (experiment.eval_every=0 goes without): " in done.stderr
+    assert "validation images (experiment.eval_every=0: no validation): " in done.stderr
     assert "absent-*.tar" in done.stderr
     assert not (tmp_path / "run/metrics.jsonl").exists()
 

@@ -39,7 +39,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr().err
     assert said.startswith(f"notice: {root}: left out 4 files: 2 txt (no image, such as a/")
     assert "1 mp4 (no image, such as a/film.mp4)" in said
-    assert "1 png (beside the class folders, such as loose.png)" in said
+    assert "1 png (next to the class folders, such as loose.png)" in said
 
 
 def test_names_with_a_dot_first_are_no_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -55,7 +55,7 @@ def test_folders_that_are_numbers_are_in_the_order_of_numbers(tmp_path: Path, ca
     assert capsys.readouterr().err == ""
     fill(root, "other/1.png")
     assert ImageFolder(root).class_names[:3] == ["0", "1", "10"]
-    assert "the classes are in the order of text, for not all are numbers: 0, 1, 10, 11" in capsys.readouterr().err
+    assert "sorted as text, as not all are numbers: 0, 1, 10, 11" in capsys.readouterr().err
 
 
 def test_any_bytes_as_names(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -247,7 +247,7 @@ def add(path: Path, members: dict[str, bytes]) -> Path:
 )
 def test_an_image_that_becomes_no_sample_is_an_error(tmp_path: Path, names: tuple[str, ...]) -> None:
     path = add(tmp_path / "a.tar", {name: encode(picture(1)) if name.endswith("png") else b"0" for name in names})
-    with pytest.raises(InputError, match=rf"{path}, member '.*png': becomes no sample.* expected names with one dot"):
+    with pytest.raises(InputError, match=rf"{path}, member '.*png': .* belong to no sample"):
         open_images(str(path))
 
 
@@ -270,16 +270,16 @@ def test_a_linked_member_is_refused(tmp_path: Path) -> None:
         open_images(str(path))
 
 
-def test_notes_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_issues_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     clear, seen = encode(picture(1).convert("RGBA")), Image.new("RGBA", (8, 8))
     samples = [{"__key__": str(i), "png": encode(seen) if i else clear, "cls": "0"} for i in range(3)]
     source = open_images(str(write_shard(tmp_path / "a.tar", samples)), decoding=ImageDecoding("black"))
     dataset = ImageDataset(source, training_transform(PreprocessingConfig(8, 8)), seed=0)
     for _ in range(2):
         batch = default_collate([dataset[i] for i in range(3)])
-        dataset.notes.add(batch["index"], batch["notes"])
+        dataset.issues.add(batch["index"], batch["issues"])
     assert batch["image"][2].max() == 0
-    dataset.notes.summary()
+    dataset.issues.summary()
     meaning = "transparency: composited on dataset.preprocessing.background"
     said = [f"notice: {tmp_path}/a.tar, sample '1': {meaning}", f"notice: 2 of 3 images: {meaning}"]
     assert capsys.readouterr().err.splitlines() == said

@@ -63,11 +63,11 @@ def test_wrong_arrays(tmp_path: Path, arrays: dict[str, np.ndarray], problem: st
 @pytest.mark.parametrize(
     ("key", "value", "problem"),
     [
-        ("mu", np.full(2048, np.nan), "mu has values that are not finite"),
+        ("mu", np.full(2048, np.nan), r"mu is float64 of shape \(2048,\), expected finite"),
         (
             "sigma",
             np.zeros((2048, 3)),
-            r"sigma is float64 of shape \(2048, 3\), expected floats of shape \(2048, 2048\)",
+            r"sigma is float64 of shape \(2048, 3\), expected finite floats of shape \(2048, 2048\)",
         ),
         ("mu_s", np.zeros(2023, np.int32), "mu_s is int32"),
         ("mu_s", np.array(["x"], object), "mu_s is not readable"),
