@@ -144,7 +144,7 @@ def test_status_is_written_where_the_old_one_stands_if_the_disk_is_full(
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("utils.run.status.complete_file", full)
+    monkeypatch.setattr("utils.run.status.atomic_file", full)
     write_status(tmp_path, Status("failed", 7))
     status = read_status(tmp_path)
     assert (status.status, status.step) == ("failed", 7)
