@@ -129,7 +129,7 @@ def test_row_22_changed_codes_are_found_on_demand(run: Run, tmp_path: Path, line
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
-    """Two shards of four images and the counts beside them."""
+    """Two shards of four images and their counts."""
     for shard in range(2):
         with webdataset.TarWriter(str(tmp_path / f"a-{shard}.tar"), mtime=0) as writer:
             for i in range(4):

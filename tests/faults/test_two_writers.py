@@ -34,12 +34,12 @@ def command_of(kind: str, arguments: list[str], images: Path, weights: Path, fol
     }[kind]
 
 
-def said(output: Path) -> str:
+def errors_of(output: Path) -> str:
     return Path(f"{output}.err").read_text()
 
 
 def content(result: Path) -> bytes:
-    """Of weights the tensors alone: beside them stands the hash of the config, with its folder."""
+    """Of weights only the tensors: their metadata has the hash of the config, which names the folder."""
     return save(load_file(result)) if result.suffix == ".safetensors" else result.read_bytes()
 
 
@@ -55,7 +55,7 @@ def rounds(kind: str, number: int, arguments: list[str], images: Path, folder: P
         processes = [start_script(command_of(kind, arguments, images, weights, place), output) for output in outputs]
         for process in processes:
             process.join(WAIT_S)
-        codes, errors = [process.exitcode for process in processes], list(map(said, outputs))
+        codes, errors = [process.exitcode for process in processes], list(map(errors_of, outputs))
         refused = [error for error, code in zip(errors, codes, strict=True) if code]
         assert 0 in codes, errors
         for error in refused:
@@ -73,7 +73,7 @@ def rounds(kind: str, number: int, arguments: list[str], images: Path, folder: P
     killed.join()
     again = start_script(command, output)
     again.join(WAIT_S)
-    assert again.exitcode == 0, said(output)
+    assert again.exitcode == 0, errors_of(output)
     assert {content(place / RESULTS[kind])} == results
 
 

@@ -102,11 +102,11 @@ def test_any_part_stays_with_models_of_any_order(
 
 
 def test_annealed_models_are_told_apart(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    said = []
+    warned = []
     for keep in ("top:0.5", "border:0.5"):
         run(arguments, tmp_path / keep, f"completion.keep={keep}", "model.generator.order=annealed")
-        said.append("weights from the end of an annealed run know raster order alone" in capsys.readouterr().out)
-    assert said == [False, True]
+        warned.append("weights from the end of an annealed run know raster order alone" in capsys.readouterr().out)
+    assert warned == [False, True]
 
 
 def test_the_regions() -> None:

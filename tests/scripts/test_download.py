@@ -18,7 +18,7 @@ CONTENT = b"weights" * 1000
 
 
 class Hub(BaseHTTPRequestHandler):
-    told = hashlib.sha256(CONTENT).hexdigest()
+    sha256 = hashlib.sha256(CONTENT).hexdigest()
 
     def do_HEAD(self) -> None:
         self.answer(b"")
@@ -28,7 +28,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
-        lfs = {"oid": self.told, "size": len(CONTENT), "pointerSize": 1}
+        lfs = {"oid": self.sha256, "size": len(CONTENT), "pointerSize": 1}
         file = {"type": "file", "path": "reAR-S.safetensors", "size": len(CONTENT), "oid": "0" * 40, "lfs": lfs}
         self.answer(json.dumps([file]).encode())
 
@@ -60,15 +60,15 @@ def download(folder: Path, endpoint: str) -> subprocess.CompletedProcess:
 
 
 def test_a_file_lands_where_configs_look_for_it(endpoint: str, tmp_path: Path) -> None:
-    for said in ("reAR-S.safetensors of qyoo/reAR", "exists"):
+    for message in ("reAR-S.safetensors of qyoo/reAR", "exists"):
         done = download(tmp_path, endpoint)
-        assert (done.returncode, done.stdout) == (0, f"ckpt/reAR-S.safetensors: {said}\n"), done.stderr
+        assert (done.returncode, done.stdout) == (0, f"ckpt/reAR-S.safetensors: {message}\n"), done.stderr
         assert (tmp_path / "ckpt/reAR-S.safetensors").read_bytes() == CONTENT
         assert [path.name for path in (tmp_path / "ckpt").iterdir()] == ["reAR-S.safetensors"]
 
 
 def test_a_file_that_differs_gets_no_name(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Hub, "told", "f" * 64)
+    monkeypatch.setattr(Hub, "sha256", "f" * 64)
     done = download(tmp_path, endpoint)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith(

@@ -52,7 +52,7 @@ def test_codes_are_those_of_the_crops_in_order(
     store_file = tmp_path / "codes.tokens/tokens.npy"
     converted = store_file.stat().st_ino
     store = open_tokens(output, codebook_size=24, image_seq_len=16, num_classes=5)
-    assert store_file.stat().st_ino == converted  # the store beside the jsonl is up to date
+    assert store_file.stat().st_ino == converted  # the store of the jsonl is up to date
     assert len(output.read_text().splitlines()) == len(store) == 60
     assert store.class_ids.tolist() == [0] * 30 + [1] * 30
     assert store.meta.class_names == ["cat", "dog"]

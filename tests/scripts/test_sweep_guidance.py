@@ -1,4 +1,4 @@
-"""The sweep against the sampler and the metrics by hand; killed and continued; what is refused."""
+"""The sweep against the sampler and the metrics by hand; killed and resumed; refused inputs."""
 
 import itertools
 import json
