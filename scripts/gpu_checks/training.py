@@ -19,8 +19,8 @@ from utils.errors import input_errors_exit
 from utils.files.weights import load_state_dict
 from utils.run.metrics_file import read_metrics
 from utils.run.sharding import SHARDS_ON_CPU
+from utils.run.status import EXIT_STATUS
 from utils.run.trained_weights import FINAL_FILE
-from utils.run.training_run import EXIT_STATUS
 
 STEPS, SAVED, KILLED = 60, 30, 45
 FALL = 0.9  # of the mean loss of the first ten steps

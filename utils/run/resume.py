@@ -5,9 +5,17 @@ from pathlib import Path
 
 from utils.errors import InputError
 from utils.files.weights import load_state_dict, read_record
-from utils.run.checkpoint import EMA, MODEL, checkpoint_folders, load_modules, load_optimizers, step_of
+from utils.run.checkpoint import (
+    EMA,
+    MODEL,
+    Resumable,
+    checkpoint_folders,
+    load_modules,
+    load_optimizers,
+    load_weights,
+    step_of,
+)
 from utils.run.manifest import MANIFEST_FILE, TrainingState, read_manifest, verify
-from utils.run.snapshot import Resumable, restore_module
 from utils.run.trained_weights import FINAL_FILE
 from utils.schema import Config, TrainingConfig
 
@@ -173,5 +181,5 @@ def load_start(start: Start, resumable: Resumable) -> list[str]:
         return notices
     for name in (MODEL, EMA):
         if name in resumable.modules:
-            restore_module(resumable.modules[name], load_state_dict(path), path, resumable.sharded)
+            load_weights(resumable.modules[name], load_state_dict(path), path)
     return []
