@@ -4,11 +4,12 @@ from data.training_batches import TrainingSet
 from data.validation_data import ValidationPixels, open_validation_data, validation_batches
 from evaluation.sample_distance import SampleDistance
 from modeling.rear import ReAR
-from modeling.sampling.sample_grid import exact_samples, whole_model
+from modeling.sampling.sample_grid import exact_samples
 from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.validation import ValidationTokens, evaluating, save_loss_by_position, validation_losses
 from utils.config import Config
 from utils.distributed import DistributedContext
+from utils.run.sharding import unsharded
 from utils.run.training_run import TrainingRun
 
 
@@ -36,13 +37,13 @@ class Validator:
 
     def compute(self, model: ReAR, run: TrainingRun) -> None:
         """Log them for the step that is done."""
-        with run.measured.clock.pause():
+        with run.pause():
             losses = validation_losses(model, self.codes, self.config, self.ctx)
             numbers = losses.metrics
             if self.distance is not None:
-                whole = whole_model(model, run)
+                whole = unsharded(model, build=lambda: ReAR(self.config.model))
                 with evaluating(whole):
                     numbers |= self.distance(lambda rows: exact_samples(whole, self.tokenizer, rows, self.config))
-        run.reporter.log(numbers)
-        place = self.tokenizer.code_shape, self.config, run.state.global_step
-        run.reporter.draw("loss by position", lambda: save_loss_by_position(losses, *place))
+        run.log(numbers)
+        code_shape, step = self.tokenizer.code_shape, run.state.global_step
+        run.draw("loss by position", lambda: save_loss_by_position(losses, code_shape, self.config, step))

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from modeling.rear import ReAROutput
 from modeling.robust_embedding import alignment_loss, cosine_to_codes
-from utils.run.interval import Ratio
 from utils.schema import GeneratorConfig
 
 LOGITS_AT_ONCE = 2**22  # in float32
+Metric = Tensor | tuple[Tensor, Tensor]  # a scalar, or the (sum, count) of a mean
 
 
 @dataclass
@@ -22,7 +22,7 @@ class LossTerms:
     """Scalars of a micro-batch."""
 
     loss: Tensor  # what is minimized
-    metrics: dict[str, Tensor | Ratio]  # what is logged, by name in the log, without gradients
+    metrics: dict[str, Metric]  # what is logged, by name in the log, without gradients
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -72,12 +72,12 @@ def rear_loss(
     A new term is added to `loss` and to `metrics` here; whatever `metrics` holds is logged, as the mean of the steps.
     """
     ar_loss = next_token_loss(output.logits, codes)
-    proj_loss, cosines = torch.zeros_like(ar_loss), dict[str, Tensor | Ratio]()
+    proj_loss, cosines = torch.zeros_like(ar_loss), dict[str, Metric]()
     if output.encode_z is not None:
         cosine = cosine_to_codes(output.encode_z, codebook_vectors)
         proj_loss = proj_loss + alignment_loss(cosine, perturbation_mask if config.mask_perturbed_encode else None)
         clean = ~perturbation_mask
-        cosines["train/encode_cos"] = Ratio((cosine.detach() * clean).sum(), clean.float().sum())  # of clean positions
+        cosines["train/encode_cos"] = ((cosine.detach() * clean).sum(), clean.float().sum())  # of clean positions
     if output.decode_z is not None:
         cosine = cosine_to_codes(output.decode_z, codebook_vectors)
         proj_loss = proj_loss + alignment_loss(cosine)

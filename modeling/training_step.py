@@ -1,10 +1,7 @@
 """One micro-batch of training, from codes or images to the loss.
 
-Legend: B images, N codes per image, H x W pixels; T = N + 2 positions, D hidden size, F width within the MLPs, L
-blocks, V codebook size.
+Legend: B images, N codes per image, H x W pixels.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +11,8 @@ from modeling.noise import add_noise
 from modeling.orders import training_orders
 from modeling.rear import ReAR
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.precision import autocast, in_bf16
+from utils.precision import autocast
 from utils.schema import Config, GeneratorConfig
-
-# Bytes that the backward pass needs of a position in a block, per D and per F; counted with torch's
-# saved_tensors_hooks, with dropout. By whether matrix products are in bf16.
-BLOCK_BYTES = {True: (80, 6), False: (112, 12)}
-LOGIT_BYTES = {True: 2, False: 4}  # per position and code
-RESIDUAL_BYTES = 4  # per position and D: all that activation checkpointing keeps of a block
 
 
 def num_order_uniforms(generator: GeneratorConfig) -> int:
@@ -89,33 +80,3 @@ def compile_blocks(model: ReAR, config: Config, device: torch.device) -> list[st
     finally:
         model.zero_grad(set_to_none=True)
     return []
-
-
-@dataclass
-class TrainingCost:
-    flops: float  # of forward and backward pass
-    activation_bytes: float  # kept for the backward pass
-
-
-def training_cost(model: ReAR, config: Config, slices: int = 1) -> TrainingCost:
-    """Of one image, on average. FLOPs as in PaLM, appendix B (https://arxiv.org/abs/2204.02311): 6 per weight and
-    position, and 12 L D T for attention; tables that are looked up cost none, and adaLN counts once per label of a
-    micro-batch, as if all classes had as many images. Activations are an estimate.
-
-    Args:
-        slices: micro-batches of all ranks in a step; classes are cut into as many.
-    """
-    generator, bf16 = config.model.generator, in_bf16(config.training, model.cls_token.device)
-    classes, batch = generator.condition_num_classes, config.training.per_gpu_batch_size
-    labels = classes * (1 - (1 - 1 / classes) ** (batch * slices)) / slices + 1  # and the null class
-    adaln = sum(p.numel() for name, p in model.named_parameters() if "adaLN_modulation" in name)
-    length, size, layers = model.image_seq_len + 2, generator.hidden_size, generator.num_hidden_layers
-    tables = model.no_weight_decay()
-    weights = sum(p.numel() for name, p in model.named_parameters() if name not in tables)
-    per_size, per_width = BLOCK_BYTES[bf16]
-    block = per_size * size + per_width * generator.intermediate_size
-    blocks = RESIDUAL_BYTES * size * layers + block if generator.use_checkpoint else block * layers
-    return TrainingCost(
-        flops=(6 * (weights - adaln * max(0, 1 - labels / batch)) + 12 * layers * size * length) * length,
-        activation_bytes=(blocks + LOGIT_BYTES[bf16] * model.codebook_size) * length,
-    )

@@ -1,9 +1,10 @@
-"""Overlay two or more training runs in one picture, with their last values and the config keys in which they differ.
+"""Overlay two or more training runs in one plot, with tables of their last values and of config keys that differ.
 
     python scripts/compare_runs.py outputs/rear_b outputs/rear_b_ar --labels reAR AR --output compare.png
 
-A run is its folder or its metrics.jsonl, finished or not. Prints two tables in Markdown; writes the picture: losses,
-token accuracy (held-out dashed), gradient norm and throughput; of runs without these, as a tokenizer's, every metric.
+A run is a run folder or its metrics.jsonl; it may still be training. Prints two tables in Markdown and writes the plot:
+losses, token accuracy (held-out dashed), gradient norm and throughput. If the runs have none of these, as those of
+tokenizers, all metrics are plotted.
 """
 
 import argparse
@@ -31,14 +32,14 @@ PANELS = (
     ("perf/images_per_s",),
 )
 COLUMNS = 3
-OWN_KEYS = ("experiment.output_dir", "experiment.name")  # differ in any two runs
+IGNORED_KEYS = ("experiment.output_dir", "experiment.name")  # differ between any two runs
 
 
 @dataclass
 class Run:
     label: str
     rows: list[dict[str, float]]
-    config: dict[str, Any] | None  # by dotted key; None: there is none beside the metrics
+    config: dict[str, Any] | None  # by dotted key; None: no config.yaml next to the metrics
 
 
 def main(paths: list[Path], labels: list[str] | None, x: str, output: Path) -> None:
@@ -52,7 +53,7 @@ def main(paths: list[Path], labels: list[str] | None, x: str, output: Path) -> N
 
 
 def labels_of(paths: list[Path]) -> list[str]:
-    """Names of the run folders, or the paths as given if two have the same."""
+    """Names of the run folders, or the paths if two names are equal."""
     names = [(path.parent if path.is_file() else path).resolve().name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
@@ -60,7 +61,7 @@ def labels_of(paths: list[Path]) -> list[str]:
 def load_run(path: Path, label: str) -> Run:
     """
     Raises:
-        InputError: no metrics there, or they or the config beside them cannot be read.
+        InputError: no metrics, or metrics or config that cannot be read.
     """
     metrics = path / "metrics.jsonl" if path.is_dir() else path
     if not metrics.is_file():
@@ -73,7 +74,7 @@ def load_run(path: Path, label: str) -> Run:
 
 
 def draw(runs: list[Run], x: str, output: Path) -> None:
-    """The picture, with `x` (step or epoch) on the horizontal axis."""
+    """Write the plot, with `x` (step or epoch) on the horizontal axis."""
     names = [name for name in names_of(runs) if name not in NOT_DRAWN]
     panels = [group for group in PANELS if set(group) & set(names)] or [(name,) for name in names]
     figure, grid = panel_grid(len(panels), COLUMNS, x)
@@ -87,26 +88,26 @@ def draw(runs: list[Run], x: str, output: Path) -> None:
 
 
 def names_of(runs: list[Run]) -> list[str]:
-    """All metrics in the order of their appearance."""
+    """All metrics, in order of appearance."""
     return [*dict.fromkeys(name for run in runs for row in run.rows for name in row if name != "step")]
 
 
 def curve(run: Run, name: str, x: str) -> Points:
     """
     Raises:
-        InputError: epochs are asked for and not logged.
+        InputError: `x` is epoch, and the run logged no epochs.
     """
     steps, values = points_of(run.rows, name)
     if x == "step":
         return steps, values
     known_steps, epochs = points_of(run.rows, "train/epoch")
     if not known_steps:
-        raise InputError(f"--x epoch: found no train/epoch in the metrics of {run.label}; --x step needs none")
+        raise InputError(f"--x epoch: found no train/epoch in the metrics of {run.label}; use --x step")
     return np.interp(steps, [0, *known_steps], [0, *epochs], right=np.nan).tolist(), values
 
 
 def last_values(runs: list[Run]) -> str:
-    """A table of metrics and runs; a value that is older than the run's last step tells its step."""
+    """A table of metrics by run; a value that is older than the run's last step has its step."""
     lines = [["step", *(str(run.rows[-1]["step"]) for run in runs)]]
     for name in names_of(runs):
         cells = []
@@ -119,12 +120,12 @@ def last_values(runs: list[Run]) -> str:
 
 
 def config_differences(runs: list[Run]) -> str:
-    """A table of config keys and runs."""
+    """A table of config keys by run."""
     configs = [run.config for run in runs if run.config is not None]
     if len(configs) < len(runs):
         lacking = ", ".join(run.label for run in runs if run.config is None)
-        return f"configs are not compared: no config.yaml beside the metrics of {lacking}"
-    keys = dict.fromkeys(key for config in configs for key in config if key not in OWN_KEYS)
+        return f"configs are not compared: no config.yaml next to the metrics of {lacking}"
+    keys = dict.fromkeys(key for config in configs for key in config if key not in IGNORED_KEYS)
     lines = [[key, *(str(config.get(key, "-")) for config in configs)] for key in keys]
     differing = [line for line in lines if len(set(line[1:])) > 1]
     head = ["config", *(run.label for run in runs)]

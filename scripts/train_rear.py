@@ -6,8 +6,7 @@
 Reads pre-tokenized codes (`dataset.params.pretokenization`) or images, which it tokenizes on the fly
 (`dataset.params.train_shards_path_or_url`). With `experiment.eval_every`, held-out losses are logged: on the codes of
 `dataset.params.eval_pretokenization`, or on the images of `eval_shards_path_or_url`. The plain AR baseline is
-`model.generator.perturb_mode=none model.generator.transition_alignment=false`. The same command again continues the
-run.
+`model.generator.perturb_mode=none model.generator.transition_alignment=false`. Rerun the same command to resume.
 
 Writes to `experiment.output_dir`: config.yaml, environment.txt, log.txt, metrics.jsonl, status.json,
 checkpoint-<step>/, train_generated_images/<step>.png, training_curves.png, heldout_loss_by_position.png and, when
@@ -30,8 +29,6 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
 
     CONFIG = load_config_or_exit(__doc__, READS, check_training)
 
-from functools import partial
-
 import torch
 
 from data.training_batches import TrainingBatches, describe_length, open_training_data, passes_done
@@ -39,100 +36,135 @@ from evaluation.validator import Validator
 from modeling.loading import init_from_weights, load_tokenizer
 from modeling.noise import num_noise_uniforms, perturbation_ratio, random_order_ratio
 from modeling.rear import ReAR
-from modeling.sampling.sample_grid import notices_of_images, save_sample_grid, whole_model
-from modeling.training_step import compile_blocks, num_order_uniforms, training_cost, training_step
+from modeling.sampling.sample_grid import notices_of_images, save_sample_grid
+from modeling.tokenizers.tokenizer import Tokenizer
+from modeling.training_step import compile_blocks, num_order_uniforms, training_step
 from utils.config import Config
 from utils.errors import input_errors_exit
 from utils.optim import MovingAverage, build_optimizer, set_learning_rate
 from utils.randomness import dropout_seed
-from utils.run.sharding import accumulating, clip_gradients, parallelize
-from utils.run.training_run import EXIT_STATUS, TrainingRun
+from utils.run.estimates import training_cost
+from utils.run.launch import launch
+from utils.run.sharding import accumulating, clip_gradients, parallelize, unsharded
+from utils.run.status import EXIT_STATUS
+from utils.run.training_run import TrainingRun
 from utils.run.weights_path import find_weights
+from utils.schedules import schedule_warnings
 
-SAVING_MEMORY = (
+MEMORY_HINT = (
     "a smaller training.per_gpu_batch_size (give training.global_batch_size, and the accumulation follows), "
     "model.generator.use_checkpoint=true or training.fsdp=true"
 )
 
 
 def main(config: Config) -> str:
-    """Train until the last step or a stop signal; returns what `status.json` says then."""
+    """Train until the last step or a stop; returns the status in `status.json`."""
     training, experiment, generator = config.training, config.experiment, config.model.generator
     tokenizer = load_tokenizer(config)
-    with TrainingRun(config, SAVING_MEMORY) as run:
-        ctx, device = run.ctx, run.ctx.device
+    with launch(config) as launched:
+        ctx = launched.ctx
 
-        # Data, model, optimizer
+        # Data
         tokenizer_sha256 = tokenizer.sha256()
-        dataset = run.open_data(lambda: open_training_data(config, tokenizer_sha256, ctx.is_rank0), tokenizer_sha256)
-        tokenizer.to(device)
+        dataset, provenance = launched.open_data(
+            lambda: open_training_data(config, tokenizer_sha256, verify=ctx.is_rank0), tokenizer_sha256
+        )
+        tokenizer.to(ctx.device)
+        launched.notes += notices_of_images(tokenizer, config)
         validation = Validator.open(config, tokenizer, tokenizer_sha256, ctx)
+        if validation is None and experiment.eval_every:
+            launched.notes.append("experiment.eval_every has no effect: the config names no held-out data")
+
+        # Model and optimizer
         torch.manual_seed(training.seed)
-        model = ReAR(config.model).to(device)
-        if run.is_new and experiment.init_from is not None:
+        model = ReAR(config.model).to(ctx.device)
+        if launched.is_new and experiment.init_from is not None:
             init_from_weights(model, find_weights(experiment.init_from).path)
-            run.notices.append(f"starting from the weights of {experiment.init_from}, with new rows for the classes")
+            launched.notes.append(f"starting from the weights of {experiment.init_from}, with new rows for the classes")
         ema = MovingAverage(model, training.ema_decay) if training.use_ema else None
         parallel = parallelize(model, model.blocks, ctx, training)
         if ema and training.fsdp:
             parallelize(ema.module, ema.module.blocks, ctx, training)
-        run.notices += compile_blocks(model, config, device)
+        launched.notes += compile_blocks(model, config, ctx.device)
         optimizer = build_optimizer(model, config)
-        averaged = ema.module if ema else model
-        modules = {"model": model} | ({"ema": averaged} if ema else {})
-        cost = training_cost(model, config, ctx.size * run.micro_steps)
-        run.notices += notices_of_images(tokenizer, config)
-        if validation is None and experiment.eval_every:
-            run.notices.append("experiment.eval_every has no effect: the config names no held-out data")
-        run.notices.append(describe_length(config, run.global_batch_size, len(dataset)))
-        run.begin(modules, {"optimizer": (model, optimizer)}, training.fsdp, cost.flops, cost.activation_bytes)
-        run.reporter.alerts.check_schedules(config)
-        work = (run.micro_steps, run.remaining, run.state.samples_seen)
-        widths = num_noise_uniforms(model.image_seq_len), num_order_uniforms(generator)
-        batches = TrainingBatches(dataset, config, ctx, *work, run.stop_requested, *widths)
+        evaluated = ema.module if ema else model  # validation, samples and exported weights are the EMA's
 
-        # The training loop
-        parallel.train()
-        for step in run.steps():
-            lr = set_learning_rate(optimizer, step, config)
-            max_ratio, order_ratio = perturbation_ratio(step, generator), random_order_ratio(step, generator)
-            step_terms = []
-            for micro_step in range(run.micro_steps):
-                batch = run.measured.next_batch(batches)
-                torch.manual_seed(dropout_seed(training.seed, step, micro_step, ctx.rank))
-                with accumulating(parallel, is_last=micro_step == run.micro_steps - 1):
-                    terms = training_step(parallel, tokenizer, batch, max_ratio, config, order_ratio)
-                    (terms.loss / run.micro_steps).backward()
-                step_terms.append(terms)
-            grad_norm = clip_gradients(model, training.max_grad_norm, training.fsdp)
-            if run.update_is_finite(torch.stack([*(terms.loss.detach() for terms in step_terms), grad_norm])):
-                optimizer.step()
-                if ema:
-                    ema.update(model)
-                run.measured.add([terms.metrics for terms in step_terms], grad_norm)
-            optimizer.zero_grad(set_to_none=True)
-            run.count_step()
+        run = TrainingRun(
+            launched,
+            provenance,
+            num_samples=len(dataset),
+            modules={"model": model, "ema": ema.module} if ema else {"model": model},
+            optimizers={"optimizer": (model, optimizer)},
+            cost=training_cost(model, config, slices=ctx.size * launched.micro_steps),
+            memory_hint=MEMORY_HINT,
+        )
+        with run.begin():
+            run.note(describe_length(config, launched.global_batch_size, len(dataset)))
+            if warnings := schedule_warnings(config):
+                run.warn("schedule", "; ".join(warnings))
+            batches = TrainingBatches(
+                dataset,
+                config,
+                ctx,
+                micro_steps=launched.micro_steps,
+                steps=run.remaining,
+                samples_seen=run.state.samples_seen,
+                stop_requested=run.stop_requested,
+                num_uniforms=num_noise_uniforms(model.image_seq_len),
+                num_order_uniforms=num_order_uniforms(generator),
+            )
 
-            if run.triggers.log:
-                ratios = {"train/perturbation_ratio": max_ratio, "train/random_order_ratio": order_ratio}
-                run.log_interval({"train/lr": lr} | ratios | passes_done(config, run.state.samples_seen, len(dataset)))
-            if run.triggers.validation and validation is not None:
-                validation.compute(averaged, run)
-            if run.triggers.save:
-                run.save()
-            if run.triggers.weights:
-                run.keep_weights("ema" if ema else "model")
-            if run.triggers.grid:
-                if tokenizer.has_images:
-                    whole = whole_model(averaged, run)
-                    run.reporter.draw("samples", partial(save_sample_grid, whole, tokenizer, config, step + 1))
-                    del whole  # sharded, it takes as much memory as all shards
-                run.reporter.draw_curves()
+            # The training loop
+            parallel.train()
+            for step in run.steps():
+                lr = set_learning_rate(optimizer, step, config)
+                max_ratio = perturbation_ratio(step, generator)
+                order_ratio = random_order_ratio(step, generator)
+                losses, metrics = [], []
+                for micro_step in range(launched.micro_steps):
+                    batch = run.next_batch(batches)
+                    torch.manual_seed(dropout_seed(training.seed, step, micro_step, ctx.rank))
+                    with accumulating(parallel, is_last=micro_step == launched.micro_steps - 1):
+                        terms = training_step(
+                            parallel, tokenizer, batch, max_ratio=max_ratio, config=config, order_ratio=order_ratio
+                        )
+                        (terms.loss / launched.micro_steps).backward()
+                    losses.append(terms.loss.detach())
+                    metrics.append(terms.metrics)
+                grad_norm = clip_gradients(model, training.max_grad_norm)
+                if run.update_is_finite([*losses, grad_norm]):
+                    optimizer.step()
+                    if ema:
+                        ema.update(model)
+                    run.add_metrics(metrics, grad_norm)
+                optimizer.zero_grad(set_to_none=True)
+                run.end_step()
 
-        batches.tell_notes()
-        if run.finish():
-            run.export("ema" if ema else "model")
+                if run.triggers.log:
+                    progress = passes_done(config, run.state.samples_seen, len(dataset))
+                    ratios = {"train/perturbation_ratio": max_ratio, "train/random_order_ratio": order_ratio}
+                    run.log_interval({"train/lr": lr, **ratios, **progress})
+                if run.triggers.validation and validation is not None:
+                    validation.compute(evaluated, run)
+                if run.triggers.save:
+                    run.save()
+                if run.triggers.weights:
+                    run.keep_weights("ema" if ema else "model")
+                if run.triggers.grid:
+                    if tokenizer.has_images:
+                        draw_samples(evaluated, tokenizer, config, run)
+                    run.draw_curves()
+
+            batches.tell_notes()
+            if run.finish():
+                run.export("ema" if ema else "model")
     return run.status
+
+
+def draw_samples(model: ReAR, tokenizer: Tokenizer, config: Config, run: TrainingRun) -> None:
+    with run.pause():
+        whole = unsharded(model, build=lambda: ReAR(config.model))
+        run.draw("samples", lambda: save_sample_grid(whole, tokenizer, config, run.state.global_step))
 
 
 if __name__ == "__main__":

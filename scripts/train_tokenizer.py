@@ -3,13 +3,13 @@
 
     OMP_WAIT_POLICY=PASSIVE python scripts/train_tokenizer.py config=configs/tokenizer_blue_marble.yaml
 
-Reads `dataset.params.train_shards_path_or_url` and, for the held-out figures, `eval_shards_path_or_url`. The same
-command again continues the run, as in train_rear.py; `vq_training.init_from` begins a new one from weights. With
+Reads `dataset.params.train_shards_path_or_url` and, for the held-out metrics, `eval_shards_path_or_url`. Rerun the same
+command to resume, as in train_rear.py; `vq_training.init_from` starts a new run from weights. With
 `torchrun --nproc_per_node=8` in place of `python`, eight processes share a step.
 
 Writes to `experiment.output_dir`: config.yaml, environment.txt, log.txt, metrics.jsonl, status.json,
 checkpoint-<step>/, training_curves.png and, every `experiment.save_every` steps and at the end, tokenizer.safetensors
-(float16), metrics.json (held-out figures) and reconstructions.png (held-out originals above reconstructions). The exit
+(float16), metrics.json (held-out metrics) and reconstructions.png (held-out originals above reconstructions). The exit
 status is 75 after a stop signal.
 """
 
@@ -34,7 +34,6 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
 
 import json
 from contextlib import nullcontext
-from typing import Any
 
 import numpy as np
 import torch
@@ -65,24 +64,30 @@ from utils.images import make_grid, to_uint8, write_png
 from utils.optim import build_optimizer, set_learning_rate
 from utils.precision import autocast
 from utils.randomness import dropout_seed
+from utils.run.launch import launch
 from utils.run.run_environment import log_and_continue
-from utils.run.snapshot import Optimizers
-from utils.run.training_run import EXIT_STATUS, TrainingRun
+from utils.run.status import EXIT_STATUS
+from utils.run.training_run import TrainingRun
 
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
 
 
 def main(config: Config) -> str:
-    """Train until the last step or a stop signal; returns what `status.json` says then."""
+    """Train until the last step or a stop; returns the status in `status.json`."""
     training, vq_training = config.training, config.vq_training
-    with TrainingRun(config, "a smaller training.per_gpu_batch_size") as run:
-        ctx, device = run.ctx, run.ctx.device
-        if run.micro_steps != 1:
-            raise InputError(f"training.gradient_accumulation_steps: found {run.micro_steps} micro-batches, expected 1")
+    with launch(config) as launched:
+        ctx, device = launched.ctx, launched.ctx.device
+        if launched.micro_steps != 1:
+            raise InputError(
+                f"training.gradient_accumulation_steps: found {launched.micro_steps} micro-batches, expected 1"
+            )
 
-        # Data, networks, optimizers
-        train_set = run.open_data(lambda: open_images_of(config, "train_shards_path_or_url", augment=True))
-        heldout_set = ctx.rank0_first(lambda: open_images_of(config, "eval_shards_path_or_url", augment=False))
+        # Data
+        check_image_keys(config)
+        train_set, provenance = launched.open_data(lambda: open_training_images(config))
+        validation_set = ctx.rank0_first(lambda: open_center_crops(config))
+
+        # Networks and optimizers
         torch.manual_seed(training.seed)
         tokenizer = build_trainable_tokenizer(config.model.vq_model)
         if vq_training.init_from is not None:
@@ -93,70 +98,90 @@ def main(config: Config) -> str:
         discriminator = FeatureDiscriminator(features.feature_channels).to(device)
         discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), betas=(0.5, 0.99))
         usage = CodeUsage(tokenizer.codebook_size).to(device)
-        modules: dict[str, nn.Module] = {"model": tokenizer, "discriminator": discriminator, "code_usage": usage}
-        optimizers: Optimizers = {"optimizer": (tokenizer, optimizer)}
-        optimizers["discriminator_optimizer"] = (discriminator, discriminator_optimizer)
-        run.begin(modules, optimizers)
-        work = (run.micro_steps, run.remaining, run.state.samples_seen)
-        batches = TrainingBatches(train_set, config, ctx, *work, run.stop_requested)
 
-        # The training loop
-        for step in run.steps():
-            lr = set_learning_rate(optimizer, step, config)
-            torch.manual_seed(dropout_seed(training.seed, step, 0, rank=0))  # of the features that codes are set to
-            images = run.measured.next_batch(batches)["image"]
-            if step == 0 and vq_training.init_from is None:
-                usage.replace(tokenizer, torch.arange(tokenizer.codebook_size, device=device), images, ctx)
-            terms, codes = training_step(tokenizer, features, discriminator, images, config)
-            terms["train/loss"].backward()
-            average_gradients(tokenizer, ctx)
-            grad_norm = torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), training.max_grad_norm)
-            updates = run.update_is_finite(torch.stack([terms["train/loss"].detach(), grad_norm]))
-            if updates:
-                optimizer.step()
-                run.measured.add([{name: value.detach() for name, value in terms.items()}], grad_norm)
-            optimizer.zero_grad(set_to_none=True)
-            if "train/discriminator" in terms:
-                discriminator_optimizer.zero_grad(set_to_none=True)  # the generator's loss left gradients here too
-                terms["train/discriminator"].backward()
-                average_gradients(discriminator, ctx)
-                if updates:
-                    discriminator_optimizer.step()
-            usage.count(codes, ctx)
-            run.count_step()
+        run = TrainingRun(
+            launched,
+            provenance,
+            num_samples=len(train_set),
+            modules={"model": tokenizer, "discriminator": discriminator, "code_usage": usage},
+            optimizers={
+                "optimizer": (tokenizer, optimizer),
+                "discriminator_optimizer": (discriminator, discriminator_optimizer),
+            },
+            memory_hint="a smaller training.per_gpu_batch_size",
+        )
+        with run.begin():
+            batches = TrainingBatches(
+                train_set,
+                config,
+                ctx,
+                micro_steps=launched.micro_steps,
+                steps=run.remaining,
+                samples_seen=run.state.samples_seen,
+                stop_requested=run.stop_requested,
+            )
 
-            if run.triggers.log:
-                run.log_interval({"train/lr": lr})
-            if run.triggers.every(vq_training.revive_every) and not run.triggers.is_last:
-                run.reporter.log({"train/revived_codes": usage.revive(tokenizer, images, ctx)})
-            if run.triggers.every(config.experiment.save_every) or run.triggers.is_last:
-                with run.measured.clock.pause():
-                    run.reporter.log(ctx.broadcast_from_rank0(lambda: report(tokenizer, heldout_set, config, run)))
-                    run.reporter.draw_curves()
-            if run.triggers.save:
-                run.save()
-        batches.tell_notes()
-        run.finish()
+            # The training loop
+            for step in run.steps():
+                lr = set_learning_rate(optimizer, step, config)
+                torch.manual_seed(dropout_seed(training.seed, step, 0, rank=0))  # for the features drawn below
+                images = run.next_batch(batches)["image"]
+                if step == 0 and vq_training.init_from is None:
+                    usage.replace(tokenizer, torch.arange(tokenizer.codebook_size, device=device), images, ctx)
+                terms, codes = training_step(tokenizer, features, discriminator, images, config)
+                terms["train/loss"].backward()
+                average_gradients(tokenizer, ctx)
+                grad_norm = torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), training.max_grad_norm)
+                may_update = run.update_is_finite([terms["train/loss"].detach(), grad_norm])
+                if may_update:
+                    optimizer.step()
+                    run.add_metrics([{name: value.detach() for name, value in terms.items()}], grad_norm)
+                optimizer.zero_grad(set_to_none=True)
+                if "train/discriminator" in terms:
+                    discriminator_optimizer.zero_grad(set_to_none=True)  # removes gradients of the generator's loss
+                    terms["train/discriminator"].backward()
+                    average_gradients(discriminator, ctx)
+                    if may_update:
+                        discriminator_optimizer.step()
+                usage.count(codes, ctx)
+                run.end_step()
+
+                if run.triggers.log:
+                    run.log_interval({"train/lr": lr})
+                if run.triggers.every(vq_training.revive_every) and not run.triggers.is_last:
+                    run.log({"train/revived_codes": usage.revive(tokenizer, images, ctx)})
+                if run.triggers.every(config.experiment.save_every) or run.triggers.is_last:
+                    with run.pause():
+                        run.log(ctx.broadcast_from_rank0(lambda: report(tokenizer, validation_set, config, run)))
+                        run.draw_curves()
+                if run.triggers.save:
+                    run.save()
+            batches.tell_notes()
+            run.finish()
     return run.status
 
 
-def open_images_of(config: Config, key: str, augment: bool) -> ImageDataset:
-    """The images of a key of `dataset.params`: cropped and flipped as the config says, or a centre crop of each.
-
-    Raises:
-        InputError: the key is missing, or what it names.
+def check_image_keys(config: Config) -> None:
     """
-    params, preprocessing = config.dataset.params, config.dataset.preprocessing
-    if preprocessing.crop_size != config.model.vq_model.resolution:
+    Raises:
+        InputError: images of another size than the tokenizer's, or none.
+    """
+    params, crop_size = config.dataset.params, config.dataset.preprocessing.crop_size
+    resolution = config.model.vq_model.resolution
+    if crop_size != resolution:
         raise InputError(
-            f"dataset.preprocessing.crop_size={preprocessing.crop_size}: expected "
-            f"model.vq_model.resolution={config.model.vq_model.resolution}"
+            f"dataset.preprocessing.crop_size={crop_size}: expected model.vq_model.resolution={resolution}"
         )
-    if getattr(params, key) is None:
-        raise InputError(f"dataset.params.{key}: missing; give tar shards or a folder per class")
-    if not augment:
-        return open_center_crops(config)
-    source = open_images(getattr(params, key), decoding=ImageDecoding.of(preprocessing))
+    for key in ("train_shards_path_or_url", "eval_shards_path_or_url"):
+        if getattr(params, key) is None:
+            raise InputError(f"dataset.params.{key}: missing; give tar shards or a folder per class")
+
+
+def open_training_images(config: Config) -> ImageDataset:
+    """Cropped and flipped as the config says."""
+    params, preprocessing = config.dataset.params, config.dataset.preprocessing
+    assert params.train_shards_path_or_url is not None  # `check_image_keys`
+    source = open_images(params.train_shards_path_or_url, decoding=ImageDecoding.of(preprocessing))
     return ImageDataset(source, training_transform(preprocessing), config.training.seed, allowed_bad_fraction(params))
 
 
@@ -200,7 +225,7 @@ def training_step(
 
 
 class CodeUsage(nn.Module):
-    """How often each code was used since the last revival: part of what a run is resumed into."""
+    """How often each code was used since the last revival. A module, so that checkpoints hold it."""
 
     counts: Tensor
 
@@ -213,7 +238,7 @@ class CodeUsage(nn.Module):
         self.counts += ctx.all_reduce_sum(torch.bincount(codes.flatten(), minlength=len(self.counts)))
 
     def revive(self, tokenizer: TrainableTokenizer, images: Tensor, ctx: DistributedContext) -> int:
-        """Replace the codes that were not used; how many these are."""
+        """Replace the codes that were not used. Returns their number."""
         unused = (self.counts == 0).nonzero()[:, 0]
         self.replace(tokenizer, unused, images, ctx)
         self.counts.zero_()
@@ -224,8 +249,8 @@ class CodeUsage(nn.Module):
     def replace(tokenizer: TrainableTokenizer, codes: Tensor, images: Tensor, ctx: DistributedContext) -> None:
         """Set the vectors of some codes (K,) to features drawn from images (B, 3, H, W) of rank 0, on all ranks."""
         features = tokenizer.encode_latents(images).flatten(0, 1)  # (B N, Z)
-        places = torch.randint(len(features), (len(codes),), device=features.device)
-        drawn = features[places].contiguous()  # as NCCL asks
+        rows = torch.randint(len(features), (len(codes),), device=features.device)
+        drawn = features[rows].contiguous()  # for NCCL
         tokenizer.set_vectors(codes, ctx.all_reduce_sum(drawn if ctx.is_rank0 else torch.zeros_like(drawn)))
 
 
@@ -240,38 +265,37 @@ def average_gradients(module: nn.Module, ctx: DistributedContext) -> None:
 
 
 def report(
-    tokenizer: TrainableTokenizer, heldout_set: ImageDataset, config: Config, run: TrainingRun
+    tokenizer: TrainableTokenizer, validation_set: ImageDataset, config: Config, run: TrainingRun
 ) -> dict[str, float]:
-    """Write the weights, and figures and a grid of the held-out images; the figures for the log. A full disk ends the
-    run only where it costs the final ones."""
+    """Write the weights and, of the held-out images, metrics and a grid; returns the metrics for the log. On a full
+    disk, only the last report ends the run."""
     step, folder = run.state.global_step, run.output_dir
-    figures, grid = evaluate(tokenizer, heldout_set, config)
-    with nullcontext() if run.triggers.is_last else log_and_continue(run.logger, f"weights and figures of step {step}"):
-        export(tokenizer, folder / "tokenizer.safetensors", run.record())
-        write_text(folder / "metrics.json", json.dumps({"step": step, **figures}, indent=1) + "\n")
+    metrics, grid = evaluate(tokenizer, validation_set, config)
+    # float16 is half the size; `load_tokenizer` reads it back as float32
+    weights = {key: value.half() for key, value in tokenizer.state_dict().items()}
+    with nullcontext() if run.triggers.is_last else log_and_continue(run.logger, f"weights and metrics of step {step}"):
+        save_weights(weights, folder / "tokenizer.safetensors", run.record())
+        write_text(folder / "metrics.json", json.dumps({"step": step, **metrics}, indent=1) + "\n")
         write_png(folder / "reconstructions.png", grid)
-    run.reporter.log_image("reconstructions", grid)
-    run.logger.info(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    return {f"heldout/{name}": value for name, value in figures.items()}
-
-
-def export(tokenizer: TrainableTokenizer, path: Path, record: dict[str, Any]) -> None:
-    """Write the weights in float16: half the size, and `load_tokenizer` reads them back as float32."""
-    save_weights({key: value.half() for key, value in tokenizer.state_dict().items()}, path, record)
+    run.log_image("reconstructions", grid)
+    run.note(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+    return {f"heldout/{name}": value for name, value in metrics.items()}
 
 
 @torch.inference_mode()
 def evaluate(
-    tokenizer: TrainableTokenizer, heldout_set: ImageDataset, config: Config
+    tokenizer: TrainableTokenizer, validation_set: ImageDataset, config: Config
 ) -> tuple[dict[str, float], Image.Image]:
-    """Figures over the held-out images, and a grid: rows of originals, each above its row of reconstructions."""
+    """Metrics over the held-out images, and a grid: rows of originals, each above its row of reconstructions."""
     device = next(tokenizer.parameters()).device
     metrics = ReconstructionMetrics(tokenizer.codebook_size)
-    order = permutation_of_pass(len(heldout_set), seed=0, dataset_pass=0).tolist()  # mixed classes in the grid
-    columns = min(GRID_COLUMNS, len(heldout_set))
+    order = permutation_of_pass(len(validation_set), seed=0, dataset_pass=0).tolist()  # the grid shows several classes
+    columns = min(GRID_COLUMNS, len(validation_set))
     shown: list[np.ndarray] = []
-    for batch in Batches(heldout_set, [order[i : i + columns] for i in range(0, len(order), columns)], num_workers=0):
-        heldout_set.issues.add(batch["index"], batch["issues"])
+    for batch in Batches(
+        validation_set, [order[i : i + columns] for i in range(0, len(order), columns)], num_workers=0
+    ):
+        validation_set.issues.add(batch["index"], batch["issues"])
         batch = on_device(batch, device)
         images, is_good = batch["image"], batch["issues"] & ImageIssue.UNREADABLE == 0
         codes = tokenizer.encode(images)

@@ -26,7 +26,12 @@ STARTED: list[BaseProcess] = []  # by the test in progress
 
 SERVER = multiprocessing.get_context("forkserver")
 SCRIPTS = ("sample_imagenet_rear", "pretokenize", "reconstruct", "train_tokenizer", "make_shards", "convert_tokens")
-IMPORTED_LATE = ("torch._dynamo", "torch.distributed.fsdp", "utils.run.sharded_state", "matplotlib.figure")
+IMPORTED_LATE = (
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint.state_dict",
+    "matplotlib.figure",
+)
 SERVER.set_forkserver_preload(
     ["tests.faults.worker", "evaluation.evaluator", *(f"scripts.{name}" for name in SCRIPTS), *IMPORTED_LATE]
 )

@@ -41,7 +41,8 @@ def build_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 
 class MovingAverage(Generic[M]):
-    """The exponential moving average of all parameters, which begins with those that the model has now.
+    """Exponential moving average of all parameters, starting from their present values. (torch's AveragedModel starts
+    from the values after the first update.)
 
     Attributes:
         module: a copy of the model with the averages, in eval mode.
@@ -52,8 +53,8 @@ class MovingAverage(Generic[M]):
         self._add = get_ema_multi_avg_fn(decay)
 
     def update(self, model: M) -> None:
-        """Add the parameters that the model has after one more step. Both may be sharded by FSDP, in the same way."""
-        if hasattr(self.module, "reshard"):  # after a forward pass alone, FSDP keeps the root's whole parameters
+        """Add the parameters of the model after an update. Both may be sharded, in the same way."""
+        if hasattr(self.module, "reshard"):  # FSDP keeps the root's parameters gathered after a forward pass
             self.module.reshard()  # type: ignore[operator]
         self._add(list(self.module.parameters()), list(model.parameters()), None)
 

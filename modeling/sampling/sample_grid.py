@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 from modeling.rear import ReAR
@@ -14,7 +13,6 @@ from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.validation import evaluating
 from utils.images import make_grid, write_png
 from utils.precision import deterministic
-from utils.run.training_run import TrainingRun
 from utils.schema import Config
 
 GRID_CLASSES, GRID_ROWS = 10, 4
@@ -31,20 +29,6 @@ def notices_of_images(tokenizer: Tokenizer, config: Config) -> list[str]:
     if config.dataset.params.pretokenization is None:
         raise tokenizer.no_images("dataset.params.pretokenization=null")
     return [f"no sample grids: model.vq_model.model_type={tokenizer.model_type} has no decoder"]
-
-
-def whole_model(model: ReAR, run: TrainingRun) -> ReAR:
-    """The model or, if it is sharded, one with all its weights on each rank: sampling reads them outside of the forward
-    pass. All ranks call it."""
-    if not run.config.training.fsdp:
-        return model
-    from utils.run.sharded_state import whole_weights
-
-    with run.measured.clock.pause():
-        with torch.device("meta"):
-            whole = ReAR(run.config.model)
-        whole.load_state_dict(whole_weights(model), assign=True)
-        return whole
 
 
 @deterministic(False)  # CUDA counts no cumulative sum as deterministic; along rows, as here, they are

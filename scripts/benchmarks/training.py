@@ -172,7 +172,7 @@ class Steps:
             set_learning_rate(self.optimizer, self.step, self.config)
             loss = self._loss(*self._inputs)
             loss.backward()
-            norm = clip_gradients(self.model, self.config.training.max_grad_norm, sharded=False)
+            norm = clip_gradients(self.model, self.config.training.max_grad_norm)
             if not math.isfinite((loss.detach() + norm).item()):  # training also waits for this in each step
                 raise InputError(f"step {self.step}: loss or gradient not finite")
             self.optimizer.step()

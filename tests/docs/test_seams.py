@@ -27,6 +27,7 @@ SECTIONS = {
     "config key": None,  # that of the loss term is one
     "optimizer": "Another optimizer or schedule",
     "schedule": None,  # as an optimizer
+    "reason to stop": "A reason to stop",
     "script": "A new script",
 }
 # What shows in the copy that the examples work, beside their own tests.
@@ -95,6 +96,7 @@ IN_THE_COPY = (
         "tests/scripts/test_count_parameters.py",
     ),
     *("tests/modeling/test_losses.py", "tests/modeling/test_noise.py", "tests/utils/test_optim.py"),
+    "tests/scripts/test_train_rear.py::test_a_run_ends_when_the_validation_loss_stalls",
     *("tests/modeling/tokenizers/test_conformance.py::test_every_tokenizer_conforms", "tests/utils/test_schedules.py"),
     "tests/modeling/tokenizers/test_conformance.py::test_sizes_are_read_from_the_weights",
     "tests/modeling/tokenizers/test_conformance.py::test_the_config_names_the_tokenizers_of_the_table",

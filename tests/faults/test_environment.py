@@ -16,7 +16,7 @@ from utils.distributed import DistributedContext, ignored_launcher_settings, lau
 from utils.errors import InputError
 from utils.run import reporter, run_environment
 from utils.run.metrics_file import MetricsFile, read_metrics
-from utils.run.status import EXIT_PREEMPTED, Status, StatusKeeper, read_status, write_status
+from utils.run.status import EXIT_PREEMPTED, Status, StatusFile, read_status, write_status
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
@@ -90,13 +90,13 @@ def test_curves_and_grids_that_cannot_be_written_cost_no_run(run: Run, monkeypat
     monkeypatch.setattr(train_rear, "save_sample_grid", full)
     assert train_rear.main(load_config([*run.arguments, "training.stop_steps=2"])) == "completed"
     for what in ("samples at step 2", "training curves"):
-        assert f"{what}: picture.png: No space left on device; training goes on without" in run.log()
+        assert f"{what}: picture.png: No space left on device; training continues without" in run.log()
 
 
 def test_metrics_wait_for_room_on_the_disk(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(tmp_path / "absent/metrics.jsonl")
-    with pytest.warns(UserWarning, match="its lines wait for the next ones"):
+    with pytest.warns(UserWarning, match="its lines are kept for the next write"):
         metrics.append(1, {"lr": 1.0})
     with pytest.raises(OSError, match="absent"):
         metrics.flush()
@@ -173,11 +173,8 @@ def test_a_rank_that_outlives_its_launch_leaves_the_status_of_the_next(tmp_path:
     ctx = DistributedContext(1, 1, torch.device("cpu"))  # of size 1, so that it asks nobody
     for owner, expected in ((os.getpid(), "failed"), (1, "running")):
         (tmp_path / ".lock").write_text(f"filelock/2\npid={owner}\nhost=x\nmode=lease\ntoken=a\nduration=30.0\n")
-        keeper = StatusKeeper(tmp_path, ctx, group_timeout=1, saving_memory="")
-        keeper.has_begun = True
-        keeper._owner = os.getpid()
         write_status(tmp_path, Status("running", 3))
-        keeper.note_end(ValueError, ValueError("lost"), None)
+        StatusFile(tmp_path, ctx, Status("running", 3), lock_owner=os.getpid()).fail("lost")
         assert read_status(tmp_path).status == expected
 
 

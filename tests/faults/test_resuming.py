@@ -12,10 +12,9 @@ from tests.faults.runs import Run, assert_equal_runs
 from utils.config import load_config
 from utils.config_checks import ConfigError, accumulation_steps, check_training
 from utils.errors import InputError
-from utils.run.checkpoint import load_optimizers
+from utils.run.checkpoint import Resumable, load_optimizers
 from utils.run.manifest import MANIFEST_FILE, read_manifest
 from utils.run.resume import find_start
-from utils.run.snapshot import Resumable
 from utils.run.weights_path import find_weights
 
 FILES = ["model.safetensors", "optimizer.bin", MANIFEST_FILE]

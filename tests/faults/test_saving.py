@@ -10,9 +10,8 @@ import torch
 
 from tests.faults.runs import Run, assert_equal_runs
 from utils.run import checkpoint
-from utils.run.checkpoint import list_checkpoints, prune_checkpoints, write_checkpoint
+from utils.run.checkpoint import Snapshot, list_checkpoints, prune_checkpoints, write_checkpoint
 from utils.run.manifest import Provenance, TrainingState
-from utils.run.snapshot import Snapshot
 
 # Where the run dies, and what it finds at the next start.
 KILLS = {
@@ -72,7 +71,7 @@ def test_row_7_failures_in_a_row_end_the_run(run: Run) -> None:
 
 def tiny_snapshot(value: float = 0.0) -> Snapshot:
     optimizer = {"state": {"w": {"exp_avg": torch.zeros(100_000)}}, "param_groups": []}
-    return Snapshot({"model": {"w": torch.full((3,), value)}}, {"optimizer": optimizer})
+    return {"model.safetensors": {"w": torch.full((3,), value)}, "optimizer.bin": optimizer}
 
 
 def write(folder: Path, step: int, value: float = 0.0) -> None:

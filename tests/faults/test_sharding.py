@@ -25,7 +25,7 @@ from utils.config import load_config
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError
 from utils.run import sharding
-from utils.run.memory_estimate import MemoryEstimate
+from utils.run.estimates import memory_estimate
 from utils.run.metrics_file import read_metrics
 from utils.run.status import EXIT_PREEMPTED
 from utils.schema import TrainingConfig
@@ -134,11 +134,10 @@ def test_ema_samples_and_heldout_losses_are_those_of_replicated_training(
 
 
 @pytest.mark.parametrize(("micro_steps", "share"), [(1, 0.25), (2, 1)])
-def test_the_plan_tells_whole_gradients_under_accumulation(micro_steps: int, share: float) -> None:
+def test_the_estimate_has_whole_gradients_under_accumulation(micro_steps: int, share: float) -> None:
     module = torch.nn.Linear(3, 5)
-    optimizers = {"optimizer": (module, torch.optim.AdamW(module.parameters()))}
-    plan = MemoryEstimate.of({"model": module}, optimizers, 4, None, micro_steps)
-    assert plan.parts == {"weights": 20, "gradients": 80 * share, "optimizer": 40}
+    estimate = memory_estimate({"model": module}, trained=[module], shards=4, micro_steps=micro_steps)
+    assert estimate.bytes_by_kind == {"weights": 20, "gradients": 80 * share, "optimizer": 40}
 
 
 class CountedCollectives(TorchDispatchMode):

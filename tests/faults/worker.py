@@ -48,14 +48,14 @@ def observe() -> None:
         time.sleep(float(os.environ.get("TEST_SLOW", 0)))
         original_fault_point(name, step)
 
-    def training_step(model, tokenizer, batch, *rest):
+    def training_step(model, tokenizer, batch, **rest):
         if "TEST_RECORD" in os.environ:
             line = json.dumps(
                 {"step": at["step"], "rank": rank, "ids": batch["index"].tolist(), "dropout": torch.initial_seed()}
             )
             with Path(os.environ["TEST_RECORD"]).open("a") as file:
                 file.write(line + "\n")
-        terms = original_step(model, tokenizer, batch, *rest)
+        terms = original_step(model, tokenizer, batch, **rest)
         if poison and int(poisoned_rank) == rank:
             reached = at["step"] >= int(poison[:-1]) if poison.endswith("+") else at["step"] == int(poison)
             if reached:

@@ -32,7 +32,7 @@ from modeling.validation import ValidationTokens, _sums
 from tests.evaluation.made_up import inception_shapes
 from tests.gpu.fake_gpu import FakeGpu, Watch
 from utils.distributed import DistributedContext
-from utils.run.interval import IntervalMeans, Metrics
+from utils.run.metrics import IntervalMeans
 from utils.schema import Config
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -197,7 +197,7 @@ def test_means_of_the_log(
     with gpu:
         batch = {"codes": integers(B, N), "class_labels": integers(U), "class_rows": integers(B)}
         batch["uniforms"] = zeros(B, num_noise_uniforms(N))
-        measured: Metrics = training_step(model, tokenizer, batch, 0.5, config).metrics
+        measured = training_step(model, tokenizer, batch, 0.5, config).metrics
         means = IntervalMeans(ctx)
         with Watch(F32, F64):
             for metrics in (measured, {"train/loss": zeros()}):

@@ -106,7 +106,7 @@ def test_runs_of_other_metrics_get_a_panel_for_each(
     compare_runs.main(paths, None, "step", tmp_path / "x.png")
     assert [axes.get_title() for axes in drawn] == ["train/l1", "heldout/psnr"]
     assert f"| last value | {paths[0]} | {paths[1]} |" in (printed := capsys.readouterr().out)
-    assert f"configs are not compared: no config.yaml beside the metrics of {paths[0]}, {paths[1]}\n" in printed
+    assert f"configs are not compared: no config.yaml next to the metrics of {paths[0]}, {paths[1]}\n" in printed
 
 
 def test_what_cannot_be_compared_is_one_line(runs: list[Path], tmp_path: Path) -> None:

@@ -51,9 +51,9 @@ def seen_ids(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     seen: list[list[int]] = []
     original = train_rear.training_step
 
-    def recording(model, tokenizer, batch, *rest):
+    def recording(model, tokenizer, batch, **rest):
         seen.append(batch["index"].tolist())
-        return original(model, tokenizer, batch, *rest)
+        return original(model, tokenizer, batch, **rest)
 
     monkeypatch.setattr(train_rear, "training_step", recording)
     return seen
@@ -221,24 +221,3 @@ def test_resume_rules(tiny_arguments: list[str], tmp_path: Path) -> None:
         run(tiny_arguments, tmp_path / "run", *short, "experiment.resume=false")
     with pytest.raises(InputError, match=r"global batch of 8 images, found 4"):
         run(tiny_arguments, tmp_path / "run", *short, "training.per_gpu_batch_size=4")
-
-
-def test_wandb_without_login_or_network_warns_once(
-    tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no ~/.netrc
-    with pytest.warns(UserWarning, match="wandb") as warnings:
-        rows = run(tiny_arguments, tmp_path / "run", "training.enable_wandb=true", "training.max_train_steps=2")
-    assert len(rows) == 2
-    assert len([w for w in warnings if "wandb" in str(w.message)]) == 1
-
-
-def test_without_the_wandb_package_training_goes_on(
-    tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.warns(UserWarning, match="wandb is not installed"):
-        rows = run(tiny_arguments, tmp_path / "run", "training.enable_wandb=true", "training.max_train_steps=2")
-    assert len(rows) == 2

@@ -1,4 +1,4 @@
-"""What training says of itself: means of intervals, held-out numbers, status, weights along the way, want of memory."""
+"""What training reports: means of intervals, validation losses, status, weights along the way, lack of memory."""
 
 import json
 import re
@@ -19,8 +19,8 @@ from tests.faults.runs import Run
 from tests.processes import run_script
 from utils.config import load_config
 from utils.errors import TrainingError
-from utils.run import reporter, saver, training_run
-from utils.run.interval import IntervalMeans
+from utils.run import checkpoint, reporter, training_run
+from utils.run.metrics import IntervalMeans
 from utils.run.metrics_file import read_metrics
 from utils.run.status import read_status
 
@@ -65,7 +65,7 @@ def test_nothing_waits_for_the_device_between_two_lines(monkeypatch: pytest.Monk
             assert function is not torch.ops.aten._local_scalar_dense.default
             return function(*arguments, **(options or {}))
 
-    from tests.utils.run.test_measurements import ALONE, metrics_of
+    from tests.utils.run.test_metrics import ALONE, metrics_of
 
     interval, norm = IntervalMeans(ALONE), torch.tensor(1.0)
     with Waits():
@@ -127,8 +127,8 @@ def test_status_tells_where_a_run_stands(tiny_arguments: list[str], tmp_path: Pa
     seen = []
     original = reporter.Reporter.log
 
-    def log(self: reporter.Reporter, metrics: dict[str, float]) -> None:
-        original(self, metrics)
+    def log(self: reporter.Reporter, *arguments: object, **options: object) -> None:
+        original(self, *arguments, **options)
         seen.append(read_status(tmp_path))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -162,7 +162,7 @@ def test_the_log_of_a_batch_system_has_lines_and_no_bar(tiny_arguments: list[str
 def test_want_of_memory_names_the_keys(
     tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def training_step(*arguments: object) -> None:
+    def training_step(*arguments: object, **options: object) -> None:
         raise error
 
     monkeypatch.setattr(train_rear, "training_step", training_step)
@@ -208,7 +208,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_training(
     steps = ["training.max_train_steps=4", "experiment.generate_every=2"]
     assert train_rear.main(load_config([*tiny_arguments, f"experiment.output_dir={tmp_path}", *steps])) == "completed"
     assert (tmp_path / "model.safetensors").is_file()
-    assert (tmp_path / "log.txt").read_text().count("training goes on without") == 2
+    assert (tmp_path / "log.txt").read_text().count("training continues without") == 2
 
 
 def test_pauses_are_no_steps(
@@ -217,7 +217,7 @@ def test_pauses_are_no_steps(
     """Saves, grids, held-out numbers, weights and curves that take a while appear in `perf/pause_s`."""
     slow = {
         (train_rear, "save_sample_grid"): "experiment.generate_every=2",
-        (saver, "take_snapshot"): "experiment.save_every=3",
+        (checkpoint, "take_snapshot"): "experiment.save_every=3",
         (training_run, "save_weights"): "experiment.save_weights_every=4",
         (validator, "validation_losses"): "experiment.eval_every=5",
     }

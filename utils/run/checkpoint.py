@@ -1,55 +1,184 @@
-"""Checkpoints that exist only when they are complete, and that are read only when they are whole.
+"""Checkpoints: the state of a run on disk, complete or absent under its name, and verified before it is read.
 
-`checkpoint-<step>/` of a reAR run holds model.safetensors, ema.safetensors (with EMA), optimizer.bin and, written last,
-manifest.json; one of a tokenizer's training holds its discriminator's too. It is written as `checkpoint-<step>.tmp/`
-and renamed, so that a killed run leaves nothing half-written under a final name. No random-number state is saved: all
-noise is keyed by the step.
+`checkpoint-<step>/` holds a safetensors file for each module (`model`, `ema`, ...), a `.bin` file for each optimizer
+with its state by parameter name and, written last, manifest.json with the sha256 of every file. It is written as
+`checkpoint-<step>.tmp/` and renamed. Random-number states are not saved: all noise depends on the step alone.
 
-Not accelerate's or torch's own checkpoints: these have no hash of what they hold and no rename at the end, and theirs
-depend on the number of processes.
+State dicts come from `torch.distributed.checkpoint.state_dict`, so a checkpoint does not depend on the number of
+processes nor on sharding. Its writer (`dcp.save`) is not used, nor accelerate's: their files have no hashes and no
+final rename, and depend on the number of processes.
 """
 
+import logging
 import pickle
 import re
 import shutil
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from utils.errors import InputError
 from utils.faults import fault_point
 from utils.files.atomic import sync
-from utils.files.weights import load_state_dict, save_weights
+from utils.files.weights import check_fits, load_state_dict, save_weights
 from utils.run.manifest import MANIFEST_FILE, Provenance, TrainingState, check_sizes, write_manifest
-from utils.run.snapshot import Resumable, Snapshot, restore_module, restore_optimizer
+from utils.run.sharding import is_sharded
+from utils.schema import ExperimentConfig
 
+StateDict = dict[str, Tensor]
+Snapshot = dict[str, dict[str, Any]]  # by file of a checkpoint, in host memory
+Optimizers = Mapping[str, tuple[nn.Module, torch.optim.Optimizer]]
 MODEL, EMA = "model", "ema"  # names of modules
 UNFINISHED = re.compile(r"checkpoint-\d+\.(tmp|deleted)")
 
 
-def write_checkpoint(output_dir: Path, state: TrainingState, provenance: Provenance, snapshot: Snapshot) -> Path:
-    """Write `checkpoint-<step>` below `output_dir`, replacing one of the same step.
+@dataclass
+class Resumable:
+    """What a run is resumed into. The names become names of files in a checkpoint.
+
+    Args:
+        modules: their parameters and buffers are saved.
+        optimizers: each with the module that it updates, or updates in part: several optimizers may share a module.
+    """
+
+    modules: Mapping[str, nn.Module]
+    optimizers: Optimizers = field(default_factory=dict)
+
+    @property
+    def is_sharded(self) -> bool:
+        return any(is_sharded(module) for module in self.modules.values())
+
+
+def weights_of(module: nn.Module) -> StateDict:
+    """The state dict. Of a sharded module all ranks must ask, and rank 0 alone gets it, in host memory."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # a slow import
+
+    sharded = is_sharded(module)
+    options = StateDictOptions(full_state_dict=sharded, cpu_offload=sharded)
+    return cast(StateDict, get_model_state_dict(module, options=options))
+
+
+def load_weights(module: nn.Module, weights: StateDict, source: object) -> None:
+    """Load a state dict in place.
 
     Raises:
-        InputError: a tensor that is not finite. Nothing is written.
-        OSError, RuntimeError: the disk is full or fails; `.tmp` is removed, older checkpoints are as before.
+        InputError: keys or shapes other than the module's.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    check_fits(module, weights, source)
+    options = StateDictOptions(full_state_dict=is_sharded(module))
+    set_model_state_dict(module, cast(dict[str, Any], weights), options=options)
+
+
+def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state dict with names in place of the numbers of parameters; ranks and memory as in `weights_of`."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    if not optimizer.state:  # before the first update: torch would make one up, with a step
+        names = _parameter_names(module, optimizer)
+        groups = [group | {"params": of_group} for group, of_group in zip(optimizer.param_groups, names, strict=True)]
+        return {"state": {}, "param_groups": groups}
+    sharded = is_sharded(module)
+    options = StateDictOptions(full_state_dict=sharded, cpu_offload=sharded)
+    return get_optimizer_state_dict(module, optimizer, options=options)
+
+
+def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any], source: object) -> None:
+    """Load what `optimizer_state` gave, in place. Learning rate, betas and the like stay as the config has them.
+
+    Raises:
+        InputError: the state is that of other parameters.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    expected = {name for of_group in _parameter_names(module, optimizer) for name in of_group}
+    found = {name for group in saved["param_groups"] for name in group["params"]}
+    if found != expected:
+        differing = sorted(found ^ expected)
+        raise InputError(f"{source}: found other parameters than expected; {len(differing)} differ ({differing[0]})")
+    if not saved["state"]:
+        return
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    # Not strict: a parameter that was never updated has no state.
+    options = StateDictOptions(full_state_dict=is_sharded(module), strict=False)
+    set_optimizer_state_dict(module, optimizer, saved, options=options)
+    for group, of_config in zip(optimizer.param_groups, settings, strict=True):
+        group.update(of_config)
+
+
+def _parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Of each group."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def take_snapshot(resumable: Resumable) -> Snapshot:
+    """Copy the state to host memory, so that training can continue while it is written. If it is sharded, all ranks
+    must call this, and rank 0 alone gets the tensors."""
+    snapshot: Snapshot = {f"{name}.safetensors": weights_of(module) for name, module in resumable.modules.items()}
+    for name, (module, optimizer) in resumable.optimizers.items():
+        snapshot[f"{name}.bin"] = optimizer_state(module, optimizer)
+    own = {tensor.data_ptr() for tensor in _live_tensors(resumable) if not hasattr(tensor, "full_tensor")}
+    return _on_host(snapshot, own)
+
+
+def _live_tensors(resumable: Resumable) -> Iterator[Tensor]:
+    for module in resumable.modules.values():
+        yield from module.state_dict().values()
+    for _, optimizer in resumable.optimizers.values():
+        for state in optimizer.state.values():
+            yield from (value for value in state.values() if isinstance(value, Tensor))
+
+
+def _on_host(value: Any, own: set[int]) -> Any:
+    """Nested dicts with their tensors in host memory. Those at the addresses `own`, which training changes, are copied;
+    what was gathered from shards is a copy already."""
+    if isinstance(value, Tensor):
+        return value.to("cpu", copy=value.data_ptr() in own)
+    if isinstance(value, dict):
+        return {key: _on_host(inner, own) for key, inner in value.items()}
+    return value
+
+
+def named_tensors(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in nested dicts, by their path."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from named_tensors(inner, f"{name} {key}".strip())
+
+
+def write_checkpoint(output_dir: Path, state: TrainingState, provenance: Provenance, snapshot: Snapshot) -> Path:
+    """Write `checkpoint-<step>` in `output_dir`, replacing one of the same step.
+
+    Raises:
+        InputError: a tensor that is not finite; nothing is written.
+        OSError, RuntimeError: the disk is full or fails; `.tmp` is removed, older checkpoints are untouched.
     """
     step = state.global_step
     final = output_dir / f"checkpoint-{step}"
     partial = final.with_name(final.name + ".tmp")
-    nonfinite = snapshot.first_nonfinite()
-    if nonfinite is not None:
-        raise InputError(f"{final.name}: found a value that is not finite in {nonfinite}; it is not written")
+    nonfinite = [name for name, tensor in named_tensors(snapshot) if not torch.isfinite(tensor).all()]
+    if nonfinite:
+        raise InputError(f"{final.name}: found a value that is not finite in {nonfinite[0]}; it is not written")
     try:
         _remove_unfinished(output_dir)
         partial.mkdir(parents=True)
         fault_point("save.begin", step)
-        for name, weights in snapshot.modules.items():
-            save_weights(weights, partial / f"{name}.safetensors")
-            fault_point(f"save.{name}", step)
-        for name, optimizer in snapshot.optimizers.items():
-            torch.save(optimizer, partial / f"{name}.bin")
-            fault_point(f"save.{name}", step)
+        for file, content in snapshot.items():
+            if file.endswith(".safetensors"):
+                save_weights(content, partial / file)
+            else:
+                torch.save(content, partial / file)
+            fault_point(f"save.{Path(file).stem}", step)
         for path in partial.iterdir():
             sync(path)
         fault_point("save.manifest", step)
@@ -66,10 +195,15 @@ def write_checkpoint(output_dir: Path, state: TrainingState, provenance: Provena
     return final
 
 
+def _remove_unfinished(output_dir: Path) -> None:
+    """Half-written and half-deleted checkpoints of killed runs."""
+    for path in output_dir.glob("checkpoint-*"):
+        if UNFINISHED.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def prune_checkpoints(output_dir: Path, keep_last: int, keep_every: int) -> None:
     """Delete all but the newest `keep_last` complete checkpoints and those of every `keep_every`-th step (0: none).
-
-    A checkpoint is renamed before it is deleted, so that one that is half deleted has no final name.
 
     Raises:
         OSError: the deletion failed; it is tried again after the next save.
@@ -78,18 +212,18 @@ def prune_checkpoints(output_dir: Path, keep_last: int, keep_every: int) -> None
         if keep_every and step_of(old) % keep_every == 0:
             continue
         fault_point("save.prune", step_of(old))
-        doomed = old.with_name(old.name + ".deleted")
+        doomed = old.with_name(old.name + ".deleted")  # a half-deleted one must not have a final name
         old.rename(doomed)
         shutil.rmtree(doomed)
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints whose files have the sizes of their manifest, in the order of their steps."""
+    """Checkpoints whose files have the sizes of their manifest, ordered by step."""
     return [path for path in checkpoint_folders(output_dir) if _looks_complete(path)]
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
-    """All folders with the name of a checkpoint in the order of their steps, whatever they hold; no other names."""
+    """All folders with the name of a checkpoint, complete or not, ordered by step."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of)
 
@@ -98,14 +232,22 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def _looks_complete(path: Path) -> bool:
+    try:
+        check_sizes(path)
+    except InputError:
+        return False
+    return True
+
+
 def load_modules(path: Path, resumable: Resumable) -> list[str]:
-    """Load the weights that `write_checkpoint` wrote, in place. An EMA that the checkpoint lacks begins with the model.
+    """Load the weights of a checkpoint in place. An EMA that it lacks starts from the weights of the model.
 
     Returns:
         Lines for the log.
 
     Raises:
-        InputError: keys or shapes that differ from the modules', or a missing file.
+        InputError: keys or shapes other than the modules', or a missing file.
     """
     notices = []
     for name, module in resumable.modules.items():
@@ -113,15 +255,15 @@ def load_modules(path: Path, resumable: Resumable) -> list[str]:
         if name == EMA and not file.is_file():
             notices.append(f"{path.name} has no EMA: it begins with the weights of this step")
             file = path / f"{MODEL}.safetensors"
-        restore_module(module, load_state_dict(file), file, resumable.sharded)
+        load_weights(module, load_state_dict(file), file)
     return notices
 
 
 def load_optimizers(path: Path, resumable: Resumable) -> None:
-    """Load the optimizer states that `write_checkpoint` wrote, in place; no code in them is run.
+    """Load the optimizer states of a checkpoint in place; no code in the files is run.
 
     Raises:
-        InputError: the state of another set of parameters, or a pickle of more than tensors.
+        InputError: the state of other parameters, or a pickle that holds more than tensors.
     """
     for name, (module, optimizer) in resumable.optimizers.items():
         file = path / f"{name}.bin"
@@ -129,19 +271,76 @@ def load_optimizers(path: Path, resumable: Resumable) -> None:
             saved = torch.load(file, map_location="cpu", weights_only=True)
         except (OSError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise InputError(f"{file}: refused, damaged or a pickle of more than tensors") from error
-        restore_optimizer(module, optimizer, saved, file, resumable.sharded)
+        load_optimizer(module, optimizer, saved, file)
 
 
-def _remove_unfinished(output_dir: Path) -> None:
-    """What earlier, killed runs left: half-written and half-deleted checkpoints."""
-    for path in output_dir.glob("checkpoint-*"):
-        if UNFINISHED.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+class CheckpointSaver:
+    """Writes checkpoints in a thread of rank 0, one at a time. A failure is a line in the log, and training continues.
 
+    It needs host memory for a copy of the whole state.
 
-def _looks_complete(path: Path) -> bool:
-    try:
-        check_sizes(path)
-    except InputError:
-        return False
-    return True
+    Attributes:
+        last_good: the newest checkpoint, written or resumed from.
+        failures_in_a_row: failed saves since then.
+    """
+
+    def __init__(
+        self, experiment: ExperimentConfig, provenance: Provenance, last_good: str | None, logger: logging.Logger
+    ) -> None:
+        self.experiment = experiment
+        self.provenance = provenance
+        self.logger = logger
+        self.output_dir = Path(experiment.output_dir)
+        self.last_good = last_good
+        self.failures_in_a_row = 0
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "CheckpointSaver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Wait, because the lock of the folder is released next; but not after a second Ctrl-C."""
+        if not isinstance(error, KeyboardInterrupt):
+            self.wait()
+
+    @property
+    def gave_up(self) -> bool:
+        return self.failures_in_a_row >= self.experiment.max_save_failures
+
+    def start(self, state: TrainingState, resumable: Resumable, is_rank0: bool) -> None:
+        """Copy the state and begin to write it. Called on rank 0; on all ranks if the state is sharded."""
+        self.wait()  # two copies of the state may not fit in host memory
+        snapshot = take_snapshot(resumable)
+        if is_rank0:
+            self._thread = threading.Thread(target=self._write, args=(replace(state), snapshot))
+            self._thread.start()
+
+    def wait(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def describe_last_good(self) -> str:
+        self.wait()
+        return f"the last good checkpoint is {self.last_good}" if self.last_good else "there is no checkpoint"
+
+    def _write(self, state: TrainingState, snapshot: Snapshot) -> None:
+        try:
+            self.last_good = str(write_checkpoint(self.output_dir, state, self.provenance, snapshot))
+        except Exception as error:  # a full disk is an OSError or torch's RuntimeError; all ranks must learn of any
+            self.failures_in_a_row += 1
+            free = shutil.disk_usage(self.output_dir).free
+            needed = sum(tensor.nbytes for _, tensor in named_tensors(snapshot))
+            self.logger.error(
+                f"checkpoint-{state.global_step} was not written (failure {self.failures_in_a_row} of "
+                f"{self.experiment.max_save_failures} in a row): {str(error).splitlines()[0]}; needed "
+                f"{needed / 1e9:.3f} GB, free {free / 1e9:.3f} GB"
+            )
+            return
+        self.failures_in_a_row = 0
+        try:
+            prune_checkpoints(self.output_dir, self.experiment.keep_last, self.experiment.keep_every)
+        except (OSError, RuntimeError) as error:
+            self.logger.warning(f"an old checkpoint could not be deleted: {error}")

@@ -1,4 +1,4 @@
-"""Pictures of the metrics of runs: panels of values against the step."""
+"""Plots of metrics against the step."""
 
 import math
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from utils.files.atomic import atomic_file
 from utils.run.metrics_file import read_metrics
 
-if TYPE_CHECKING:  # it slows the start of all ranks, and one of them draws
+if TYPE_CHECKING:  # a slow import, needed on rank 0 only
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -16,8 +16,8 @@ Points = tuple[list[float], list[float]]  # steps and values
 
 COLUMNS = 4
 PANEL_INCHES = (4.0, 2.8)
-MARKED = 40  # points of a curve, up to which each has a mark; a single one would be invisible without
-# Panels of several metrics, in one unit each, come first; every other metric has a panel of its own.
+MAX_MARKERS = 40  # curves with fewer points have markers, without which a single point is invisible
+# Panels of several metrics with one unit; every other metric has a panel of its own.
 PANELS = {
     "cross-entropy, nats per code": ("train/ar_loss", "val/ar_loss", "val/ar_loss_noisy"),
     "token accuracy": ("train/correct_tokens", "val/correct_tokens"),
@@ -25,12 +25,12 @@ PANELS = {
     "cosine to the codebook vectors": ("train/encode_cos", "train/decode_cos"),
 }
 LOGARITHMIC = ("train/grad_norm", "train/grad_norm_max")
-# They grow with the step, or follow from perf/images_per_s.
+# Proportional to the step or to perf/images_per_s.
 NOT_DRAWN = ("step", "train/epoch", "train/dataset_passes", "perf/images_per_s_per_gpu", "perf/step_ms")
 
 
 def save_training_curves(metrics_path: Path, picture_path: Path) -> None:
-    """Draw the metrics of a run, one that does not change left out; without any, write nothing.
+    """Plot the metrics of a run that change; if there are none, write nothing.
 
     Raises:
         InputError: the metrics cannot be read.
@@ -40,29 +40,29 @@ def save_training_curves(metrics_path: Path, picture_path: Path) -> None:
     curves = {name: points for name in names if changes(points := points_of(rows, name))}
     panels: dict[str, list[str]] = {}
     for title, group in PANELS.items():
-        if there := [name for name in group if name in curves]:
-            panels[title if len(there) > 1 else there[0]] = there
+        if present := [name for name in group if name in curves]:
+            panels[title if len(present) > 1 else present[0]] = present
     panels |= {name: [name] for name in curves if not any(name in group for group in PANELS.values())}
     if not panels:
         return
     figure, grid = panel_grid(len(panels))
-    for axes, (title, there) in zip(grid, panels.items(), strict=True):
+    for axes, (title, in_panel) in zip(grid, panels.items(), strict=True):
         axes.set_title(title)
-        for name in there:
+        for name in in_panel:
             draw_curve(axes, name, curves[name], label=name)
-        if len(there) > 1:
+        if len(in_panel) > 1:
             axes.legend()
     save_figure(figure, picture_path)
 
 
 def points_of(rows: Sequence[dict[str, float]], name: str) -> Points:
-    """Of the rows that have the metric; NaN stays, and makes a gap in a curve."""
+    """Points of the rows that have the metric. A NaN stays, as a gap in the curve."""
     pairs = [(row["step"], row[name]) for row in rows if name in row]
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def changes(points: Points) -> bool:
-    """Whether there is something to see: two values, or one that was measured once."""
+    """Whether there is something to see: two different values, or a single measurement."""
     finite = [value for value in points[1] if math.isfinite(value)]
     return len(set(finite)) > 1 or len(finite) == len(points[1]) == 1
 
@@ -82,8 +82,8 @@ def panel_grid(count: int, columns: int = COLUMNS, x_label: str = "step") -> tup
     figure.subplots_adjust(0.6 / width, 0.5 / height, 1 - 0.1 / width, 1 - 0.3 / height, wspace=0.2, hspace=0.3)
     panels: list[Axes] = []
     with rc_context({"axes.titlesize": "medium", "axes.spines.top": False, "axes.spines.right": False}):
-        for place in range(1, count + 1):
-            panels.append(figure.add_subplot(lines, columns, place, sharex=panels[0] if panels else None))
+        for index in range(1, count + 1):
+            panels.append(figure.add_subplot(lines, columns, index, sharex=panels[0] if panels else None))
             panels[-1].grid(alpha=0.3)
     if x_label == "step":
         panels[0].xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
@@ -97,7 +97,7 @@ def draw_curve(axes: "Axes", name: str, points: Points, **style: Any) -> None:
     """Add the curve of a metric to a panel; `style` is matplotlib's."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    marker = "." if len(points[0]) <= MARKED else ""
+    marker = "." if len(points[0]) <= MAX_MARKERS else ""
     axes.plot(*points, marker=marker, linewidth=1.2, **style)
     if name in LOGARITHMIC:
         axes.set_yscale("log", nonpositive="mask")
@@ -107,6 +107,6 @@ def draw_curve(axes: "Axes", name: str, points: Points, **style: Any) -> None:
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """As PNG, complete or not at all."""
+    """Write a PNG atomically."""
     with atomic_file(path) as partial:
         figure.savefig(partial, dpi=80, format="png")

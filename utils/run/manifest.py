@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: where the run stood, what it was made from, and the hash of every file beside it."""
+"""The manifest of a checkpoint: the state of the run, its provenance, and the hash of every file."""
 
 import json
 import platform
@@ -16,19 +16,19 @@ VERSIONED_PACKAGES = ["torch", "accelerate", "numpy", "safetensors"]
 
 @dataclass
 class TrainingState:
-    """Where a run stands; the position in the data and all random numbers follow from it."""
+    """The position in the data and all random numbers follow from it."""
 
     global_step: int  # optimizer steps done, skipped ones included
     global_batch_size: int  # images per optimizer step
-    samples_seen: int  # images consumed; global_step * global_batch_size unless the batch was changed on the way
+    samples_seen: int  # images; global_step * global_batch_size unless the batch size changed
     nonfinite_steps: int = 0  # steps whose update was skipped
-    skipped_images: int = 0  # visits of images that could not be decoded
+    skipped_images: int = 0  # unreadable images that were left out, once per pass
     trained_s: float = 0.0  # seconds of training, pauses included
-    started_from: str | None = None  # the PATH of experiment.resume=PATH with which this line of checkpoints began
+    started_from: str | None = None  # the path in experiment.resume=PATH that the run started from
 
 
 class TrainingData(Protocol):
-    """What a run asks of its data."""
+    """What a run needs to know of its data."""
 
     @property
     def fingerprint(self) -> str: ...  # equal for equal samples in equal order
@@ -38,15 +38,15 @@ class TrainingData(Protocol):
 
 @dataclass
 class Provenance:
-    """What a checkpoint was made from."""
+    """Where the weights come from."""
 
     config: dict[str, Any] = field(default_factory=dict)  # the resolved config, by section
     data_hash: str = ""  # fingerprint of the training data
     code_hash: str = ""  # of the Python sources
-    tokenizer_sha256: str | None = None  # of the weights of the tokenizer whose codes are learned; None: not told
+    tokenizer_sha256: str | None = None  # of the weights of the generator's tokenizer; None: unknown
 
     def record(self, step: int) -> dict[str, Any]:
-        """In short, for weights that lie alone. Not the config, which names folders: equal weights are equal files."""
+        """For a weights file by itself. Without the config, which names folders: equal weights are equal files."""
         hashes = {"code": self.code_hash, "data": self.data_hash}
         return {"step": step, "tokenizer_sha256": self.tokenizer_sha256, **hashes}
 
@@ -67,12 +67,12 @@ class Manifest:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that change numbers."""
+    """Of Python and the packages that affect numbers."""
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED_PACKAGES}}
 
 
 def write_manifest(folder: Path, state: TrainingState, provenance: Provenance) -> None:
-    """Describe all files of `folder` in its manifest.json, which also holds the hash of its own content."""
+    """Write manifest.json for all files of `folder`, with a hash of its own content."""
     manifest = Manifest(
         state=state,
         provenance=provenance,
@@ -109,10 +109,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_sizes(folder: Path) -> Manifest:
-    """The manifest, after a look at the sizes of the files: a cut file is found in no time.
+    """The manifest, after comparing the sizes of the files, which is fast and finds truncated ones.
 
     Raises:
-        InputError: a file that is missing or of another size, or no good manifest.
+        InputError: a file that is missing or has another size, or no valid manifest.
     """
     manifest = read_manifest(folder)
     for name, record in manifest.files.items():
@@ -124,10 +124,10 @@ def check_sizes(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """The manifest, after reading every file: neither safetensors nor torch.load notices a flipped bit.
+    """The manifest, after hashing every file: neither safetensors nor torch.load notices a flipped bit.
 
     Raises:
-        InputError: any difference from the manifest, or no good manifest.
+        InputError: any difference from the manifest, or no valid manifest.
     """
     manifest = check_sizes(folder)
     for name, record in manifest.files.items():

@@ -1,4 +1,4 @@
-"""`metrics.jsonl` in the run folder: every metric of a run, a line of JSON per step. It is only ever appended to."""
+"""`metrics.jsonl` in the run folder: every metric of a run, one JSON object per line, append-only."""
 
 import json
 import math
@@ -14,20 +14,20 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsFile:
-    """Appends to the metrics of a run, also to those of a run that another process is writing.
+    """Appends to the metrics of a run, even while another process appends too.
 
-    A full disk is no error: what could not be written waits for the next line.
+    On a full disk, lines are kept in memory and written with a later one.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self._unwritten = path, ""
 
     def begin(self, first_step: int) -> None:
-        """Note a start that goes on from `first_step`: what the file holds of later steps is about to be run again."""
+        """Record a start from `first_step`: rows of later steps are about to be repeated."""
         self._add({"step": first_step, "started": datetime.now(timezone.utc).isoformat(timespec="seconds")})
 
     def append(self, step: int, values: dict[str, float]) -> None:
-        """NaN and infinities, which JSON lacks, are written as null."""
+        """NaN and infinities, which JSON lacks, become null."""
         self._add({"step": step, **{name: value if math.isfinite(value) else None for name, value in values.items()}})
 
     def _add(self, line: dict[str, Any]) -> None:
@@ -35,23 +35,25 @@ class MetricsFile:
         try:
             self.flush()
         except OSError as error:
-            warnings.warn(f"{self.path}: {environment_error(error)}; its lines wait for the next ones", stacklevel=4)
+            warnings.warn(
+                f"{self.path}: {environment_error(error)}; its lines are kept for the next write", stacklevel=4
+            )
 
     def flush(self) -> None:
-        """Append what is not written yet, or nothing of it.
+        """Append all lines kept in memory, or none.
 
         Raises:
-            OSError: it is still not written.
+            OSError: they are still not written.
         """
         if not self._unwritten:
             return
         with self.path.open("ab+") as file:
             size = file.tell()
             file.seek(max(size - 1, 0))
-            torn = file.read() not in (b"", b"\n")  # by a kill or a power cut
+            is_torn = file.read() not in (b"", b"\n")  # last line cut by a kill
         try:
             with self.path.open("a") as file:
-                file.write("\n\n" * torn + self._unwritten)
+                file.write("\n\n" * is_torn + self._unwritten)
         except OSError:
             os.truncate(self.path, size)
             raise
@@ -59,12 +61,12 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The history of a run, a row per step in their order: `step`, and the last value of every name; null is NaN.
+    """The history of a run: a row for each step, in order, with `step` and the last value of every name; null is NaN.
 
-    A start drops the rows of later steps, whether they were run again or belong to a branch that was left.
+    A start removes the rows of later steps, which were repeated or belong to an abandoned branch.
 
     Raises:
-        InputError: no such file, or a damaged line, unless it was the last one when the run was killed.
+        InputError: no such file, or a damaged line other than the last one before a kill.
     """
     try:
         lines = path.read_text(errors="replace").split("\n")

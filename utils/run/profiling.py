@@ -1,4 +1,4 @@
-"""A trace of some steps and, on a GPU, where its memory went: with torch's own profiler."""
+"""`training.profile`: a trace of some steps and, on a GPU, a snapshot of its memory, by torch's profiler."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -16,14 +16,15 @@ from utils.run.run_environment import log_and_continue
 
 
 def profiled(steps: Iterable[int], config: Config, ctx: DistributedContext, logger: logging.Logger) -> Iterator[int]:
-    """The same steps; on rank 0 those of `training.profile` are recorded, with all that is done until the next begins.
+    """The same steps; on rank 0 those of `training.profile` are recorded, with the work between them.
 
-    After the last of them, or at the end of the run, `<output_dir>/profile/trace.json.gz` is written (for
-    chrome://tracing or https://ui.perfetto.dev; "step 3" spans what step 3 does), and on a GPU `memory.pickle` (for
+    After the last of them, or at the end of the run, writes `<output_dir>/profile/trace.json.gz` (for chrome://tracing
+    or https://ui.perfetto.dev, with a span for each step) and, on a GPU, `memory.pickle` (for
     https://pytorch.org/memory_viz).
     """
     wanted = profiled_steps(config.training) if ctx.is_rank0 else range(0)
-    folder, numbers = Path(config.experiment.output_dir, "profile"), iter(steps)
+    folder = Path(config.experiment.output_dir, "profile")
+    numbers = iter(steps)
     for step in numbers:
         if step not in wanted:
             yield step

@@ -10,9 +10,17 @@ from utils.files.hub import SCHEME
 from utils.files.weights import load_state_dict, read_record
 from utils.keys import KEYS
 from utils.marks import MAY_CHANGE, SILENT
-from utils.run.checkpoint import EMA, MODEL, checkpoint_folders, load_modules, load_optimizers, step_of
+from utils.run.checkpoint import (
+    EMA,
+    MODEL,
+    Resumable,
+    checkpoint_folders,
+    load_modules,
+    load_optimizers,
+    load_weights,
+    step_of,
+)
 from utils.run.manifest import MANIFEST_FILE, Provenance, TrainingState, read_manifest, verify, versions
-from utils.run.snapshot import Resumable, restore_module
 from utils.run.weights_path import FINAL_FILE, check_tokenizer, find_weights, resolve_path
 from utils.schema import Config, TrainingConfig
 
@@ -243,5 +251,5 @@ def load_start(start: Start, resumable: Resumable) -> list[str]:
         return notices
     for name in (MODEL, EMA):
         if name in resumable.modules:
-            restore_module(resumable.modules[name], load_state_dict(path), path, resumable.sharded)
+            load_weights(resumable.modules[name], load_state_dict(path), path)
     return []

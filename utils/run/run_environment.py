@@ -1,4 +1,4 @@
-"""The run folder: what was run, on what, and its log."""
+"""The run folder: config, versions and log."""
 
 import hashlib
 import logging
@@ -31,7 +31,7 @@ def prepare_run_folder(config: Config) -> Path:
 
 
 def describe_environment() -> str:
-    """Commit, Python, packages and device, a line each."""
+    """Commit, Python, packages and device, one line each."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     lines = [f"commit {commit() or 'unknown'}", f"python {platform.python_version()}"]
     lines += [f"{package} {version(package)}" for package in PACKAGES]
@@ -39,7 +39,7 @@ def describe_environment() -> str:
 
 
 def commit() -> str:
-    """Of the sources; empty without git or without its folder."""
+    """git's description of the sources; empty without git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
@@ -48,12 +48,12 @@ def commit() -> str:
 
 
 def code_facts() -> dict[str, str]:
-    """Hash of the Python sources and the versions that change numbers."""
+    """Hash of the Python sources (`code`) and versions that affect numbers."""
     return {"code": source_hash(), **versions()}
 
 
 def source_hash() -> str:
-    """sha256 of the project's Python files; unlike a commit it sees changes that are not committed."""
+    """sha256 of the project's Python files, uncommitted changes included."""
     digest = hashlib.sha256()
     for path in sorted(path for folder in SOURCE_FOLDERS for path in (ROOT / folder).rglob("*.py")):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
@@ -61,7 +61,7 @@ def source_hash() -> str:
 
 
 class LogFile(logging.FileHandler):
-    """A full disk costs lines of the log, not the run, and nothing is said to the console for each of them."""
+    """Drops lines, silently, while the disk is full."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, the name is logging's
         if not isinstance(sys.exc_info()[1], OSError):
@@ -69,7 +69,7 @@ class LogFile(logging.FileHandler):
 
 
 def make_logger(output_dir: Path, is_rank0: bool) -> logging.Logger:
-    """A logger to `<output_dir>/log.txt` and the console on the main process, silent on the others."""
+    """A logger to the console and to `<output_dir>/log.txt`, opened by its first line. Silent on ranks other than 0."""
     logger = logging.getLogger("rear")
     while logger.handlers:  # of an earlier run in this process
         with suppress(OSError):
@@ -79,7 +79,7 @@ def make_logger(output_dir: Path, is_rank0: bool) -> logging.Logger:
     logger.propagate = False
     if is_rank0:
         formatter = logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S")
-        log_file = LogFile(output_dir / "log.txt", encoding="utf-8", errors="backslashreplace")
+        log_file = LogFile(output_dir / "log.txt", encoding="utf-8", delay=True, errors="backslashreplace")
         for handler in (log_file, logging.StreamHandler()):
             handler.setFormatter(formatter)
             logger.addHandler(handler)
@@ -88,12 +88,12 @@ def make_logger(output_dir: Path, is_rank0: bool) -> logging.Logger:
 
 @contextmanager
 def log_and_continue(logger: logging.Logger, what: str, errors: type[Exception] = OSError) -> Iterator[None]:
-    """Around what can be made again later: a full disk there is one line in the log, and training goes on.
+    """Around work that training can do without: an error is logged in one line.
 
     Args:
-        errors: what is no reason to end training; for pictures, anything.
+        errors: that are logged; others are raised.
     """
     try:
         yield
     except errors as error:
-        logger.error(f"{what}: {environment_error(error) or repr(error)}; training goes on without")
+        logger.error(f"{what}: {environment_error(error) or repr(error)}; training continues without")

@@ -1,12 +1,13 @@
-"""One model on several processes: replicated (DDP) or cut into slices (FSDP2).
+"""One model on several processes: replicated (DDP) or sharded (FSDP2).
 
-FSDP with torch's own `fully_shard`, not with accelerate's plugin: that one is silently ignored on CPU, where it could
-not be tested. The numbers are those of a replicated model, to rounding.
+torch's own `fully_shard`, not accelerate's plugin, which is silently ignored on a CPU and so cannot be tested there.
+The numbers are those of a replicated model, to rounding.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,59 +18,84 @@ from utils.errors import InputError
 from utils.precision import in_bf16
 from utils.schema import TrainingConfig
 
+M = TypeVar("M", bound=nn.Module)
 SHARDS_ON_CPU = hasattr(torch.cpu.Stream, "record_event")
 
 
 def parallelize(
     model: nn.Module, blocks: Iterable[nn.Module], ctx: DistributedContext, training: TrainingConfig
 ) -> nn.Module:
-    """What to call for the forward pass; to be made before the optimizer is.
+    """The module to call in the forward pass. Call this before the optimizer is built.
 
     Args:
-        blocks: units of FSDP: one after another, each has its whole parameters on every device for a moment.
-        training: with `fsdp`, parameters, gradients and optimizer state are sharded over all processes, in place; else
-            gradients are averaged. In bf16, autocast casts the linear layers of the blocks: sharded, these are sent in
-            bf16. Norms, embeddings and gradients are sent in float32.
+        blocks: units of FSDP, whose parameters are gathered one block at a time.
+        training: with `fsdp`, parameters, gradients and optimizer state are sharded over all processes, in place;
+            without, gradients are averaged. In bf16 the linear layers of the blocks, which autocast casts anyway, are
+            sent in bf16; norms, embeddings and gradients in float32.
 
     Raises:
-        InputError: sharding by one process, or on a CPU by a torch that cannot (2.6).
+        InputError: FSDP on one process, or on a CPU with a torch that cannot (2.6).
     """
-    fsdp = training.fsdp
-    if fsdp and ctx.device.type == "cpu" and not SHARDS_ON_CPU:
+    if training.fsdp and ctx.device.type == "cpu" and not SHARDS_ON_CPU:
         raise InputError(f"training.fsdp=true: torch {torch.__version__} shards on GPUs only, found a CPU")
-    if fsdp and ctx.size == 1:
+    if training.fsdp and ctx.size == 1:
         raise InputError("training.fsdp=true: found one process, expected several")
-    if fsdp:
-        # Their outputs are views, which would be wrong to change in place; nothing does.
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        from torch.distributed.device_mesh import init_device_mesh  # here, for both take a while
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-        mesh = init_device_mesh(ctx.device.type, (ctx.size,))
-        policy = MixedPrecisionPolicy()
-        if in_bf16(training, ctx.device):
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-        for block in blocks:  # the rest is small, and stays whole from forward to backward pass
-            linears: list[nn.Module] = [module for module in block.modules() if isinstance(module, nn.Linear)]
-            fully_shard(linears, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh)
+    if training.fsdp:
+        _shard(model, blocks, ctx, training)
         return model
     if ctx.size == 1:
         return model
     devices = [ctx.device] if ctx.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)  # gradients lie there once
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
+
+
+def _shard(model: nn.Module, blocks: Iterable[nn.Module], ctx: DistributedContext, training: TrainingConfig) -> None:
+    from torch.distributed.device_mesh import init_device_mesh  # slow imports
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    # The outputs are views, which must not be changed in place; nothing does.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(ctx.device.type, (ctx.size,))
+    policy = MixedPrecisionPolicy()
+    if in_bf16(training, ctx.device):
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        linears: list[nn.Module] = [module for module in block.modules() if isinstance(module, nn.Linear)]
+        fully_shard(linears, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh)  # the rest, which is small and stays gathered from forward to backward pass
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return hasattr(module, "set_requires_gradient_sync")  # a method of FSDPModule, whose import takes a second
 
 
 def accumulating(model: nn.Module, is_last: bool) -> AbstractContextManager:
-    """Around forward and backward of a micro-batch: gradients are exchanged in the last one of a step only. Sharded,
-    each rank holds whole gradients until then."""
-    if hasattr(model, "set_requires_gradient_sync"):  # under FSDP
+    """Around forward and backward pass of a micro-batch: gradients are exchanged in the last one of a step only. Under
+    FSDP each rank holds whole gradients until then."""
+    if is_sharded(model):
         model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
     return nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
-def clip_gradients(model: nn.Module, max_norm: float, sharded: bool) -> Tensor:
-    """Scale the gradients, in place, so that their norm is at most `max_norm`; the norm before. Sharded, all ranks must
-    call."""
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients in place to a norm of at most `max_norm`. Returns the norm before. All ranks call it."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return norm.full_tensor() if sharded else norm  # type: ignore[attr-defined]  # a DTensor then
+    return norm.full_tensor() if is_sharded(model) else norm  # type: ignore[attr-defined]  # sharded, a DTensor
+
+
+def unsharded(model: M, build: Callable[[], M]) -> M:
+    """The model or, if it is sharded, a copy with all its weights on each rank, for sampling, which reads weights
+    outside of the forward pass. All ranks call it.
+
+    Args:
+        build: a model of the same kind; its weights are replaced.
+    """
+    if not is_sharded(model):
+        return model
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    with torch.device("meta"):
+        copy = build()
+    copy.load_state_dict(weights, assign=True)
+    return copy

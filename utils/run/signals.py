@@ -1,4 +1,4 @@
-"""Signals that ask for a checkpoint and an end; the step in progress is finished first."""
+"""Signals that stop a run after its step in progress, and stack traces of a run that hangs."""
 
 import faulthandler
 import os
@@ -11,23 +11,28 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-OF_A_TERMINAL = (signal.SIGINT, signal.SIGHUP)  # Ctrl-C, and the end of the terminal
+FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)  # Ctrl-C, and a terminal that is closed
 SHOW_STACKS = signal.SIGUSR2
-SAME_PRESS_S = 1.0  # torchrun passes Ctrl-C on to workers that the terminal has told already
+SAME_PRESS_S = 1.0  # torchrun passes a Ctrl-C on to workers that the terminal has sent it to already
 STDERR = 2
 
 
 class StopSignals:
-    """Inside `with`: a stop signal sets `received` to its name and does nothing else, however often it comes. Only a
-    second Ctrl-C raises KeyboardInterrupt, as without this. SIGUSR2 prints where all threads stand.
+    """Inside `with`, a stop signal only sets `received` to its name; a second Ctrl-C raises KeyboardInterrupt. SIGUSR2
+    prints the stacks of all threads.
 
-    A signal of the terminal that was ignored stays so: `nohup` and background jobs of a shell ask for that. The end of
-    torchrun counts as a signal too: workers that outlive it would write to a folder that a restart uses.
+    Signals of the terminal that were ignored before stay ignored, as nohup and background jobs need. The end of
+    torchrun counts as a signal: a worker that outlives it would write to a folder that a restart uses.
+
+    Attributes:
+        received: name of the last stop signal; None: none came.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._parent, self._interrupted_at = os.getppid(), 0.0
+        self._parent = os.getppid()
+        self._interrupted_at: float | None = None
+        self._previous: dict[signal.Signals, object] = {}
 
     def requested(self) -> bool:
         if self.received is None and "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._parent:
@@ -35,9 +40,9 @@ class StopSignals:
         return self.received is not None
 
     def __enter__(self) -> "StopSignals":
-        ignored = {number for number in OF_A_TERMINAL if signal.getsignal(number) == signal.SIG_IGN}
-        caught = [number for number in STOP_SIGNALS if number not in ignored]
-        self._previous = {number: signal.signal(number, self._receive) for number in caught}
+        for number in STOP_SIGNALS:
+            if number not in FROM_TERMINAL or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._receive)
         faulthandler.register(SHOW_STACKS, file=STDERR)
         return self
 
@@ -45,22 +50,24 @@ class StopSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler)  # type: ignore[arg-type]
         faulthandler.unregister(SHOW_STACKS)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received, now = signal.Signals(number).name, time.monotonic()
+        self.received = signal.Signals(number).name
         if number != signal.SIGINT:
             return
-        if self._interrupted_at and now - self._interrupted_at > SAME_PRESS_S:
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+        elif now - self._interrupted_at > SAME_PRESS_S:
             raise KeyboardInterrupt
-        self._interrupted_at = self._interrupted_at or now
 
 
 @contextmanager
 def stacks_of_a_hang(limit_s: int) -> Iterator[Callable[[], None]]:
-    """Gives a function to call at every step: when it was not called for `limit_s`, it is printed where all threads
-    stand. A thread of its own does so, also while the others wait in a library."""
+    """Gives a function to call at every step; if it is not called for `limit_s` seconds, the stacks of all threads are
+    printed, even while they wait in a library."""
     try:
         yield lambda: faulthandler.dump_traceback_later(limit_s, file=STDERR)
     finally:
@@ -68,11 +75,11 @@ def stacks_of_a_hang(limit_s: int) -> Iterator[Callable[[], None]]:
 
 
 def end_with_parent_only(worker_id: int) -> None:
-    """A `worker_init_fn`: stop signals end the worker if they come from its parent, which is how Python ends its
-    children at exit, and do nothing else: one to the whole process group must not take away the batches before the last
-    step. To tell them apart they are blocked and waited for in a thread."""
+    """A `worker_init_fn`: stop signals end the worker only if they come from its parent, as Python sends them at exit.
+    One that is sent to the whole process group must not stop the batches before the last step. To see the sender, the
+    signals are blocked and a thread waits for them."""
     parent = os.getppid()
-    sys.excepthook = lambda *_: None  # of the thread that hands over batches; the parent says in one line what it means
+    sys.excepthook = lambda *_: None  # of the thread that sends batches; the parent reports its errors in one line
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def wait() -> None:

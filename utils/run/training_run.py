@@ -1,298 +1,399 @@
-"""What keeps a training run alive, behind one object: the script that holds it computes and updates, nothing else."""
+"""One start of a training run: everything around the steps that a script computes.
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
-from dataclasses import asdict
+with launch(config) as launched:
+    dataset, provenance = launched.open_data(...)
+    ...                                             # model, optimizer
+    run = TrainingRun(launched, provenance, ...)     # loads the checkpoint
+    with run.begin():                                # from here on the run folder changes
+        for step in run.steps():
+            batch = run.next_batch(batches)
+            ...                                     # loss, gradients
+            if run.update_is_finite([loss, grad_norm]):
+                optimizer.step()
+                run.add_metrics([metrics], grad_norm)
+            run.end_step()
+            if run.triggers.log:
+                run.log_interval({"train/lr": lr})
+            if run.triggers.save:
+                run.save()
+        if run.finish():
+            run.export("model")
+"""
+
+import gc
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from utils.config import Config, flat
-from utils.config_checks import accumulation_steps
-from utils.distributed import ignored_launcher_settings, init_distributed
+from utils.distributed import DistributedContext
 from utils.errors import TrainingError
 from utils.faults import fault_point
 from utils.files.weights import save_weights
-from utils.precision import deterministic, matmul_precision
-from utils.run.gc_control import gc_between_steps
-from utils.run.manifest import Provenance, TrainingData
-from utils.run.measurements import Measurements
-from utils.run.memory_estimate import MemoryEstimate
-from utils.run.nonfinite_guard import NonFiniteGuard
+from utils.run.checkpoint import CheckpointSaver, Optimizers, Resumable, weights_of
+from utils.run.estimates import TrainingCost, memory_estimate
+from utils.run.failure import failures_recorded
+from utils.run.gc_control import manual_gc
+from utils.run.launch import Launch
+from utils.run.manifest import Provenance
+from utils.run.metrics import DataIterator, Metric, TrainingMetrics
 from utils.run.profiling import profiled
 from utils.run.reporter import Reporter
-from utils.run.resume import back_up, check_same_run, find_start, last_step, load_start, starting_state
-from utils.run.run_environment import code_facts, log_and_continue, prepare_run_folder
-from utils.run.saver import CheckpointSaver
+from utils.run.resume import back_up, last_step, load_start, starting_state
+from utils.run.run_environment import log_and_continue, prepare_run_folder
 from utils.run.signals import StoppedWaitingError, StopSignals, stacks_of_a_hang
-from utils.run.snapshot import Optimizers, Resumable, weights_of
-from utils.run.status import EXIT_PREEMPTED, StatusKeeper
+from utils.run.status import EXIT_STATUS, Status, StatusFile, read_status_or_none
 from utils.run.step_triggers import StepTriggers
 from utils.run.weights_path import FINAL_FILE
 
-EXIT_STATUS = {"completed": 0, "preempted": EXIT_PREEMPTED}
-D = TypeVar("D", bound=TrainingData)
+B = TypeVar("B")
+GC_EVERY = 100  # steps
+ROOM_FOR = 2  # checkpoints; with less disk space there is a warning
 
 
 class TrainingRun:
-    """The life of a run, in the order in which a script goes through it:
-
-    1. `with TrainingRun(...) as run`: all ranks are there and agree on config, code and versions, no other launch
-       writes to the run folder, and the rules of `experiment.resume` have chosen what to start from: a verified
-       checkpoint, weights alone, or nothing.
-    2. `open_data`: rank 0 opens it first; all have the same, and it is that of the checkpoint.
-    3. `begin`: modules and optimizers are loaded; only then does the run folder change. From here on a stop signal asks
-       for a save, and status.json says `running`.
-    4. `steps`: those that are left, until the last one or until a stop signal has reached any rank. In each of them
-    5. `update_is_finite`: losses and gradients are finite on all ranks, else none of them makes the update;
-    6. `count_step`: the step is done. What is then `triggers`: the means of the steps since the last line in the log
-       (`log_interval`), a save in the background (`save`), weights alone (`keep_weights`).
-    7. `finish`: the last checkpoint is on disk, or the run has failed.
-    8. At the end of the block status.json says `completed`, `preempted` or `failed`, with step and reason.
+    """All ranks call all methods, in the same order; `note`, `warn` and `stop` any of them.
 
     Args:
-        saving_memory: what to change when memory runs out, for the message.
+        num_samples: of the training data.
+        modules: what checkpoints hold, by file name: parameters and buffers. `model` and, if there is one, `ema` can
+            also be loaded from weights without a checkpoint.
+        optimizers: by file name, each with the module that it updates.
+        memory_hint: what to change when memory runs out, for the message.
+        cost: of an image; None: unknown.
 
     Attributes:
-        world: the processes of this launch.
-        is_new: nothing to start from.
-        micro_steps: micro-batches per step on each rank.
-        global_batch_size: images per step.
-        due: what is to be done after a step.
-        measured: what the steps are measured by; `measured.clock.pause` is for what takes time between them.
-        reporter: tells all who listen; silent on other ranks than 0, as `logger` is.
-        remaining: numbers of the steps that are left.
-        state: where the run stands.
-        output_dir, logger: the run folder and its log.
-        notices: lines for the log, written when the run begins.
+        state: steps and samples done.
+        triggers: what to do after a step.
+        logger: to log.txt and the console, on rank 0.
 
     Raises:
-        InputError, TrainingError: whatever keeps the run from starting or from going on, in one line.
+        InputError: a checkpoint that does not fit the modules, or that is beyond the last step.
     """
 
-    def __init__(self, config: Config, saving_memory: str) -> None:
-        self.config, self.output_dir = config, Path(config.experiment.output_dir)
-        self._saving_memory = saving_memory
-
-    def __enter__(self) -> "TrainingRun":
-        training, experiment = self.config.training, self.config.experiment
-        with ExitStack() as exits:
-            exits.enter_context(deterministic(training.deterministic))
-            limits = training.launch_timeout, training.process_group_timeout
-            self.ctx = exits.enter_context(init_distributed(*limits, self.output_dir))
-            facts = code_facts()
-            self.ctx.assert_same_on_all_ranks("config and code", dict(flat(asdict(self.config))) | facts)
-            self._code = facts["code"]
-            exits.enter_context(self.ctx.locked(self.output_dir, inside=True))
-            self._status = StatusKeeper(self.output_dir, self.ctx, limits[1], self._saving_memory)
-            exits.callback(self._end_reports)
-            exits.push(self._status.note_end)
-            exits.enter_context(matmul_precision(training.enable_tf32))
-            self._start = self.ctx.broadcast_from_rank0(lambda: find_start(self.output_dir, experiment.resume))
-            self.micro_steps = accumulation_steps(training, self.ctx.size)
-            self.global_batch_size = training.per_gpu_batch_size * self.micro_steps * self.ctx.size
-            self._exits = exits.pop_all()
-        return self
-
-    @property
-    def is_new(self) -> bool:
-        return self._start.checkpoint is None
+    def __init__(
+        self,
+        launched: Launch,
+        provenance: Provenance,
+        *,
+        num_samples: int,
+        modules: Mapping[str, nn.Module],
+        optimizers: Optimizers,
+        memory_hint: str,
+        cost: TrainingCost | None = None,
+    ) -> None:
+        config, ctx, start = launched.config, launched.ctx, launched.start
+        self.config = config
+        self.ctx = ctx
+        self.output_dir = Path(config.experiment.output_dir)
+        self._launched = launched
+        self._provenance = provenance
+        self._num_samples = num_samples
+        self._memory_hint = memory_hint
+        self._resumable = Resumable(modules, optimizers)
+        self._notes = launched.notes + load_start(start, self._resumable)
+        self.state = starting_state(start, config, launched.global_batch_size)
+        self.triggers = StepTriggers(config.experiment, self.state, last_step(config.training))
+        self._memory = memory_estimate(
+            modules,
+            trained=[module for module, _ in optimizers.values()],
+            shards=ctx.size if self._resumable.is_sharded else 1,
+            activation_bytes=cost.activation_bytes * config.training.per_gpu_batch_size if cost else None,
+            micro_steps=launched.micro_steps,
+        )
+        self._metrics = TrainingMetrics(
+            ctx,
+            launched.global_batch_size,
+            skipped_images=self.state.skipped_images,
+            trained_s=self.state.trained_s,
+            flops_per_image=cost.flops if cost else None,
+        )
+        self._status = StatusFile(
+            self.output_dir,
+            ctx,
+            Status("running", self.state.global_step, trained_s=self.state.trained_s, last_checkpoint=start.checkpoint),
+            lock_owner=launched.lock_owner,
+        )
+        self._reporter = Reporter(config, self._status, ctx.is_rank0)
+        self.logger = self._reporter.logger
+        self._saver = CheckpointSaver(config.experiment, provenance, start.checkpoint, self.logger)
+        self._signals = StopSignals()
+        self._stop_reason: str | None = None
+        self._nonfinite_in_a_row = 0
 
     @property
     def remaining(self) -> range:
-        return range(self.state.global_step, last_step(self.config.training))
+        """Numbers of the steps to do."""
+        return range(self.state.global_step, self.triggers.last_step)
 
-    def open_data(self, open_it: Callable[[], D], tokenizer_sha256: str | None = None) -> D:
-        """What `open_it` gives: on rank 0, which may convert and verify files, and then on the others.
+    @property
+    def status(self) -> str:
+        """running, completed, preempted or failed"""
+        return self._status.now.status
 
-        Args:
-            tokenizer_sha256: of the tokenizer on whose codes a model is trained; the weights remember it.
+    @contextmanager
+    def begin(self) -> Iterator[None]:
+        """The run: write to the run folder, catch stop signals, and at the end record in status.json how it ended.
+
+        Raises:
+            TrainingError: the run cannot continue; also in place of errors about memory and lost ranks.
         """
-        data = self.ctx.rank0_first(open_it)
-        self.ctx.assert_same_on_all_ranks("data", {"hash": data.fingerprint, "samples": len(data)})
-        self._facts = {"processes": self.ctx.size, "global_batch_size": self.global_batch_size, "samples": len(data)}
-        self._provenance = Provenance(asdict(self.config), data.fingerprint, self._code, tokenizer_sha256)
-        check = (self._start, self.config, self._provenance, self.global_batch_size)
-        self.notices = [*self._start.notices, *self.ctx.broadcast_from_rank0(lambda: check_same_run(*check))]
-        return data
+        timeout = self.config.training.process_group_timeout
+        try:
+            with failures_recorded(self._status, memory_hint=self._memory_hint, group_timeout_s=timeout):
+                self._write_beginning()
+                with self._saver, self._signals, manual_gc():
+                    try:
+                        yield
+                    except StoppedWaitingError:
+                        if self.ctx.size > 1:  # the other ranks cannot know
+                            raise
+                        self.finish()  # the step that waited has changed nothing
+                    self.ctx.barrier()  # without a limit: rank 0 may still be writing
+                    self._status.write()
+                    self.note(f"{self._status.now}: {self.output_dir}")
+        finally:
+            self._reporter.finish(EXIT_STATUS.get(self.status, 1), preempted=self.status == "preempted")
 
-    def begin(
-        self,
-        modules: Mapping[str, nn.Module],
-        optimizers: Optimizers,
-        sharded: bool = False,
-        flops_per_image: float | None = None,
-        activation_bytes: float | None = None,
-    ) -> None:
-        """Load everything in place, on the devices where it is; then prepare the run folder.
-
-        Args:
-            modules: by name (of their files in a checkpoint), whose parameters and buffers are the state of the run;
-                `model`, and perhaps `ema`, are what weights alone are loaded into.
-            optimizers: by name, each with the module whose parameters it updates.
-            sharded: the modules are under FSDP.
-            flops_per_image: of forward and backward pass; None: not told.
-            activation_bytes: of an image, estimated; None: not told.
-        """
-        experiment, training = self.config.experiment, self.config.training
-        self._resumable = Resumable(modules, optimizers, sharded)
-        self.notices += load_start(self._start, self._resumable)
-        self.state = starting_state(self._start, self.config, self.global_batch_size)
-        self.notices += self._status.begin(self.state.global_step) + ignored_launcher_settings()
-        self._status.progress(self.state.trained_s, self._start.checkpoint)
+    def _write_beginning(self) -> None:
+        first, last = self.state.global_step, self.triggers.last_step
+        processes, global_batch_size = self.ctx.size, self._launched.global_batch_size
+        facts = {
+            "processes": processes,
+            "global_batch_size": global_batch_size,
+            "samples": self._num_samples,
+            "parameters": self._memory.parameters,
+        }
+        notes = [
+            *self._notes,
+            f"{self._num_samples} samples, {global_batch_size} per step on {processes} processes, "
+            f"steps {first} to {last}",
+            str(self._memory),
+        ]
         if self.ctx.is_rank0:
+            before = read_status_or_none(self.output_dir)
+            if before is not None and before.status == "running":
+                notes.insert(0, f"the start before this one was killed at step {before.step} or later")
+            self._status.write()
             prepare_run_folder(self.config)
-            back_up(self._start)
-        of_micro_batch = activation_bytes and activation_bytes * training.per_gpu_batch_size
-        plan = MemoryEstimate.of(modules, optimizers, self.ctx.size if sharded else 1, of_micro_batch, self.micro_steps)
-        so_far = self.state.skipped_images, self.state.trained_s
-        self.measured = Measurements(self.ctx, self.global_batch_size, *so_far, flops_per_image)
-        self.reporter = Reporter(self.config, self.ctx, self._status, self.state, plan, self.measured.clock)
-        self.logger = self.reporter.logger
-        self.reporter.begin(self._facts | self.record(), self.notices)
-        self.ctx.barrier()  # without a limit: the dashboard of rank 0 may take a while to answer
-        saver = CheckpointSaver(experiment, self._provenance, self._start.checkpoint, self.logger)
-        self._saver = self._exits.enter_context(saver)
-        limits = self.state.nonfinite_steps, training.max_nonfinite_steps
-        signals = self._exits.enter_context(StopSignals())
-        self._guard = NonFiniteGuard(self.ctx, *limits, signals, self._saver, self.logger)
-        self.triggers = StepTriggers(experiment, self.state, self.remaining.stop, self._guard)
-        self._status.write()
+            back_up(self._launched.start)
+            self._reporter.begin(first, facts | self.record(), notes)
+            self._warn_of_full_disk()
+            self._status.write()
+        self.ctx.barrier()  # without a limit: wandb may take a while to answer
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, with a progress bar on a terminal."""
+        """The steps to do, with a progress bar on a terminal, until the last one or a stop."""
         remaining = self.remaining
         bar = tqdm(remaining, initial=remaining.start, total=remaining.stop, disable=not self.ctx.is_rank0 or None)
-        collect = self._exits.enter_context(gc_between_steps())
-        hang = stacks_of_a_hang(self.config.training.process_group_timeout)
-        with bar, hang as rearm, nullcontext() if bar.disable else logging_redirect_tqdm([self.logger]):
-            self.measured.clock.start()
+        log_above_bar = nullcontext() if bar.disable else logging_redirect_tqdm([self.logger])
+        with bar, log_above_bar, stacks_of_a_hang(self.config.training.process_group_timeout) as postpone:
+            gc.collect()
+            gc.freeze()
+            self._metrics.start()
             for step in profiled(bar, self.config, self.ctx, self.logger):
-                rearm()
-                collect(step)
+                postpone()
+                if step % GC_EVERY == 0:
+                    gc.collect()
                 fault_point("step", step)
                 yield step
-                if self._guard.stop:
+                if self.triggers.interrupted or self.triggers.is_last:
                     return
 
-    def update_is_finite(self, losses_and_norm: Tensor) -> bool:
-        """Whether these values (K,) are finite on all ranks. Counts what is skipped and hears of stop signals.
+    def next_batch(self, batches: DataIterator[B]) -> B:
+        """Waiting for it is measured."""
+        return self._metrics.next_batch(batches)
+
+    def update_is_finite(self, values: Sequence[Tensor]) -> bool:
+        """Whether losses and gradient norm of this step (scalars) are finite on all ranks; if not, no rank may update.
+
+        The step's only wait for the device. A fused optimizer could skip an update without it (`found_inf`), but EMA,
+        metrics and counts depend on the answer too. Ranks also agree here on whether to stop after this step.
 
         Raises:
             TrainingError: too many steps in a row that are not finite, or too many failed saves.
         """
-        try:
-            allowed = self._guard.update_is_finite(self.state.global_step, losses_and_norm)
-        except TrainingError:  # on all ranks
-            if self.measured.has_steps:  # what led there
-                self.log_interval({})
-            raise
-        if self._guard.nonfinite_steps == 1 and not allowed:
-            self.reporter.alerts.warn("first skipped update", "a loss or gradient was not finite")
-        return allowed
+        is_nonfinite, interrupted, stop, save_failed = flags_of_any_rank(
+            self.ctx,
+            on_device=~torch.isfinite(torch.stack(list(values))).all(),
+            on_host=[self._signals.requested(), self._stop_reason is not None, self._saver.gave_up],
+        )
+        self.triggers.interrupted = interrupted
+        if stop:
+            self.triggers.last_step = self.state.global_step + 1
+        if save_failed:
+            limit = self.config.experiment.max_save_failures
+            self._fail(f"checkpoints failed {limit} times in a row (experiment.max_save_failures)")
+        if is_nonfinite:
+            self._skip_update()
+        else:
+            self._nonfinite_in_a_row = 0
+        return not is_nonfinite
 
-    def count_step(self) -> None:
-        self.measured.clock.step_done()
-        self.state.global_step += 1
-        self.state.samples_seen += self.global_batch_size
-        self.state.nonfinite_steps = self._guard.nonfinite_steps
-        self._status.now.step = self.state.global_step
+    def _skip_update(self) -> None:
+        self.state.nonfinite_steps += 1
+        self._nonfinite_in_a_row += 1
+        in_a_row, limit = self._nonfinite_in_a_row, self.config.training.max_nonfinite_steps
+        what = "loss or gradient not finite"
+        self.logger.warning(f"step {self.state.global_step}: {what}, update skipped ({in_a_row} in a row)")
+        if in_a_row >= limit:
+            self._fail(f"{what} for {in_a_row} steps in a row (training.max_nonfinite_steps={limit})")
+        self.warn("first skipped update", "a loss or gradient was not finite")
 
-    def stop_requested(self) -> bool:
-        """A stop signal has reached this process: for what waits within a step."""
-        return self._guard.signals.requested()
+    def _fail(self, reason: str) -> None:
+        """End the run, on all ranks, after a log line of the steps that led there."""
+        if self._metrics.means.has_steps:
+            self.log_interval({})
+        last_good = self._saver.describe_last_good() if self.ctx.is_rank0 else "rank 0 names the last good checkpoint"
+        raise TrainingError(f"step {self.state.global_step}: {reason}; {last_good}")
 
-    def log_interval(self, values: dict[str, float]) -> None:
-        """The means of the steps since the last line of the log, with their speed; all ranks call.
+    def add_metrics(self, micro_batches: Sequence[Mapping[str, Metric]], grad_norm: Tensor) -> None:
+        """Add a step that is finite to the means of the next log line.
 
         Args:
-            values: of the step that is done.
+            micro_batches: by name in the log, scalars or (sum, count), without gradients.
+            grad_norm: before clipping, equal on all ranks.
         """
-        metrics = self.measured.take() | values
-        metrics["train/nonfinite_steps"] = self._guard.nonfinite_steps
-        self._update_status()
-        self.reporter.log(metrics)
-        self.reporter.alerts.examine(metrics)
+        self._metrics.means.add(micro_batches, grad_norm)
 
-    def _update_status(self) -> None:
-        clock = self.measured.clock
-        self._status.progress(clock.trained_s, self._saver.last_good, clock.seconds_per_step, len(self.remaining))
+    def end_step(self) -> None:
+        """The step is done, with or without an update."""
+        self._metrics.end_step()
+        self.state.global_step += 1
+        self.state.samples_seen += self._launched.global_batch_size
+        self._status.now.step = self.state.global_step
+
+    def log_interval(self, values: dict[str, float]) -> None:
+        """Log the means of the steps since the last line, their speed, and `values` of the last step."""
+        metrics = self._metrics.log_line() | values
+        metrics["train/nonfinite_steps"] = self.state.nonfinite_steps
+        self._update_progress()
+        self.log(metrics)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        """Log further metrics of the state after the last step."""
+        self._reporter.log(self.state.global_step, metrics, steps_left=len(self.remaining))
+
+    def note(self, line: str) -> None:
+        """Write a line to the log, on rank 0."""
+        self.logger.info(line)
+
+    def warn(self, title: str, text: str) -> None:
+        """Warn in log, status.json and wandb, on rank 0, once for each title (less than 64 characters)."""
+        self._reporter.warn(self.state.global_step, title, text)
+
+    def pause(self) -> AbstractContextManager[None]:
+        """Around work between two steps, which is no training time: it is logged as perf/pause_s."""
+        return self._metrics.pause()
+
+    def draw(self, name: str, make: Callable[[], Image.Image]) -> None:
+        """Make a picture on rank 0, which may fail, and send it to wandb. The other ranks wait without a limit."""
+        with self.pause():
+            self._reporter.draw(self.state.global_step, name, make)
+            self.ctx.barrier()
+
+    def log_image(self, name: str, image: Image.Image) -> None:
+        """Send a picture to wandb."""
+        self._reporter.log_image(self.state.global_step, name, image)
+
+    def draw_curves(self) -> None:
+        """All metrics so far, as training_curves.png."""
+        with self.pause():
+            self._reporter.draw_curves()
+
+    def stop_requested(self) -> bool:
+        """A stop signal has reached this process; for what waits within a step."""
+        return self._signals.requested()
+
+    def stop(self, reason: str) -> None:
+        """End the run as completed: the next step is the last one, on all ranks. It is logged, saved and exported like
+        the last step of any run. Any rank may call this."""
+        self._stop_reason = reason
 
     def save(self) -> None:
-        """Copy the state to host memory and write it as a checkpoint while training goes on."""
-        with self.measured.clock.pause():
+        """Copy the state to host memory; it is written as a checkpoint while training continues."""
+        with self.pause():
             self._saver.wait()
             self.ctx.barrier()  # without a limit, which the save before this one may exceed
-            self.state.skipped_images = self.measured.count_skipped()
-            self.state.trained_s = self.measured.clock.trained_s
+            self.state.skipped_images = self._metrics.skipped_images()
+            self.state.trained_s = self._metrics.trained_s
             if self.ctx.is_rank0:
-                self.reporter.check_disk()
-            if self.ctx.is_rank0 or self._resumable.sharded:  # then all ranks send their slices to rank 0
+                self._warn_of_full_disk()
+            if self.ctx.is_rank0 or self._resumable.is_sharded:  # then all ranks send their shards
                 self._saver.start(self.state, self._resumable, self.ctx.is_rank0)
-
-    def finish(self) -> bool:
-        """Save where the run stands and wait for it.
-
-        Returns:
-            The last step is done; False after a stop signal.
-
-        Raises:
-            TrainingError: the save failed.
-        """
-        done = self.state.global_step
-        if self._start.checkpoint != str(self.output_dir / f"checkpoint-{done}"):
-            self.save()
-            self._saver.wait()
-        failed = self.ctx.broadcast_from_rank0(lambda: self._saver.failures_in_a_row > 0)
-        if failed:
-            raise TrainingError(f"step {done}: the save failed at the end; {self._saver.describe_last_good()}")
-        self._status.end(self.triggers.is_last, self._guard.signals)
-        self._update_status()
-        self.reporter.flush()
-        return self.triggers.is_last
 
     def keep_weights(self, name: str) -> None:
         """Write the weights of a module to `<output_dir>/weights/<step>.safetensors`; nothing deletes them."""
-        with self.measured.clock.pause():
-            with log_and_continue(self.logger, f"weights of step {self.state.global_step}"):
-                self.export(name, f"weights/{self.state.global_step:07d}.safetensors")
+        step = self.state.global_step
+        with self.pause():
+            with log_and_continue(self.logger, f"weights of step {step}"):
+                self.export(name, f"weights/{step:07d}.safetensors")
             self.ctx.barrier()  # without a limit, which the writing may exceed
 
     def export(self, name: str, file: str = FINAL_FILE) -> None:
-        """Write the weights of a module to a file in the run folder, for sampling; rank 0 does."""
-        weights = weights_of(self._resumable.modules[name], self._resumable.sharded)
+        """Write the weights of a module to a file in the run folder, for sampling."""
+        weights = weights_of(self._resumable.modules[name])
         if self.ctx.is_rank0:
             path = self.output_dir / file
             path.parent.mkdir(exist_ok=True)
             save_weights(weights, path, self.record())
 
     def record(self) -> dict[str, Any]:
-        """What weights of this step remember."""
+        """The provenance of the weights after the last step."""
         return self._provenance.record(self.state.global_step)
 
-    @property
-    def status(self) -> str:  # running, completed, preempted or failed
-        return self._status.now.status
+    def finish(self) -> bool:
+        """Save the last checkpoint and wait for it.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool:
-        stopped = isinstance(error, StoppedWaitingError) and self.ctx.size == 1  # several ranks cannot agree then
-        if stopped:
-            self.finish()  # the step that waited has changed nothing
-        elif error is not None:
-            self._exits.__exit__(kind, error, traceback)
-            return False
-        with self._exits:
-            self.ctx.barrier()  # without a limit: rank 0 may still be writing
-            self._status.write()
-            self.logger.info(f"{self._status.now}: {self.output_dir}")
-        return stopped
+        Returns:
+            The run is complete; False after a stop signal.
 
-    def _end_reports(self) -> None:
-        if hasattr(self, "reporter"):  # the run has begun
-            self.reporter.finish(EXIT_STATUS.get(self.status, 1), preempted=self.status == "preempted")
+        Raises:
+            TrainingError: the save failed.
+        """
+        step = self.state.global_step
+        if self._launched.start.checkpoint != str(self.output_dir / f"checkpoint-{step}"):
+            self.save()
+            self._saver.wait()
+        failed = self.ctx.broadcast_from_rank0(lambda: self._saver.failures_in_a_row > 0)
+        if failed:
+            raise TrainingError(f"step {step}: the save failed at the end; {self._saver.describe_last_good()}")
+        status = self._status.now
+        if self.triggers.is_last:
+            status.status = "completed"
+            is_early = self.triggers.last_step < last_step(self.config.training)
+            status.reason = (self._stop_reason or "another rank has stopped the run") if is_early else ""
+        else:
+            status.status = "preempted"
+            status.reason = self._signals.received or "a signal to another rank"
+        self._update_progress()
+        return self.triggers.is_last
+
+    def _update_progress(self) -> None:
+        status = self._status.now
+        status.trained_s = round(self._metrics.trained_s, 1)
+        status.last_checkpoint = self._saver.last_good
+        seconds_per_step = self._metrics.seconds_per_step
+        if seconds_per_step is not None:
+            status.eta_s = round(seconds_per_step * len(self.remaining), 1)
+
+    def _warn_of_full_disk(self) -> None:
+        needed = self._memory.checkpoint_bytes
+        with suppress(OSError):  # a save will report it
+            free = shutil.disk_usage(self.output_dir).free
+            if free < ROOM_FOR * needed:
+                self.warn("disk", f"{free / 1e9:.3g} GB free, a checkpoint needs {needed / 1e9:.3g}")
+
+
+def flags_of_any_rank(ctx: DistributedContext, on_device: Tensor, on_host: Sequence[bool]) -> list[bool]:
+    """For each flag, whether it is set on any rank, in one reduction and one wait for the device."""
+    # Filled on the device: a host value that is copied there would be another wait.
+    flags = torch.stack([on_device, *(torch.full_like(on_device, flag) for flag in on_host)])
+    return [flag > 0 for flag in ctx.all_reduce_max(flags.float()).tolist()]

@@ -1,14 +1,33 @@
+"""Checkpoints of a module of two lines: what comes back, what is kept, and what is written in the background."""
+
+import logging
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from tests.processes import run_ranks
+from utils.distributed import init_distributed
 from utils.errors import InputError
-from utils.run.checkpoint import list_checkpoints, load_modules, load_optimizers, prune_checkpoints, write_checkpoint
+from utils.run import checkpoint as checkpoint_module
+from utils.run.checkpoint import (
+    CheckpointSaver,
+    Resumable,
+    Snapshot,
+    list_checkpoints,
+    load_modules,
+    load_optimizers,
+    prune_checkpoints,
+    take_snapshot,
+    write_checkpoint,
+)
 from utils.run.manifest import Provenance, TrainingState, read_manifest
 from utils.run.resume import find_start
-from utils.run.snapshot import HostBuffers, Resumable, take_snapshot
+from utils.run.sharding import SHARDS_ON_CPU, parallelize
+from utils.schema import ExperimentConfig, TrainingConfig
 
 
 def trained(steps: int) -> tuple[nn.Linear, torch.optim.AdamW]:
@@ -27,7 +46,7 @@ def resumable(model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module
 
 
 def save(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module | None) -> None:
-    snapshot = take_snapshot(resumable(model, optimizer, ema), HostBuffers())
+    snapshot = take_snapshot(resumable(model, optimizer, ema))
     write_checkpoint(folder, TrainingState(step, 16, 16 * step), Provenance(), snapshot)
 
 
@@ -99,3 +118,103 @@ def test_the_optimizer_keeps_the_settings_of_the_config(tmp_path: Path) -> None:
     group = other.param_groups[0]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.3, (0.5, 0.6), 0.7)
     assert other.state[model.weight]["step"] == 2
+
+
+def test_before_the_first_update_there_is_no_optimizer_state(tmp_path: Path) -> None:
+    """torch's `get_optimizer_state_dict` would make a step; the first update after a resume would then differ."""
+    model, optimizer = trained(0)
+    save(tmp_path, 0, model, optimizer, None)
+    assert torch.load(tmp_path / "checkpoint-0/optimizer.bin", weights_only=True)["state"] == {}
+    load_optimizers(tmp_path / "checkpoint-0", resumable(model, optimizer, None))
+    assert not optimizer.state
+
+
+def test_two_optimizers_share_a_module(tmp_path: Path) -> None:
+    """As Muon for matrices and AdamW for the rest; each has its file, and a stateless one is none the worse."""
+
+    def made(learning_rate: float) -> tuple[nn.Linear, Resumable]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        matrices = torch.optim.SGD([model.weight], lr=learning_rate, momentum=0.9)
+        others = torch.optim.AdamW([model.bias], lr=learning_rate)
+        return model, Resumable({"model": model}, {"matrices": (model, matrices), "others": (model, others)})
+
+    model, both = made(0.1)
+    model(torch.ones(1, 3)).sum().backward()
+    for _, optimizer in both.optimizers.values():
+        optimizer.step()
+    write_checkpoint(tmp_path, TrainingState(1, 16, 16), Provenance(), take_snapshot(both))
+    other, loaded = made(0.3)
+    load_modules(tmp_path / "checkpoint-1", loaded)
+    load_optimizers(tmp_path / "checkpoint-1", loaded)
+    matrices, others = (optimizer for _, optimizer in loaded.optimizers.values())
+    assert torch.equal(matrices.state[other.weight]["momentum_buffer"], torch.ones(2, 3))
+    assert others.state[other.bias]["step"] == 1
+    assert matrices.param_groups[0]["lr"] == 0.3
+    swapped = Resumable(loaded.modules, {"matrices": (other, others)})
+    with pytest.raises(InputError, match=r"matrices\.bin: found other parameters than expected; 2 differ \(bias\)"):
+        load_optimizers(tmp_path / "checkpoint-1", swapped)
+
+
+def test_an_optimizer_without_a_state(tmp_path: Path) -> None:
+    model, _ = trained(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    save(tmp_path, 1, model, optimizer, None)
+    load_optimizers(tmp_path / "checkpoint-1", resumable(model, optimizer, None))
+
+
+def test_a_save_holds_the_state_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training changes the weights, and the second save begins, while the first is still being written."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    may_write, write = threading.Event(), checkpoint_module.write_checkpoint
+
+    def held_write(folder: Path, state: TrainingState, provenance: Provenance, snapshot: Snapshot) -> Path:
+        may_write.wait()
+        return write(folder, state, provenance, snapshot)
+
+    monkeypatch.setattr(checkpoint_module, "write_checkpoint", held_write)
+    saver = CheckpointSaver(ExperimentConfig(output_dir=str(tmp_path)), Provenance(), None, logging.getLogger("test"))
+    weights = {}
+    for step in (1, 2):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        weights[step] = model.weight.detach().clone()
+        saver.start(
+            TrainingState(step, 8, 8 * step), Resumable({"model": model}, {"adam": (model, optimizer)}), is_rank0=True
+        )
+        threading.Timer(0.2, may_write.set).start()
+    model.weight.data.zero_()
+    optimizer.state[model.weight]["step"].zero_()
+    saver.wait()
+    for step in (1, 2):
+        assert torch.equal(load_file(tmp_path / f"checkpoint-{step}/model.safetensors")["weight"], weights[step])
+        adam = torch.load(tmp_path / f"checkpoint-{step}/adam.bin", weights_only=True)
+        assert adam["state"]["weight"]["step"] == step
+
+
+def snapshot_of_a_sharded_module() -> None:
+    with init_distributed(30, 30) as ctx:
+        model, optimizer = trained(0)
+        model.register_buffer("count", torch.zeros(3))
+        parallelize(model, [], ctx, TrainingConfig(fsdp=True))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+        for _ in range(2):
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+            if optimizer.state[model.weight]["step"] == 1:
+                snapshot = take_snapshot(Resumable({"model": model}, {"optimizer": (model, optimizer)}))
+                weight = model.weight.full_tensor().clone()
+                model.count += 1
+        if ctx.is_rank0:
+            assert snapshot["optimizer.bin"]["state"]["weight"]["step"] == 1
+            assert torch.equal(snapshot["model.safetensors"]["weight"], weight)
+            assert torch.equal(snapshot["model.safetensors"]["count"], torch.zeros(3))
+        else:
+            assert snapshot["model.safetensors"] == {}
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not SHARDS_ON_CPU, reason="this torch shards on GPUs only")
+def test_training_does_not_change_the_snapshot_of_a_sharded_module() -> None:
+    run_ranks(snapshot_of_a_sharded_module, processes=2)

@@ -81,9 +81,9 @@ def test_a_run_is_profiled_and_deterministic(
     def watch(module: object, name: str) -> None:
         original = getattr(module, name)
 
-        def watched(*arguments: object) -> object:
+        def watched(*arguments: object, **options: object) -> object:
             modes.append((name, torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic))
-            return original(*arguments)
+            return original(*arguments, **options)
 
         monkeypatch.setattr(module, name, watched)
 

@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from modeling.losses import next_token_loss
 from modeling.rear import ReAR
-from modeling.training_step import training_cost
 from utils.config import load_config
+from utils.run.estimates import training_cost
 from utils.schema import Config
 
 BATCH = 16
