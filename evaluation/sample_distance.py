@@ -1,7 +1,7 @@
-"""Frechet distance of a few samples to validation images, for the curve of a run.
+"""Frechet distances of a few samples: to validation images, for the curve of a run, and to halves of a reference.
 
-It is biased upwards, more so at smaller N: it is comparable at the same N, backend and validation images only, and not
-with published FID. N and the backend are part of the metric's name.
+They are biased upwards, more so at smaller N: they are comparable at the same N, backend and reference only, and not
+with published FID.
 """
 
 from collections.abc import Callable
@@ -9,13 +9,15 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from evaluation.collect import Images, collect
+from evaluation.collect import FeatureSums, Images, collect
 from evaluation.features import EfficientNetLite0, Extractor
 from evaluation.inception import Inception, find_cached_weights
 from evaluation.metrics import Gaussian, frechet_distance
 from utils.distributed import DistributedContext
 from utils.errors import InputError, NonFiniteError
+from utils.randomness import Stream, permutation, philox
 
+HALVES = ("choosing_half", "other_half")
 Generate = Callable[[list[int]], np.ndarray]  # indices of samples -> uint8 (B, H, W, 3)
 
 
@@ -60,6 +62,43 @@ class SampleDistance:
         return collect(images, self.extractor, self.ctx, batch_size=self.batch_size, title=title).pool.gaussian()
 
 
+class SplitReference:
+    """Two random halves of a reference, always the same: one selects among samples, the other scores the selection.
+    All ranks call every method.
+
+    Args:
+        images: at least 4.
+        batch_size: images per rank and batch.
+    """
+
+    def __init__(self, images: Images, extractor: Extractor, batch_size: int, ctx: DistributedContext) -> None:
+        self.extractor = extractor
+        self.batch_size = batch_size
+        self.ctx = ctx
+        self.gaussians = {}
+        halves = np.array_split(permutation(philox(Stream.REFERENCE_HALVES, 0, 0), len(images)), 2)
+        for name, rows in zip(HALVES, halves, strict=True):
+            self.gaussians[name] = self._collect(_Rows(images, np.sort(rows)), name).pool.gaussian()
+
+    def scores(self, samples: Images, title: str) -> dict[str, float]:
+        """Frechet distance of at least 2 samples to each half and, with Inception, `inception_score`.
+
+        Args:
+            title: of the progress bar.
+        """
+        sums = self._collect(samples, title)
+        of_samples = sums.pool.gaussian()
+        scores = self.ctx.broadcast_from_rank0(
+            lambda: {name: frechet_distance(half, of_samples) for name, half in self.gaussians.items()}
+        )
+        if sums.score is not None:
+            scores["inception_score"] = sums.score.inception_score()
+        return scores
+
+    def _collect(self, images: Images, title: str) -> FeatureSums:
+        return collect(images, self.extractor, self.ctx, batch_size=self.batch_size, title=title)
+
+
 def find_extractor(device: torch.device, needed_by: str) -> tuple[str, Extractor]:
     """Inception if its weights are in torch hub's cache, else EfficientNet-Lite0; with the name of the distance.
 
@@ -100,3 +139,17 @@ class _Samples:
         except NonFiniteError:
             self.failed = True
             return np.zeros((stop - start, *self.image_shape), np.uint8)
+
+
+class _Rows:
+    """Some of the images of a file."""
+
+    def __init__(self, images: Images, rows: np.ndarray) -> None:
+        self.images = images
+        self.rows = rows.tolist()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return np.concatenate([self.images.read(row, row + 1) for row in self.rows[start:stop]])

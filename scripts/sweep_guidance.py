@@ -39,9 +39,8 @@ import numpy as np
 from data.training_batches import asked_classes
 from evaluation.features import Extractor
 from evaluation.inputs import open_input
-from evaluation.reference_split import HALVES, SplitReference
 from evaluation.report import TITLES
-from evaluation.sample_distance import find_extractor
+from evaluation.sample_distance import HALVES, SplitReference, find_extractor
 from modeling.loading import load_generator, load_tokenizer
 from modeling.sampling.image_inputs import asked_images
 from modeling.sampling.image_sampler import ImageSampler

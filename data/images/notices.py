@@ -18,25 +18,19 @@ def notify(text: str) -> None:
 
 
 class SkippedFiles:
-    """Files that are not part of a source, counted by reason and extension."""
+    """Files that are not part of a source, by reason."""
 
     def __init__(self) -> None:
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._examples: dict[tuple[str, str], str] = {}
+        self._counts: Counter[str] = Counter()
+        self._examples: dict[str, str] = {}
 
     def add(self, name: str, reason: str) -> None:
-        _, dot, extension = name.rpartition("/")[2].rpartition(".")
-        kind = (extension if dot else "without extension", reason)
-        self._counts[kind] += 1
-        self._examples.setdefault(kind, name)
+        self._counts[reason] += 1
+        self._examples.setdefault(reason, name)
 
     def notify(self, where: str) -> None:
-        kinds = [
-            f"{count} {extension} ({reason}, such as {printable(self._examples[extension, reason])})"
-            for (extension, reason), count in self._counts.most_common()
-        ]
-        if kinds:
-            notify(f"{where}: left out {self._counts.total()} files: {', '.join(kinds)}")
+        for reason, count in self._counts.items():
+            notify(f"{where}: skipped {count} files ({reason}), such as {printable(self._examples[reason])}")
 
 
 class IssueCounter:

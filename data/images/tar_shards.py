@@ -1,7 +1,7 @@
 """Random access to the samples of webdataset shards: `<key>.jpg` (or png, webp, ...) and `<key>.cls` (a number).
 
-The package webdataset only streams. Offsets come from the index next to a shard, else all tar headers are read.
-Format: https://github.com/webdataset/webdataset
+The package webdataset (https://github.com/webdataset/webdataset) only streams. Offsets come from the index next to a
+shard, else all tar headers are read.
 """
 
 import fnmatch
@@ -160,7 +160,6 @@ def read_headers(shard: Path) -> ShardIndex:
     """
     images: dict[str, tarfile.TarInfo] = {}
     class_ids: dict[str, int] = {}
-    others: dict[str, str] = {}  # key by name of images with an extension of several parts, such as .seg.png
     skipped = SkippedFiles()
     end = 0
     try:
@@ -168,30 +167,33 @@ def read_headers(shard: Path) -> ShardIndex:
             for member in tar:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 key, extension = _key_and_extension(member.name)
+                where = f"{shard}, sample {printable(key)!r}"
                 if member.isdir() or _is_hidden(member.name):
                     continue
-                if extension in IMAGE_EXTENSIONS:
+                if not member.isreg():
+                    skipped.add(member.name, "a link")
+                elif extension in IMAGE_EXTENSIONS:
                     if key in images:
-                        raise InputError(f"{shard}, sample {printable(key)!r}: found two images, expected one")
+                        raise InputError(f"{where}: found two images, expected one")
                     images[key] = member
                 elif extension == "cls":
-                    class_ids[key] = _read_class_id(tar, member, f"{shard}, sample {printable(key)!r}")
-                elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
-                    others[member.name] = key
+                    digits = tar.extractfile(member).read().strip()  # type: ignore[union-attr]
+                    if not digits.isdigit() or len(digits) > 9:
+                        raise InputError(f"{where}: found {digits[:20]!r} in .cls, expected a class id such as 7")
+                    class_ids[key] = int(digits)
                 else:
-                    skipped.add(member.name, "no image")
+                    skipped.add(member.name, "no image extension after the first dot")
     except tarfile.TarError as error:
         raise InputError(f"{shard}: {error}, after {len(images)} images; expected a complete, plain tar") from error
+    skipped.notify(str(shard))
     _check_end(shard, end, len(images))
-    _check_images(shard, images, others)
+    if not images:
+        raise InputError(f"{shard}: found no {'/'.join(IMAGE_EXTENSIONS)} member, expected at least one sample")
     incomplete = images.keys() ^ class_ids.keys()
     if incomplete:
         key = min(incomplete)
         missing = "class id (.cls)" if key in images else "image"
         raise InputError(f"{shard}, sample {printable(key)!r}: found no {missing}")
-    for name in others:
-        skipped.add(name, "not the image of its sample")
-    skipped.notify(str(shard))
     return ShardIndex.of([(key, class_ids[key], image.offset_data, image.size) for key, image in images.items()])
 
 
@@ -204,37 +206,6 @@ def _key_and_extension(name: str) -> tuple[str, str]:
 
 def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
-
-
-def _read_class_id(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> int:
-    file = tar.extractfile(member)
-    if file is None:
-        raise InputError(f"{where}: found a .cls that is not a file, expected a class id")
-    digits = file.read().strip()
-    if not digits.isdigit() or len(digits) > 9:
-        raise InputError(f"{where}: found {digits[:20]!r} in .cls, expected a class id such as 7")
-    return int(digits)
-
-
-def _check_images(shard: Path, images: dict[str, tarfile.TarInfo], others: dict[str, str]) -> None:
-    """
-    Args:
-        others: key by name of further images, such as masks.
-
-    Raises:
-        InputError: no images, links, or images that would be lost because their names have several dots.
-    """
-    lost = [name for name, key in others.items() if key not in images or _key_and_extension(name)[1][0].isdigit()]
-    if lost:
-        raise InputError(
-            f"{shard}, member {printable(lost[0])!r}: {len(lost)} images belong to no sample, as the key of a sample "
-            "ends at the first dot of its name; expected names with one dot"
-        )
-    if not images:
-        raise InputError(f"{shard}: found no {'/'.join(IMAGE_EXTENSIONS)} member, expected at least one sample")
-    for member in images.values():
-        if not member.isreg():
-            raise InputError(f"{shard}, member {printable(member.name)!r}: found a link, expected a file")
 
 
 def _check_end(shard: Path, end: int, num_images: int) -> None:

@@ -237,18 +237,13 @@ def add(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("a/22.05.png", "a/22.05.cls", "a/22.06.png", "a/22.06.cls"),
-        ("a/22.png", "a/22.cls", "a/22.05.png", "a/22.05.cls"),
-        ("a/1.png", "a/1.cls", "b/x.seg.png"),
-    ],
-)
-def test_an_image_that_becomes_no_sample_is_an_error(tmp_path: Path, names: tuple[str, ...]) -> None:
+def test_images_whose_names_have_several_dots_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = ("a/22.png", "a/22.cls", "a/22.05.png", "a/22.05.cls")
     path = add(tmp_path / "a.tar", {name: encode(picture(1)) if name.endswith("png") else b"0" for name in names})
-    with pytest.raises(InputError, match=rf"{path}, member '.*png': .* belong to no sample"):
-        open_images(str(path))
+    assert len(open_images(str(path))) == 1
+    notices = capsys.readouterr().err
+    assert "skipped 2 files" in notices
+    assert "a/22.05.png" in notices
 
 
 def test_members_left_out_are_counted_and_dot_files_are_not(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -257,7 +252,8 @@ def test_members_left_out_are_counted_and_dot_files_are_not(tmp_path: Path, caps
     source = open_images(str(add(tmp_path / "a.tar", {**members, "a/1.json": b"{}", "./a/1.seg.png": png})))
     assert [source.key(i) for i in range(len(source))] == ["./a/1"]
     said = capsys.readouterr().err
-    assert "a.tar: left out 2 files: 1 json (no image, such as a/1.json), 1 png (not the image of its sample" in said
+    assert "skipped 2 files" in said
+    assert "such as a/1.json" in said
 
 
 def test_a_linked_member_is_refused(tmp_path: Path) -> None:
@@ -266,7 +262,7 @@ def test_a_linked_member_is_refused(tmp_path: Path) -> None:
         member = tarfile.TarInfo("2.png")
         member.type, member.linkname = tarfile.LNKTYPE, "1.png"
         tar.addfile(member)
-    with pytest.raises(InputError, match=r"member '2\.png': found a link, expected a file"):
+    with pytest.raises(InputError, match="sample '2': found no image"):
         open_images(str(path))
 
 
