@@ -45,12 +45,11 @@ from data.images.plain_folder import PlainFolder, is_plain
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
 from evaluation.reconstruction import psnr_of_part
-from modeling.orders import known_first
+from modeling.orders import conditioning_first
 from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler
-from modeling.sampling.image_decoder import ImageDecoder
-from modeling.sampling.image_sampler import load_trained
-from modeling.sampling.inpainting import complete, in_region
+from modeling.sampling.image_sampler import ImageDecoder, load_trained
+from modeling.sampling.inpainting import inpaint, region_mask
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
@@ -96,7 +95,7 @@ def complete_all(config: Config) -> None:
         steps = -(-count // config.sampling.per_gpu_batch_size) * codes.shape[1]
         with tqdm(desc="sampling", total=steps, unit="code") as progress:
             sampler = CodeSampler(model, config.model.generator, compile_mode=config.sampling.compile)
-            completed = complete(codes, kept, sampler, config, progress.update)
+            completed = inpaint(codes, kept, sampler, config, progress.update)
         assert torch.equal(completed[:, :, kept], codes[:, None, kept].expand(-1, completed.shape[1], -1))
         images = decode(completed.flatten(0, 1), tokenizer, config).reshape(*completed.shape[:2], *pixels.shape[1:])
         limit = decode(codes, tokenizer, config)
@@ -128,7 +127,7 @@ def kept_codes(config: Config, tokenizer: Tokenizer) -> Tensor:
         raise InputError(f"completion.keep: found codes of shape {tokenizer.code_shape}, expected a grid of rows")
     region = REGION.fullmatch(keep)
     if region:
-        kept = torch.from_numpy(in_region(region[1], float(region[2]), *tokenizer.code_shape))
+        kept = torch.from_numpy(region_mask(region[1], float(region[2]), *tokenizer.code_shape))
     elif Path(keep).is_file():
         kept = torch.from_numpy(white_of(Path(keep), *tokenizer.code_shape))
     else:
@@ -139,7 +138,7 @@ def kept_codes(config: Config, tokenizer: Tokenizer) -> Tensor:
         raise InputError(
             f"completion.keep={keep}: keeps {int(kept.sum())} of {len(kept)} codes, expected some, not all"
         )
-    is_prefix = torch.equal(known_first(kept[None], None)[0], torch.arange(len(kept)))
+    is_prefix = torch.equal(conditioning_first(kept[None], None)[0], torch.arange(len(kept)))
     if config.model.generator.order == "raster" and not is_prefix:
         raise InputError(
             f"completion.keep={keep}: expected top:SHARE, as model.generator.order=raster: a model that was trained in "

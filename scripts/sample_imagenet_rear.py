@@ -40,9 +40,15 @@ from tqdm import tqdm
 from data.codes.store_files import StoreMeta, check_codebook_size
 from data.codes.token_writer import new_token_store
 from data.training_batches import asked_classes
-from modeling.sampling.image_decoder import ImageDecoder, KeptCodes
-from modeling.sampling.image_inputs import asked_images, class_labels_of
-from modeling.sampling.image_sampler import ImageSampler, images_made_from, load_trained
+from modeling.sampling.image_sampler import (
+    ImageDecoder,
+    ImageSampler,
+    PassThroughDecoder,
+    asked_images,
+    class_labels_of,
+    images_made_from,
+    load_trained,
+)
 from modeling.tokenizers.registry import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, save_config
@@ -155,7 +161,7 @@ def sample_blocks(
         yield previous[0], finished(sampler.decoder, *previous, config)
 
 
-def finished(decoder: ImageDecoder | KeptCodes, block: range, pending: Any, config: Config) -> np.ndarray:
+def finished(decoder: ImageDecoder | PassThroughDecoder, block: range, pending: Any, config: Config) -> np.ndarray:
     """
     Raises:
         InputError: logits or pixels that are not finite, with the images and the weights.

@@ -44,8 +44,7 @@ from evaluation.inputs import open_input
 from evaluation.reference_split import HALVES, SplitReference
 from evaluation.report import TITLES
 from evaluation.sample_distance import find_extractor
-from modeling.sampling.image_inputs import asked_images
-from modeling.sampling.image_sampler import ImageSampler, images_made_from, load_trained
+from modeling.sampling.image_sampler import ImageSampler, asked_images, images_made_from, load_trained
 from modeling.tokenizers.registry import load_tokenizer
 from utils.config import Config
 from utils.console import markdown_table

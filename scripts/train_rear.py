@@ -35,12 +35,12 @@ from functools import partial
 import torch
 
 from data.training_batches import TrainingBatches, describe_length, open_training_data, passes_done
-from evaluation.validator import Validator
-from modeling.noise import num_noise_uniforms, perturbation_ratio, random_order_ratio
+from evaluation.validator import Validator, notices_of_images, save_sample_grid, whole_model
+from modeling.orders import num_order_uniforms, random_order_ratio
+from modeling.perturbation import num_perturbation_uniforms, perturbation_ratio
 from modeling.rear import ReAR, init_from
-from modeling.sampling.sample_grid import notices_of_images, save_sample_grid, whole_model
 from modeling.tokenizers.registry import load_tokenizer
-from modeling.training_step import compile_blocks, num_order_uniforms, training_cost, training_step
+from modeling.training_step import compile_blocks, training_cost, training_step
 from utils.config import Config
 from utils.errors import input_errors_exit
 from utils.optim import MovingAverage, build_optimizer, set_learning_rate
@@ -87,7 +87,7 @@ def main(config: Config) -> str:
         run.begin(modules, {"optimizer": (model, optimizer)}, training.fsdp, cost.flops, cost.activation_bytes)
         run.reporter.alerts.check_schedules(config)
         work = (run.micro_steps, run.remaining, run.state.samples_seen)
-        widths = num_noise_uniforms(model.image_seq_len), num_order_uniforms(generator)
+        widths = num_perturbation_uniforms(model.image_seq_len), num_order_uniforms(generator)
         batches = TrainingBatches(dataset, config, ctx, *work, run.stop_requested, *widths)
 
         # The training loop

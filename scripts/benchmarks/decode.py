@@ -1,4 +1,4 @@
-"""Decoding codes to bytes: `modeling.sampling.image_decoder` against the plain tokenizer, float32 and whole batches."""
+"""Decoding codes to bytes: `modeling.sampling.image_sampler` against the plain tokenizer, float32 and whole batches."""
 
 import argparse
 import statistics
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from modeling.sampling.image_decoder import ImageDecoder
+from modeling.sampling.image_sampler import ImageDecoder
 from modeling.tokenizers.registry import build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from modeling.sampling.image_inputs import class_labels_of
+from modeling.sampling.image_sampler import class_labels_of
 from scripts.benchmarks.measure import describe, extra_rss_mb, interleaved, seconds
 from scripts.sample_imagenet_rear import pack
 from utils.config import load_config

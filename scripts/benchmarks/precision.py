@@ -13,14 +13,7 @@ from torch import Tensor
 
 from data.codes.token_store import open_tokens
 from modeling.rear import ReAR, load_generator
-from modeling.sampling.cached_decoding import (
-    BUCKET,
-    DecoderWeights,
-    DecodingState,
-    StepFunctions,
-    decode_one_token,
-    prefill,
-)
+from modeling.sampling.cached_decoding import BUCKET, DecodingState, decode_one_token, prefill
 from scripts.benchmarks.measure import device
 from utils.config import Config, load_config
 from utils.errors import InputError
@@ -79,14 +72,14 @@ def read_codes(path: Path, config: Config, images: int) -> tuple[Tensor, Tensor]
 @torch.inference_mode()
 def teacher_forced(model: ReAR, class_labels: Tensor, codes: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits (B, N, V) of decoding with given codes, step by step through the cache."""
-    state = DecodingState(DecoderWeights(model, dtype), len(codes), guided=False)
-    state.begin(class_labels, torch.zeros(codes.shape))
+    state = DecodingState(model, len(codes), guided=False, dtype=dtype)
+    state.start(class_labels, torch.zeros(codes.shape))
     state.codes.copy_(codes)
     state.fill_modulations(0)
-    hidden = [prefill(state, StepFunctions())]
+    hidden = [prefill(state)]
     for position in range(2, codes.shape[1] + 1):
         if position % BUCKET == 0:
             state.fill_modulations(position)
         state.position.add_(1)
-        hidden.append(decode_one_token(state, position + 1, False, StepFunctions()))
+        hidden.append(decode_one_token(state, end=position + 1, masked=False))
     return model.lm_head(torch.stack(hidden, dim=1))

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from modeling.blocks import Block
-from modeling.noise import add_noise
+from modeling.perturbation import perturb
 from modeling.rear import ReAR
 from modeling.tokenizers.tokenizer import Tokenizer
 from scripts.benchmarks.baselines import modulate, published_inputs
@@ -38,7 +38,7 @@ def published_loss(
 ) -> Tensor:
     """The loss of a batch as `modeling.training_step.training_step` gets it."""
     generator, codes = config.model.generator, batch["codes"]
-    context, mask = add_noise(codes, batch["uniforms"], max_ratio, config.model)
+    context, mask = perturb(codes, batch["perturbation_uniforms"], max_ratio, config.model)
     targets = tokenizer.codebook_lookup(codes)  # (B, N, Z)
     labels = batch["class_labels"][batch["class_rows"]]  # (B,)
     with autocast(config.training, codes.device):

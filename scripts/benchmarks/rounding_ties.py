@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeling.rear import ReAR
-from modeling.sampling.generate import guidance_schedule, guide
-from modeling.sampling.image_decoder import are_codes
+from modeling.sampling.generate import are_codes, guidance_schedule, guide
 from utils.schema import GeneratorConfig
 
 # Largest gap that is a close call. At the sizes of reAR-B on a CPU, errors of the cumulative distribution reached

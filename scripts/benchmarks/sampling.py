@@ -20,10 +20,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling.rear import ReAR
-from modeling.sampling.cached_decoding import DecodingState, StepFunctions, decode_one_token
-from modeling.sampling.generate import CodeSampler, choose_codes
-from modeling.sampling.image_inputs import class_labels_of, image_inputs, image_orders
-from modeling.sampling.image_sampler import ImageSampler
+from modeling.sampling.cached_decoding import DecodingState
+from modeling.sampling.generate import CodeSampler, next_codes
+from modeling.sampling.image_sampler import ImageSampler, class_labels_of, image_inputs, image_orders
 from modeling.tokenizers.registry import build_tokenizer
 from scripts.benchmarks.baselines import generate_concatenating, generate_lean_concatenating, generate_no_cache
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
@@ -153,7 +152,7 @@ def measure(
     generate_concatenating(model, labels, uniforms, config)  # warm-up; the first run of "no cache" is among its repeats
     times = interleaved(functions, arguments.repeats, arguments.baseline_seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    work, operations = step_work(config, batch, torch.finfo(sampler.weights.dtype).bits // 8), step_operations(sampler)
+    work, operations = step_work(config, batch, torch.finfo(sampler.dtype).bits // 8), step_operations(sampler)
     print(f"N {config.image_seq_len}, batch {batch}: cold start {cold_start:.3g} s, peak memory {memory:.0f} MB")
     for name, values in times.items():
         print(f"  {name:18} {describe(values, config.image_seq_len / 1e3)} ms per step, "
@@ -198,11 +197,10 @@ class CountOperations(TorchDispatchMode):
 
 def step_operations(sampler: CodeSampler) -> CountOperations:
     """Of a decode step that is neither compiled nor in a graph, but masked where a graph would be."""
-    state = DecodingState(sampler.weights, 1, guided=sampler.guidance_scale != 1)
+    state = DecodingState(sampler.model, 1, sampler.guided, sampler.dtype)
     state.position.fill_(2)
     with torch.inference_mode(), CountOperations() as operations:
-        hidden = decode_one_token(state, 3, device().type == "cuda", StepFunctions())
-        choose_codes(hidden, state, sampler.scales, sampler.config)
+        next_codes(state, sampler.scales, sampler.config, end=3, masked=device().type == "cuda")
     return operations
 
 

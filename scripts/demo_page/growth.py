@@ -64,8 +64,6 @@ def growing_codes(
 def codes_so_far(state: DecodingState, done: int) -> Frame:
     """The first `done` codes of each image in its order. The others repeat them: decoders normalize over the whole
     picture, and would show these in other colours beside codes that do not belong to them."""
-    length = state.codes.shape[1]
-    places = torch.arange(length, device=state.codes.device)
-    order = places.expand_as(state.codes) if state.places is None else state.places.rows[:, 2:] - 2
-    codes = torch.empty_like(state.codes).scatter_(1, order, state.codes[:, places % done])
-    return codes, torch.zeros_like(codes, dtype=torch.bool).scatter_(1, order[:, :done], True)
+    positions = torch.arange(state.codes.shape[1], device=state.codes.device)
+    codes = torch.empty_like(state.codes).scatter_(1, state.orders, state.codes[:, positions % done])
+    return codes, torch.zeros_like(codes, dtype=torch.bool).scatter_(1, state.orders[:, :done], True)

@@ -20,9 +20,8 @@ from data.validation_data import open_validation_images
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.pretrained import class_names
 from modeling.sampling.generate import CodeSampler
-from modeling.sampling.image_inputs import image_inputs, image_orders, indices_of_classes
-from modeling.sampling.image_sampler import ImageSampler, load_trained
-from modeling.sampling.inpainting import complete
+from modeling.sampling.image_sampler import ImageSampler, image_inputs, image_orders, indices_of_classes, load_trained
+from modeling.sampling.inpainting import inpaint
 from modeling.tokenizers.registry import load_tokenizer
 from scripts.complete_images import GREY, in_pixels, kept_codes
 from scripts.demo_page.growth import growing_codes
@@ -68,7 +67,7 @@ class DemoModel:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = model.to(device).eval(), tokenizer.to(device).eval()
         as_the_sampler = ImageSampler(self.model, self.tokenizer, config, 1, print)
-        self.decoder, self.dtype = as_the_sampler.decoder, as_the_sampler.sampler.weights.dtype
+        self.decoder, self.dtype = as_the_sampler.decoder, as_the_sampler.sampler.dtype
         self.classes, self.validation = class_choices(config), heldout_images(config)
         order = "top" if config.model.generator.order == "raster" else "any"
         self.completes = order if len(tokenizer.code_shape) == 2 else "none"
@@ -134,7 +133,7 @@ class DemoModel:
         config, sampler = self._asked(count, seed, settings, class_label), self._samplers(count, True)
         codes = self._encode(image)[1].cpu()
         known = int(kept.sum())
-        yield from self._grow(sampler, lambda on_step: complete(codes, kept, sampler, config, on_step)[0], known)
+        yield from self._grow(sampler, lambda on_step: inpaint(codes, kept, sampler, config, on_step)[0], known)
 
     def _grow(
         self, sampler: CodeSampler, sample: Callable[[Callable[[], object]], Tensor], known: int

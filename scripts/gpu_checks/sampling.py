@@ -10,8 +10,7 @@ from torch import Tensor
 
 from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler
-from modeling.sampling.image_decoder import ImageDecoder
-from modeling.sampling.image_inputs import image_inputs
+from modeling.sampling.image_sampler import ImageDecoder, image_inputs
 from modeling.tokenizers.registry import load_tokenizer
 from scripts import sample_imagenet_rear
 from scripts.benchmarks.decode import MAX_GREY_LEVELS

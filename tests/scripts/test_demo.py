@@ -16,8 +16,7 @@ from PIL import Image
 
 from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler
-from modeling.sampling.image_inputs import image_inputs
-from modeling.sampling.image_sampler import ImageSampler
+from modeling.sampling.image_sampler import ImageSampler, image_inputs
 from scripts import complete_images, demo, reconstruct
 from scripts.demo_page.growth import growing_codes
 from scripts.demo_page.model import FRAMES, DemoModel, Settings, class_choices

@@ -18,7 +18,7 @@ class Ratio(NamedTuple):
     number: Tensor
 
 
-Metrics = Mapping[str, Tensor | Ratio]  # by name in the log; scalars without gradients
+Metrics = Mapping[str, Tensor | tuple[Tensor, Tensor]]  # by name in the log; scalars without gradients
 
 
 class IntervalMeans:
@@ -71,5 +71,5 @@ class IntervalMeans:
         return means, reduced[1].view(numbers.shape).tolist()
 
 
-def _ratio(value: Tensor | Ratio, one: Tensor) -> Ratio:
-    return value if isinstance(value, Ratio) else Ratio(value, one)
+def _ratio(value: Tensor | tuple[Tensor, Tensor], one: Tensor) -> Ratio:
+    return Ratio(*value) if isinstance(value, tuple) else Ratio(value, one)
