@@ -46,11 +46,11 @@ from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
 from evaluation.reconstruction import psnr_of_part
 from modeling.loading import load_generator, load_tokenizer
-from modeling.orders import known_first
+from modeling.orders import conditioning_first
 from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler
-from modeling.sampling.image_decoder import ImageDecoder
-from modeling.sampling.inpainting import complete, in_region
+from modeling.sampling.image_sampler import ImageDecoder
+from modeling.sampling.inpainting import inpaint, region_mask
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.errors import InputError, NonFiniteError, input_errors_exit
@@ -120,7 +120,7 @@ def sample_completions(codes: Tensor, mask: Tensor, model: ReAR, config: Config)
     steps = -(-count // config.sampling.per_gpu_batch_size) * codes.shape[1]
     with tqdm(desc="sampling", total=steps, unit="token") as progress:
         sampler = CodeSampler(model, config.model.generator, compile_mode=config.sampling.compile)
-        completed = complete(codes, mask, sampler, config, progress.update)
+        completed = inpaint(codes, mask, sampler, config, progress.update)
     assert torch.equal(completed[:, :, mask], codes[:, None, mask].expand(-1, completed.shape[1], -1))
     return completed
 
@@ -141,7 +141,7 @@ def conditioning_mask(config: Config, tokenizer: Tokenizer) -> Tensor:
     rows, columns = tokenizer.code_shape
     region = REGION.fullmatch(keep)
     if region:
-        grid = in_region(region[1], float(region[2]), rows, columns)
+        grid = region_mask(region[1], float(region[2]), rows, columns)
     elif Path(keep).is_file():
         grid = read_mask(Path(keep), rows, columns)
     else:
@@ -153,7 +153,7 @@ def conditioning_mask(config: Config, tokenizer: Tokenizer) -> Tensor:
             f"completion.keep={keep}: keeps {int(mask.sum())} of {len(mask)} tokens, expected some, not all"
         )
     order = config.model.generator.order
-    is_prefix = torch.equal(known_first(mask[None], None)[0], torch.arange(len(mask)))
+    is_prefix = torch.equal(conditioning_first(mask[None], None)[0], torch.arange(len(mask)))
     if order == "raster" and not is_prefix:
         raise InputError(
             f"completion.keep={keep}: expected top:SHARE, as model.generator.order=raster: a model that was trained in "

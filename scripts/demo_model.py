@@ -21,9 +21,8 @@ from data.training_batches import training_classes
 from data.validation_data import open_validation_images
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.loading import class_names, load_generator, load_tokenizer
-from modeling.sampling.image_inputs import indices_of_classes
-from modeling.sampling.image_sampler import ImageSampler
-from modeling.sampling.inpainting import complete
+from modeling.sampling.image_sampler import ImageSampler, indices_of_classes
+from modeling.sampling.inpainting import inpaint
 from scripts.complete_images import GREY, conditioning_mask, in_pixels
 from utils.errors import InputError
 from utils.images import to_float, to_uint8
@@ -108,7 +107,7 @@ class DemoModel:
         sampling = replace(config.sampling, per_gpu_batch_size=count)
         completion = replace(config.completion, num_completions=count, class_label=class_label)
         config = replace(config, sampling=sampling, completion=completion)
-        codes = complete(self._encode(image)[1].cpu(), kept, sampler.sampler, config)[0]  # (count, N)
+        codes = inpaint(self._encode(image)[1].cpu(), kept, sampler.sampler, config)[0]  # (count, N)
         pending: Any = sampler.decoder.start(codes.to(self.device))
         return sampler.decoder.finish(pending)
 

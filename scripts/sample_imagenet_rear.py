@@ -40,9 +40,13 @@ from data.codes.store_files import StoreMeta, check_codebook_size
 from data.codes.token_writer import new_token_store
 from data.training_batches import asked_classes
 from modeling.loading import load_generator, load_tokenizer
-from modeling.sampling.image_decoder import ImageDecoder, KeptCodes
-from modeling.sampling.image_inputs import asked_images, class_labels_of
-from modeling.sampling.image_sampler import ImageSampler
+from modeling.sampling.image_sampler import (
+    ImageDecoder,
+    ImageSampler,
+    PassThroughDecoder,
+    asked_images,
+    class_labels_of,
+)
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, save_config
 from utils.distributed import DistributedContext, init_distributed
@@ -156,7 +160,7 @@ def sample_chunks(
         yield last_chunk, finish(sampler.decoder, pending, last_chunk, config)
 
 
-def finish(decoder: ImageDecoder | KeptCodes, pending: Any, chunk: range, config: Config) -> np.ndarray:
+def finish(decoder: ImageDecoder | PassThroughDecoder, pending: Any, chunk: range, config: Config) -> np.ndarray:
     """
     Raises:
         InputError: logits or pixels that are not finite; names the images and the weights.

@@ -42,8 +42,7 @@ from evaluation.inputs import open_input
 from evaluation.report import TITLES
 from evaluation.sample_distance import HALVES, SplitReference, find_extractor
 from modeling.loading import load_generator, load_tokenizer
-from modeling.sampling.image_inputs import asked_images
-from modeling.sampling.image_sampler import ImageSampler
+from modeling.sampling.image_sampler import ImageSampler, asked_images
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.console import markdown_table

@@ -32,13 +32,13 @@ if __name__ == "__main__":  # a typo in the config ends here, before the slow im
 import torch
 
 from data.training_batches import TrainingBatches, describe_length, open_training_data, passes_done
-from evaluation.validator import Validator
+from evaluation.validator import Validator, notices_of_images, save_sample_grid
 from modeling.loading import init_from_weights, load_tokenizer
-from modeling.noise import num_noise_uniforms, perturbation_ratio, random_order_ratio
+from modeling.orders import num_order_uniforms, random_order_ratio
+from modeling.perturbation import num_perturbation_uniforms, perturbation_ratio
 from modeling.rear import ReAR
-from modeling.sampling.sample_grid import notices_of_images, save_sample_grid
 from modeling.tokenizers.tokenizer import Tokenizer
-from modeling.training_step import compile_blocks, num_order_uniforms, training_step
+from modeling.training_step import compile_blocks, training_step
 from utils.config import Config
 from utils.errors import input_errors_exit
 from utils.optim import MovingAverage, build_optimizer, set_learning_rate
@@ -110,7 +110,7 @@ def main(config: Config) -> str:
                 steps=run.remaining,
                 samples_seen=run.state.samples_seen,
                 stop_requested=run.stop_requested,
-                num_uniforms=num_noise_uniforms(model.image_seq_len),
+                num_uniforms=num_perturbation_uniforms(model.image_seq_len),
                 num_order_uniforms=num_order_uniforms(generator),
             )
 

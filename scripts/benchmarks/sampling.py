@@ -20,8 +20,7 @@ from torch import nn
 
 from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler
-from modeling.sampling.image_inputs import image_inputs, image_orders
-from modeling.sampling.image_sampler import ImageSampler
+from modeling.sampling.image_sampler import ImageSampler, image_inputs, image_orders
 from modeling.tokenizers.registry import build_tokenizer
 from scripts.benchmarks.baselines import BASELINES, generate_published
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds

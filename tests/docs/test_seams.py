@@ -20,7 +20,7 @@ PLACE = re.compile(r"# (?P<file>[\w/]+\.py), (?P<how>new|at the end|below|in pla
 # By row of the table: the section of the page that has its example, if there is one.
 SECTIONS = {
     "loss term": "A new loss term",
-    "noise of the context": "Another noise of the context",
+    "perturbation of the context": "Another perturbation of the context",
     "tokenizer": "Another tokenizer",
     "order of the codes": "Another order of the codes",
     "metric": "Another metric",
@@ -95,7 +95,7 @@ IN_THE_COPY = (
         "tests/test_architecture.py",
         "tests/scripts/test_count_parameters.py",
     ),
-    *("tests/modeling/test_losses.py", "tests/modeling/test_noise.py", "tests/utils/test_optim.py"),
+    *("tests/modeling/test_losses.py", "tests/modeling/test_perturbation.py", "tests/utils/test_optim.py"),
     "tests/scripts/test_train_rear.py::test_a_run_ends_when_the_validation_loss_stalls",
     *("tests/modeling/tokenizers/test_conformance.py::test_every_tokenizer_conforms", "tests/utils/test_schedules.py"),
     "tests/modeling/tokenizers/test_conformance.py::test_sizes_are_read_from_the_weights",

@@ -11,7 +11,7 @@ from PIL import Image
 from modeling.loading import load_tokenizer
 from modeling.rear import ReAR
 from modeling.sampling.generate import generate
-from modeling.sampling.inpainting import in_region
+from modeling.sampling.inpainting import region_mask
 from scripts import complete_images
 from utils.config import load_config
 from utils.errors import InputError
@@ -111,13 +111,13 @@ def test_annealed_models_are_told_apart(arguments: list[str], tmp_path: Path, ca
 
 def test_the_regions() -> None:
     def text(name: str, share: float) -> list[str]:
-        return ["".join(".#"[kept] for kept in row) for row in in_region(name, share, 4, 4).astype(int)]
+        return ["".join(".#"[kept] for kept in row) for row in region_mask(name, share, 4, 4).astype(int)]
 
     assert text("top", 0.25) == ["####", "....", "....", "...."]
     assert text("left", 0.5) == ["##..", "##..", "##..", "##.."]
     assert text("center", 0.5) == ["....", ".##.", ".##.", "...."]
     assert text("border", 0.5) == ["####", "#..#", "#..#", "####"]
-    assert in_region("center", 0.25, 16, 16).sum() == in_region("border", 0.75, 16, 16).size - 16 * 15 == 16
+    assert region_mask("center", 0.25, 16, 16).sum() == region_mask("border", 0.75, 16, 16).size - 16 * 15 == 16
 
 
 def test_completions_do_not_depend_on_how_many_there_are(arguments: list[str], tmp_path: Path) -> None:

@@ -131,9 +131,9 @@ def test_the_last_batch_does_not_depend_on_what_was_sampled_before(
     """Nothing is allocated, compiled or captured for it."""
     sizes, prepare = [], CodeSampler._prepare
 
-    def recording(sampler: CodeSampler, images: int, with_places: bool) -> DecodingState:
+    def recording(sampler: CodeSampler, images: int) -> DecodingState:
         sizes.append(images)
-        return prepare(sampler, images, with_places)
+        return prepare(sampler, images)
 
     monkeypatch.setattr(CodeSampler, "_prepare", recording)
     few = ["sampling.num_fid_samples=11", "sampling.per_gpu_batch_size=4"]

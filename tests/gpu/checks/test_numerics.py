@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from evaluation.inception import Inception
 from evaluation.metrics import frechet_distance
-from evaluation.moments import Moments, ScoreSums
+from evaluation.metrics import Moments, ScoreSums
 from evaluation.precision_recall import precision_recall
 from modeling.losses import LossTerms, rear_loss
 from modeling.rear import ReAR
@@ -212,7 +212,7 @@ def decoding_logits(
     try:
         sampler = CodeSampler(model, config, dtype)
         uniforms = torch.zeros(codes.shape)
-        sampler(labels.long().cpu(), uniforms, known_codes=codes.long().cpu(), known_mask=given)
+        sampler(labels.long().cpu(), uniforms, conditioning_codes=codes.long().cpu(), conditioning_mask=given)
     finally:
         hook.remove()
     return torch.stack(logits, dim=1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from modeling.sampling.image_decoder import ImageDecoder
+from modeling.sampling.image_sampler import ImageDecoder
 from modeling.tokenizers.registry import TOKENIZERS, build_tokenizer, code_shape, tokenizer_sizes
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import load_config
