@@ -28,7 +28,6 @@ from utils.errors import InputError
 from utils.files.hub import local_file, local_folder
 from utils.files.json_file import read_json
 from utils.files.weights import read_record
-from utils.keys import keys_under
 from utils.precision import matmul_precision
 from utils.schema import Config, ModelConfig, SamplingConfig
 
@@ -153,5 +152,6 @@ def with_settings(model: ReAR, settings: tuple[float | None, ...], sampling: Sam
     names = ("guidance_scale", "guidance_scale_pow", "randomize_temperature", "top_k", "top_p")
     given: dict[str, Any] = {name: value for name, value in zip(names, settings, strict=True) if value is not None}
     config = Config(model=ModelConfig(generator=replace(model.config.generator, **given)), sampling=sampling)
-    check_ranges(config, keys_under(["model.generator", "sampling"]))
+    check_ranges(config.model.generator, "model.generator.")
+    check_ranges(config.sampling, "sampling.")
     return config

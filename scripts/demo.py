@@ -9,22 +9,49 @@ nothing is fetched.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
+
+from msgspec import Meta
+
+from utils.config import load_config_or_exit
+from utils.keys import PositiveInt, key, section
+from utils.schema import CENTER_CROP_KEYS, CLASS_NAME_KEYS, GENERATOR_KEYS, Config
 
 READS = (
-    *("experiment.tokenizer_checkpoint", "experiment.generator_checkpoint", "experiment.allow_other_tokenizer"),
-    *("model", "demo", "training.enable_tf32"),
-    *(f"sampling.{key}" for key in ("seed", "order", "uint8_rule", "compile", "mixed_precision")),
-    *(f"dataset.params.{key}" for key in ("train_shards_path_or_url", "pretokenization")),  # for names of classes
-    *(f"dataset.params.{key}" for key in ("eval_shards_path_or_url", "on_bad_sample", "max_bad_fraction")),
-    *(f"dataset.preprocessing.{key}" for key in ("resize_shorter_edge", "crop_size", "background", "exif_orientation")),
+    *GENERATOR_KEYS,
+    *CLASS_NAME_KEYS,
+    "dataset.params.eval_shards_path_or_url",
+    "dataset.params.on_bad_sample",
+    "dataset.params.max_bad_fraction",
+    *CENTER_CROP_KEYS,
+    "sampling.seed",
+    "sampling.order",
+    "sampling.uint8_rule",
+    "sampling.compile",
+    "sampling.mixed_precision",
+    "demo",
 )
 
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
 
-    CONFIG = load_config_or_exit(__doc__, READS)
+@dataclass
+class DemoConfig:
+    host: str = key("127.0.0.1", "address that the page listens on; 0.0.0.0: other machines reach it too")
+    port: Annotated[int, Meta(ge=1, le=65_535)] = key(7860, "port of the page")
+    max_images: PositiveInt = key(16, "largest number of images per click")
+
+
+@dataclass
+class DemoScriptConfig(Config):
+    demo: DemoConfig = section(DemoConfig)
+
+
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(DemoScriptConfig, __doc__, READS)
 
 import os
 import signal
@@ -36,14 +63,13 @@ from scripts.demo_page.model import DemoModel
 from scripts.demo_page.uploads import bound_all_pictures
 from utils.errors import InputError, input_errors_exit
 from utils.precision import matmul_precision
-from utils.schema import Config, DemoConfig
 
 
-def main(config: Config) -> None:
+def main(config: DemoScriptConfig) -> None:
     if find_spec("gradio") is None:
         raise InputError("scripts/demo.py needs gradio, which is not installed: pip install -r requirements-demo.txt")
     check_address(config.demo)
-    model = DemoModel(config)
+    model = DemoModel(config, config.demo.max_images)
     bound_all_pictures()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what follows is cleaned up
     with TemporaryDirectory(prefix="rear-demo-") as folder, matmul_precision(config.training.enable_tf32):

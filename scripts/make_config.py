@@ -34,8 +34,7 @@ from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.hub import local_file
 from utils.files.weights import load_state_dict
-from utils.keys import KEYS
-from utils.marks import Follows
+from utils.keys import keys_of
 from utils.schema import OWN_NUMBER_OF_CODES, Config, VQModelConfig
 
 SMALL_BASE, SMALL_TOKENIZER = ROOT / "configs/rear_blue_marble.yaml", ROOT / "configs/tokenizer_blue_marble.yaml"
@@ -157,8 +156,8 @@ def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -
     merged = OmegaConf.load(base)
     for key, value in settings.items():
         OmegaConf.update(merged, key, value)
-    for following in (key for key in KEYS.values() if key.mark(Follows) and key.name not in settings):
-        section, _, name = following.name.rpartition(".")
+    for derived in (key for key in keys_of(Config).values() if key.source and key.name not in settings):
+        section, _, name = derived.name.rpartition(".")
         (OmegaConf.select(merged, section) or {}).pop(name, None)
     header = f"# Written by scripts/make_config.py from {base.name}.\n#   {command} config={path}\n"
     write_text(path, header + OmegaConf.to_yaml(merged))

@@ -16,19 +16,41 @@ values in the lists add to the table.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-READS = (
-    *("experiment.output_dir", "experiment.tokenizer_checkpoint", "experiment.generator_checkpoint"),
-    *("experiment.allow_other_tokenizer", "model", "training.enable_tf32", "sampling", "-sampling.save_png", "sweep"),
-    *("dataset.params.train_shards_path_or_url", "dataset.params.pretokenization"),  # for names of classes
-)
-
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
 
-    CONFIG = load_config_or_exit(__doc__, READS)
+from utils.config import load_config_or_exit
+from utils.keys import NonEmpty, NonNegativeFloat, key, section
+from utils.schema import CLASS_NAME_KEYS, GENERATOR_KEYS, Config, GuidanceScale, Temperature
+
+READS = ("experiment.output_dir", *GENERATOR_KEYS, *CLASS_NAME_KEYS, "sampling", "sweep")
+IGNORES = ("sampling.save_png",)
+
+
+@dataclass
+class SweepConfig:
+    reference: str | None = key(None, "npz of images: one half selects the best setting, the other half scores it")
+    guidance_scale: NonEmpty[list[GuidanceScale]] = key(
+        [1.0, 2.0, 4.0, 8.0], "values of model.generator.guidance_scale, combined with all values below"
+    )
+    guidance_scale_pow: NonEmpty[list[NonNegativeFloat]] | None = key(
+        None, "values of model.generator.guidance_scale_pow; null: that one alone"
+    )
+    randomize_temperature: NonEmpty[list[Temperature]] | None = key(
+        None, "values of model.generator.randomize_temperature; null: that one alone"
+    )
+
+
+@dataclass
+class SweepGuidanceConfig(Config):
+    sweep: SweepConfig = section(SweepConfig)
+
+
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(SweepGuidanceConfig, __doc__, READS, ignores=IGNORES)
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -47,7 +69,6 @@ from evaluation.sample_distance import find_extractor
 from modeling.sampling.image_inputs import asked_images
 from modeling.sampling.image_sampler import ImageSampler, images_made_from, load_trained
 from modeling.tokenizers.registry import load_tokenizer
-from utils.config import Config
 from utils.console import markdown_table
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, NonFiniteError, input_errors_exit
@@ -67,12 +88,12 @@ Setting = tuple[float, ...]  # a value for each of KEYS
 Scores = dict[str, float]
 
 
-def main(config: Config) -> None:
+def main(config: SweepGuidanceConfig) -> None:
     with ExitStack() as held, init_distributed() as ctx:
         sweep(config, held, ctx)
 
 
-def sweep(config: Config, held: ExitStack, ctx: DistributedContext) -> None:
+def sweep(config: SweepGuidanceConfig, held: ExitStack, ctx: DistributedContext) -> None:
     """The files of `experiment.output_dir`, whose lock `held` gets."""
     output_dir, size = Path(config.experiment.output_dir), config.sampling.per_gpu_batch_size
     tokenizer = load_tokenizer(config)
@@ -108,7 +129,7 @@ def sweep(config: Config, held: ExitStack, ctx: DistributedContext) -> None:
         report(output_dir, done, DISTANCES[distance], f"{len(indices)} samples each")
 
 
-def open_reference(config: Config, resolution: int, verify: bool) -> Npz:
+def open_reference(config: SweepGuidanceConfig, resolution: int, verify: bool) -> Npz:
     """
     Raises:
         InputError: the key is missing, or it names no npz of images of this size.
@@ -135,7 +156,7 @@ def asked(config: Config) -> tuple[list[int], list[int]]:
     return classes, indices
 
 
-def settings_of(config: Config) -> list[Setting]:
+def settings_of(config: SweepGuidanceConfig) -> list[Setting]:
     """All combinations of the lists, each once."""
     generator, lists = config.model.generator, config.sweep
     powers = lists.guidance_scale_pow or [generator.guidance_scale_pow]

@@ -32,7 +32,7 @@ from modeling.sampling.cached_decoding import (
 )
 from modeling.sampling.image_decoder import LOGITS_NOT_FINITE, are_codes
 from modeling.sampling.step_graph import StepGraphs
-from utils.config_checks import check_generator_ranges
+from utils.config_checks import check_ranges
 from utils.errors import NonFiniteError
 from utils.schema import GeneratorConfig
 
@@ -144,7 +144,7 @@ class CodeSampler:
         Raises:
             ValueError: a value outside its range.
         """
-        check_generator_ranges(config)
+        check_ranges(config, "model.generator.")
         self.config = config
         self.guidance_scale = config.guidance_scale or 1.0  # 0 is 1 in the published code
         self.scales.copy_(torch.tensor(guidance_schedule(self.guidance_scale, config.guidance_scale_pow, self.steps)))

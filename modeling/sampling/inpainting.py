@@ -25,24 +25,31 @@ def in_region(name: str, share: float, rows: int, columns: int) -> np.ndarray:
 
 
 def complete(
-    codes: Tensor, kept: Tensor, sampler: CodeSampler, config: Config, on_step: Callable[[], object] = lambda: None
+    codes: Tensor,
+    kept: Tensor,
+    sampler: CodeSampler,
+    config: Config,
+    num_completions: int,
+    class_label: int | None,
+    on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Codes (n, K, N) of the `completion.num_completions` of codes (n, N), both on the CPU.
+    """Codes (n, K, N), K = num_completions, of codes (n, N), both on the CPU.
 
     Args:
         kept: (N,) bool, the codes that stay.
         sampler: is configured for this.
+        class_label: of all; None: the null class, without guidance.
         on_step: called for each position of each batch.
 
     Raises:
         ValueError: codes that a model in raster order cannot start from.
     """
     (n, length), sampling, generator = codes.shape, config.sampling, config.model.generator
-    if config.completion.class_label is None:  # guidance would compare the null class with itself
+    if class_label is None:  # guidance would compare the null class with itself
         generator = replace(generator, guidance_scale=1.0)
-    label = sampler.weights.model.null_class if config.completion.class_label is None else config.completion.class_label
+    label = sampler.weights.model.null_class if class_label is None else class_label
     sampler.configure(generator)
-    samplings = [replace(sampling, seed=sampling.seed + k) for k in range(config.completion.num_completions)]
+    samplings = [replace(sampling, seed=sampling.seed + k) for k in range(num_completions)]
     images = list(range(n))
     uniforms = torch.stack([image_uniforms(one.seed, images, length) for one in samplings], dim=1)  # (n, K, N)
     by_seed = [image_orders(images, length, one) for one in samplings]

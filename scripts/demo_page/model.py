@@ -30,7 +30,6 @@ from utils.config_checks import check_ranges
 from utils.distributed import DistributedContext
 from utils.errors import InputError
 from utils.images import to_float, to_uint8
-from utils.keys import keys_under
 from utils.schema import Config
 
 FRAMES = 12  # pictures of an image as it grows, before the last
@@ -53,6 +52,7 @@ class DemoModel:
     Attributes:
         classes: a name for each class.
         heldout: held-out images; None: the config names none that are there.
+        max_images: largest number of images per click.
         completes: which codes may stay in a completion: any, top (the first ones, as of models in raster order) or
             none (codes without a grid).
 
@@ -60,8 +60,8 @@ class DemoModel:
         InputError: no weights, those of another model, or a tokenizer without images.
     """
 
-    def __init__(self, config: Config) -> None:
-        self.config, tokenizer = config, load_tokenizer(config)
+    def __init__(self, config: Config, max_images: int) -> None:
+        self.config, self.max_images, tokenizer = config, max_images, load_tokenizer(config)
         if not tokenizer.has_images:
             raise tokenizer.no_images("scripts/demo.py")
         model, self.weights = load_trained(config, tokenizer, DistributedContext(0, 1, torch.device("cpu")))
@@ -79,7 +79,7 @@ class DemoModel:
         """Its buffers are for these; it is configured for each click."""
         return CodeSampler(self.model, self.config.model.generator, self.dtype, self.config.sampling.compile)
 
-    def _asked(self, count: int, seed: int, settings: Settings, class_label: int | None = None) -> Config:
+    def _asked(self, count: int, seed: int, settings: Settings) -> Config:
         """The config of the scripts that do the same.
 
         Raises:
@@ -87,17 +87,17 @@ class DemoModel:
         """
         if None in (count, seed, *settings):
             raise InputError("found an empty field, expected a number in each")
-        if not 1 <= count <= self.config.demo.max_images:
-            raise InputError(f"found {count} images, expected 1 to demo.max_images={self.config.demo.max_images}")
+        if not 1 <= count <= self.max_images:
+            raise InputError(f"found {count} images, expected 1 to demo.max_images={self.max_images}")
         config = self.config
         generator = replace(config.model.generator, **settings._asdict())
         asked = replace(
             config,
             model=replace(config.model, generator=generator),
             sampling=replace(config.sampling, seed=seed, per_gpu_batch_size=count),
-            completion=replace(config.completion, num_completions=count, class_label=class_label),
         )
-        check_ranges(asked, keys_under(["model.generator", "sampling.seed"]))
+        check_ranges(asked.model.generator, "model.generator.")
+        check_ranges(asked.sampling, "sampling.")
         return asked
 
     def sample(self, class_label: int, count: int, seed: int, settings: Settings) -> Iterator[np.ndarray]:
@@ -131,10 +131,15 @@ class DemoModel:
         Raises:
             InputError: as `sample`.
         """
-        config, sampler = self._asked(count, seed, settings, class_label), self._samplers(count, True)
+        config, sampler = self._asked(count, seed, settings), self._samplers(count, True)
         codes = self._encode(image)[1].cpu()
-        known = int(kept.sum())
-        yield from self._grow(sampler, lambda on_step: complete(codes, kept, sampler, config, on_step)[0], known)
+
+        def completed(on_step: Callable[[], object]) -> Tensor:
+            return complete(
+                codes, kept, sampler, config, num_completions=count, class_label=class_label, on_step=on_step
+            )[0]
+
+        yield from self._grow(sampler, completed, int(kept.sum()))
 
     def _grow(
         self, sampler: CodeSampler, sample: Callable[[Callable[[], object]], Tensor], known: int
@@ -159,8 +164,7 @@ class DemoModel:
         Raises:
             InputError: it keeps all or none, or what the model cannot complete.
         """
-        completion = replace(self.config.completion, keep=f"{region}:{share:.2f}")
-        return kept_codes(replace(self.config, completion=completion), self.tokenizer)
+        return kept_codes(f"{region}:{share:.2f}", self.config, self.tokenizer)
 
     def kept_around(self, brushed: np.ndarray) -> Tensor:
         """Mask (N,) bool of the codes without a brushed pixel, of a mask (H', W') bool of any size.

@@ -98,7 +98,7 @@ def description(model: DemoModel) -> str:
 
 def controls(model: DemoModel) -> tuple[gr.Dropdown, list[gr.components.Component]]:
     """The class; number of images, seed and `Settings`."""
-    config, most = model.config, model.config.demo.max_images
+    config, most = model.config, model.max_images
     generator = config.model.generator
     choices = [(name, class_id) for class_id, name in enumerate(model.classes)]
     class_label = gr.Dropdown(choices, value=0, label="class", elem_id="class")

@@ -1,6 +1,6 @@
 """Whether a run is the one that wrote a checkpoint: what must be equal, and what may differ with a notice.
 
-Which keys may differ is marked beside them, in the schema.
+The schema annotates which keys may differ.
 """
 
 from dataclasses import asdict
@@ -9,8 +9,7 @@ from typing import Any
 
 from utils.config import flat
 from utils.errors import InputError
-from utils.keys import KEYS
-from utils.marks import MAY_CHANGE, SILENT
+from utils.keys import MAY_CHANGE, SILENT, keys_of
 from utils.run.manifest import Provenance, read_manifest, versions
 from utils.run.resume import Start
 from utils.schema import Config
@@ -29,8 +28,9 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
         return []
     manifest = read_manifest(Path(start.checkpoint))
     changes = differences(manifest.provenance.config, asdict(config))
+    keys = keys_of(type(config))
     model_changes = [
-        line for key, line in changes.items() if key.startswith("model.") and MAY_CHANGE not in KEYS[key].marks
+        line for key, line in changes.items() if key.startswith("model.") and not keys[key].has(MAY_CHANGE)
     ]
     if model_changes:
         raise InputError(f"{start.checkpoint}: written by another model: {'; '.join(model_changes)}")
@@ -52,7 +52,7 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
             "per_gpu_batch_size * gradient_accumulation_steps * processes; keep the product, or set "
             "training.allow_batch_change=true"
         )
-    notices = [line for key, line in changes.items() if SILENT not in KEYS[key].marks]
+    notices = [line for key, line in changes.items() if not keys[key].has(SILENT)]
     if manifest.provenance.code_hash != provenance.code_hash:
         notices.append("the code has changed")
     notices += differences(manifest.versions, versions()).values()
