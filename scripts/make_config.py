@@ -28,7 +28,7 @@ from data.images.image_source import ImageSource
 from data.images.notices import notify
 from data.images.reading import open_images
 from data.images.shard_writer import HELDOUT_PREFIX
-from modeling.tokenizers.registry import check_weights, code_shape, tokenizer_sizes
+from modeling.tokenizers.registry import check_weights, code_shape, config_from_state_dict
 from utils.config import ROOT, load_config
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
@@ -117,7 +117,7 @@ def sizes_in(tokenizer: str, resolution: int) -> VQModelConfig:
         InputError: no weights of a tokenizer, or a resolution that they cannot have.
     """
     state = load_state_dict(local_file(tokenizer))
-    sizes = replace(tokenizer_sizes(state), resolution=resolution)
+    sizes = replace(config_from_state_dict(state), resolution=resolution)
     try:
         check_weights(sizes, state, tokenizer)
     except InputError as error:

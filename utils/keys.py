@@ -10,9 +10,10 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache, cached_property
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from msgspec import Meta, ValidationError, convert, inspect
@@ -88,8 +89,8 @@ class Key:
 
     @cached_property
     def choices(self) -> tuple[str, ...]:
-        literals = (one.values for one in self.types if isinstance(one, inspect.LiteralType))
-        return tuple(str(value) for values in literals for value in values)
+        hint = get_args(self.hint)[0] if get_origin(self.hint) is Annotated else self.hint
+        return get_args(hint) if get_origin(hint) is Literal else ()
 
     @property
     def source(self) -> str | None:
@@ -102,7 +103,7 @@ class Key:
     @property
     def allowed(self) -> str:
         """What can be given, for readers."""
-        return " | ".join(map(_describe, self.types))
+        return " | ".join(self.choices or map(_describe, self.types))
 
     def has(self, annotation: str) -> bool:
         return annotation in getattr(self.hint, "__metadata__", ())
@@ -113,26 +114,35 @@ class Key:
         Raises:
             ConfigError: this key cannot have it.
         """
-        try:
-            plain = [self._plain(one) for one in given] if isinstance(given, list) else self._plain(given)
-            value = convert(plain, self.hint, strict=False)
-            if all(math.isfinite(one) for one in (value if isinstance(value, list) else [value]) if type(one) is float):
-                return value
-        except ValidationError:
-            pass
+        for interpret in (_number, _boolean, self._word):
+            plain = [interpret(one) for one in given] if isinstance(given, list) else interpret(given)
+            with suppress(ValidationError):
+                value = convert(plain, self.hint)
+                if all(
+                    math.isfinite(one) for one in (value if isinstance(value, list) else [value]) if type(one) is float
+                ):
+                    return value
         found = "null" if given is None else str(given).replace("'", "")
         near = did_you_mean(difflib.get_close_matches(found, self.choices, 1, 0.3))
         raise ConfigError(f"{self.name}={found}: expected {self.allowed}{near}")
 
-    def _plain(self, given: Any) -> Any:
-        """With words in lower case and numbers as numbers."""
+    def _word(self, given: Any) -> Any:
+        """Choices and words are meant in lower or upper case, and by their synonyms in YAML."""
         if not isinstance(given, str):
             return given
-        if not self.is_text and NUMBER.fullmatch(given):
-            return float(given) if re.search("[.eE]", given) else int(given)
-        words = BOOLEANS[0][:1] + BOOLEANS[1][:1] if inspect.BoolType() in self.types else self.choices or self.words
-        synonyms = next((group for group in BOOLEANS if given.lower() in group), ())
-        return next((word for word in (given.lower(), *synonyms) if word in words), given)
+        synonyms = next((group for group in BOOLEANS if given.lower() in group), (given.lower(),))
+        return next((word for word in (given.lower(), *synonyms) if word in self.choices or word in self.words), given)
+
+
+def _number(given: Any) -> Any:
+    if not isinstance(given, str) or not NUMBER.fullmatch(given):
+        return given
+    return float(given) if re.search("[.eE]", given) else int(given)
+
+
+def _boolean(given: Any) -> Any:
+    values = [group[0] == "true" for group in BOOLEANS if isinstance(given, str) and given.lower() in group]
+    return values[0] if values else given
 
 
 def _describe(info: inspect.Type) -> str:
@@ -141,8 +151,6 @@ def _describe(info: inspect.Type) -> str:
             return "null"
         case inspect.BoolType():
             return "true | false"
-        case inspect.LiteralType():
-            return " | ".join(map(str, info.values))
         case inspect.ListType():
             return f"{'non-empty ' if info.min_length else ''}list of {_describe(info.item_type)}"
         case inspect.IntType() | inspect.FloatType():

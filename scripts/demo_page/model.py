@@ -30,6 +30,7 @@ from utils.config_checks import check_ranges
 from utils.distributed import DistributedContext
 from utils.errors import InputError
 from utils.images import to_float, to_uint8
+from utils.keys import keys_of
 from utils.schema import Config
 
 FRAMES = 12  # pictures of an image as it grows, before the last
@@ -97,7 +98,7 @@ class DemoModel:
             sampling=replace(config.sampling, seed=seed, per_gpu_batch_size=count),
         )
         check_ranges(asked.model.generator, "model.generator.")
-        check_ranges(asked.sampling, "sampling.")
+        keys_of(Config)["sampling.seed"].read(seed)
         return asked
 
     def sample(self, class_label: int, count: int, seed: int, settings: Settings) -> Iterator[np.ndarray]:
