@@ -114,7 +114,7 @@ class Key:
         Raises:
             ConfigError: this key cannot have it.
         """
-        for interpret in (_number, _boolean, self._word):
+        for interpret in (self._word, _number, _boolean):
             plain = [interpret(one) for one in given] if isinstance(given, list) else interpret(given)
             with suppress(ValidationError):
                 value = convert(plain, self.hint)

@@ -3,7 +3,6 @@
 import json
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -163,11 +162,12 @@ def test_what_wants_images_is_refused(sampled: Path, arguments: list[str], run: 
         (sample_imagenet_rear, "sampling.save_png=true", f"experiment.generator_checkpoint={run}"),
         (sweep_guidance, f"sweep.reference={tmp_path / 'x.npz'}"),
         (complete_images, f"completion.inputs={images}"),
-        (SimpleNamespace(main=DemoModel), f"experiment.generator_checkpoint={run}"),
     ]
     for script, *more in refused:
         with pytest.raises(InputError, match="model_type=codes_only"):
             script.main(script_config(script, [*arguments, *more]))
+    with pytest.raises(InputError, match="model_type=codes_only"):
+        DemoModel(load_config([*arguments, f"experiment.generator_checkpoint={run}"]), max_images=1)
     with pytest.raises(InputError, match=r"x\.tokens: codes, expected an npz of images"):
         open_input(sampled, verify=False)
     left = {path.name for path in tmp_path.rglob("*") if path.is_file() and images not in path.parents}

@@ -107,7 +107,7 @@ def test_the_demo_shows_the_finished_image_alone(arguments: list[str], tmp_path:
         ]
     )
     save_weights(ReAR(config.model).state_dict(), tmp_path / "model.safetensors")
-    model = DemoModel(config)
+    model = DemoModel(config, max_images=2)
     assert model.completes == "none"
     assert [images.shape for images in model.sample(0, 2, 0, Settings(1.0, 1.0, 0, 1.0))] == [(2, 32, 32, 3)]
 
