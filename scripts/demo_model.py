@@ -105,9 +105,14 @@ class DemoModel:
         """
         config, sampler = self._config_with(settings, seed), self.image_sampler(count)
         sampling = replace(config.sampling, per_gpu_batch_size=count)
-        completion = replace(config.completion, num_completions=count, class_label=class_label)
-        config = replace(config, sampling=sampling, completion=completion)
-        codes = inpaint(self._encode(image)[1].cpu(), kept, sampler.sampler, config)[0]  # (count, N)
+        codes = inpaint(
+            self._encode(image)[1].cpu(),
+            kept,
+            sampler.sampler,
+            replace(config, sampling=sampling),
+            num_completions=count,
+            class_label=class_label,
+        )[0]  # (count, N)
         pending: Any = sampler.decoder.start(codes.to(self.device))
         return sampler.decoder.finish(pending)
 
@@ -117,8 +122,7 @@ class DemoModel:
         Raises:
             InputError: the model cannot complete that.
         """
-        completion = replace(self.config.completion, keep=f"{region}:0.5")
-        return conditioning_mask(replace(self.config, completion=completion), self.tokenizer)
+        return conditioning_mask(f"{region}:0.5", self.config, self.tokenizer)
 
     def kept_around(self, brushed: np.ndarray) -> Tensor:
         """Mask (N,) bool of the codes without a brushed pixel, for a mask (H', W') bool of any size.

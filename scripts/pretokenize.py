@@ -17,20 +17,30 @@ While it runs, finished chunks of images are in `<name>.tokens.chunks/`; rerun t
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
+
+from utils.config import load_config_or_exit
+from utils.schema import CENTER_CROP_KEYS, Config
+
 READS = (
-    *("experiment.tokenizer_checkpoint", "model.vq_model", "model.generator.condition_num_classes"),
-    *("dataset.params.pretokenization", "dataset.params.train_shards_path_or_url"),
-    *("dataset.params.num_workers_per_gpu", "dataset.params.on_bad_sample", "dataset.params.max_bad_fraction"),
-    "dataset.preprocessing",
-    *("-dataset.preprocessing.random_crop", "-dataset.preprocessing.random_flip"),
-    *("training.per_gpu_batch_size", "training.enable_tf32", "training.seed"),
+    "experiment.tokenizer_checkpoint",
+    "model.vq_model",
+    "model.generator.condition_num_classes",
+    "dataset.params.pretokenization",
+    "dataset.params.train_shards_path_or_url",
+    "dataset.params.num_workers_per_gpu",
+    "dataset.params.on_bad_sample",
+    "dataset.params.max_bad_fraction",
+    *CENTER_CROP_KEYS,
+    "dataset.preprocessing.pretokenize_crops",
+    "training.per_gpu_batch_size",
+    "training.enable_tf32",
+    "training.seed",
 )
 
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
-
-    CONFIG = load_config_or_exit(__doc__, READS)
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(Config, __doc__, READS)
 
 import time
 from typing import Any
@@ -51,7 +61,6 @@ from data.images.transforms import cut_crops, pretokenize_transform
 from data.loading import Batches
 from modeling.loading import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.config import Config
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, TrainingError, input_errors_exit
 from utils.faults import fault_point

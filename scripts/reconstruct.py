@@ -16,20 +16,31 @@ another provenance are not replaced) and reconstructions.png (originals above re
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
+
+from utils.config import load_config_or_exit
+from utils.schema import CENTER_CROP_KEYS, CLASS_NAME_KEYS, Config
+
 READS = (
-    *("experiment.output_dir", "experiment.tokenizer_checkpoint", "model.vq_model"),
-    *("dataset.params.eval_shards_path_or_url", "dataset.params.num_workers_per_gpu"),
-    *("dataset.params.train_shards_path_or_url", "dataset.params.pretokenization", "training.enable_tf32"),
-    *("dataset.params.on_bad_sample", "dataset.params.max_bad_fraction"),
-    *(f"dataset.preprocessing.{key}" for key in ("resize_shorter_edge", "crop_size", "background", "exif_orientation")),
-    *("sampling.num_fid_samples", "sampling.per_gpu_batch_size", "sampling.seed", "sampling.uint8_rule"),
+    "experiment.output_dir",
+    "experiment.tokenizer_checkpoint",
+    "model.vq_model",
+    "dataset.params.eval_shards_path_or_url",
+    "dataset.params.num_workers_per_gpu",
+    "dataset.params.on_bad_sample",
+    "dataset.params.max_bad_fraction",
+    *CLASS_NAME_KEYS,
+    *CENTER_CROP_KEYS,
+    "training.enable_tf32",
+    "sampling.num_fid_samples",
+    "sampling.per_gpu_batch_size",
+    "sampling.seed",
+    "sampling.uint8_rule",
 )
 
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
-
-    CONFIG = load_config_or_exit(__doc__, READS)
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(Config, __doc__, READS)
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -48,7 +59,6 @@ from data.validation_data import open_validation_images
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.loading import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.config import Config
 from utils.errors import input_errors_exit
 from utils.files.lock import only_writer
 from utils.files.npz import NpzEntry, write_npz

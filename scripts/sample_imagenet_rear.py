@@ -18,17 +18,16 @@ not made again.
 import sys
 from pathlib import Path
 
-READS = (
-    *("experiment.output_dir", "experiment.tokenizer_checkpoint", "experiment.generator_checkpoint"),
-    *("experiment.allow_other_tokenizer", "model", "training.enable_tf32", "sampling"),
-    *("dataset.params.train_shards_path_or_url", "dataset.params.pretokenization"),  # for names of classes
-)
-
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
 
-    CONFIG = load_config_or_exit(__doc__, READS)
+from utils.config import load_config_or_exit
+from utils.schema import CLASS_NAME_KEYS, GENERATOR_KEYS, Config
+
+READS = ("experiment.output_dir", *GENERATOR_KEYS, *CLASS_NAME_KEYS, "sampling")
+
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(Config, __doc__, READS)
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -48,7 +47,7 @@ from modeling.sampling.image_sampler import (
     class_labels_of,
 )
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.config import Config, save_config
+from utils.config import save_config
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, NonFiniteError, input_errors_exit
 from utils.files.npz import write_npz

@@ -16,18 +16,29 @@ complete, model.safetensors (the EMA if there is one). The exit status is 75 aft
 import sys
 from pathlib import Path
 
-READS = (
-    *("experiment", "-experiment.generator_checkpoint", "model", "optimizer", "lr_scheduler", "training"),
-    *("dataset", "-dataset.preprocessing.pretokenize_crops"),
-    *("sampling.seed", "sampling.order", "sampling.uint8_rule", "sampling.per_gpu_batch_size"),
-)
-
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
-    from utils.config_checks import check_training
 
-    CONFIG = load_config_or_exit(__doc__, READS, check_training)
+from utils.config import load_config_or_exit
+from utils.config_checks import check_training
+from utils.schema import Config
+
+READS = (
+    "experiment",
+    "model",
+    "dataset",
+    "optimizer",
+    "lr_scheduler",
+    "training",
+    "sampling.seed",
+    "sampling.order",
+    "sampling.uint8_rule",
+    "sampling.per_gpu_batch_size",
+)
+IGNORES = ("experiment.generator_checkpoint", "dataset.preprocessing.pretokenize_crops")
+
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(Config, __doc__, READS, ignores=IGNORES, check=check_training)
 
 import torch
 
@@ -39,7 +50,6 @@ from modeling.perturbation import num_perturbation_uniforms, perturbation_ratio
 from modeling.rear import ReAR
 from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.training_step import compile_blocks, training_step
-from utils.config import Config
 from utils.errors import input_errors_exit
 from utils.optim import MovingAverage, build_optimizer, set_learning_rate
 from utils.randomness import dropout_seed

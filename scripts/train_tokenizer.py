@@ -14,23 +14,64 @@ status is 75 after a stop signal.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
+
+from utils.config import load_config_or_exit
+from utils.keys import NonNegativeFloat, PositiveInt, key, section
+from utils.schema import Config
+
 READS = (
-    *("experiment", "-experiment.max_train_examples", "-experiment.generate_every"),
-    *("-experiment.eval_every", "-experiment.eval_samples", "-experiment.save_weights_every"),
-    *("-experiment.init_from", "-experiment.tokenizer_checkpoint", "-experiment.generator_checkpoint"),
-    *("model.vq_model", "dataset", "-dataset.params.pretokenization", "-dataset.params.eval_pretokenization"),
-    *("-dataset.params.verify_hashes", "-dataset.preprocessing.pretokenize_crops", "optimizer", "lr_scheduler"),
-    *("training", "-training.use_ema", "-training.ema_decay", "-training.fsdp", "-training.compile", "vq_training"),
+    "experiment",
+    "model.vq_model",
+    "dataset",
+    "optimizer",
+    "lr_scheduler",
+    "training",
     "sampling.uint8_rule",
+    "vq_training",
+)
+IGNORES = (
+    "experiment.max_train_examples",
+    "experiment.generate_every",
+    "experiment.eval_every",
+    "experiment.eval_samples",
+    "experiment.save_weights_every",
+    "experiment.init_from",
+    "experiment.tokenizer_checkpoint",
+    "experiment.generator_checkpoint",
+    "dataset.params.pretokenization",
+    "dataset.params.eval_pretokenization",
+    "dataset.params.verify_hashes",
+    "dataset.preprocessing.pretokenize_crops",
+    "training.use_ema",
+    "training.ema_decay",
+    "training.fsdp",
+    "training.compile",
 )
 
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
 
-    CONFIG = load_config_or_exit(__doc__, READS)
+@dataclass
+class VQTrainingConfig:
+    init_from: str | None = key(None, "tokenizer weights to start from; null: random")
+    commitment_weight: NonNegativeFloat = key(0.25, "beta of the VQ-VAE loss")
+    entropy_weight: NonNegativeFloat = key(0.0, "weight of each token's entropy minus that of their mean")
+    l2_weight: NonNegativeFloat = key(1.0, "weight of the squared error; that of the absolute error is 1")
+    perceptual_weight: NonNegativeFloat = key(0.1, "weight of the distance between EfficientNet-Lite0 features")
+    adversarial_weight: NonNegativeFloat = key(0.0, "weight of the discriminator on these features; 0: none")
+    revive_every: PositiveInt = key(100, "steps between replacements of the codebook vectors unused since the last one")
+
+
+@dataclass
+class TrainTokenizerConfig(Config):
+    vq_training: VQTrainingConfig = section(VQTrainingConfig)
+
+
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(TrainTokenizerConfig, __doc__, READS, ignores=IGNORES)
 
 import json
 from contextlib import nullcontext
@@ -54,7 +95,6 @@ from modeling.tokenizers.perceptual import PerceptualFeatures, perceptual_distan
 from modeling.tokenizers.registry import build_trainable_tokenizer
 from modeling.tokenizers.tokenizer import TrainableTokenizer
 from modeling.tokenizers.vector_quantizer import entropy_loss
-from utils.config import Config
 from utils.distributed import DistributedContext
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
@@ -72,7 +112,7 @@ from utils.run.training_run import TrainingRun
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
 
 
-def main(config: Config) -> str:
+def main(config: TrainTokenizerConfig) -> str:
     """Train until the last step or a stop; returns the status in `status.json`."""
     training, vq_training = config.training, config.vq_training
     with launch(config) as launched:
@@ -172,9 +212,9 @@ def check_image_keys(config: Config) -> None:
         raise InputError(
             f"dataset.preprocessing.crop_size={crop_size}: expected model.vq_model.resolution={resolution}"
         )
-    for key in ("train_shards_path_or_url", "eval_shards_path_or_url"):
-        if getattr(params, key) is None:
-            raise InputError(f"dataset.params.{key}: missing; give tar shards or a folder per class")
+    for name in ("train_shards_path_or_url", "eval_shards_path_or_url"):
+        if getattr(params, name) is None:
+            raise InputError(f"dataset.params.{name}: missing; give tar shards or a folder per class")
 
 
 def open_training_images(config: Config) -> ImageDataset:
@@ -190,7 +230,7 @@ def training_step(
     features: PerceptualFeatures,
     discriminator: FeatureDiscriminator,
     images: Tensor,
-    config: Config,
+    config: TrainTokenizerConfig,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Loss terms (scalars) and codes (B, N) of images (B, 3, H, W); the discriminator has a loss of its own."""
     vq_training = config.vq_training

@@ -1,69 +1,48 @@
-"""What the values of a config must fulfil beyond their types: ranges, sizes that follow from others, pairs of keys."""
+"""Checks of a config beyond the types of its values: ranges, derived sizes, keys that do not fit together."""
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
-from utils.errors import InputError
-from utils.keys import Key, keys_under
-from utils.marks import Follows, Range
-from utils.schema import OWN_NUMBER_OF_CODES, Config, GeneratorConfig, TrainingConfig, VQModelConfig
+from utils.keys import ConfigError, Key, keys_of
+from utils.schema import GRID, OWN_NUMBER_OF_CODES, Config, GeneratorConfig, TrainingConfig, VQModelConfig
 
 
-class ConfigError(InputError):
-    """What is wrong with a config: the source, the key, the value found and the value expected."""
+def check_ranges(section: Any, prefix: str = "") -> None:
+    """
+    Args:
+        section: a config, or a section of one that was made in Python.
+        prefix: of the section's keys, for the error message, such as "model.generator.".
+
+    Raises:
+        ConfigError: a value of another type or outside its range.
+    """
+    for name, key in keys_of(type(section)).items():
+        try:
+            key.read(attrgetter(name)(section))
+        except ConfigError as error:
+            raise ConfigError(f"{prefix}{error}") from error
 
 
-def check_ranges(config: Config, keys: Sequence[Key]) -> None:
+def source_value(key: Key, config: Config) -> Any:
+    """What the value of a key is derived from."""
+    if key.equals == GRID:
+        vq_model = config.model.vq_model
+        return (2 * vq_model.resolution // 2 ** len(vq_model.channel_mult)) ** 2
+    return attrgetter(str(key.source))(config)
+
+
+def check_agreement(config: Config, keys: Iterable[Key]) -> None:
     """
     Raises:
-        ConfigError: a number outside its range, infinite or NaN, or an empty list.
+        ConfigError: a given value differs from the one that it must equal.
     """
     for key in keys:
-        _check_range(key, attrgetter(key.name)(config))
-
-
-def check_generator_ranges(generator: GeneratorConfig) -> None:
-    """For a section that was made in Python.
-
-    Raises:
-        ConfigError: as `check_ranges`.
-    """
-    for key in keys_under(["model.generator"]):
-        _check_range(key, getattr(generator, key.name.rpartition(".")[2]))
-
-
-def _check_range(key: Key, value: Any) -> None:
-    numbers = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-    allowed = key.mark(Range)
-    if allowed and not numbers:
-        raise ConfigError(f"{key.name}=[]: expected at least one value")
-    for number in numbers:
-        if isinstance(number, float) and not math.isfinite(number):
-            raise ConfigError(f"{key.name}={value}: expected a finite number")
-        if allowed and number is not None and number not in allowed:
-            raise ConfigError(f"{key.name}={value}: expected {allowed}")
-
-
-def check_agreement(merged: DictConfig, keys: Sequence[Key]) -> None:
-    """
-    Raises:
-        ConfigError: a value that follows from others is given and is another one.
-    """
-    derived, kind = merged.copy(), OmegaConf.select(merged, "model.vq_model.model_type")
-    for key in keys:
-        follows = key.mark(Follows)
-        if follows and follows.must_agree and kind not in follows.free_for:
-            found = OmegaConf.select(merged, key.name)
-            OmegaConf.update(derived, key.name, str(follows))
-            expected = OmegaConf.select(derived, key.name)
-            OmegaConf.update(derived, key.name, found)
-            if found != expected:
-                raise ConfigError(f"{key.name}={found}: expected {follows.source}={expected}")
+        is_free = key.equals == GRID and config.model.vq_model.model_type in OWN_NUMBER_OF_CODES
+        found, expected = attrgetter(key.name)(config), source_value(key, config) if key.equals else None
+        if key.equals and not is_free and found != expected:
+            raise ConfigError(f"{key.name}={found}: expected {key.equals}={expected}")
 
 
 def check_fields(config: Config) -> None:

@@ -22,7 +22,7 @@ from modeling.orders import conditioning_first
 from modeling.rear import ReAR
 from modeling.sampling.cached_decoding import BUCKET, DecodingState, decode_one_token, on_gpu, prefill
 from modeling.sampling.step_graph import StepGraphs
-from utils.config_checks import check_generator_ranges
+from utils.config_checks import check_ranges
 from utils.errors import NonFiniteError
 from utils.schema import GeneratorConfig
 
@@ -142,7 +142,7 @@ class CodeSampler:
         Raises:
             ValueError: a value outside its range.
         """
-        check_generator_ranges(config)
+        check_ranges(config, "model.generator.")
         guidance_scale = config.guidance_scale or 1.0  # 0 is 1 in the published code
         self.scales.copy_(torch.tensor(guidance_schedule(guidance_scale, config.guidance_scale_pow, self.steps)))
         self.guided = guidance_scale != 1

@@ -13,7 +13,6 @@ from modeling.rear import ReAR
 from modeling.sampling.image_sampler import ImageSampler
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config_checks import check_ranges
-from utils.keys import keys_under
 from utils.precision import matmul_precision
 from utils.schema import Config, SamplingConfig
 
@@ -65,7 +64,8 @@ def generate_images(
     given = {key: value for key, value in settings.items() if value is not None}
     generator = replace(model.config.generator, **given)
     config = Config(model=replace(model.config, generator=generator), sampling=SamplingConfig(seed=seed, order=order))
-    check_ranges(config, keys_under(["model.generator", "sampling"]))
+    check_ranges(config.model.generator, "model.generator.")
+    check_ranges(config.sampling, "sampling.")
     if sampler is None:
         sampler = ImageSampler(model, tokenizer, config, min(batch_size, len(labels)))
     if sampler.model is not model:

@@ -25,26 +25,32 @@ def region_mask(name: str, share: float, rows: int, columns: int) -> np.ndarray:
 
 
 def inpaint(
-    codes: Tensor, mask: Tensor, sampler: CodeSampler, config: Config, on_step: Callable[[], object] = lambda: None
+    codes: Tensor,
+    mask: Tensor,
+    sampler: CodeSampler,
+    config: Config,
+    num_completions: int,
+    class_label: int | None,
+    on_step: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """`completion.num_completions` completions (n, K, N) of codes (n, N), both on the CPU.
+    """Completions (n, K, N), K = num_completions, of codes (n, N), both on the CPU.
 
     Args:
         mask: (N,) bool, true where a code is given.
         sampler: is configured for this.
+        class_label: of all; None: the null class, without guidance.
         on_step: called for each position of each batch.
 
     Raises:
         ValueError: given codes that a model in raster order cannot be conditioned on.
     """
-    (n, length), sampling, completion = codes.shape, config.sampling, config.completion
-    generator, label = config.model.generator, completion.class_label
-    if label is None:
-        label = sampler.model.null_class
+    (n, length), sampling, generator = codes.shape, config.sampling, config.model.generator
+    if class_label is None:
+        class_label = sampler.model.null_class
         generator = replace(generator, guidance_scale=1.0)  # guidance would compare the null class with itself
     sampler.configure(generator)
 
-    images, num_completions = list(range(n)), completion.num_completions
+    images = list(range(n))
     seeds = range(sampling.seed, sampling.seed + num_completions)
     uniforms = torch.stack([image_uniforms(seed, images, length) for seed in seeds], dim=1)  # (n, K, N)
     orders = None
@@ -60,7 +66,7 @@ def inpaint(
         padded[: len(rows)] = rows
         image, k = padded // num_completions, padded % num_completions
         sampled = sampler(
-            torch.full((batch_size,), label),
+            torch.full((batch_size,), class_label),
             uniforms[image, k],
             on_step=on_step,
             orders=None if orders is None else orders[image, k],

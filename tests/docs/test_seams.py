@@ -57,6 +57,7 @@ import numpy as np
 from modeling.tokenizers.registry import build_tokenizer
 from scripts import inspect_codes, pretokenize, reconstruct, sample_imagenet_rear, train_rear
 from tests.conftest import make_noise_images
+from tests.script_config import script_config
 from utils.config import load_config
 from utils.files.weights import save_weights
 
@@ -76,7 +77,7 @@ def test_the_scripts_take_the_tokenizer(tiny_arguments, tmp_path):
     ]
 
     def run(script, name, *more):
-        script.main(load_config([*arguments, f"experiment.output_dir={tmp_path / name}", *more]))
+        script.main(script_config(script, [*arguments, f"experiment.output_dir={tmp_path / name}", *more]))
 
     config = load_config([*arguments, "experiment.output_dir=unused"])
     save_weights(build_tokenizer(config.model.vq_model).state_dict(), tmp_path / "colours.safetensors")

@@ -11,7 +11,7 @@ from tests.faults.runs import launch_environment
 ROOT = Path(__file__).parents[2]
 WRONG = {
     "unknown key": ("training: {sed: 1}", "unknown key 'training.sed'; did you mean 'training.seed'"),
-    "wrong type": ("training: {seed: abc}", "training.seed=abc: expected a whole number"),
+    "wrong type": ("training: {seed: abc}", "training.seed=abc: expected int"),
     "missing": ("training: {seed: 1}", "experiment.output_dir: missing value"),
     "duplicate": ("training: {seed: 1}\ntraining: {seed: 2}", "line 2: found duplicate key training"),
     "inconsistent": (
@@ -44,6 +44,7 @@ def test_row_24_exit_status_2_in_one_line_without_torch(tmp_path: Path, kind: st
     imported = {
         line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time")
     }
-    assert "omegaconf" in imported
+    assert "msgspec" in imported
+    assert "omegaconf" not in imported  # slow, and only for values that refer to others
     assert "torch" not in imported
     assert not (tmp_path / "run").exists()

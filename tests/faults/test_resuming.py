@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.faults.runs import Run, assert_equal_runs
 from utils.config import load_config
-from utils.config_checks import ConfigError, accumulation_steps, check_training
+from utils.config_checks import accumulation_steps, check_training
 from utils.errors import InputError
+from utils.keys import ConfigError
 from utils.run.checkpoint import Resumable, load_optimizers
 from utils.run.manifest import MANIFEST_FILE, read_manifest
 from utils.run.resume import find_start

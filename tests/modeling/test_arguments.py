@@ -13,9 +13,9 @@ from modeling.sampling.image_sampler import ImageDecoder, exact_samples, indices
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from tests.modeling.tokenizers.test_conformance import SIZES
 from utils.config import load_config
-from utils.config_checks import ConfigError
 from utils.errors import NonFiniteError
 from utils.images import to_uint8
+from utils.keys import ConfigError
 from utils.randomness import image_uniforms
 from utils.schema import ModelConfig
 
@@ -238,7 +238,7 @@ def test_pixels_and_features_that_are_not_finite(tokenizer: MaskGitVQ) -> None:
     with pytest.raises(NonFiniteError, match="pixels of a batch are not finite"):
         to_uint8(tokenizer.decode(codes))
     tokenizer.encoder.conv_out.bias[0] = torch.inf
-    with pytest.raises(NonFiniteError, match="the tokenizer's features are not finite"):
+    with pytest.raises(NonFiniteError, match="the tokenizer's latents are not finite"):
         tokenizer.encode(torch.rand(2, 3, 32, 32))
 
 

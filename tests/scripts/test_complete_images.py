@@ -13,6 +13,7 @@ from modeling.rear import ReAR
 from modeling.sampling.generate import generate
 from modeling.sampling.inpainting import region_mask
 from scripts import complete_images
+from tests.script_config import script_config
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.weights import save_weights
@@ -45,7 +46,7 @@ def arguments(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactor
 
 
 def run(arguments: list[str], output_dir: Path, *more: str) -> dict[str, np.ndarray]:
-    complete_images.main(load_config([*arguments, f"experiment.output_dir={output_dir}", *more]))
+    complete_images.main(script_config(complete_images, [*arguments, f"experiment.output_dir={output_dir}", *more]))
     with np.load(output_dir / "completions.npz") as file, np.load(output_dir / "inputs.npz") as inputs:
         return {"inputs": inputs["arr_0"], "images": file["arr_0"], "which": file["arr_1"], "kept": file["kept"]}
 
@@ -55,7 +56,7 @@ def run(arguments: list[str], output_dir: Path, *more: str) -> dict[str, np.ndar
 def test_files(arguments: list[str], tmp_path: Path, batch_size: int, label: int | None) -> None:
     more = [f"completion.class_label={'null' if label is None else label}", f"sampling.per_gpu_batch_size={batch_size}"]
     arrays = run(arguments, tmp_path / "out", *more)
-    config = load_config([*arguments, "experiment.output_dir=unused", *more])
+    config = script_config(complete_images, [*arguments, "experiment.output_dir=unused", *more])
     assert arrays["kept"].tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
     assert arrays["which"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert arrays["inputs"].shape == (5, 16, 16, 3)
@@ -86,9 +87,12 @@ def test_any_part_stays_with_models_of_any_order(
 ) -> None:
     seen = []
     original = complete_images.complete
-    monkeypatch.setattr(
-        complete_images, "complete", lambda *given: seen.append((given[0], original(*given))) or seen[0][1]
-    )
+
+    def complete(codes: torch.Tensor, *given: object, **more: object) -> torch.Tensor:
+        seen.append((codes, original(codes, *given, **more)))
+        return seen[0][1]
+
+    monkeypatch.setattr(complete_images, "complete", complete)
     if keep == "picture":
         Image.fromarray(np.kron(np.eye(4), np.full((9, 9), 255)).astype(np.uint8)).save(tmp_path / "mask.png")
         keep = str(tmp_path / "mask.png")

@@ -17,8 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from evaluation.inception import Inception
-from evaluation.metrics import frechet_distance
-from evaluation.metrics import Moments, ScoreSums
+from evaluation.metrics import Moments, ScoreSums, frechet_distance
 from evaluation.precision_recall import precision_recall
 from modeling.losses import LossTerms, rear_loss
 from modeling.rear import ReAR
