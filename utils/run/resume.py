@@ -8,7 +8,7 @@ from utils.config import flat
 from utils.errors import InputError
 from utils.files.hub import SCHEME
 from utils.files.weights import load_state_dict, read_record
-from utils.keys import MAY_CHANGE, SILENT
+from utils.keys import MAY_CHANGE, SILENT, keys_of
 from utils.run.checkpoint import (
     EMA,
     MODEL,
