@@ -97,7 +97,7 @@ def launch(config: Config) -> Iterator[Launch]:
                 global_batch_size=training.per_gpu_batch_size * micro_steps * ctx.size,
                 code_hash=facts["code"],
                 lock_owner=ctx.broadcast_from_rank0(os.getpid),
-                notes=start.notices + ignored_launcher_settings(),
+                notes=[*start.notices, *ignored_launcher_settings()],
             )
 
 
