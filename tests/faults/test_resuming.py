@@ -203,6 +203,11 @@ def test_final_weights_are_of_no_use_to_their_own_run(oracle: Run, tmp_path: Pat
     assert elsewhere.back_up == tuple(run.folder / name for name in ("checkpoint-8", "checkpoint-12", own.name))
 
 
+def test_resume_false_does_not_overwrite_a_run(oracle: Run) -> None:
+    with pytest.raises(InputError, match=r"experiment\.resume=false: .* already holds checkpoint-12"):
+        find_start(oracle.folder, "false")
+
+
 def test_a_typo_in_resume_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"experiment.resume=ture: no such path; expected auto, true, false"):
         find_start(tmp_path, "ture")
