@@ -45,7 +45,7 @@ def generate_images(
             `ImageSampler(model, tokenizer, Config(model=model.config), batch_size)`.
 
     Returns:
-        (n, H, W, 3) uint8; codes (n, N) uint16 if the tokenizer has no images.
+        (n, H, W, 3) uint8; tokens (n, N) uint16 if the tokenizer has no images.
 
     Raises:
         ValueError: no labels, or an argument outside its range.
@@ -73,5 +73,5 @@ def generate_images(
     sampler.configure(config)
     batches = torch.arange(len(labels)).split(sampler.batch_size)
     steps = len(batches) * model.image_seq_len
-    with matmul_precision(tf32=True), tqdm(desc="sampling", total=steps, unit="code", delay=1) as progress:
+    with matmul_precision(tf32=True), tqdm(desc="sampling", total=steps, unit="token", delay=1) as progress:
         return np.concatenate([sampler(rows.tolist(), labels[rows], progress.update) for rows in batches])

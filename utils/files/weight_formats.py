@@ -39,6 +39,8 @@ def read_contents(path: Path) -> Any:
         with path.open("rb") as file, warnings.catch_warnings():  # given a path, torch.load looks at the suffix
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # the unpickler raises errors of many types where bytes are damaged
         problem = f"refused: damaged, cut off or not written by torch.save; {EXPECTED}"
         if found := re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error)):
