@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from utils.config_checks import check_agreement, check_fields, check_ranges, source_value
+from utils.config_checks import check_agreement, check_combinations, check_ranges, source_value
 from utils.errors import first_line, input_errors_exit
 from utils.files.atomic import write_text
 from utils.keys import MISSING, ConfigError, Key, did_you_mean, format_keys, is_under, keys_of, select
@@ -71,7 +71,7 @@ def load_config_as(config_class: type[C], argv: Sequence[str], reads: Sequence[s
     missing = [name for name in keys if attrgetter(name)(config) == MISSING]
     if missing:
         raise ConfigError(f"{missing[0]}: missing value; give it in the YAML file or as {missing[0]}=...")
-    check_fields(config)
+    check_combinations(config)
     check_agreement(config, [*keys.values()] if reads is None else select(keys, reads))
     check_ranges(config)  # of derived values
     if config.model.generator.guidance_scale == 0:

@@ -325,7 +325,7 @@ def test_a_run_cannot_stop_after_its_end() -> None:
 
 def test_sharded_blocks_are_not_compiled() -> None:
     check_training(load_config([OUT, "training.fsdp=true"]))
-    with pytest.raises(ConfigError, match=r"training.compile=on: expected auto or off, as training.fsdp=true"):
+    with pytest.raises(ConfigError, match=r"training\.compile=on: .*training\.fsdp=true"):
         check_training(load_config([OUT, "training.fsdp=true", "training.compile=on"]))
 
 
