@@ -105,7 +105,7 @@ def read_config(folder: Path) -> Config:
         raise InputError(f"{folder}: found no {CONFIG_FILE}, expected a folder of save_pretrained or export_model.py")
     with naming(path):
         # Values that follow from others are not compared: what matters of them, the weights tell.
-        return load_config([f"config={path}", "experiment.output_dir=unused"], reads=[])
+        return load_config([f"config={path}", "experiment.output_dir=unused"], reads={})
 
 
 @contextmanager
