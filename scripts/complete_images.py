@@ -22,19 +22,16 @@ if __name__ == "__main__":
 
 from utils.config import load_config_or_exit
 from utils.keys import NonNegativeInt, PositiveInt, key, section
-from utils.schema import CENTER_CROP_KEYS, GENERATOR_KEYS, Config
+from utils.schema import Config
 
-READS = (
-    "experiment.output_dir",
-    *GENERATOR_KEYS,
-    *CENTER_CROP_KEYS,
-    "sampling.seed",
-    "sampling.order",
-    "sampling.uint8_rule",
-    "sampling.per_gpu_batch_size",
-    "sampling.compile",
-    "completion",
-)
+READS = {
+    "experiment": "output_dir tokenizer_checkpoint generator_checkpoint allow_other_tokenizer",
+    "model": "all",
+    "dataset.preprocessing": "crop_size resize_shorter_edge background exif_orientation",
+    "training": "enable_tf32",
+    "sampling": "seed order uint8_rule per_gpu_batch_size compile",
+    "completion": "all",
+}
 
 
 @dataclass

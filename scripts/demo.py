@@ -20,22 +20,17 @@ from msgspec import Meta
 
 from utils.config import load_config_or_exit
 from utils.keys import PositiveInt, key, section
-from utils.schema import CENTER_CROP_KEYS, CLASS_NAME_KEYS, GENERATOR_KEYS, Config
+from utils.schema import Config
 
-READS = (
-    *GENERATOR_KEYS,
-    *CLASS_NAME_KEYS,
-    "dataset.params.eval_shards_path_or_url",
-    "dataset.params.on_bad_sample",
-    "dataset.params.max_bad_fraction",
-    *CENTER_CROP_KEYS,
-    "sampling.seed",
-    "sampling.order",
-    "sampling.uint8_rule",
-    "sampling.compile",
-    "sampling.mixed_precision",
-    "demo",
-)
+READS = {
+    "experiment": "tokenizer_checkpoint generator_checkpoint allow_other_tokenizer",
+    "model": "all",
+    "dataset.params": "all but eval_pretokenization num_workers_per_gpu verify_hashes",
+    "dataset.preprocessing": "crop_size resize_shorter_edge background exif_orientation",
+    "training": "enable_tf32",
+    "sampling": "seed order uint8_rule compile mixed_precision",
+    "demo": "all",
+}
 
 
 @dataclass

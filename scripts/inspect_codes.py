@@ -22,19 +22,15 @@ from utils.config import load_config_or_exit
 from utils.keys import NonNegativeInt, PositiveInt, key, section
 from utils.schema import Config
 
-READS = (
-    "experiment.output_dir",
-    "experiment.tokenizer_checkpoint",
-    "model.vq_model",
-    "model.generator.image_seq_len",
-    "model.generator.condition_num_classes",
-    "dataset.params.pretokenization",
-    "dataset.params.on_bad_sample",
-    "dataset.params.max_bad_fraction",
-    "training.seed",
-    "sampling.uint8_rule",
-    "inspection",
-)
+READS = {
+    "experiment": "output_dir tokenizer_checkpoint",
+    "model.vq_model": "all",
+    "model.generator": "image_seq_len condition_num_classes",
+    "dataset.params": "pretokenization on_bad_sample max_bad_fraction",
+    "training": "seed",
+    "sampling": "uint8_rule",
+    "inspection": "all",
+}
 
 
 @dataclass

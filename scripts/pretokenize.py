@@ -21,23 +21,16 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 from utils.config import load_config_or_exit
-from utils.schema import CENTER_CROP_KEYS, Config
+from utils.schema import Config
 
-READS = (
-    "experiment.tokenizer_checkpoint",
-    "model.vq_model",
-    "model.generator.condition_num_classes",
-    "dataset.params.pretokenization",
-    "dataset.params.train_shards_path_or_url",
-    "dataset.params.num_workers_per_gpu",
-    "dataset.params.on_bad_sample",
-    "dataset.params.max_bad_fraction",
-    *CENTER_CROP_KEYS,
-    "dataset.preprocessing.pretokenize_crops",
-    "training.per_gpu_batch_size",
-    "training.enable_tf32",
-    "training.seed",
-)
+READS = {
+    "experiment": "tokenizer_checkpoint",
+    "model.vq_model": "all",
+    "model.generator": "condition_num_classes",
+    "dataset.params": "pretokenization train_shards_path_or_url num_workers_per_gpu on_bad_sample max_bad_fraction",
+    "dataset.preprocessing": "all but random_crop random_flip",
+    "training": "per_gpu_batch_size enable_tf32 seed",
+}
 
 if __name__ == "__main__":  # a wrong config ends here, before the slow imports
     CONFIG = load_config_or_exit(Config, __doc__, READS)

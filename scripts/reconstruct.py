@@ -20,24 +20,16 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 from utils.config import load_config_or_exit
-from utils.schema import CENTER_CROP_KEYS, CLASS_NAME_KEYS, Config
+from utils.schema import Config
 
-READS = (
-    "experiment.output_dir",
-    "experiment.tokenizer_checkpoint",
-    "model.vq_model",
-    "dataset.params.eval_shards_path_or_url",
-    "dataset.params.num_workers_per_gpu",
-    "dataset.params.on_bad_sample",
-    "dataset.params.max_bad_fraction",
-    *CLASS_NAME_KEYS,
-    *CENTER_CROP_KEYS,
-    "training.enable_tf32",
-    "sampling.num_fid_samples",
-    "sampling.per_gpu_batch_size",
-    "sampling.seed",
-    "sampling.uint8_rule",
-)
+READS = {
+    "experiment": "output_dir tokenizer_checkpoint",
+    "model.vq_model": "all",
+    "dataset.params": "all but eval_pretokenization verify_hashes",
+    "dataset.preprocessing": "crop_size resize_shorter_edge background exif_orientation",
+    "training": "enable_tf32",
+    "sampling": "num_fid_samples per_gpu_batch_size seed uint8_rule",
+}
 
 if __name__ == "__main__":  # a wrong config ends here, before the slow imports
     CONFIG = load_config_or_exit(Config, __doc__, READS)

@@ -22,9 +22,15 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 from utils.config import load_config_or_exit
-from utils.schema import CLASS_NAME_KEYS, GENERATOR_KEYS, Config
+from utils.schema import Config
 
-READS = ("experiment.output_dir", *GENERATOR_KEYS, *CLASS_NAME_KEYS, "sampling")
+READS = {
+    "experiment": "output_dir tokenizer_checkpoint generator_checkpoint allow_other_tokenizer",
+    "model": "all",
+    "dataset.params": "train_shards_path_or_url pretokenization",  # for names of classes
+    "training": "enable_tf32",
+    "sampling": "all",
+}
 
 if __name__ == "__main__":  # a wrong config ends here, before the slow imports
     CONFIG = load_config_or_exit(Config, __doc__, READS)

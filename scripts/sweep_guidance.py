@@ -24,10 +24,16 @@ if __name__ == "__main__":
 
 from utils.config import load_config_or_exit
 from utils.keys import NonEmpty, NonNegativeFloat, key, section
-from utils.schema import CLASS_NAME_KEYS, GENERATOR_KEYS, Config, GuidanceScale, Temperature
+from utils.schema import Config, GuidanceScale, Temperature
 
-READS = ("experiment.output_dir", *GENERATOR_KEYS, *CLASS_NAME_KEYS, "sampling", "sweep")
-IGNORES = ("sampling.save_png",)
+READS = {
+    "experiment": "output_dir tokenizer_checkpoint generator_checkpoint allow_other_tokenizer",
+    "model": "all",
+    "dataset.params": "train_shards_path_or_url pretokenization",  # for names of classes
+    "training": "enable_tf32",
+    "sampling": "all but save_png",
+    "sweep": "all",
+}
 
 
 @dataclass
@@ -50,7 +56,7 @@ class SweepGuidanceConfig(Config):
 
 
 if __name__ == "__main__":  # a wrong config ends here, before the slow imports
-    CONFIG = load_config_or_exit(SweepGuidanceConfig, __doc__, READS, ignores=IGNORES)
+    CONFIG = load_config_or_exit(SweepGuidanceConfig, __doc__, READS)
 
 from dataclasses import replace
 from itertools import product

@@ -23,22 +23,19 @@ from utils.config import load_config_or_exit
 from utils.config_checks import check_training
 from utils.schema import Config
 
-READS = (
-    "experiment",
-    "model",
-    "dataset",
-    "optimizer",
-    "lr_scheduler",
-    "training",
-    "sampling.seed",
-    "sampling.order",
-    "sampling.uint8_rule",
-    "sampling.per_gpu_batch_size",
-)
-IGNORES = ("experiment.generator_checkpoint", "dataset.preprocessing.pretokenize_crops")
+READS = {
+    "experiment": "all but generator_checkpoint",
+    "model": "all",
+    "dataset.params": "all",
+    "dataset.preprocessing": "all but pretokenize_crops",
+    "optimizer": "all",
+    "lr_scheduler": "all",
+    "training": "all",
+    "sampling": "seed order uint8_rule per_gpu_batch_size",
+}
 
 if __name__ == "__main__":  # a wrong config ends here, before the slow imports
-    CONFIG = load_config_or_exit(Config, __doc__, READS, ignores=IGNORES, check=check_training)
+    CONFIG = load_config_or_exit(Config, __doc__, READS, check=check_training)
 
 import torch
 

@@ -24,34 +24,18 @@ from utils.config import load_config_or_exit
 from utils.keys import NonNegativeFloat, PositiveInt, key, section
 from utils.schema import Config
 
-READS = (
-    "experiment",
-    "model.vq_model",
-    "dataset",
-    "optimizer",
-    "lr_scheduler",
-    "training",
-    "sampling.uint8_rule",
-    "vq_training",
-)
-IGNORES = (
-    "experiment.max_train_examples",
-    "experiment.generate_every",
-    "experiment.eval_every",
-    "experiment.eval_samples",
-    "experiment.save_weights_every",
-    "experiment.init_from",
-    "experiment.tokenizer_checkpoint",
-    "experiment.generator_checkpoint",
-    "dataset.params.pretokenization",
-    "dataset.params.eval_pretokenization",
-    "dataset.params.verify_hashes",
-    "dataset.preprocessing.pretokenize_crops",
-    "training.use_ema",
-    "training.ema_decay",
-    "training.fsdp",
-    "training.compile",
-)
+READS = {
+    "experiment": "all but max_train_examples generate_every eval_every eval_samples save_weights_every init_from "
+    "tokenizer_checkpoint generator_checkpoint",
+    "model.vq_model": "all",
+    "dataset.params": "all but pretokenization eval_pretokenization verify_hashes",
+    "dataset.preprocessing": "all but pretokenize_crops",
+    "optimizer": "all",
+    "lr_scheduler": "all",
+    "training": "all but use_ema ema_decay fsdp compile",
+    "sampling": "uint8_rule",
+    "vq_training": "all",
+}
 
 
 @dataclass
@@ -71,7 +55,7 @@ class TrainTokenizerConfig(Config):
 
 
 if __name__ == "__main__":  # a wrong config ends here, before the slow imports
-    CONFIG = load_config_or_exit(TrainTokenizerConfig, __doc__, READS, ignores=IGNORES)
+    CONFIG = load_config_or_exit(TrainTokenizerConfig, __doc__, READS)
 
 import json
 from contextlib import nullcontext

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from utils.config_checks import check_agreement, check_fields, check_ranges, source_value
+from utils.config_checks import check_agreement, check_combinations, check_ranges, source_value
 from utils.errors import first_line, input_errors_exit
 from utils.files.atomic import write_text
-from utils.keys import MISSING, ConfigError, Key, did_you_mean, format_keys, is_under, keys_of, select
+from utils.keys import MISSING, ConfigError, Key, did_you_mean, format_keys, is_in, keys_of, select
 from utils.schema import Config
 
 C = TypeVar("C", bound=Config)
@@ -43,17 +43,17 @@ IGNORED_KEYS |= {f"model.vq_model.{name}" for name in IGNORED_VQ_KEYS}
 Given = dict[str, tuple[str, Any]]  # by key: source, and None, a text or a list of texts
 
 
-def load_config(argv: Sequence[str], reads: Sequence[str] | None = None) -> Config:
+def load_config(argv: Sequence[str], reads: dict[str, str] | None = None) -> Config:
     """`load_config_as` for the config without the sections of single scripts."""
     return load_config_as(Config, argv, reads)
 
 
-def load_config_as(config_class: type[C], argv: Sequence[str], reads: Sequence[str] | None = None) -> C:
+def load_config_as(config_class: type[C], argv: Sequence[str], reads: dict[str, str] | None = None) -> C:
     """Build the config of a command line such as `["config=configs/rear_b.yaml", "training.seed=1"]`.
 
     Args:
         config_class: `Config`, or a script's own with one more section.
-        reads: keys and sections that are read: only among these must derived values agree. None: all.
+        reads: keys that are read, as for `select`: only these must agree with what they are derived from. None: all.
 
     Raises:
         ConfigError: a missing file, a key that is unknown, duplicate or missing, a value of the wrong type or out of
@@ -71,7 +71,7 @@ def load_config_as(config_class: type[C], argv: Sequence[str], reads: Sequence[s
     missing = [name for name in keys if attrgetter(name)(config) == MISSING]
     if missing:
         raise ConfigError(f"{missing[0]}: missing value; give it in the YAML file or as {missing[0]}=...")
-    check_fields(config)
+    check_combinations(config)
     check_agreement(config, [*keys.values()] if reads is None else select(keys, reads))
     check_ranges(config)  # of derived values
     if config.model.generator.guidance_scale == 0:
@@ -80,36 +80,32 @@ def load_config_as(config_class: type[C], argv: Sequence[str], reads: Sequence[s
 
 
 def load_config_or_exit(
-    config_class: type[C],
-    doc: str,
-    reads: Sequence[str],
-    ignores: Sequence[str] = (),
-    check: Callable[[C], None] | None = None,
+    config_class: type[C], doc: str, reads: dict[str, str], check: Callable[[C], None] | None = None
 ) -> C:
     """`load_config_as` of a script's command line; an error becomes one line and exit status 2.
 
     Args:
         doc: what --help prints first: the script's docstring.
-        reads: keys and sections that the script reads, for --help. Other keys on the command line are reported.
-        ignores: keys of these sections that it does not read.
+        reads: keys that the script reads, as for `select`: --help explains them, and others on the command line are
+            reported.
         check: a further check.
     """
     argv = sys.argv[1:]
     with input_errors_exit():
-        read_keys = select(keys_of(config_class), reads, without=ignores)
+        read_keys = select(keys_of(config_class), reads)
         if {"-h", "--help"} & {*argv}:
             print(f"{doc}\nKeys that it reads, as key=value; config=FILE.yaml gives many at once:\n")
             print(format_keys(read_keys))
             raise SystemExit(0)
         try:
-            config = load_config_as(config_class, argv, [key.name for key in read_keys])
+            config = load_config_as(config_class, argv, reads)
             if check is not None:
                 check(config)
         except ConfigError as error:
             print(f"config error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
-        names = [argument.partition("=")[0] for argument in argv]
-        unread = [name for name in names if not is_under(name, ["config", *reads]) or is_under(name, ignores)]
+        read_names = {"config", *(key.name for key in read_keys)}
+        unread = [name for name, _, _ in (argument.partition("=") for argument in argv) if name not in read_names]
         if unread:
             _notice(f"{Path(sys.argv[0]).name} does not read {', '.join(unread)}")
     return config
@@ -212,12 +208,12 @@ def _is_key(name: str, value: Any, source: str, keys: dict[str, Key]) -> bool:
     if {name, name.rsplit(".", 1)[-1]} & IGNORED_KEYS:
         _notice(f"{source}: {name} has no effect and is ignored")
         return False
-    if any(is_under(known, [name]) for known in keys):
+    if any(is_in(known, name) for known in keys):
         if value not in ({}, None):
             raise ConfigError(f"{source}: {name} is a section of keys, found {value!r}")
         return False
-    first = name.partition(".")[0]
-    if first in SCRIPT_SECTIONS and not select(keys, [first]):
+    sections = {known.partition(".")[0] for known in keys}
+    if name.partition(".")[0] in SCRIPT_SECTIONS.keys() - sections:
         return False
     leaves = {known.rsplit(".", 1)[-1]: known for known in keys}
     near = (
@@ -274,8 +270,8 @@ def main() -> None:
         print("\nMore keys, explained by the --help of a script:")
         print("\n".join(f"{section}  {script}" for section, script in SCRIPT_SECTIONS.items()))
         return
-    sections = {name.partition(".")[0] for name in keys}
-    print(to_yaml(load_config_or_exit(Config, str(__doc__), [*sections, *SCRIPT_SECTIONS])), end="")
+    sections = {name.partition(".")[0]: "all" for name in keys}
+    print(to_yaml(load_config_or_exit(Config, str(__doc__), sections)), end="")
     of_scripts: dict[str, dict[str, Any]] = {}
     for _, name, value in given_values(argv, keys):
         section, _, leaf = name.partition(".")

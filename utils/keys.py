@@ -181,14 +181,25 @@ def _keys_of(section_class: Any, prefix: str) -> Iterator[Key]:
             yield Key(name=name, section=section_class, hint=hint, default=default, **one.metadata)
 
 
-def select(keys: dict[str, Key], names: Sequence[str], without: Sequence[str] = ()) -> list[Key]:
-    """The keys of these names and sections."""
-    return [key for name, key in keys.items() if is_under(name, names) and not is_under(name, without)]
+def select(keys: dict[str, Key], reads: dict[str, str]) -> list[Key]:
+    """Keys by section.
+
+    Args:
+        reads: by section: "all", "all but NAME NAME" or "NAME NAME".
+    """
+    selected = []
+    for section, words in reads.items():
+        kind, *names = words.split()
+        if kind == "all":
+            without = {f"{section}.{name}" for name in names[1:]}
+            selected += [key for name, key in keys.items() if is_in(name, section) and name not in without]
+        else:
+            selected += [keys[f"{section}.{name}"] for name in words.split()]
+    return selected
 
 
-def is_under(name: str, names: Sequence[str]) -> bool:
-    """Whether a key or section is one of these names, or in a section of them."""
-    return any(f"{name}.".startswith(f"{one}.") for one in names)
+def is_in(name: str, section: str) -> bool:
+    return name.startswith(f"{section}.")
 
 
 def format_keys(keys: Sequence[Key]) -> str:

@@ -321,20 +321,3 @@ class Config:
     lr_scheduler: LRSchedulerConfig = section(LRSchedulerConfig)
     training: TrainingConfig = section(TrainingConfig)
     sampling: SamplingConfig = section(SamplingConfig)
-
-
-# Keys that several scripts read for one purpose, for their READS.
-GENERATOR_KEYS = (
-    "experiment.tokenizer_checkpoint",
-    "experiment.generator_checkpoint",
-    "experiment.allow_other_tokenizer",
-    "model",
-    "training.enable_tf32",
-)
-CLASS_NAME_KEYS = ("dataset.params.train_shards_path_or_url", "dataset.params.pretokenization")
-CENTER_CROP_KEYS = (
-    "dataset.preprocessing.resize_shorter_edge",
-    "dataset.preprocessing.crop_size",
-    "dataset.preprocessing.background",
-    "dataset.preprocessing.exif_orientation",
-)

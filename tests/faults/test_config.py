@@ -16,7 +16,7 @@ WRONG = {
     "duplicate": ("training: {seed: 1}\ntraining: {seed: 2}", "line 2: found duplicate key training"),
     "inconsistent": (
         "experiment: {eval_samples: 8, eval_every: 5}",
-        "experiment.eval_samples=8: expected images to compare with in dataset.params.eval_shards_path_or_url",
+        "experiment.eval_samples=8: expected images in dataset.params.eval_shards_path_or_url",
     ),
     "batch": (
         "training: {global_batch_size: 100, per_gpu_batch_size: 8}",

@@ -159,7 +159,7 @@ def test_fine_tuning_begins_with_trained_weights_and_continues_by_itself(
     parts = run(tiny_arguments, tmp_path / "parts", *more, *steps)
     assert [row["train/loss"] for row in whole] == [row["train/loss"] for row in parts]
     assert whole[0]["train/loss"] < run(tiny_arguments, tmp_path / "scratch", *steps)[0]["train/loss"]
-    with pytest.raises(InputError, match=r"init_from=x: expected no path in experiment\.resume"):
+    with pytest.raises(InputError, match=r"init_from=x: .*experiment\.resume"):
         config_of(tiny_arguments, tmp_path / "x", "experiment.init_from=x", "experiment.resume=y")
 
 

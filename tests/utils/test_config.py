@@ -237,7 +237,7 @@ def test_sizes_follow_and_must_agree_where_they_are_read() -> None:
         with pytest.raises(ConfigError) as error:
             load_config([*arguments, wrong])
         assert str(error.value) == f"{wrong}: {message}"
-        assert load_config([*arguments, wrong], reads=["optimizer", "experiment"])
+        assert load_config([*arguments, wrong], reads={"optimizer": "all", "experiment": "output_dir"})
 
 
 def test_values_that_refer_to_others(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_defaults_from_python_are_those_of_an_empty_file() -> None:
 
 
 def test_what_may_change_in_a_run_is_annotated() -> None:
-    model = [key.name.rsplit(".", 1)[-1] for key in select(KEYS, ["model"]) if key.has(MAY_CHANGE)]
+    model = [key.name.rsplit(".", 1)[-1] for key in select(KEYS, {"model": "all"}) if key.has(MAY_CHANGE)]
     assert {"guidance_scale", "dropout", "use_checkpoint"} <= set(model)
     assert not {"hidden_size", "z_dim", "codebook_size", "transition_alignment"} & set(model)
     assert KEYS["experiment.output_dir"].has(SILENT)
@@ -325,7 +325,7 @@ def test_a_run_cannot_stop_after_its_end() -> None:
 
 def test_sharded_blocks_are_not_compiled() -> None:
     check_training(load_config([OUT, "training.fsdp=true"]))
-    with pytest.raises(ConfigError, match=r"training.compile=on: expected auto or off, as training.fsdp=true"):
+    with pytest.raises(ConfigError, match=r"training\.compile=on: .*training\.fsdp=true"):
         check_training(load_config([OUT, "training.fsdp=true", "training.compile=on"]))
 
 
@@ -364,7 +364,7 @@ def test_the_resolved_config_is_printed_with_the_sections_of_scripts(tmp_path: P
 def test_help_and_overrides_without_effect(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["script.py", "training.seed=1", "--help"])
     with pytest.raises(SystemExit) as end:
-        load_config_or_exit(Config, "What it does.", ["sampling"], ignores=["sampling.seed"])
+        load_config_or_exit(Config, "What it does.", {"sampling": "all but seed"})
     assert end.value.code == 0
     printed = capsys.readouterr().out
     assert printed.startswith("What it does.\n")
@@ -373,10 +373,10 @@ def test_help_and_overrides_without_effect(capsys: pytest.CaptureFixture, monkey
     assert "training." not in printed
     arguments = [OUT, "training.seed=1", "sampling.seed=1", "sampling.order=raster", "demo.port=1"]
     monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
-    load_config_or_exit(Config, "", ["experiment", "sampling"], ignores=["sampling.seed"])
+    load_config_or_exit(Config, "", {"experiment": "output_dir", "sampling": "all but seed"})
     assert capsys.readouterr().err == "script.py does not read training.seed, sampling.seed, demo.port\n"
     monkeypatch.setenv("RANK", "1")
-    load_config_or_exit(Config, "", ["experiment", "sampling"], ignores=["sampling.seed"])
+    load_config_or_exit(Config, "", {"experiment": "output_dir", "sampling": "all but seed"})
     assert capsys.readouterr().err == ""
 
 
