@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from utils.config_checks import check_agreement, check_combinations, check_ranges, source_value
+from utils.config_checks import check_agreement, check_combinations, check_ranges, codes_per_image
 from utils.errors import first_line, input_errors_exit
 from utils.files.atomic import write_text
 from utils.keys import MISSING, ConfigError, Key, did_you_mean, format_keys, is_in, keys_of, select
-from utils.schema import Config
+from utils.schema import GRID, Config
 
 C = TypeVar("C", bound=Config)
 
@@ -40,7 +42,8 @@ IGNORED_VQ_KEYS = {"commitment_cost", "entropy_loss_weight", "entropy_loss_tempe
 IGNORED_VQ_KEYS |= {"num_channels", "num_resolutions", "sample_with_conv"}
 IGNORED_KEYS |= {f"model.vq_model.{name}" for name in IGNORED_VQ_KEYS}
 
-Given = dict[str, tuple[str, Any]]  # by key: source, and None, a text or a list of texts
+OmegaConf.register_resolver("codes_per_image", codes_per_image, replace=True)
+GRID_INTERPOLATION = "${codes_per_image:${model.vq_model.resolution},${model.vq_model.channel_mult}}"
 
 
 def load_config(argv: Sequence[str], reads: dict[str, str] | None = None) -> Config:
@@ -60,14 +63,24 @@ def load_config_as(config_class: type[C], argv: Sequence[str], reads: dict[str, 
             its range, or values that contradict each other.
     """
     keys, config = keys_of(config_class), config_class()
-    given = {}
+    tree = OmegaConf.create(asdict(config))
+    for key in keys.values():
+        if key.source:
+            OmegaConf.update(tree, key.name, GRID_INTERPOLATION if key.source == GRID else f"${{{key.source}}}")
+    sources = {}
     for source, name, value in given_values(argv, keys):
         if _is_key(name, value, source, keys):
-            given[name] = (source, value)
-    interpolated = {name: pair for name, pair in given.items() if "${" in str(pair[1])}
-    _set_values(config, {name: pair for name, pair in given.items() if name not in interpolated}, given)
-    if interpolated:
-        _set_values(config, _interpolate(config, interpolated), given)
+            sources[name] = f"{source}: "
+            is_interpolation = "${" in str(value)
+            OmegaConf.update(tree, name, value if is_interpolation else _read(keys[name], value, sources))
+    try:
+        resolved = dict(flat(OmegaConf.to_container(tree, resolve=True)))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
+    for name, key in keys.items():
+        section, _, leaf = name.rpartition(".")
+        value = _read(key, resolved[name], sources) if name in sources else resolved[name]
+        setattr(attrgetter(section)(config), leaf, value)
     missing = [name for name in keys if attrgetter(name)(config) == MISSING]
     if missing:
         raise ConfigError(f"{missing[0]}: missing value; give it in the YAML file or as {missing[0]}=...")
@@ -117,7 +130,7 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
 
 
 def given_values(argv: Sequence[str], keys: dict[str, Key]) -> Iterator[tuple[str, str, Any]]:
@@ -224,37 +237,11 @@ def _is_key(name: str, value: Any, source: str, keys: dict[str, Key]) -> bool:
     raise ConfigError(f"{source}: unknown key {name!r}{did_you_mean(near)}")
 
 
-def _set_values(config: Config, values: Given, given: Given) -> None:
-    """Set `values`, and derive those that are not given."""
-    keys = keys_of(type(config))
-    for name, (source, value) in values.items():
-        try:
-            _set(config, name, keys[name].read(value))
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from error
-    for name, key in keys.items():
-        if key.source and name not in given:
-            _set(config, name, source_value(key, config))
-
-
-def _set(config: Config, name: str, value: Any) -> None:
-    section, _, leaf = name.rpartition(".")
-    setattr(attrgetter(section)(config), leaf, value)
-
-
-def _interpolate(config: Config, values: Given) -> Given:
-    """With `${section.key}` and the other interpolations of OmegaConf resolved."""
-    from omegaconf import OmegaConf  # slow to import, and rarely needed
-    from omegaconf.errors import OmegaConfBaseException
-
-    tree = OmegaConf.create(asdict(config))
+def _read(key: Key, value: Any, sources: dict[str, str]) -> Any:
     try:
-        for name, (_, value) in values.items():
-            OmegaConf.update(tree, name, value)
-        resolved = dict(flat(OmegaConf.to_container(tree, resolve=True)))
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{', '.join(values)}: {first_line(error)}") from error
-    return {name: (source, resolved[name]) for name, (source, _) in values.items()}
+        return key.read(value)
+    except ConfigError as error:
+        raise ConfigError(f"{sources[key.name]}{error}") from error
 
 
 def _notice(text: str) -> None:

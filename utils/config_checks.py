@@ -1,7 +1,7 @@
 """Checks of a config beyond the types of its values: ranges, derived sizes, keys that do not fit together."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -25,12 +25,9 @@ def check_ranges(section: Any, prefix: str = "") -> None:
             raise ConfigError(f"{prefix}{error}") from error
 
 
-def source_value(key: Key, config: Config) -> Any:
-    """The value of the key or formula that a key is derived from."""
-    if key.equals == GRID:
-        vq_model = config.model.vq_model
-        return (2 * vq_model.resolution // 2 ** len(vq_model.channel_mult)) ** 2
-    return attrgetter(str(key.source))(config)
+def codes_per_image(resolution: int, channel_mult: Sequence[int]) -> int:
+    """The formula GRID."""
+    return (2 * resolution // 2 ** len(channel_mult)) ** 2
 
 
 def check_agreement(config: Config, keys: Iterable[Key]) -> None:
@@ -41,7 +38,11 @@ def check_agreement(config: Config, keys: Iterable[Key]) -> None:
     for key in keys:
         is_free = key.equals == GRID and config.model.vq_model.model_type in OWN_NUMBER_OF_CODES
         if key.equals and not is_free:
-            found, expected = attrgetter(key.name)(config), source_value(key, config)
+            found = attrgetter(key.name)(config)
+            if key.equals == GRID:
+                expected = codes_per_image(config.model.vq_model.resolution, config.model.vq_model.channel_mult)
+            else:
+                expected = attrgetter(key.equals)(config)
             _require(found == expected, f"{key.name}={found}: expected {key.equals}={expected}")
 
 

@@ -44,7 +44,6 @@ def test_row_24_exit_status_2_in_one_line_without_torch(tmp_path: Path, kind: st
     imported = {
         line.rsplit("|", 1)[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time")
     }
-    assert "msgspec" in imported
-    assert "omegaconf" not in imported  # slow, and only for values that refer to others
+    assert "omegaconf" in imported
     assert "torch" not in imported
     assert not (tmp_path / "run").exists()
