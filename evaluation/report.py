@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.features import Extractor
+from evaluation.inputs import Npz
 from utils.errors import InputError
 from utils.files.atomic import write_text
 from utils.files.hashing import file_sha256
 from utils.files.json_file import read_json
-from utils.files.npz import Npz
 from utils.run.run_environment import source_hash
 
 USUAL_DISTANCE = "tf-fp16"  # of precision and recall, as in the original

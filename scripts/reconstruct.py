@@ -41,7 +41,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batch_sampler import permutation_of_pass
-from data.images.image_io import ImageIssue
 from data.images.reading import allowed_bad_fraction
 from data.loading import Batches
 from data.validation_data import open_validation_images
@@ -93,7 +92,6 @@ def reconstruct_all(config: Config) -> None:
         }
         with matmul_precision(config.training.enable_tf32):  # of what `reconstruct` computes as it is read
             write_npz(result, entries)
-    validation.dataset.issues.summary()
     save_grid(output_dir)
     preprocessing, summary = config.dataset.preprocessing, metrics.summary()
     crop = f"ADM centre crop of {preprocessing.crop_size} px, shorter edge {preprocessing.resize_shorter_edge} px"
@@ -140,7 +138,7 @@ class HeldoutImages:
 
     def __iter__(self) -> Iterator[Tensor]:
         for batch in self._batches(self.order):
-            self.dataset.issues.add(batch["index"], batch["issues"])
+            self.dataset.skipped.add(batch["index"], batch["skipped"])
             yield batch["image"]
 
     def _batches(self, order: np.ndarray) -> Batches:
@@ -152,8 +150,8 @@ class HeldoutImages:
         """(n,) bool."""
         found = []
         for batch in self._batches(order):
-            self.dataset.issues.add(batch["index"], batch["issues"])
-            found.append((batch["issues"] & ImageIssue.UNREADABLE > 0).numpy())
+            self.dataset.skipped.add(batch["index"], batch["skipped"])
+            found.append(batch["skipped"].numpy())
         return np.concatenate(found)
 
 

@@ -128,7 +128,6 @@ def main(config: Config) -> str:
                     del whole  # sharded, it takes as much memory as all shards
                 run.reporter.draw_curves()
 
-        batches.tell_notes()
         if run.finish():
             run.export("ema" if ema else "model")
     return run.status

@@ -43,7 +43,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data.batch_sampler import permutation_of_pass
-from data.images.image_io import ImageDecoding, ImageIssue
+from data.images.image_io import ImageDecoding
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import training_transform
 from data.loading import Batches, on_device
@@ -135,7 +135,6 @@ def main(config: Config) -> str:
                     run.reporter.draw_curves()
             if run.triggers.save:
                 run.save()
-        batches.tell_notes()
         run.finish()
     return run.status
 
@@ -271,9 +270,9 @@ def evaluate(
     columns = min(GRID_COLUMNS, len(heldout_set))
     shown: list[np.ndarray] = []
     for batch in Batches(heldout_set, [order[i : i + columns] for i in range(0, len(order), columns)], num_workers=0):
-        heldout_set.issues.add(batch["index"], batch["issues"])
+        heldout_set.skipped.add(batch["index"], batch["skipped"])
         batch = on_device(batch, device)
-        images, is_good = batch["image"], batch["issues"] & ImageIssue.UNREADABLE == 0
+        images, is_good = batch["image"], ~batch["skipped"]
         codes = tokenizer.encode(images)
         reconstructions = tokenizer.decode(codes)
         metrics.update(images[is_good], reconstructions[is_good], codes[is_good])

@@ -38,7 +38,7 @@ def read_upload(path: Path, preprocessing: PreprocessingConfig) -> np.ndarray:
             (width, height), frames = image.size, getattr(image, "n_frames", 1)
             if image.format == "MPO":  # a photo and its previews
                 frames = 1
-        one = decoding.decode(encoded)[0] if frames == 1 and width * height <= MAX_PIXELS else None
+        one = decoding.decode(encoded) if frames == 1 and width * height <= MAX_PIXELS else None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{path.name}: {error}") from error
     except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
