@@ -237,20 +237,15 @@ class TrainingBatches:
         if num_uniforms is not None:
             samples = GeneratorBatches(dataset, config, num_uniforms, num_order_uniforms)
         self._batches = Batches(samples, batch_sampler, params.num_workers_per_gpu, on_gpu, stop_requested)
-        self.issues = dataset.issues if isinstance(dataset, ImageDataset) else None
+        self.skipped = dataset.skipped if isinstance(dataset, ImageDataset) else None
 
     def __next__(self) -> dict[str, Tensor]:
         batch = next(self._batches)
-        if self.issues is not None:
-            self.issues.add(batch["index"], batch.pop("issues"))
+        if self.skipped is not None:
+            self.skipped.add(batch["index"], batch.pop("skipped"))
         return on_device(batch, self.device)
 
     @property
     def num_skipped(self) -> int:
         """Uses of images that could not be decoded, by this rank since its start."""
-        return self.issues.num_skipped if self.issues is not None else 0
-
-    def tell_notes(self) -> None:
-        """How many images this process had to leave out or to change."""
-        if self.issues is not None:
-            self.issues.summary()
+        return self.skipped.count if self.skipped is not None else 0

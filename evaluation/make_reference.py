@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data.images.image_io import COLOURS, ImageDecoding, ImageIssue
+from data.images.image_io import COLOURS, ImageDecoding
 from data.images.image_source import ImageSource
 from data.images.reading import CroppedImages, ImageDataset, evenly_spaced, open_images
 from data.images.transforms import training_transform
@@ -61,8 +61,8 @@ class NpzSource(ImageSource):
     def _read(self, index: int) -> bytes:
         return self.images.read(index, index + 1).tobytes()
 
-    def load(self, index: int) -> tuple[Image.Image, ImageIssue]:
-        return Image.fromarray(self.images.read(index, index + 1)[0]), ImageIssue(0)
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images.read(index, index + 1)[0])
 
     @property
     def fingerprint(self) -> str:
@@ -70,11 +70,7 @@ class NpzSource(ImageSource):
 
 
 def open_source(source: str, output: Path, verify: bool, decoding: ImageDecoding) -> ImageSource:
-    """Open the images, and check before hours of work that the result can be written.
-
-    Raises:
-        InputError: no images, damaged or too few ones, or no folder for the output.
-    """
+    """The images of the command line. Raises InputError before hours of work, also if the output has no folder."""
     if not output.parent.is_dir():
         raise InputError(f"{output}: no folder {output.parent}")
     if source.endswith(".npz"):
@@ -165,7 +161,6 @@ def main() -> None:
                 device=device,
                 batch_size=args.batch_size,
             )
-            dataset.issues.summary()
             ctx.print_on_rank0(f"statistics of {len(dataset)} images, {count} of them in {args.output}")
 
 

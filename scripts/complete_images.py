@@ -242,10 +242,7 @@ def read_inputs(config: CompleteImagesConfig) -> np.ndarray:
     dataset = ImageDataset(source, transform, seed=0)
     images = []
     for index in tqdm(range(min(len(source), config.completion.num_images)), "inputs", unit="image"):
-        item = dataset[index]
-        dataset.issues.add_image(index, item["issues"])
-        images.append(item["image"].numpy())
-    dataset.issues.summary()
+        images.append(dataset[index]["image"].numpy())
     return np.stack(images)
 
 

@@ -198,7 +198,7 @@ def read_upload(path: Path, preprocessing: PreprocessingConfig) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             fits = image.width * image.height <= MAX_PIXELS  # known before any pixel is decoded
-        picture = ImageDecoding.of(preprocessing).decode(encoded)[0] if fits else None
+        picture = ImageDecoding.of(preprocessing).decode(encoded) if fits else None
     except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
         raise InputError(f"{path.name}: found no picture that can be read, expected {', '.join(FORMATS)}") from error
     if picture is None:

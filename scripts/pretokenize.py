@@ -46,7 +46,7 @@ from data.codes.conversion import store_to_jsonl
 from data.codes.store_files import MAX_CODEBOOK_SIZE, StoreMeta
 from data.codes.token_store import TokenStore
 from data.codes.token_writer import new_token_store
-from data.images.image_io import ImageDecoding, ImageIssue
+from data.images.image_io import ImageDecoding
 from data.images.image_source import ImageSource
 from data.images.notices import check_unreadable
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
@@ -112,7 +112,6 @@ def pretokenize(
                 dataset=config.dataset,
                 ctx=ctx,
             )
-        images.issues.summary()
     if not ctx.is_rank0:
         return
     if not store_path.is_dir():
@@ -216,9 +215,9 @@ def encode(
             rows = []  # per batch: (b * K, N + 1)
             for _ in range(0, len(chunk), batch_size):
                 batch = next(batches)
-                images.issues.add(batch["index"], batch["issues"])
+                images.skipped.add(batch["index"], batch["skipped"])
                 crops = cut_crops(batch["image"].to(ctx.device), dataset.preprocessing)  # (b, K, H, W, 3)
-                is_bad = (batch["issues"] & ImageIssue.UNREADABLE > 0).repeat_interleave(crops.shape[1])[:, None]
+                is_bad = batch["skipped"].repeat_interleave(crops.shape[1])[:, None]
                 codes = tokenizer.encode(to_float(crops.flatten(0, 1))).cpu()  # (b * K, N)
                 rows.append(torch.cat([codes, is_bad], dim=1).numpy().astype(np.uint16))
             if launcher.requested():

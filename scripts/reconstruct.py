@@ -44,7 +44,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batch_sampler import permutation_of_pass
-from data.images.image_io import ImageIssue
 from data.images.reading import allowed_bad_fraction
 from data.loading import Batches
 from data.validation_data import open_validation_images
@@ -87,7 +86,6 @@ def reconstruct_all(config: Config) -> None:
     with matmul_precision(config.training.enable_tf32):
         batches = reconstruct(tokenizer, validation, metrics, config.sampling.uint8_rule)
         write_images(reconstructions, batches, validation, tokenizer.resolution)
-    validation.dataset.issues.summary()
     save_grid(reference, reconstructions, output_dir / "reconstructions.png")
     preprocessing = config.dataset.preprocessing
     crop = f"ADM centre crop of {preprocessing.crop_size} px, shorter edge {preprocessing.resize_shorter_edge} px"
@@ -147,7 +145,7 @@ class ValidationImages:
 
     def __iter__(self) -> Iterator[Tensor]:
         for batch in self._batches(self.order):
-            self.dataset.issues.add(batch["index"], batch["issues"])
+            self.dataset.skipped.add(batch["index"], batch["skipped"])
             yield batch["image"]
 
     def _batches(self, order: np.ndarray) -> Batches:
@@ -159,8 +157,8 @@ class ValidationImages:
         """(n,) bool."""
         found = []
         for batch in self._batches(order):
-            self.dataset.issues.add(batch["index"], batch["issues"])
-            found.append((batch["issues"] & ImageIssue.UNREADABLE > 0).numpy())
+            self.dataset.skipped.add(batch["index"], batch["skipped"])
+            found.append(batch["skipped"].numpy())
         return np.concatenate(found)
 
 

@@ -66,7 +66,7 @@ import numpy as np
 
 from data.training_batches import asked_classes
 from evaluation.features import Extractor
-from evaluation.inputs import open_input
+from evaluation.inputs import Npz, open_input
 from evaluation.report import TITLES
 from evaluation.sample_distance import HALVES, SplitReference, find_extractor
 from modeling.loading import load_generator, load_tokenizer
@@ -77,7 +77,6 @@ from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, NonFiniteError, input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.json_file import read_json
-from utils.files.npz import Npz
 from utils.files.provenance import is_made, write_record
 from utils.precision import matmul_precision
 from utils.run.curves import draw_curve, panel_grid, save_figure

@@ -162,7 +162,6 @@ def main(config: Config) -> str:
                         draw_samples(evaluated, tokenizer, config, run)
                     run.draw_curves()
 
-            batches.tell_notes()
             if run.finish():
                 run.export("ema" if ema else "model")
     return run.status

@@ -67,7 +67,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data.batch_sampler import permutation_of_pass
-from data.images.image_io import ImageDecoding, ImageIssue
+from data.images.image_io import ImageDecoding
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import training_transform
 from data.loading import Batches, on_device
@@ -180,7 +180,6 @@ def main(config: TrainTokenizerConfig) -> str:
                         run.draw_curves()
                 if run.triggers.save:
                     run.save()
-            batches.tell_notes()
             run.finish()
     return run.status
 
@@ -319,9 +318,9 @@ def evaluate(
     for batch in Batches(
         validation_set, [order[i : i + columns] for i in range(0, len(order), columns)], num_workers=0
     ):
-        validation_set.issues.add(batch["index"], batch["issues"])
+        validation_set.skipped.add(batch["index"], batch["skipped"])
         batch = on_device(batch, device)
-        images, is_good = batch["image"], batch["issues"] & ImageIssue.UNREADABLE == 0
+        images, is_good = batch["image"], ~batch["skipped"]
         codes = tokenizer.encode(images)
         reconstructions = tokenizer.decode(codes)
         metrics.update(images[is_good], reconstructions[is_good], codes[is_good])
