@@ -156,8 +156,8 @@ def main(config: TrainTokenizerConfig) -> str:
                 terms["train/loss"].backward()
                 average_gradients(tokenizer, ctx)
                 grad_norm = torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), training.max_grad_norm)
-                may_update = run.update_is_finite([terms["train/loss"].detach(), grad_norm])
-                if may_update:
+                is_finite = run.update_is_finite([terms["train/loss"].detach(), grad_norm])
+                if is_finite:
                     optimizer.step()
                     run.add_metrics([{name: value.detach() for name, value in terms.items()}], grad_norm)
                 optimizer.zero_grad(set_to_none=True)
@@ -165,7 +165,7 @@ def main(config: TrainTokenizerConfig) -> str:
                     discriminator_optimizer.zero_grad(set_to_none=True)  # removes gradients of the generator's loss
                     terms["train/discriminator"].backward()
                     average_gradients(discriminator, ctx)
-                    if may_update:
+                    if is_finite:
                         discriminator_optimizer.step()
                 usage.count(codes, ctx)
                 run.end_step()
