@@ -13,11 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.codes.token_store import open_tokens
 from evaluation import validator
-<<<<<<< ours
 from modeling.loading import load_generator
-=======
-from modeling.rear import load_generator
->>>>>>> theirs
 from scripts import train_rear
 from tests.faults.runs import Run
 from tests.processes import run_script
