@@ -200,9 +200,9 @@ def check_equal(model: ReAR, tokenizer: Tokenizer, batch: dict[str, Tensor], con
     Raises:
         InputError: loss or gradients differ from the published ones, in float32 and without dropout.
     """
-    inputs = (model, tokenizer, batch, MAX_RATIO, at_precision(config, "no"))
-    loss, gradients = loss_and_gradients(model, partial(our_loss, *inputs))
-    expected_loss, expected = loss_and_gradients(model, partial(published, *inputs))
+    exact = at_precision(config, "no")
+    loss, gradients = loss_and_gradients(model, lambda: our_loss(model, tokenizer, batch, MAX_RATIO, exact))
+    expected_loss, expected = loss_and_gradients(model, lambda: published(model, tokenizer, batch, MAX_RATIO, exact))
     if not abs(loss - expected_loss) <= MAX_LOSS_DIFFERENCE * abs(expected_loss):
         raise InputError(f"loss: found {loss:.8g}, expected {expected_loss:.8g} of the published network")
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
