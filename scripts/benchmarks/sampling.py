@@ -134,7 +134,8 @@ def measure(
     orders = image_orders(range(batch), config.image_seq_len, SamplingConfig(order="random"))
     in_orders = partial(default_sampler(model, config, arguments.compile), labels, uniforms, orders=orders)
     in_orders()
-    functions: dict[str, Callable[[], object]] = {
+    ours = partial(sampler, labels, uniforms)
+    functions: dict[str, Callable[[], object]] = {"ours": ours, "random_orders": in_orders}
         "ours": partial(sampler, labels, uniforms),
         "random_orders": in_orders,
     }
