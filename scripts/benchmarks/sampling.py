@@ -136,9 +136,6 @@ def measure(
     in_orders()
     ours = partial(sampler, labels, uniforms)
     functions: dict[str, Callable[[], object]] = {"ours": ours, "random_orders": in_orders}
-        "ours": partial(sampler, labels, uniforms),
-        "random_orders": in_orders,
-    }
     labels, uniforms = labels.to(device()), uniforms.to(device())
     functions |= {name: partial(baseline, model, labels, uniforms, config) for name, baseline in BASELINES.items()}
     # Warm-up of the baselines; without a cache a run is so long that its warm-up is one of its repeats.
