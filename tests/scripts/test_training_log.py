@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.codes.token_store import open_tokens
-from evaluation import validation
+from evaluation import validator
 from modeling.rear import load_generator
 from scripts import train_rear
 from tests.faults.runs import Run
@@ -219,7 +219,7 @@ def test_pauses_are_no_steps(
         (train_rear, "save_sample_grid"): "experiment.generate_every=2",
         (saver, "take_snapshot"): "experiment.save_every=3",
         (training_run, "save_weights"): "experiment.save_weights_every=4",
-        (validation, "validation_losses"): "experiment.eval_every=5",
+        (validator, "validation_losses"): "experiment.eval_every=5",
     }
     for module, name in slow:
         original = getattr(module, name)
