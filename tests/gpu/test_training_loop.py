@@ -37,7 +37,8 @@ class Pinning(DataLoader):
         self.pins = pin_memory
 
     def __iter__(self) -> Any:
-        return (message.pin_memory() if self.pins else message for message in super().__iter__())
+        for batch in super().__iter__():
+            yield {name: values.pin_memory() for name, values in batch.items()} if self.pins else batch
 
 
 class Copies(TorchDispatchMode):
@@ -109,7 +110,7 @@ def test_batches_are_pinned_and_nothing_waits_for_their_copies(to_gpu: Any, form
     ("place", "name", "found", "fault"),
     [
         (loading, "on_device", "non_blocking=True", "non_blocking=False"),
-        (loading._Message, "pin_memory", "values.pin_memory()", "values"),
+        (loading.Batches, "__init__", "pin_memory=pin_memory", "pin_memory=False"),
         (TrainingBatches, "__init__", "on_gpu, stop_requested", "False, stop_requested"),
     ],
 )
