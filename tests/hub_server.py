@@ -117,7 +117,7 @@ class Answers(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def _chunks(self) -> bytes:
-        """A body that tells no length beforehand."""
+        """A body without a Content-Length."""
         parts = []
         if self.headers.get("Transfer-Encoding") == "chunked":
             while size := int(self.rfile.readline(), 16):

@@ -1,4 +1,4 @@
-"""Scripts as processes of their own that start in a moment: forked from a server that has the imports done already.
+"""Scripts as separate processes that start fast: forked from a server that has already imported the slow packages.
 
 What runs is the script itself, as `__main__`, with an environment, output and exit status of its own. Launchers and
 the start from nothing are tested where they matter: tests/scripts/test_help.py, test_published_commands.py,
@@ -73,7 +73,7 @@ def run_script(command: list[str], folder: Path, processes: int = 1, **environme
 
 
 def rank_environments(processes: int) -> list[dict[str, str]]:
-    """What torchrun tells each of them."""
+    """The environment variables that torchrun sets."""
     common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
@@ -115,7 +115,7 @@ def _be_script(command: list[str], output: str, environment: dict[str, str]) -> 
 
 
 def kill_started() -> None:
-    """End what a failed test has left: a process that hangs would keep pytest from ending."""
+    """End processes that a failed test has left: one that hangs would keep pytest from ending."""
     while STARTED:
         process = STARTED.pop()
         process.kill()

@@ -1,4 +1,4 @@
-"""The order of the samples: a function of (seed, step), whatever the processes."""
+"""The order of the samples: a function of (seed, step), for any number of processes."""
 
 import itertools
 
@@ -35,7 +35,7 @@ def test_order_does_not_depend_on_processes(num_samples: int, per_gpu: int, accu
 
 
 @pytest.mark.parametrize("first", [1, 7, 19, 20])
-def test_resume_goes_on_where_it_stopped(first: int) -> None:
+def test_resume_continues_where_the_run_stopped(first: int) -> None:
     assert global_batches(50, 4, 2, 3, first, 20) == global_batches(50, 4, 2, 3, 0, 20)[first:]
 
 

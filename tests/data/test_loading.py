@@ -60,7 +60,7 @@ def no_worker_is_left() -> object:
 def test_batches_come_in_order(workers: int) -> None:
     handler = signal.getsignal(signal.SIGCHLD)
     assert [batch["index"].tolist() for batch in Batches(Numbers(), ITEMS, workers)] == ITEMS
-    assert signal.getsignal(signal.SIGCHLD) is handler  # torch's would raise in the middle of anything
+    assert signal.getsignal(signal.SIGCHLD) is handler  # torch's handler could raise at any point
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_workers_follow_from_the_data_and_the_cpus(
     assert default_workers(TokenStore.workers) == codes
 
 
-def test_without_a_number_the_data_set_tells_it() -> None:
+def test_without_a_number_the_data_set_gives_it() -> None:
     before, numbers = set(multiprocessing.active_children()), Numbers()
     numbers.workers = 1
     batches = Batches(numbers, ITEMS, None)

@@ -13,7 +13,7 @@ from utils.schema import GeneratorConfig
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(("world_size", "micro_steps"), [(1, 1), (1, 2), (3, 2)])
-def test_a_sample_has_the_random_numbers_of_its_place_in_the_global_batch(
+def test_a_sample_has_the_random_numbers_of_its_slot_in_the_global_batch(
     tiny_arguments: list[str], workers: int, world_size: int, micro_steps: int
 ) -> None:
     """Also after a start at step 5, before which the global batch was another one."""
@@ -35,7 +35,7 @@ def test_a_sample_has_the_random_numbers_of_its_place_in_the_global_batch(
             [int(permutation_of_pass(len(store), 9, i // len(store))[i % len(store)]) for i in samples]
         )
         labels = torch.from_numpy(store.class_ids[index].astype(int))
-        places = labels.argsort(stable=True)  # of the same class side by side, so that a rank has few of them
+        places = labels.argsort(stable=True)  # sorted by class, so that a rank has few classes
         labels = torch.where(drops[:, 0] < 0.5, 5, labels)
         assert torch.equal(torch.cat([batch["index"] for batch in batches_of_step]), index[places])
         assert torch.equal(torch.cat([batch["perturbation_uniforms"] for batch in batches_of_step]), uniforms[places])

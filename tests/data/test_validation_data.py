@@ -1,4 +1,4 @@
-"""Held-out data: the forms it comes in, and what does not fit."""
+"""Validation data: codes and images, and what is refused."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""Every command of the documentation could be typed: its files, config keys, options and variables exist.
+"""Files, config keys, options and variables of every documented command exist.
 
-Run they are in tests/scripts: the quick start by test_quickstart.py, the way from one's own images by
-test_make_config.py, training, sampling and scoring by test_published_commands.py.
+tests/scripts runs them: the quick start in test_quickstart.py, your own images in test_make_config.py, training,
+sampling and scoring in test_published_commands.py.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from utils.config import load_config
 from utils.config_checks import accumulation_steps
 
 COMMANDS = sorted({command for page in PAGES for command in commands(page)})
-# Of the commands: make_config.py, export_model.py.
+# By commands: make_config.py, export_model.py.
 WRITTEN_BY_OTHERS = re.compile(r"outputs/\w+/((rear|tokenizer)\.yaml|config\.json)")
 BROUGHT = {"LOC_synset_mapping.txt"}
 OF_OTHER_PROGRAMS = ("pip ", "pre-commit ", "ruff ", "source ", "python -m venv", "python -m pytest", "export ")

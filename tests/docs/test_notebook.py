@@ -1,4 +1,4 @@
-"""The notebook of docs/examples runs from top to bottom, on a tiny run in the place of the quick start's."""
+"""The notebook of docs/examples runs from top to bottom, on a tiny run instead of the quick start's."""
 
 import math
 import re
@@ -23,7 +23,7 @@ NOTEBOOK = ROOT / "docs/examples/first_look.ipynb"
 
 @pytest.fixture
 def quickstart(tiny_config_file: Path, tmp_path: Path) -> Path:
-    """What the notebook needs of one: a run, and held-out images."""
+    """The part of a quick start that the notebook needs: a run and validation images."""
     config = load_config([f"config={tiny_config_file}", f"experiment.output_dir={tmp_path / 'rear'}"])
     (tmp_path / "rear").mkdir()
     save_config(config, tmp_path / "rear/config.yaml")

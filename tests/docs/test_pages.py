@@ -1,4 +1,4 @@
-"""What the pages say about the repository is so: files, keys, links, folders; and nothing is said twice."""
+"""Files, keys, links and folders that the pages name exist, and no sentence appears twice."""
 
 import dataclasses
 import os
@@ -12,7 +12,7 @@ from tests.docs.pages import PAGES, ROOT, page_name, prose
 from utils.config import load_config
 from utils.schema import Config
 
-MADE_ELSEWHERE = ("outputs/", "train_generated_images/", "ckpt/", "dataset/")  # by runs, or brought
+MADE_ELSEWHERE = ("outputs/", "train_generated_images/", "ckpt/", "dataset/")  # by runs, or downloaded
 PACKAGES = ("modeling", "data", "evaluation", "scripts", "utils")
 
 
@@ -92,9 +92,9 @@ def test_a_page_begins_with_a_command(page: Path) -> None:
     assert "```bash" in lines[:6]
 
 
-def test_no_sentence_stands_in_two_places() -> None:
+def test_no_sentence_appears_twice() -> None:
     sentences = Counter()
-    for page in [page for page in PAGES if page.parent.name != "benchmarks"]:  # those say the same of each device
+    for page in [page for page in PAGES if page.parent.name != "benchmarks"]:  # which repeat sentences for each device
         text = re.sub(r"^\s*(\||- |#+ )|\|", "\n\n", prose(page), flags=re.MULTILINE)
         for piece in re.split(r"(?<=[.;:])\s|\n\n", text):
             words = re.findall(r"\w+", piece.lower())
@@ -116,7 +116,7 @@ def test_overrides_in_tables_load() -> None:
 def test_the_quick_start_in_the_readme_is_the_one_that_was_kept() -> None:
     report = (ROOT / "docs/results/quickstart/report.txt").read_text()
     readme = (ROOT / "README.md").read_text()
-    rows = re.findall(r"^\| (?:quick start|the same)[^|]*\|([^|]*)\| measured here", readme, re.MULTILINE)
+    rows = re.findall(r"^\| quick start[^|]*\|([^|]*)\| measured here", readme, re.MULTILINE)
     numbers = [number for row in rows for number in re.findall(r"\d+\.\d+", row)]
     assert len(numbers) == 12
     assert [number for number in numbers if number not in report] == []

@@ -1,4 +1,4 @@
-"""The lists of CONTRIBUTING.md, which files a change of some kind touches, are true.
+"""CONTRIBUTING.md's lists of the files that a change touches are correct.
 
 The examples of docs/extending.md say in their first line where they go. They are added to a copy of the sources, must
 touch the files of their row and no others, and there must work.
@@ -30,7 +30,7 @@ SECTIONS = {
     "reason to stop": "A reason to stop",
     "script": "A new script",
 }
-# What shows in the copy that the examples work, beside their own tests.
+# Tests of the examples in the copy, in addition to their own.
 TOYS_TEST = """
 from matplotlib.axes import Axes
 from pytest import approx

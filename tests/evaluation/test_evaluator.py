@@ -138,7 +138,7 @@ def test_the_same_pair_is_not_computed_again(
 def test_several_samples_share_the_features_of_the_reference(
     files: dict[str, Path], alone: DistributedContext, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    files = {name: Path(shutil.copy(path, tmp_path)) for name, path in files.items()}  # no reports beside them
+    files = {name: Path(shutil.copy(path, tmp_path)) for name, path in files.items()}  # without reports next to them
     collected = []
 
     def collect(images: Images, *arguments: object, **options: object) -> FeatureSums:
@@ -208,7 +208,7 @@ def test_faults_are_one_line_and_no_number(files: dict[str, Path], tmp_path: Pat
 
 
 @pytest.mark.multiprocess
-def test_faults_are_told_once_by_several_processes(files: dict[str, Path], tmp_path: Path) -> None:
+def test_faults_are_reported_once_by_several_processes(files: dict[str, Path], tmp_path: Path) -> None:
     pair = [str(files["reference"]), str(files["samples"])]
     result = run_script([SCRIPT, *pair, "--inception=missing.pth"], tmp_path, processes=2)
     assert result.returncode != 0

@@ -44,7 +44,7 @@ def test_resize_follows_tensorflow_1(inception: Inception, edge: int) -> None:
     np.testing.assert_allclose(inputs[0][0].permute(1, 2, 0).numpy(), (wanted - 128) / 128, atol=2e-6)
 
 
-def test_weights_that_are_not_the_published_ones_are_told(inception: Inception) -> None:
+def test_weights_that_are_not_the_published_ones_are_reported(inception: Inception) -> None:
     assert len(inception.weights_sha256) == 64
     assert "not the published" in inception.caveat
     inception.weights_sha256 = "6726825d" + "0" * 56

@@ -37,7 +37,7 @@ def test_float32_is_lower_than_the_original(
     assert -0.004 < recall - expected["recall"] < -ONE_REFERENCE
 
 
-def test_float32_equals_the_definition_whatever_the_blocks(
+def test_float32_equals_the_definition_for_any_block_size(
     monkeypatch: pytest.MonkeyPatch, alone: DistributedContext
 ) -> None:
     generator = torch.Generator().manual_seed(0)

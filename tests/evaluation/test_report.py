@@ -39,7 +39,7 @@ def test_a_second_reference_leaves_the_first_report(tmp_path: Path) -> None:
         write_report(report_of(b, samples, 5), samples)
 
 
-def test_reports_of_names_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
+def test_reports_of_names_with_a_common_prefix_are_distinguished(tmp_path: Path) -> None:
     reference, samples, other = (tmp_path / name for name in ("reference.npz", "s.npz", "s-seed7.npz"))
     for path in (reference, samples, other):
         path.write_text(str(path))

@@ -73,7 +73,7 @@ def test_a_run_that_was_moved_gets_them_too(files: dict[str, Path], monkeypatch:
 
 
 @pytest.mark.parametrize("problem", ["no run", "no record", "no step", "other file", "other run"])
-def test_no_feature_is_computed_for_a_step_that_is_not_told(files: dict[str, Path], problem: str) -> None:
+def test_no_feature_is_computed_if_the_step_is_not_recorded(files: dict[str, Path], problem: str) -> None:
     run, samples = files["run"], files["samples"]
     told, size = samples.with_suffix(".json"), samples.stat().st_size
     expected = {

@@ -69,7 +69,7 @@ def test_a_loop_over_samples_and_positions_gives_the_same(tiny_arguments: list[s
     assert result.metrics == dict(zip(("val/ar_loss", "val/correct_tokens", "val/ar_loss_noisy"), values, strict=True))
 
 
-def test_training_goes_on_as_if_nothing_had_been_computed(tiny_arguments: list[str]) -> None:
+def test_training_is_unchanged_by_validation(tiny_arguments: list[str]) -> None:
     config, validation = load(tiny_arguments), random_tokens(6)
     model, state = random_model(config), torch.get_rng_state()
     of_training = validation_losses(model, validation, config, ALONE)
@@ -112,7 +112,7 @@ def compute(arguments: list[str], output: Path, ctx: DistributedContext, fsdp: b
     dataset = open_validation_data(config, tokenizer.sha256())
     validation = ValidationTokens.gather(validation_batches(dataset, config, ctx), len(dataset), tokenizer, ctx)
     parallel = parallelize(model, model.blocks, ctx, TrainingConfig(fsdp=fsdp, mixed_precision="no"))
-    for _ in range(2):  # training goes on in between
+    for _ in range(2):  # one training step in between
         losses = validation_losses(parallel, validation, config, ctx)
         parallel(validation.codes[:4], validation.class_labels[:4]).logits.mean().backward()
     arrays = {"codes": validation.codes, "perturbed": validation.perturbed_codes, "labels": validation.class_labels}

@@ -1,4 +1,4 @@
-"""Starting training runs that may die, and comparing what is left of them."""
+"""Start training runs that may die, and compare their results."""
 
 import json
 import os
@@ -20,7 +20,7 @@ NO_DROPOUT = ["model.generator.dropout=0", "model.generator.attn_drop=0"]
 
 
 class Run:
-    """A training run in `folder`; beside it lie the sample ids of every start and the output of the last one."""
+    """A training run in `folder`; next to it are the sample ids of every start and the output of the last one."""
 
     def __init__(self, arguments: list[str], folder: Path) -> None:
         self.arguments = [*arguments, f"experiment.output_dir={folder}"]

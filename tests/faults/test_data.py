@@ -1,6 +1,6 @@
 """Rows 20 to 23 of the fault matrix: training data that is bad, cut, changed or incomplete.
 
-The readers' own tests (tests/data) go through every kind of damage; here the trainer meets them.
+The readers' own tests (tests/data) cover every kind of damage; these run the trainer on some.
 """
 
 import io
@@ -101,7 +101,7 @@ def test_row_22_a_changed_jsonl_is_converted_again_and_is_other_data(
     path.write_bytes(b"".join(lines))
     assert run_on(run, path) == [0]
     before = TokenStore(path.with_suffix(".tokens")).fingerprint
-    os.utime(path, ns=(1, 1))  # another time, as after a copy, is no other data
+    os.utime(path, ns=(1, 1))  # another modification time, as after a copy: the same data
     assert run_on(run, path) == [0]
     path.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))
     assert run_on(run, path) == [1]

@@ -1,4 +1,4 @@
-"""Kinds of trouble from outside: the console, the disk, signals of a terminal, a second launch, the environment."""
+"""Faults of the environment: console, disk, signals of a terminal, a second launch, environment variables."""
 
 import os
 import signal
@@ -35,7 +35,7 @@ def test_a_second_ctrl_c_ends_at_once(run: Run) -> None:
     run.start(REAR_FAULT="step.4:sleep")
     run.wait_for_step(4)
     os.kill(run.processes[0].pid, signal.SIGINT)
-    for _ in range(5):  # a busy machine notices the first late, and one soon after it is taken for torchrun's
+    for _ in range(5):  # on a busy machine the first one arrives late; a second soon after it counts as torchrun's
         time.sleep(1.2)
         if run.processes[0].is_alive():
             os.kill(run.processes[0].pid, signal.SIGINT)
@@ -45,7 +45,7 @@ def test_a_second_ctrl_c_ends_at_once(run: Run) -> None:
     assert run.status().status == "failed"
 
 
-def test_a_second_launch_is_refused_and_the_first_goes_on(run: Run, oracle: Run) -> None:
+def test_a_second_launch_is_refused_and_the_first_continues(run: Run, oracle: Run) -> None:
     run.start(TEST_SLOW="0.2")
     run.wait_for_step(3)
     assert run.status().step >= 1  # while it runs
@@ -125,9 +125,7 @@ def test_without_git_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_
     assert run_environment.describe_environment().startswith("commit unknown\n")
 
 
-def test_status_is_written_where_the_old_one_stands_if_the_disk_is_full(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_status_is_written_in_place_if_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_status(tmp_path, Status("running", 1000, "a long reason"))
 
     def full(*arguments: object) -> None:
@@ -185,7 +183,7 @@ def test_one_process_where_more_were_asked_for_is_said(monkeypatch: pytest.Monke
 
 
 @pytest.mark.multiprocess
-def test_a_hang_shows_where_it_stands(pair: Run) -> None:
+def test_a_hanging_rank_prints_its_stack(pair: Run) -> None:
     pair.start("training.process_group_timeout=4", processes=2, REAR_FAULT="step.6@1:sleep")
     pair.processes[0].join(WAIT_S)
     pair.processes[1].kill()

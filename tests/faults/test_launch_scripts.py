@@ -1,4 +1,4 @@
-"""The launch scripts: what they would run, and the SLURM job that puts itself back into the queue."""
+"""The launch scripts: the commands of a dry run, and the SLURM job that requeues itself."""
 
 import os
 import re
@@ -92,4 +92,4 @@ def test_the_slurm_job_saves_before_its_time_limit_and_requeues_itself(pair: Run
 
     process = job.start(f"training.stop_steps={step + 6}", "training.max_train_steps=3000", "training.seed=x")
     output, _ = process.communicate(timeout=WAIT_S)
-    assert job.calls.read_text().count("requeue") == 1  # a failed start is no reason to go on
+    assert job.calls.read_text().count("requeue") == 1  # a failed start is not requeued

@@ -1,4 +1,4 @@
-"""Runs in other orders than raster: killed and continued, on one process and on two, and at a share of 0."""
+"""Runs in other orders than raster: killed and resumed, on one process and on two, and with no random orders."""
 
 import signal
 from pathlib import Path
@@ -11,7 +11,7 @@ from tests.faults.runs import Run, assert_equal_runs
 ANNEALED = ["model.generator.order=annealed", "model.generator.order_anneal_start=3"]
 
 
-def test_a_share_of_0_gives_the_bits_of_raster_order(oracle: Run, tmp_path: Path) -> None:
+def test_a_random_order_ratio_of_0_gives_the_bits_of_raster_order(oracle: Run, tmp_path: Path) -> None:
     run = Run([*oracle.arguments[:-1], *ANNEALED, "model.generator.order_anneal_end=0"], tmp_path / "run").completed()
     assert_equal_runs(run, oracle)
 

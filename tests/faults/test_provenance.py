@@ -1,4 +1,4 @@
-"""What is read is what was recorded: weights, tokenizers and codes that are stale, damaged or foreign are refused."""
+"""Weights, tokenizers and codes are those of their provenance: stale, damaged or foreign ones are refused."""
 
 import json
 import os
@@ -26,7 +26,7 @@ STEPS = ["training.max_train_steps=12", "experiment.save_every=4"]
 
 @pytest.fixture(scope="module")
 def trained(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that ended at step 4 and went on, and was stopped at step 8: its final weights are of step 4."""
+    """A run that ended at step 4, was resumed and stopped at step 8: its final weights are of step 4."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     train(tiny_arguments, folder, "training.max_train_steps=4", "training.use_ema=true")
     final = (folder / "model.safetensors").read_bytes()

@@ -165,7 +165,7 @@ def test_row_15_nor_in_an_optimizer_file(oracle: Run, tmp_path: Path) -> None:
 
 
 def test_a_path_starts_a_new_run_once_and_then_the_same_command_continues(run: Run, oracle: Run) -> None:
-    """A run forked from another one's checkpoint; what it has written itself then comes first."""
+    """A run started from another run's checkpoint; its own checkpoints then take precedence."""
     command = f"experiment.resume={oracle.folder / 'checkpoint-8'}"
     assert run(command, "training.stop_steps=10") == [0]
     assert "steps 8 to 10" in run.log()
@@ -177,7 +177,7 @@ def test_a_path_starts_a_new_run_once_and_then_the_same_command_continues(run: R
 
 
 def test_a_path_inside_the_run_folder_goes_back(oracle: Run, tmp_path: Path) -> None:
-    """Sampling from the run's folder then takes what it is at now, not what it had come to before."""
+    """Sampling from the run folder then uses the restarted run's weights, not the earlier final weights."""
     run = copy_of(oracle, tmp_path / "run")
     shutil.copy(oracle.folder / "model.safetensors", run.folder)
     command = f"experiment.resume={run.folder / 'checkpoint-8'}"
@@ -227,7 +227,7 @@ def test_the_manifest_says_what_was_trained(oracle: Run) -> None:
 
 @pytest.mark.multiprocess
 def test_row_17_two_then_one_then_two_processes(plain_oracle: Run, tmp_path: Path) -> None:
-    """Ids and rates are equal; sums over other slices round otherwise."""
+    """Ids and learning rates are equal; sums over other slices round differently."""
     run = Run([*plain_oracle.arguments[:-1], "training.global_batch_size=8"], tmp_path / "run")
     run("training.stop_steps=4", "training.per_gpu_batch_size=4", processes=2)
     run("training.stop_steps=8", "training.per_gpu_batch_size=2")
@@ -258,7 +258,7 @@ def test_row_17_another_global_batch_is_an_error_unless_allowed(oracle: Run, tmp
     run.completed("training.per_gpu_batch_size=4", "training.allow_batch_change=true")
     whole = [row for step in range(12) for row in oracle.ids()[step]]
     found = [row for step in range(8, 12) for row in run.ids()[step]]
-    assert sorted(found) == sorted(whole[64:80])  # no sample is left out; in a step they stand by class
+    assert sorted(found) == sorted(whole[64:80])  # no sample is left out; a step sorts them by class
     state = read_manifest(run.folder / "checkpoint-12").state
     assert (state.global_batch_size, state.samples_seen) == (4, 80)
     run.completed("training.per_gpu_batch_size=4", "training.max_train_steps=14")
@@ -311,7 +311,7 @@ def test_a_changed_optimizer_setting_is_what_runs(oracle: Run, tmp_path: Path) -
     assert all(group["betas"][1] == 0.5 for group in saved["param_groups"])
 
 
-def test_an_ema_may_begin_in_the_middle_of_a_run(oracle: Run, tmp_path: Path) -> None:
+def test_an_ema_may_start_in_the_middle_of_a_run(oracle: Run, tmp_path: Path) -> None:
     run = copy_of(oracle, tmp_path / "run")
     run.completed("training.max_train_steps=13", "training.use_ema=true")
     assert "checkpoint-12 has no EMA: it begins with the weights of this step" in run.log()

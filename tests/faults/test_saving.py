@@ -45,7 +45,7 @@ def test_row_1_sigkill_between_steps(run: Run, oracle: Run) -> None:
     assert_equal_runs(run, oracle)
 
 
-def test_row_7_full_disk_is_one_line_and_training_goes_on(run: Run, oracle: Run) -> None:
+def test_row_7_full_disk_is_one_line_and_training_continues(run: Run, oracle: Run) -> None:
     run.completed(REAR_FAULT="save.model.8:enospc")
     lines = [line for line in run.log().splitlines() if "not written" in line]
     assert len(lines) == 1

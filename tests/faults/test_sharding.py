@@ -65,7 +65,7 @@ def test_sharded_training_resumes_and_equals_replicated_training(
     arguments = [*pair_arguments, *NO_DROPOUT, "training.fsdp=true"]
     whole = Run(arguments, tmp_path / "whole").completed(processes=2, TEST_SHARDS="1")
     counts = [re.search(r"(\d+) parameters, (\d+) of them here", whole.output(rank)).groups() for rank in range(2)]
-    assert sum(int(local) for _, local in counts) == int(counts[0][0])  # each parameter lies in one place only
+    assert sum(int(local) for _, local in counts) == int(counts[0][0])  # each parameter is on one rank only
     assert int(counts[1][1]) > 0
     assert_close(whole, plain_oracle)
     parts = Run(arguments, tmp_path / "parts")
@@ -93,10 +93,10 @@ def test_a_run_moves_between_sharded_and_replicated(
 
 
 @ON_CPU
-def test_ema_samples_and_heldout_losses_are_those_of_replicated_training(
+def test_ema_samples_and_validation_losses_are_those_of_replicated_training(
     pair_arguments: list[str], tiny_config_file: Path, tmp_path: Path
 ) -> None:
-    """Held-out losses are computed between updates of the EMA, which must not see what they leave behind."""
+    """Validation losses are computed between updates of the EMA and must not affect it."""
     arguments = [
         *(*pair_arguments, *NO_DROPOUT, "training.use_ema=true", "training.ema_decay=0.5"),
         *("training.gradient_accumulation_steps=2", "training.per_gpu_batch_size=2", "experiment.generate_every=6"),
@@ -176,7 +176,7 @@ def train_two_steps(arguments: list[str], output: Path, fsdp: bool, precision: s
                         )
                         loss.backward()
                     losses.append(loss.item())
-            if not fsdp:  # gradients lie where they are exchanged, many in one piece, and nowhere else
+            if not fsdp:  # gradients are views of DDP's buckets, without a second copy
                 assert len({p.grad.untyped_storage().data_ptr() for p in model.parameters()}) <= 2
             optimizer.step()
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Row 25 of the fault matrix: whatever wandb does, training is unaffected and the local metrics are complete."""
+"""Row 25 of the fault matrix: wandb's errors do not affect training and the local metrics are complete."""
 
 import inspect
 import json
@@ -29,7 +29,7 @@ WANDB_ON = ["training.enable_wandb=true", "experiment.group=study", "experiment.
 
 
 class FakeRun:
-    """Takes what the real one takes, and fails where it is told to."""
+    """A wandb run that fails where a test asks for it."""
 
     offline, disabled, url = False, False, "https://wandb.invalid"
 
@@ -210,7 +210,7 @@ def test_a_resumed_run_continues_in_wandb_and_can_be_uploaded(
 
 
 @pytest.mark.parametrize("ends", ["preempted", "failed"])
-def test_wandb_is_told_how_a_run_ended(run: Run, environment: dict[str, str], ends: str) -> None:
+def test_wandb_records_how_a_run_ended(run: Run, environment: dict[str, str], ends: str) -> None:
     run.arguments += WANDB_ON
     offline = {key: environment[key] for key in ("HOME", "WANDB_API_KEY")} | {"WANDB_MODE": "offline"}
     if ends == "failed":

@@ -66,7 +66,7 @@ def test_a_truncated_store_ends_training(run: Run, tiny_config_file: Path, tmp_p
 
 def test_a_stop_signal_acts_while_waiting_for_data(run: Run, images: Path) -> None:
     (images / "dog/5.png").unlink()
-    os.mkfifo(images / "dog/5.png")  # opening it waits for ever, as a file on a dead server does
+    os.mkfifo(images / "dog/5.png")  # opening it blocks forever, like a file on a dead server
     run.start(*on_images(images, 1), "training.per_gpu_batch_size=1", "training.max_train_steps=1000")
     run.wait_for_step(1)
     os.kill(run.processes[0].pid, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""One rank of a training run under observation: records what it consumes, and can be slow or be poisoned.
+"""One rank of a training run under observation: records the samples it consumes, and can be slowed down or get NaN.
 
 Started by `tests.faults.runs` from a server that has the imports done already, or by torchrun as a script. Environment:
 TEST_RECORD: file that gets a line {step, rank, ids, dropout} per micro-batch; TEST_SLOW: seconds per step; TEST_POISON:

@@ -88,7 +88,7 @@ def test_training_from_images(gpu: FakeGpu, model: ReAR, tokenizer: Tokenizer, c
 
 
 def test_the_outputs_of_the_model_under_autocast(gpu: FakeGpu, model: ReAR) -> None:
-    """The residual stream is float32, whatever the products are; so is what the norms compute."""
+    """The residual stream and the norms are float32 for products of any type."""
     streams = []
     for block in model.blocks:
         block.register_forward_hook(lambda block, inputs, output: streams.append(output.dtype))
@@ -205,7 +205,7 @@ def test_means_of_the_log(
         assert means._sums.dtype == F64
 
 
-def test_held_out_losses(gpu: FakeGpu, model: ReAR) -> None:
+def test_validation_losses(gpu: FakeGpu, model: ReAR) -> None:
     with gpu, torch.no_grad(), torch.autocast("cuda", BF16):
         codes = zeros(B, N, dtype=torch.int32)
         with Watch(BF16, F32, F64) as watch:

@@ -1,4 +1,4 @@
-"""What callers from Python may pass, and what ends as an error instead of a wrong image."""
+"""Arguments that callers from Python may pass, and those that are errors instead of wrong images."""
 
 import dataclasses
 from typing import Any
@@ -60,7 +60,7 @@ def test_narrow_integers_are_the_same_numbers(tiny_model: ReAR, tiny_config: Mod
 
 
 def test_the_null_class_has_a_name(tiny_model: ReAR, tiny_config: ModelConfig) -> None:
-    """Guided or not, and beside all classes in one batch."""
+    """With and without guidance, and with all classes in one batch."""
     assert tiny_model.null_class == tiny_model.num_classes == 5
     labels = torch.tensor([0, 1, 2, 3, 4, tiny_model.null_class, 0])
     uniforms = image_uniforms(0, [0] * 7, 16)
@@ -242,7 +242,7 @@ def test_pixels_and_features_that_are_not_finite(tokenizer: MaskGitVQ) -> None:
         tokenizer.encode(torch.rand(2, 3, 32, 32))
 
 
-def test_the_sample_grid_of_training_ends_alike(tiny_model: ReAR) -> None:
+def test_the_sample_grid_of_training_fails_in_the_same_way(tiny_model: ReAR) -> None:
     tokenizer = MaskGitVQ(dataclasses.replace(SIZES["maskgit_vq"], codebook_size=24, resolution=16)).eval()
     tiny_model.lm_head.bias.data[0] = torch.nan
     config = load_config(["experiment.output_dir=unused"])

@@ -151,7 +151,7 @@ def test_at_ratio_0_nothing_is_other_than_in_raster_order(tiny_arguments: list[s
         training_step(model, tokenizer, batch | {"order_uniforms": torch.rand(4, 17)}, 0.5, config, order_ratio=0.0),
     ]
     assert torch.equal(losses[0].loss, losses[1].loss)
-    with pytest.raises(KeyError):  # the numbers for orders are asked for only where they are needed
+    with pytest.raises(KeyError):  # uniforms for orders are drawn only if they are needed
         training_step(model, tokenizer, batch, 0.5, config, order_ratio=0.5)
 
 
@@ -166,7 +166,7 @@ def test_random_orders_are_permutations_of_equal_probability() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.25, 1.0])
-def test_the_announced_share_is_not_in_raster_order(ratio: float) -> None:
+def test_the_logged_ratio_of_samples_is_not_in_raster_order(ratio: float) -> None:
     generator = GeneratorConfig(order="annealed", image_seq_len=16)
     uniforms = torch.rand(2000, num_order_uniforms(generator), generator=torch.manual_seed(0))
     orders = training_orders(uniforms, ratio, generator)
@@ -175,7 +175,7 @@ def test_the_announced_share_is_not_in_raster_order(ratio: float) -> None:
     assert torch.equal(orders[others], random_orders(uniforms[:, 1:])[others])
 
 
-def test_the_share_over_the_run() -> None:
+def test_the_random_order_ratio_over_the_run() -> None:
     rar = GeneratorConfig(order="annealed")  # the published schedule, of 250,000 steps
     shares = [random_order_ratio(step, rar) for step in (0, 125_000, 156_250, 187_500, 250_000)]
     assert shares == [1, 1, 0.5, 0, 0]

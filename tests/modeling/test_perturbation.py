@@ -74,7 +74,7 @@ def test_perturbation_ratio_of_the_paper() -> None:
         assert anneal(step, 0, 187_500) == pytest.approx(max(0, 1 - 4 / 3 * step / 250_000))
     assert anneal(5, 10, 20) == 1
     assert anneal(15, 10, 20) == 0.5
-    assert anneal(0, -1, -1) == 0  # the family's way to switch it off
+    assert anneal(0, -1, -1) == 0  # disables it, as in published configs
 
 
 def test_the_plain_model_is_not_perturbed_at_any_step() -> None:

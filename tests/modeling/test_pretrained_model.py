@@ -1,4 +1,4 @@
-"""Models as folders: the same again after saving and loading, and unchanged by being such."""
+"""Models as folders: equal after saving and loading."""
 
 import copy
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The regularizer by hooks: the numbers of our own training step, and what another code base may get wrong."""
+"""The regularizer by hooks: equal to our own training step; mistakes of other code bases are errors."""
 
 import copy
 import dataclasses
@@ -171,7 +171,7 @@ def test_checkpointing_needs_the_form_that_keeps_gradients(toy: tuple[Toy, Robus
     model.reentrant = True
     with pytest.raises(RuntimeError, match=r"layers\.0 runs without gradients.* use_reentrant=False"):
         model(tokens)
-    with torch.no_grad():  # held-out numbers
+    with torch.no_grad():  # validation
         model(tokens)
         assert not robust.loss(codes).requires_grad
 
@@ -211,7 +211,7 @@ def test_a_copy_of_the_model_reads_into_a_copy(toy: tuple[Toy, RobustEmbedding])
     assert torch.equal(robust.loss(codes), wanted)
 
 
-def test_wrong_arguments_are_told(toy: tuple[Toy, RobustEmbedding]) -> None:
+def test_wrong_arguments_are_errors(toy: tuple[Toy, RobustEmbedding]) -> None:
     model, robust = toy
     codes, tokens = torch.zeros(3, 5, dtype=torch.int64), torch.zeros(3, 7, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="already attached"):

@@ -75,7 +75,7 @@ def test_tables_and_picture(runs: list[Path], tmp_path: Path) -> None:
     assert np.asarray(Image.open(picture).convert("L")).std() > 10
 
 
-def test_runs_lie_over_each_other(runs: list[Path], tmp_path: Path, drawn: list[Axes]) -> None:
+def test_runs_are_overlaid(runs: list[Path], tmp_path: Path, drawn: list[Axes]) -> None:
     compare_runs.main(runs, ["one", "two"], "step", tmp_path / "x.png")
     assert [axes.get_title() for axes in drawn] == ["train/ar_loss", "train/correct_tokens, held-out dashed"]
     lines = [(line.get_label(), line.get_color(), line.get_linestyle()) for line in drawn[1].lines]

@@ -82,7 +82,7 @@ def test_files(arguments: list[str], tmp_path: Path, batch_size: int, label: int
 
 @pytest.mark.parametrize("keep", ["left:0.5", "center:0.5", "border:0.5", "picture"])
 @pytest.mark.parametrize("order", ["raster", "random"])
-def test_any_part_stays_with_models_of_any_order(
+def test_any_region_can_be_kept_with_models_of_any_order(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str, order: str
 ) -> None:
     seen = []
@@ -105,7 +105,7 @@ def test_any_part_stays_with_models_of_any_order(
     assert arrays["images"].shape == (10, 16, 16, 3)
 
 
-def test_annealed_models_are_told_apart(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_annealed_models_are_distinguished(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     warned = []
     for keep in ("top:0.5", "border:0.5"):
         run(arguments, tmp_path / keep, f"completion.keep={keep}", "model.generator.order=annealed")

@@ -34,7 +34,7 @@ LABELS = [i % 5 for i in range(37)]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """With projectors, EMA and held-out losses, of codes whose classes have names."""
+    """A run with projectors, EMA and validation losses, on codes whose classes have names."""
     project = make_tiny_project(tmp_path_factory.mktemp("project"))
     folder = project.parent / "rear"
     held_out = f"dataset.params.eval_pretokenization={project.parent / 'codes.jsonl'}"

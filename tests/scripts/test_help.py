@@ -72,7 +72,7 @@ def test_launchers_start_scripts_from_any_directory(launcher: list[str], name: s
 
 
 def test_contradictions_matter_where_they_are_read(tmp_path: Path) -> None:
-    """The config of a tokenizer's run may be read again, whatever its generator says."""
+    """The config of a tokenizer's run can be read again, although its generator section does not fit."""
     arguments = ["experiment.output_dir=out", "model.vq_model.resolution=64", "model.generator.image_seq_len=256"]
     (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
     results = {

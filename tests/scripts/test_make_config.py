@@ -1,4 +1,4 @@
-"""From a folder of images to configs that fit it, with one class and with many; the whole road on a tiny scale."""
+"""From a folder of images to configs that fit it, with one class and with many; then all commands at tiny sizes."""
 
 from dataclasses import replace
 from pathlib import Path

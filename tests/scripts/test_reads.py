@@ -1,4 +1,4 @@
-"""READS, what a script's --help says that it reads, is what it reads: every script runs with a recording config."""
+"""The keys in a script's READS are those that it reads: every script runs with a recording config."""
 
 import sys
 from importlib import import_module
@@ -90,7 +90,7 @@ def test_reads(script: str, more: str, arguments: list[str], recorded: set[str],
     config = script_config(module, [*arguments, more.format(folder=tmp_path)])
     recorded.clear()  # of what the checks read
     module.main(config)
-    if script == "reconstruct":  # it crops in the centre and never flips, whatever these say
+    if script == "reconstruct":  # it always crops in the centre and never flips
         recorded -= {"dataset.preprocessing.random_crop", "dataset.preprocessing.random_flip"}
     check(script, recorded)
 

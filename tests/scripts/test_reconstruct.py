@@ -75,7 +75,7 @@ def test_first_images_only(tiny_arguments: list[str], images: Path, tmp_path: Pa
         np.testing.assert_array_equal(array, everything[name][:4])
 
 
-def test_classes_take_turns() -> None:
+def test_classes_are_interleaved() -> None:
     class_ids = np.repeat([0, 1, 2], [40, 50, 30]).astype(np.int32)
     shuffled = np.random.default_rng(0).permutation(120)
     order = reconstruct.interleave_classes(shuffled, class_ids)

@@ -254,7 +254,7 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, count: int) -> list[range]:
     return asked
 
 
-def test_a_run_goes_on_where_it_ended(
+def test_a_run_resumes_where_it_ended(
     tiny_arguments: list[str], checkpoint: Path, npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:

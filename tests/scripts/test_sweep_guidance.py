@@ -93,7 +93,7 @@ def test_the_scores_are_those_of_the_samplers_images(arguments: list[str], tmp_p
     assert len({row["choosing_half"] for row in rows.values()}) == 6
 
 
-def test_the_best_by_one_half_is_told_with_its_score_by_the_other(arguments: list[str], whole: Path) -> None:
+def test_the_best_by_one_half_is_reported_with_its_score_on_the_other(arguments: list[str], whole: Path) -> None:
     found = json.loads((whole / "sweep.json").read_text())
     assert found["distance"] == "fid"
     best = min(found["settings"], key=lambda row: row["choosing_half"])
@@ -117,7 +117,7 @@ def test_batch_size_changes_nothing(arguments: list[str], tmp_path: Path) -> Non
         assert row == pytest.approx(same, rel=1e-5)
 
 
-def test_a_killed_sweep_goes_on_with_the_next_setting(
+def test_a_killed_sweep_resumes_at_the_next_setting(
     arguments: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same files, byte by byte."""
@@ -142,7 +142,7 @@ def test_a_killed_sweep_goes_on_with_the_next_setting(
 
 
 def sweep_on_rank(arguments: list[str], dies_at: int | None) -> None:
-    """With the cheap features; killed when it begins the setting of this number."""
+    """With the cheap features; killed when it starts the setting of this number."""
     numbers, original = itertools.count(), sweep_guidance.ImageSampler
 
     def sampler(*given: object) -> object:

@@ -142,9 +142,7 @@ def test_on_the_fly_tokenization_gives_the_codes_of_the_images(tiny_arguments: l
     assert [row["train/loss"] for row in whole] == [row["train/loss"] for row in parts]
 
 
-def test_fine_tuning_begins_with_trained_weights_and_continues_by_itself(
-    tiny_arguments: list[str], tmp_path: Path
-) -> None:
+def test_fine_tuning_starts_from_trained_weights_and_resumes(tiny_arguments: list[str], tmp_path: Path) -> None:
     run(tiny_arguments, tmp_path / "first", "training.max_train_steps=3")
     trained = load_file(tmp_path / "first/model.safetensors")
     more = [f"experiment.init_from={tmp_path / 'first'}", "model.generator.condition_num_classes=7"]
@@ -163,7 +161,7 @@ def test_fine_tuning_begins_with_trained_weights_and_continues_by_itself(
         config_of(tiny_arguments, tmp_path / "x", "experiment.init_from=x", "experiment.resume=y")
 
 
-def test_the_log_tells_epochs_in_images_and_passes(tiny_arguments: list[str], tmp_path: Path) -> None:
+def test_the_log_has_epochs_in_images_and_passes(tiny_arguments: list[str], tmp_path: Path) -> None:
     rows = run(tiny_arguments, tmp_path / "run", "training.max_train_steps=10", "experiment.max_train_examples=5")
     assert tuple(rows[-1][f"train/{name}"] for name in ("epoch", "dataset_passes", "skipped_images")) == (16.0, 1.6, 0)
     log = (tmp_path / "run/log.txt").read_text()

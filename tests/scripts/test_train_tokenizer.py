@@ -95,7 +95,7 @@ def test_another_tokenizer_is_trained(tiny_arguments: list[str], images: Path, t
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(1, 24))
 
 
-def test_training_goes_on_from_given_weights(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+def test_training_starts_from_given_weights(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     first = tmp_path / "first"
     train_tokenizer.main(config_of(tiny_arguments, images, first))
     more = [f"vq_training.init_from={first / 'tokenizer.safetensors'}", "training.max_train_steps=1"]

@@ -1,4 +1,4 @@
-"""What training reports: means of intervals, validation losses, status, weights along the way, lack of memory."""
+"""What training reports: means of intervals, validation losses, status, weights files, lack of memory."""
 
 import json
 import re
@@ -75,7 +75,7 @@ def test_nothing_waits_for_the_device_between_two_lines(monkeypatch: pytest.Monk
             float(norm)
 
 
-def test_heldout_losses_of_codes(tiny_arguments: list[str], tiny_config_file: Path, tmp_path: Path) -> None:
+def test_validation_losses_of_codes(tiny_arguments: list[str], tiny_config_file: Path, tmp_path: Path) -> None:
     codes = tiny_config_file.parent / "codes.jsonl"
     keys = [f"dataset.params.eval_pretokenization={codes}", "experiment.eval_every=4"]
     rows = run(tiny_arguments, tmp_path, *keys, "training.max_train_steps=10", "training.use_ema=true")
@@ -93,15 +93,13 @@ def test_heldout_losses_of_codes(tiny_arguments: list[str], tiny_config_file: Pa
     assert Image.open(tmp_path / "heldout_loss_by_position.png").width > 300
 
 
-def test_held_out_data_without_steps_or_steps_without_data_change_nothing(
-    tiny_arguments: list[str], tmp_path: Path
-) -> None:
+def test_validation_needs_both_steps_and_data(tiny_arguments: list[str], tmp_path: Path) -> None:
     rows = run(tiny_arguments, tmp_path / "a", "experiment.eval_every=1", "training.max_train_steps=2")
     rows += run(tiny_arguments, tmp_path / "b", "dataset.params.eval_pretokenization=absent", "training.stop_steps=2")
     assert not any(name.startswith("val/") for row in rows for name in row)
 
 
-def test_missing_held_out_images_end_the_start(tiny_arguments: list[str], tmp_path: Path) -> None:
+def test_missing_validation_images_end_the_start(tiny_arguments: list[str], tmp_path: Path) -> None:
     missing = ["experiment.eval_every=5", "dataset.params.eval_shards_path_or_url=absent-*.tar"]
     done = run_script(
         ["scripts/train_rear.py", *tiny_arguments, *missing, f"experiment.output_dir={tmp_path}/run"], tmp_path
@@ -113,7 +111,7 @@ def test_missing_held_out_images_end_the_start(tiny_arguments: list[str], tmp_pa
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
-def test_weights_along_the_way(tiny_arguments: list[str], tmp_path: Path) -> None:
+def test_weights_files_during_training(tiny_arguments: list[str], tmp_path: Path) -> None:
     run(tiny_arguments, tmp_path, "experiment.save_weights_every=4", "training.max_train_steps=8")
     assert sorted(path.name for path in (tmp_path / "weights").iterdir()) == [
         "0000004.safetensors",
@@ -122,7 +120,7 @@ def test_weights_along_the_way(tiny_arguments: list[str], tmp_path: Path) -> Non
     assert (tmp_path / "weights/0000008.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
-def test_status_tells_where_a_run_stands(tiny_arguments: list[str], tmp_path: Path) -> None:
+def test_status_reports_the_progress_of_a_run(tiny_arguments: list[str], tmp_path: Path) -> None:
     """At a line of the log, at the end, and with the seconds of the start before."""
     seen = []
     original = reporter.Reporter.log
@@ -216,7 +214,7 @@ def test_a_picture_that_cannot_be_drawn_costs_no_training(
 def test_pauses_are_no_steps(
     tiny_arguments: list[str], tiny_config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Saves, grids, held-out numbers, weights and curves that take a while appear in `perf/pause_s`."""
+    """The time of saves, grids, validation, weights and curves is in `perf/pause_s`."""
     slow = {
         (train_rear, "save_sample_grid"): "experiment.generate_every=2",
         (checkpoint, "take_snapshot"): "experiment.save_every=3",
@@ -234,4 +232,4 @@ def test_pauses_are_no_steps(
     codes = f"dataset.params.eval_pretokenization={tiny_config_file.parent / 'codes.jsonl'}"
     rows = run(tiny_arguments, tmp_path, *slow.values(), codes, "training.max_train_steps=7")
     paused = [row["step"] for row in rows if row["perf/pause_s"] >= 0.5]
-    assert paused == [3, 4, 5, 6, 7]  # after 2: grid; 3: save; 4: weights and grid; 5: held-out; 6: grid and save
+    assert paused == [3, 4, 5, 6, 7]  # after 2: grid; 3: save; 4: weights and grid; 5: validation; 6: grid and save

@@ -1,4 +1,4 @@
-"""Every script with a tokenizer whose codes have no grid: nine of them per image, which could be taken for 3 x 3."""
+"""Every script with a tokenizer whose codes have no grid: nine tokens per image, which could be mistaken for 3 x 3."""
 
 import json
 from pathlib import Path
@@ -70,7 +70,7 @@ def test_from_images_to_scores(arguments: list[str], tmp_path: Path, capsys: pyt
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
     assert {"val/ar_loss", "val/frechet_lite0_2"} <= {name for row in rows for name in row}
     assert len(list((tmp_path / "run/train_generated_images").iterdir())) == 1
-    assert Image.open(tmp_path / "run/heldout_loss_by_position.png").width == 560  # no map beside the curve
+    assert Image.open(tmp_path / "run/heldout_loss_by_position.png").width == 560  # no map next to the curve
     on_images = ("dataset.params.pretokenization=null", f"experiment.output_dir={tmp_path / 'on_images'}")
     train_rear.main(load_config([*arguments, *on_images]))
     losses = [row["train/loss"] for row in rows if "train/loss" in row]

@@ -241,7 +241,7 @@ def test_sizes_follow_and_must_agree_where_they_are_read() -> None:
 
 
 def test_values_that_refer_to_others(tmp_path: Path) -> None:
-    """Whatever is derived from them, and whatever they refer to is derived from."""
+    """Also keys that are derived from them, or that they are derived from."""
     path = tmp_path / "a.yaml"
     path.write_text(
         "experiment: {name: b, output_dir: 'out/${experiment.name}'}\n"

@@ -1,4 +1,4 @@
-"""Random command lines: refused in one line, or what was typed is what runs."""
+"""Random command lines: refused in one line, or the config has the typed values."""
 
 import random
 from pathlib import Path

@@ -66,7 +66,7 @@ with input_errors_exit():
 
 
 @pytest.mark.parametrize("redirection", [">/dev/full 2>/dev/full", "2>&1 | true", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_whatever_happens_to_the_console_the_work_is_done(redirection: str, tmp_path: Path) -> None:
+def test_errors_of_the_console_do_not_stop_the_work(redirection: str, tmp_path: Path) -> None:
     command = f'set -o pipefail; "{sys.executable}" -c "$SAY" "{tmp_path}/result" {redirection}'
     subprocess.run(["bash", "-c", command], env=launch_environment(SAY=SAY), check=True)
     assert (tmp_path / "result").read_text() == "done"

@@ -26,7 +26,7 @@ def test_matrices_alone_are_decayed(tiny_model: ReAR) -> None:
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.9)}
 
 
-def test_the_moving_average_begins_with_the_weights_of_its_start() -> None:
+def test_the_moving_average_starts_from_the_weights() -> None:
     model = torch.nn.Linear(3, 2)
     expected = model.weight.detach().clone()
     average = MovingAverage(model, 0.75)

@@ -91,7 +91,7 @@ def in_child(function: object, *arguments: object, fault: str = "", kill_after: 
 
 
 @pytest.mark.multiprocess
-def test_killed_conversions_go_on(jsonl: Path) -> None:
+def test_killed_conversions_resume(jsonl: Path) -> None:
     convert(jsonl, "expected.tokens")
     target, folder = jsonl.with_name("codes.tokens"), jsonl.with_name("codes.tokens.lines")
     for fault in ("chunk.begin.0", "chunk.rename.3", "chunk.begin.9", "join.begin", "join.end"):

@@ -1,4 +1,4 @@
-"""The embedded data set: no held-out pixel in training, every class in both splits, the same bytes each time."""
+"""The embedded data set: no validation pixel in training, every class in both splits, the same bytes each time."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def corners(source: ImageSource) -> np.ndarray:
     return np.array([[int(key[1]), int(key[2])] for key in keys])
 
 
-def test_no_heldout_tile_touches_a_training_tile(splits: dict[str, ImageSource]) -> None:
+def test_no_validation_tile_touches_a_training_tile(splits: dict[str, ImageSource]) -> None:
     train, heldout = splits["train"], splits["heldout"]
     distance = np.abs(corners(heldout)[:, None] - corners(train)[None]).max(axis=-1)  # (heldout, train)
     assert distance.min() >= TILE

@@ -1,4 +1,4 @@
-"""Folders of images: which files count, in which order, and what is said of the rest."""
+"""Folders of images: which files count, in which order, and the notices about the others."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_a_link_to_a_folder_around_it_ends(tmp_path: Path) -> None:
     assert len(ImageFolder(root)) == 1
 
 
-def test_held_out_classes_go_by_name(tmp_path: Path) -> None:
+def test_validation_classes_are_matched_by_name(tmp_path: Path) -> None:
     source = ImageFolder(fill(tmp_path, "bird/1.png", "dog/1.png"))
     source.name_classes(["ant", "bird", "cat", "dog"], "train")
     assert source.class_ids.tolist() == [1, 3]

@@ -55,14 +55,14 @@ def test_a_range_that_is_not_known_is_refused(dtype: type) -> None:
 
 
 def half_transparent() -> Image.Image:
-    """Red; the left half is not to be seen."""
+    """Red; the left half is transparent."""
     rgba = np.full((4, 8, 4), (200, 10, 20, 255), dtype=np.uint8)
     rgba[:, :4, 3] = 0
     return Image.fromarray(rgba)
 
 
 @pytest.mark.parametrize(("background", "value"), [("white", 255), ("grey", 128), ("black", 0)])
-def test_transparency_lies_on_the_background(background: str, value: int) -> None:
+def test_transparency_shows_the_background(background: str, value: int) -> None:
     with_palette = Image.fromarray(np.repeat([[0, 1]], 4, axis=1).repeat(4, axis=0).astype(np.uint8), "P")
     with_palette.putpalette([9, 9, 9, 200, 10, 20])
     deep = Image.fromarray(np.where(np.arange(8) < 4, 777, 51456).astype(np.uint16)[None].repeat(4, axis=0))

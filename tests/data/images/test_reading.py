@@ -265,7 +265,7 @@ def test_a_linked_member_is_refused(tmp_path: Path) -> None:
         open_images(str(path))
 
 
-def test_unreadable_images_are_skipped_up_to_a_share(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_unreadable_images_are_skipped_up_to_a_fraction(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     samples = [{"__key__": str(i), "png": encode(picture(i)) if i != 1 else b"broken", "cls": str(i)} for i in range(4)]
     source = open_images(str(write_shard(tmp_path / "a.tar", samples)))
     transform = training_transform(PreprocessingConfig(8, 8, False, False))

@@ -1,4 +1,4 @@
-"""The index beside a shard: read in place of all headers, and never for another shard."""
+"""The index of a shard: read in place of all headers, and never for another shard."""
 
 import io
 import tarfile
@@ -30,7 +30,7 @@ def shard(tmp_path: Path) -> Path:
     return tmp_path / "a-000000.tar"
 
 
-def test_the_writer_knows_what_the_headers_tell(shard: Path) -> None:
+def test_the_writer_records_what_the_headers_contain(shard: Path) -> None:
     found, expected = read_index(shard), read_headers(shard)
     for column in ("keys", "class_ids", "offsets", "sizes"):
         np.testing.assert_array_equal(getattr(found, column), getattr(expected, column))

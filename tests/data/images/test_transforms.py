@@ -1,4 +1,4 @@
-"""Crops against ADM's rule written with arrays, and the ten crops' places."""
+"""Crops against ADM's rule written with arrays, and the positions of the ten crops."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def crops_of(image: Image.Image, preprocessing: PreprocessingConfig) -> torch.Te
     return to_float(cut_crops(sent[None], preprocessing)[0])
 
 
-@pytest.mark.parametrize("size", [20, 16, 24])  # of 22, 17 and 26 pixels: the centre of 17 lies between two pixels
+@pytest.mark.parametrize("size", [20, 16, 24])  # of 22, 17 and 26 pixels: the centre of 17 is between two pixels
 def test_ten_crop_is_torchvisions_to_the_bit(size: int) -> None:
     image = noise(50, 40)
     whole = adm_center_crop(image, int(1.1 * size))
@@ -78,7 +78,7 @@ def test_training_transform_of_a_fitting_tile_is_the_identity() -> None:
 
 
 def test_random_crop_and_flip_are_uniform() -> None:
-    grey = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))  # 4 wide, 3 high; every pixel tells its place
+    grey = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))  # 4 wide, 3 high; values are positions
     image = grey.convert("RGB")
     transform = training_transform(PreprocessingConfig(3, 2, True, True))
     rng = np.random.default_rng(0)

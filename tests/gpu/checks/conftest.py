@@ -1,4 +1,4 @@
-"""Checks of what a GPU computes, marked `gpu`; scripts/gpu_check.py runs them and writes a table (docs/gpu.md).
+"""Checks of a GPU's numerics, marked `gpu`; scripts/gpu_check.py runs them and writes a table (docs/gpu.md).
 
 TESTS_ON_GPU=1 python -m pytest -m gpu tests/gpu/checks
 GPU_CHECKS_ON_CPU=1 python -m pytest -m gpu tests/gpu/checks    # in tiny sizes, to test the checks

@@ -19,7 +19,7 @@ from utils.run.sharding import SHARDS_ON_CPU
 
 pytestmark = pytest.mark.gpu
 STEPS, SAVED, KILLED = 60, 30, 45
-LOSS_RATIO = 0.9  # mean loss of the last ten steps by that of the first ten
+LOSS_RATIO = 0.9  # mean loss of the last ten steps divided by that of the first ten
 ROUNDING = 1e-2  # relative, of losses in bf16 on a GPU, whose sums have no fixed order
 NO_DROPOUT = ("model.generator.dropout=0", "model.generator.attn_drop=0")  # dropout masks differ between ranks
 FLOAT32 = ("training.mixed_precision=no", "training.enable_tf32=false")

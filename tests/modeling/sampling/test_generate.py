@@ -205,7 +205,7 @@ def test_top_k_and_temperature_enter(tiny_model: ReAR, tiny_config: ModelConfig)
 
 @pytest.mark.usefixtures("device_code")
 def test_bfloat16_stays_close() -> None:
-    """Codes differ only from the first close call on; the model itself stays float32."""
+    """Codes are equal up to the first rounding tie; the model itself stays float32."""
     model, config = random_model(32, 2, 4, 40)
     labels, uniforms = torch.arange(7), image_uniforms(0, list(range(7)), 40)
     exact = generate(model, labels, uniforms, config)

@@ -1,4 +1,4 @@
-"""Images from Python: what the arguments of `generate_images` do, and what a kept sampler keeps."""
+"""Images from Python: the arguments of `generate_images`, and what a reused sampler keeps."""
 
 import copy
 import dataclasses

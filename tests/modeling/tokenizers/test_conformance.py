@@ -1,4 +1,4 @@
-"""What every tokenizer must keep to, whatever its network; a new one adds its line to SIZES."""
+"""The contract of all tokenizers; a new one adds its line to SIZES."""
 
 import copy
 from dataclasses import asdict, replace
@@ -131,7 +131,7 @@ def check_vectors(tokenizer: Tokenizer) -> None:
     vectors = tokenizer.codebook_lookup(torch.arange(tokenizer.codebook_size)[None])  # (1, V, Z)
     assert vectors.dtype == torch.float32
     assert tokenizer.codebook_lookup(codes).shape == (3, tokenizer.image_seq_len, tokenizer.codebook_dim)
-    assert torch.equal(tokenizer.codebook_lookup(codes), vectors[0, codes])  # wherever the code stands
+    assert torch.equal(tokenizer.codebook_lookup(codes), vectors[0, codes])  # at every position
 
 
 def check_refusals(tokenizer: Tokenizer) -> None:

@@ -138,7 +138,7 @@ def test_full_size_tokenizers_compute_the_published_functions(name: str) -> None
 
 @pytest.mark.parametrize("name", FULL)
 def test_keys_of_published_files(name: str) -> None:
-    """All of them, with their shapes; and they tell the tokenizer and its sizes."""
+    """All keys with their shapes; tokenizer and sizes follow from them."""
     lines = (FIXTURES / f"{name}_keys.txt").read_text().splitlines()
     wanted = {key: tuple(map(int, shape)) for key, *shape in map(str.split, lines)}
     with torch.device("meta"):

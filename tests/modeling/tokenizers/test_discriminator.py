@@ -13,7 +13,7 @@ def maps_of(seed: int, shift: float) -> list[torch.Tensor]:
     return [torch.nn.functional.normalize(x, dim=1) for x in maps]
 
 
-def test_heads_learn_to_tell_images_from_reconstructions() -> None:
+def test_heads_learn_to_distinguish_images_from_reconstructions() -> None:
     torch.manual_seed(0)
     discriminator = FeatureDiscriminator([8, 5])
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=1e-2)

@@ -1,4 +1,4 @@
-"""A name is there only when what it names is complete, and after an error all is as it was."""
+"""A name exists only when its file or folder is complete; an error changes nothing."""
 
 from pathlib import Path
 

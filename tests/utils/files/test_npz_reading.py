@@ -1,4 +1,4 @@
-"""Input files: what is read from good ones, and the line that each kind of bad one gives."""
+"""Input files: the arrays of good ones, and one line for each kind of bad one."""
 
 import zipfile
 from collections.abc import Callable

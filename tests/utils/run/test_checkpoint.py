@@ -101,7 +101,7 @@ def test_a_checkpoint_of_another_model_names_the_difference(tmp_path: Path) -> N
         load_modules(tmp_path / "checkpoint-1", Resumable({"model": nn.Linear(3, 4)}))
 
 
-def test_an_ema_that_a_checkpoint_lacks_begins_with_the_model(tmp_path: Path) -> None:
+def test_an_ema_that_a_checkpoint_lacks_starts_from_the_model(tmp_path: Path) -> None:
     model, optimizer = trained(2)
     save(tmp_path, 2, model, optimizer, None)
     ema = nn.Linear(3, 2)
@@ -130,7 +130,7 @@ def test_before_the_first_update_there_is_no_optimizer_state(tmp_path: Path) -> 
 
 
 def test_two_optimizers_share_a_module(tmp_path: Path) -> None:
-    """As Muon for matrices and AdamW for the rest; each has its file, and a stateless one is none the worse."""
+    """Like Muon for matrices and AdamW for other parameters; each has its file, also an optimizer without state."""
 
     def made(learning_rate: float) -> tuple[nn.Linear, Resumable]:
         torch.manual_seed(0)
@@ -164,7 +164,7 @@ def test_an_optimizer_without_a_state(tmp_path: Path) -> None:
 
 
 def test_a_save_holds_the_state_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training changes the weights, and the second save begins, while the first is still being written."""
+    """Training changes the weights, and a second save starts, while the first is still being written."""
     model = nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     may_write, write = threading.Event(), checkpoint_module.write_checkpoint

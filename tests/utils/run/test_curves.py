@@ -29,7 +29,7 @@ def draw(folder: Path, drawn: list[Axes], *rows: dict[str, Any]) -> Panels:
     return {axes.get_title(): {line.get_label(): np.array(line.get_data()) for line in axes.lines} for axes in drawn}
 
 
-def test_training_and_held_out_share_a_panel(tmp_path: Path, drawn: list[Axes]) -> None:
+def test_training_and_validation_share_a_panel(tmp_path: Path, drawn: list[Axes]) -> None:
     rows = [{"step": step, "train/ar_loss": 7 - step, "train/correct_tokens": step / 9} for step in (1, 2, 3)]
     rows[1] |= {"val/ar_loss": 6.5, "val/ar_loss_noisy": 6.75}  # measured once
     panels = draw(tmp_path, drawn, *rows)

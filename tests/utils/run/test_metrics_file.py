@@ -64,7 +64,7 @@ def test_a_torn_last_line_costs_no_other(path: Path, torn: str) -> None:
     path.write_text(f'{{"step": 1}}\n{{"step": 2}}\n{torn}')
     whole = [3] if torn.endswith("}") else []
     assert steps(path) == [1, 2, *whole]
-    MetricsFile(path).append(2, {"fid": 5.0})  # by the evaluator, before the run goes on
+    MetricsFile(path).append(2, {"fid": 5.0})  # by the evaluator, before the run is resumed
     MetricsFile(path).begin(3)
     MetricsFile(path).append(4, {})
     assert steps(path) == [1, 2, *whole, 4]

@@ -30,7 +30,7 @@ def steps_of(folder: Path) -> list[str]:
     [
         ("3:5", 0, 9, ["step 3", "step 4"]),
         ("0:1", 0, 9, ["step 0"]),
-        ("3:7", 5, 9, ["step 5", "step 6"]),  # a run that goes on
+        ("3:7", 5, 9, ["step 5", "step 6"]),  # a resumed run
         ("3:7", 0, 4, ["step 3", "step 4"]),  # one that is stopped
         ("8:12", 0, 9, ["step 8", "step 9"]),  # one that is done
     ],
@@ -67,7 +67,7 @@ def test_what_is_no_range_of_steps_is_named(profile: str) -> None:
         load_config(["experiment.output_dir=unused", f"training.profile={profile}"])
 
 
-def test_a_saved_config_is_read_alike(tmp_path: Path) -> None:
+def test_a_saved_range_of_steps_reads_back(tmp_path: Path) -> None:
     config = load_config(["experiment.output_dir=unused", "training.profile=10:13"])  # in YAML a number to base 60
     save_config(config, tmp_path / "config.yaml")
     assert load_config([f"config={tmp_path / 'config.yaml'}"]) == config

@@ -1,4 +1,4 @@
-"""The estimates of what training costs, beside counts."""
+"""The estimates of the cost of training, compared with counts."""
 
 import pytest
 import torch
