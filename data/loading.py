@@ -1,7 +1,7 @@
 """Batches of a data set, read ahead by worker processes.
 
-torch's DataLoader does the work. Added here: errors of a data set arrive as one line instead of a worker's traceback, a
-dead worker or full shared memory is an error with a hint, and a stop signal ends the wait for a batch.
+torch's DataLoader does the work. Added here: one-line errors instead of a worker's traceback, hints for a dead worker
+or full shared memory, and no endless wait for a batch after a stop signal.
 """
 
 import errno
@@ -106,7 +106,7 @@ class Batches(Iterator[Batch]):
             raise StoppedWaitingError
 
     def _explained(self, error: Exception) -> Exception:
-        """The error of a dead worker if there is one, else this one with a hint if one is known."""
+        """The error of a dead worker if there is one, else this one, with a hint where there is one."""
         if self._workers:  # a process that dies closes its connections first and has an exit code later
             wait([worker.sentinel for worker in self._workers], POLL_SECONDS)
         for worker in self._workers:

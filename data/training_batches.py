@@ -27,11 +27,11 @@ TrainingSet = TokenStore | ImageDataset
 
 
 def open_training_data(config: Config, tokenizer_sha256: str, verify: bool) -> TrainingSet:
-    """Codes if the config names some, else images. Both have a `fingerprint` that tells other data.
+    """The codes that the config names, else images; the `fingerprint` of both differs for different data.
 
     Args:
-        tokenizer_sha256: of the weights of the tokenizer that the model is trained for.
-        verify: read all codes and compare them with the hashes of their store, if `dataset.params.verify_hashes`.
+        tokenizer_sha256: of the weights of the model's tokenizer.
+        verify: compare all codes with the hashes of their store, if `dataset.params.verify_hashes`.
 
     Raises:
         InputError: something is missing, damaged or does not fit the model or the tokenizer.
@@ -58,7 +58,7 @@ def open_training_data(config: Config, tokenizer_sha256: str, verify: bool) -> T
 
 
 def open_codes(config: Config, key: str = "pretokenization") -> TokenStore:
-    """The codes of this key of `dataset.params`, which is given; a jsonl that is new is converted."""
+    """The codes of this key of `dataset.params`, which must be given; a new jsonl is converted."""
     params, generator = config.dataset.params, config.model.generator
     return open_tokens(
         Path(getattr(params, key)),
@@ -71,8 +71,7 @@ def open_codes(config: Config, key: str = "pretokenization") -> TokenStore:
 
 
 def training_classes(config: Config) -> tuple[list[str], str] | None:
-    """Names of the classes of the training data in the order of their ids, and where they stand; None: nothing tells
-    them."""
+    """Class names of the training data in the order of their ids, and their source; None: the data have no names."""
     params = config.dataset.params
     images, codes = params.train_shards_path_or_url, params.pretokenization
     if images is not None and Path(images).is_dir():
@@ -90,16 +89,13 @@ def training_classes(config: Config) -> tuple[list[str], str] | None:
 
 
 def asked_classes(config: Config) -> list[int]:
-    """Class ids of `sampling.class_labels`, in that order.
-
-    Raises:
-        InputError: none, one twice, an id that the model does not know, or a name that the training data do not have.
-    """
+    """Class ids of `sampling.class_labels`, in that order; raises InputError for an empty list, a repeated or unknown
+    id, or a name that the training data do not have."""
     asked, num_classes = config.sampling.class_labels, config.model.generator.condition_num_classes
     if asked is None:
         return list(range(num_classes))
     names: list[str] = []
-    where = "the training data, which tell no names"
+    where = "the training data, which have no names"
     if not all(map(str.isdecimal, asked)):
         names, where = training_classes(config) or (names, where)
     known = {name: class_id for class_id, name in enumerate(names[:num_classes])}
@@ -120,10 +116,7 @@ def asked_classes(config: Config) -> list[int]:
 
 
 def check_tokenizer(store: TokenStore, tokenizer_sha256: str) -> None:
-    """
-    Raises:
-        InputError: the codes are known to be of a tokenizer with other weights.
-    """
+    """Raise InputError if the codes record a tokenizer with other weights."""
     found = store.meta.tokenizer_sha256
     if found not in (None, tokenizer_sha256):
         raise InputError(
@@ -133,7 +126,8 @@ def check_tokenizer(store: TokenStore, tokenizer_sha256: str) -> None:
 
 
 def describe_length(config: Config, global_batch_size: int, num_samples: int) -> str:
-    """For the log: how long the whole run is. An epoch is told in images, and a sample may be one crop of many."""
+    """Length of the whole run, for the log. An epoch counts images, and a sample may be one of several crops of an
+    image."""
     steps, epoch = config.training.max_train_steps, config.experiment.max_train_examples
     images = steps * global_batch_size
     passes = f"{images / num_samples:.4g} dataset passes"
@@ -149,7 +143,7 @@ def passes_done(config: Config, samples_seen: int, num_samples: int) -> dict[str
 
 
 class GeneratorBatches(Dataset):
-    """Batches with their random numbers and dropped labels, made in the workers: a GPU would wait for them."""
+    """Batches with their random numbers and dropped labels, made in the workers to keep the GPU busy."""
 
     def __init__(
         self, dataset: TrainingSet, config: Config, num_perturbation_uniforms: int, num_order_uniforms: int
@@ -191,8 +185,8 @@ def with_distinct_labels(batch: Batch) -> Batch:
 class TrainingBatches:
     """Iterates over the batches of a rank, on its device: `class_labels`, `index` and `codes` or `image`.
 
-    Batches for the generator also have `perturbation_uniforms` and, if it needs them, `order_uniforms`. Some labels are
-    dropped; `class_labels` (U,) are the distinct ones then, and `class_rows` (B,) is the index of each sample's.
+    Batches for the generator also have `perturbation_uniforms` and, if needed, `order_uniforms`, some labels are
+    dropped, and `class_labels` (U,) are the distinct labels, with each sample's index in `class_rows` (B,).
 
     Args:
         micro_steps: batches per step.
@@ -200,11 +194,10 @@ class TrainingBatches:
         samples_seen: of all ranks, before these steps.
         stop_requested: whether a stop signal has arrived.
         num_uniforms: random numbers for the perturbation of a sample at a step; None: batches for a tokenizer.
-        num_order_uniforms: random numbers for its order.
+        num_order_uniforms: random numbers for the order of a sample.
 
-    Raises:
-        InputError: more different images than `dataset.params.max_bad_fraction` allows cannot be decoded.
-        Exception: what `Batches` raises.
+    Raises InputError if more images cannot be decoded than `dataset.params.max_bad_fraction` allows, and the errors of
+    `Batches`.
     """
 
     def __init__(
@@ -247,5 +240,5 @@ class TrainingBatches:
 
     @property
     def num_skipped(self) -> int:
-        """Uses of images that could not be decoded, by this rank since its start."""
+        """Number of undecodable images that this rank has skipped since its start."""
         return self.skipped.count if self.skipped is not None else 0

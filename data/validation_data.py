@@ -90,9 +90,8 @@ def validation_batches(dataset: TrainingSet, config: Config, ctx: DistributedCon
         index and class_labels (B,) and codes (B, N), or image (B, 3, H, W) and readable (B,) bool: false where another
         image replaces an unreadable one.
 
-    Raises:
-        InputError: the ranks have different data, or too many images cannot be decoded.
-        Exception: from `Batches`.
+    Raises InputError if the ranks have different data or too many images cannot be decoded, and the errors of
+    `Batches`.
     """
     ctx.assert_same_on_all_ranks("validation data", {"fingerprint": dataset.fingerprint})
     size = config.training.per_gpu_batch_size
@@ -116,7 +115,7 @@ def validation_batches(dataset: TrainingSet, config: Config, ctx: DistributedCon
 
 
 class ValidationPixels(CroppedImages):
-    """Validation images: all, or 10,000 at equal steps. The next readable image replaces an unreadable one."""
+    """Validation images: all, or 10,000 at equal steps. Unreadable images are replaced by the next readable one."""
 
     def __init__(self, config: Config) -> None:
         dataset = open_center_crops(config)

@@ -49,7 +49,7 @@ class FeatureSums:
             self.features[first_image : first_image + count] = features.pool[:count].to(self.features.dtype).cpu()
 
     def reduce(self, ctx: DistributedContext) -> None:
-        """Replace the sums of this process by those over all processes."""
+        """All-reduce the sums over the processes."""
         for sums in (self.pool, self.spatial, self.score):
             if sums is not None:
                 sums.reduce(ctx)

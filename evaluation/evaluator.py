@@ -54,7 +54,7 @@ class Evaluator:
     Args:
         backend: inception or efficientnet_lite0.
         inception: weights file; None: from torch hub's cache.
-        distance: of precision and recall: tf-fp16 (as the original) or fp32 (exact).
+        distance: for precision and recall: tf-fp16 (as the original) or fp32 (exact).
         batch_size: images per process and batch.
         device: of the features; None: that of `ctx`.
 

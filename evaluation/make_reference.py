@@ -83,16 +83,13 @@ def open_source(source: str, output: Path, verify: bool, decoding: ImageDecoding
 
 
 def provenance_of(source: ImageSource, extractor: Extractor, args: argparse.Namespace) -> dict[str, Any]:
-    """What the reference depends on; for a folder or shards the names and classes, not the contents."""
+    """Everything that the reference depends on; for a folder or shards the names and classes, not the contents."""
     options = {name: getattr(args, name) for name in ("resolution", "max_images", "background", "exif_orientation")}
     return {"images": source.fingerprint, WEIGHTS: extractor.weights_sha256, **options}
 
 
 def record_provenance(output: Path, provenance: dict[str, Any]) -> None:
-    """
-    Raises:
-        InputError: the output exists with another provenance.
-    """
+    """Write the provenance; raises InputError if the output exists with another."""
     is_made(output, provenance)
     write_record(output, provenance, figures=code_facts())
 

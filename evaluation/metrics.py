@@ -24,7 +24,7 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """|mu_a - mu_b|^2 + tr(sigma_a) + tr(sigma_b) - 2 tr sqrt(sigma_a sigma_b).
 
     With sigma = L L^T the last trace is the nuclear norm of L_a^T L_b. Unlike a matrix square root of the product, this
-    never takes the root of an eigenvalue that is rounding noise, so fewer images than dimensions are no problem.
+    never takes the root of an eigenvalue that is only rounding error, so fewer images than dimensions are no problem.
     Source: Heusel et al. 2017, https://arxiv.org/abs/1706.08500.
     """
     trace_of_root = torch.linalg.svdvals(_factor(a.sigma).T @ _factor(b.sigma)).sum().item()
@@ -56,7 +56,7 @@ class Moments:
         self.outer.addmm_(features.T, features)
 
     def reduce(self, ctx: DistributedContext) -> None:
-        """Replace the sums of this process by those over all processes."""
+        """All-reduce the sums over the processes."""
         self.count = ctx.all_reduce_sum(self.count)
         self.total = ctx.all_reduce_sum(self.total)
         self.outer = ctx.all_reduce_sum(self.outer)
@@ -78,12 +78,7 @@ class ScoreSums:
         self.negative_entropy = torch.zeros(n_splits, dtype=torch.float64, device=device)
 
     def update(self, first_image: int, log_probs: Tensor) -> None:
-        """Add consecutive images.
-
-        Args:
-            first_image: index of the first one in the file.
-            log_probs: (B, C) float64.
-        """
+        """Add log probabilities (B, C) float64 of consecutive images, the first of index `first_image` in the file."""
         split = torch.arange(first_image, first_image + len(log_probs), device=log_probs.device) // SPLIT_SIZE
         probs = log_probs.exp()
         self.counts.index_add_(0, split, torch.ones_like(probs[:, 0]))
@@ -91,7 +86,7 @@ class ScoreSums:
         self.negative_entropy.index_add_(0, split, (probs * log_probs).sum(1))
 
     def reduce(self, ctx: DistributedContext) -> None:
-        """Replace the sums of this process by those over all processes."""
+        """All-reduce the sums over the processes."""
         self.counts = ctx.all_reduce_sum(self.counts)
         self.probs = ctx.all_reduce_sum(self.probs)
         self.negative_entropy = ctx.all_reduce_sum(self.negative_entropy)

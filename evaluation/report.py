@@ -32,11 +32,7 @@ TITLES = {
 
 
 def new_report(reference: Npz, samples: Npz, extractor: Extractor, settings: dict[str, str]) -> dict[str, Any]:
-    """The report before any feature is computed.
-
-    Args:
-        settings: of the evaluator: backend, device and perhaps distance.
-    """
+    """The report before any feature is computed; `settings`: backend, device and possibly distance."""
     return {
         "provenance": {
             **settings,
@@ -102,11 +98,8 @@ def print_metrics(report: dict[str, Any]) -> None:
 def write_report(report: dict[str, Any], samples: Path) -> Path:
     """Write `<samples>.<backend>.json`, or `<samples>.<backend>-<distance>.json` for a distance other than the usual.
 
-    If that is a report of the same samples and another reference, it is kept and the name of the reference is added:
-    `<samples>.<reference>.<backend>.json`.
-
-    Raises:
-        InputError: a file of that name that is no report.
+    An existing report of the same samples with another reference is kept, and the reference is added to the name:
+    `<samples>.<reference>.<backend>.json`. Raises InputError if a file of that name is not a report.
     """
     provenance = report["provenance"]
     name = Path(provenance["reference"]["file"]).stem
@@ -132,18 +125,14 @@ def find_same(samples: Path, report: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def find_report(samples: Path, reference: Path, backend: str) -> dict[str, Any]:
-    """The report of two files as they are now.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The report of the two files in their present state; raises InputError if there is none."""
     samples_sha256 = file_sha256(samples, progress=True)
     reference_sha256 = file_sha256(reference, progress=True)
     for path in _paths_of_reports(samples, backend):
         report = _read_report(path)
         if report is not None and _hashes(report) == (samples_sha256, reference_sha256):
             return report
-    raise InputError(f"{samples}: found no report of it with {reference}, both as they are now; run the evaluator")
+    raise InputError(f"{samples}: found no report of it with {reference} for the current files; run the evaluator")
 
 
 def _paths_of_reports(samples: Path, backend: str) -> list[Path]:
@@ -152,7 +141,7 @@ def _paths_of_reports(samples: Path, backend: str) -> list[Path]:
 
 
 def _read_report(path: Path) -> dict[str, Any] | None:
-    """None: it is no report."""
+    """None if it is not a report."""
     content = read_json(path)
     if not isinstance(content, dict):
         return None
@@ -170,7 +159,7 @@ def _has_other_reference(path: Path, report: dict[str, Any]) -> bool:
     """Whether the report at `path` is of the same samples and another reference."""
     found = _read_report(path)
     if found is None:
-        raise InputError(f"{path}: exists and is no report; delete or rename it")
+        raise InputError(f"{path}: found another file, expected a report; delete or rename it")
     found_samples, found_reference = _hashes(found)
     samples, reference = _hashes(report)
     return found_samples == samples and found_reference != reference

@@ -51,7 +51,7 @@ class SampleDistance:
         self.of_validation = sums.pool.gaussian()
 
     def __call__(self, generate: Generate) -> dict[str, float]:
-        """The distance by name, equal on all ranks and for any number of them; NaN if the model computes NaN or
+        """The distance by metric key, equal on all ranks and for any number of them; NaN if the model computes NaN or
         infinity."""
         samples = _Samples(generate, self.num_samples, self.image_shape)
         sums = collect(samples, self.extractor, self.ctx, batch_size=self.batch_size, title="samples")
@@ -62,7 +62,7 @@ class SampleDistance:
 
 
 class _Samples:
-    """Samples, generated when read. After a failure they are black, as the other ranks wait for the sums."""
+    """Samples, generated when read; black after a failure, since the other ranks wait for the sums."""
 
     def __init__(self, generate: Generate, count: int, image_shape: tuple[int, ...]) -> None:
         self.generate = generate
@@ -82,8 +82,8 @@ class _Samples:
 
 
 class SplitReference:
-    """Two random halves of a reference, always the same: one selects among samples, the other scores the selection.
-    All ranks call every method.
+    """Two fixed random halves of a reference: one selects among samples, the other scores the selection. All ranks call
+    every method.
 
     Args:
         images: at least 4.
@@ -101,11 +101,8 @@ class SplitReference:
             self.gaussians[name] = collect(half, extractor, ctx, batch_size=batch_size, title=name).pool.gaussian()
 
     def scores(self, samples: Images, title: str) -> dict[str, float]:
-        """Frechet distance of at least 2 samples to each half and, with Inception, `inception_score`.
-
-        Args:
-            title: of the progress bar.
-        """
+        """Frechet distance of at least 2 samples to each half and, with Inception, `inception_score`; `title` is that
+        of the progress bar."""
         sums = collect(samples, self.extractor, self.ctx, batch_size=self.batch_size, title=title)
         of_samples = sums.pool.gaussian()
         scores = self.ctx.broadcast_from_rank0(

@@ -3,7 +3,7 @@
 Training calls `Block.forward`. Cached decoding (`modeling/sampling/cached_decoding.py`) calls the same halves,
 `before_attention` and `after_attention`, with a KV cache between them and modulations computed in advance.
 
-Images of one class share their modulations, so these are computed once for each of the U distinct labels of a batch;
+Images of one class share their modulations, which are computed once for each of the U distinct labels of a batch;
 `rows` (B,) maps an image to its label.
 
 Legend: B images, t positions, D hidden size, H heads, d = D / H, U distinct labels.
@@ -48,7 +48,7 @@ def gather_rows(table: Tensor, rows: Tensor | None) -> Tensor:
 
 
 class BlockModulation(NamedTuple):
-    """adaLN of a block, (U, t, D) each; shift and scale with the affine parameters of the norms, scale with the 1."""
+    """adaLN outputs of a block, (U, t, D) each, with the norms' affine parameters folded in; scale includes the 1."""
 
     shift_attn: Tensor
     scale_attn: Tensor
@@ -73,8 +73,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None) -> Te
 
 
 def adaln_linear(hidden_size: int, outputs: int) -> nn.Sequential:
-    """Linear D -> outputs * D. The SiLU before it is shared by all blocks and part of their `condition`; the Identity
-    keeps its place in the published keys (`adaLN_modulation.1`)."""
+    """Linear D -> outputs * D. The SiLU is part of `condition`; the Identity keeps the key `adaLN_modulation.1`."""
     return nn.Sequential(nn.Identity(), nn.Linear(hidden_size, outputs * hidden_size))
 
 
@@ -137,7 +136,7 @@ class Block(nn.Module):
         return self.after_attention(x, self.attn.causal(q, k, v), modulation, rows)
 
     def modulation(self, adaln: Tensor) -> BlockModulation:
-        """From the output (U, t, 6 D) of `adaLN_modulation`."""
+        """Split the output (U, t, 6 D) of `adaLN_modulation`."""
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = adaln.chunk(6, dim=-1)
         shift_attn, scale_attn = fold_norm(self.norm1, shift_attn, scale_attn)
         shift_mlp, scale_mlp = fold_norm(self.norm2, shift_mlp, scale_mlp)
@@ -150,14 +149,14 @@ class Block(nn.Module):
         return self.attn.split_heads(modulate(x, modulation.shift_attn, modulation.scale_attn, rows))
 
     def after_attention(self, x: Tensor, attended: Tensor, modulation: BlockModulation, rows: Tensor | None) -> Tensor:
-        """The block's output from its input x (B, t, D) and the result of the attention (B, H, t, d)."""
+        """The block's output from its input x (B, t, D) and the attention's result (B, H, t, d)."""
         x = torch.addcmul(x, gather_rows(modulation.gate_attn, rows), self.attn.merge_heads(attended))
         hidden = self.mlp(modulate(x, modulation.shift_mlp, modulation.scale_mlp, rows))
         return torch.addcmul(x, gather_rows(modulation.gate_mlp, rows), hidden)
 
 
 class FinalLayer(nn.Module):
-    """The modulated norm before the head. It has no affine parameters; its chunks are (scale, shift)."""
+    """The modulated norm before the head, without affine parameters; its chunks are (scale, shift)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

@@ -12,31 +12,19 @@ IMAGE_SLACK = 0.01  # beyond [0, 1]: rounding, and the overshoot of a resize
 
 
 def checked_class_labels(class_labels: Tensor, num_classes: int, check_values: bool = True) -> Tensor:
-    """Class labels (B,) as int64.
-
-    Raises:
-        ValueError: no integers, another shape, or a label that is not 0 to C - 1 or the null class C.
-    """
+    """Class labels (B,) as int64; raises ValueError unless they are integers from 0 to C, the null class."""
     expected = f"(B,), integers from 0 to {num_classes - 1}, or {num_classes} for the null class"
     return _checked_integers("class_labels", class_labels, (), num_classes, expected, check_values)
 
 
 def checked_codes(codes: Tensor, image_seq_len: int, largest: int, check_values: bool = True) -> Tensor:
-    """Codes (B, N) as int64.
-
-    Raises:
-        ValueError: no integers, another shape, or a code that is not 0 to `largest`.
-    """
+    """Codes (B, N) as int64; raises ValueError unless they are integers from 0 to `largest`."""
     expected = f"(B, {image_seq_len}), integers from 0 to {largest}"
     return _checked_integers("codes", codes, (image_seq_len,), largest, expected, check_values)
 
 
 def checked_orders(orders: Tensor, shape: Sequence[int], check_values: bool = True) -> Tensor:
-    """Orders (B, N) as int64.
-
-    Raises:
-        ValueError: no integers, another shape, or a row that does not hold each of 0 to N - 1 once.
-    """
+    """Orders (B, N) as int64; raises ValueError unless every row is a permutation of 0 to N - 1."""
     expected = f"{tuple(shape)}, each of 0 to {shape[1] - 1} once in every row"
     if not isinstance(orders, Tensor) or orders.shape != tuple(shape):
         raise ValueError(f"{_describe('orders', orders)}: expected {expected}")
@@ -49,10 +37,7 @@ def checked_orders(orders: Tensor, shape: Sequence[int], check_values: bool = Tr
 
 
 def check_raster(orders: Tensor) -> None:
-    """
-    Raises:
-        ValueError: orders (B, N) that are not raster, for a model trained in raster order.
-    """
+    """Raise ValueError for orders (B, N) that are not raster, for a model trained in raster order."""
     other = orders != torch.arange(orders.shape[1], device=orders.device)
     if other.any():
         row, position = other.nonzero()[0].tolist()
@@ -65,11 +50,8 @@ def check_raster(orders: Tensor) -> None:
 def checked_conditioning(
     codes: Tensor | None, mask: Tensor | None, shape: tuple[int, int], codebook_size: int
 ) -> Tensor:
-    """Codes (B, N) as int64 where the mask (B, N) is true, -1 elsewhere.
-
-    Raises:
-        ValueError: one without the other, another type or shape, or a code under the mask that is not 0 to V - 1.
-    """
+    """Codes (B, N) as int64 where the mask (B, N) is true, -1 elsewhere; raises ValueError for wrong codes or masks, or
+    one without the other."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != shape:
         raise ValueError(f"{_describe('conditioning_mask', mask)}: expected {shape}, bool")
     expected = f"{shape}, integers from 0 to {codebook_size - 1} where conditioning_mask is true"
@@ -81,11 +63,7 @@ def checked_conditioning(
 
 
 def checked_uniforms(uniforms: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Uniforms as float32.
-
-    Raises:
-        ValueError: no floats, another shape, or a number outside [0, 1) in float32.
-    """
+    """Uniforms as float32; raises ValueError unless they are floats of this shape in [0, 1)."""
     expected = f"{shape}, floats in [0, 1)"
     if not isinstance(uniforms, Tensor) or not uniforms.is_floating_point() or uniforms.shape != shape:
         raise ValueError(f"{_describe('uniforms', uniforms)}: expected {expected}")
@@ -97,10 +75,7 @@ def checked_uniforms(uniforms: Tensor, shape: tuple[int, int]) -> Tensor:
 
 
 def check_images(images: Tensor, resolution: int) -> None:
-    """
-    Raises:
-        ValueError: no floats, another shape than (B, 3, H, W) with H = W = resolution, or values outside [0, 1].
-    """
+    """Raise ValueError unless images are floats (B, 3, H, W) in [0, 1] with H = W = resolution."""
     shape = (3, resolution, resolution)
     expected = f"(B, 3, {resolution}, {resolution}), floats in [0, 1]"
     if not (isinstance(images, Tensor) and images.is_floating_point() and images.shape[1:] == shape):

@@ -1,6 +1,6 @@
 """Load an exported model with its tokenizer, the generator for sampling, weights to fine-tune, or the tokenizer alone.
 
-What a path to a run, a checkpoint or published weights means is decided before, in `utils.run.weights_path`.
+Paths to a run, a checkpoint or published weights are resolved by `utils.run.weights_path`.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from utils.files.json_file import read_json
 from utils.files.weights import load_state_dict, load_strict, read_record
 from utils.schema import Config, ModelConfig
 
-TOKENIZER = "tokenizer"  # folder in that of the model
+TOKENIZER = "tokenizer"  # sub-folder of the model's folder
 REFERENCE_FILE = "reference.json"  # in place of the tokenizer's weights: their name and sha256
 CLASSES_FILE = "classes.json"  # names of the classes in the order of their ids
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CLASSES_FILE, f"{TOKENIZER}/*.json", f"{TOKENIZER}/{WEIGHTS_FILE}")
@@ -35,11 +35,11 @@ def load_pretrained(
     Args:
         source: the folder, or `OWNER/REPO` on the Hub; see `utils.files.hub.local_folder`.
         tokenizer_weights: a file, or `hf://OWNER/REPO/FILE`; needed if the folder only refers to them.
-        device: None: the GPU if there is one.
+        device: None: the GPU, or the CPU without one.
         download: further arguments of `huggingface_hub.snapshot_download`, such as revision, token and cache_dir.
 
     Raises:
-        InputError: something is missing or damaged, or the model was trained with another tokenizer.
+        InputError: something is missing or damaged, or the model was trained with a different tokenizer.
     """
     folder = local_folder(source, FILES, **download)
     model = ReAR.from_pretrained(folder)
@@ -54,23 +54,17 @@ def load_pretrained(
 
 
 def class_names(source: str | Path, **download: Any) -> list[str] | None:
-    """Names of the classes of an exported model, in the order of their ids; None: unknown.
-
-    Raises:
-        InputError: no folder, or one with a damaged file.
-    """
+    """Class names of an exported model in the order of their ids; None: unknown. Raises InputError without a folder, or
+    for a damaged file."""
     path = local_folder(source, FILES, **download) / CLASSES_FILE
     return [str(name) for name in read_json(path)] if path.is_file() else None
 
 
 def load_generator(path: Path, config: ModelConfig) -> ReAR:
-    """The model for sampling: without its training-only modules, whose weights may be in the file or not.
+    """The model for sampling, without its training-only modules, whose weights the file may have or not.
 
-    Args:
-        path: a weights file; `utils.run.weights_path.find_weights` finds the one of a run or a checkpoint.
-
-    Raises:
-        InputError: no weights, or keys or shapes that are not those of `config`.
+    Raises InputError for a missing weights file (see `utils.run.weights_path.find_weights`), or keys or shapes other
+    than those of `config`.
     """
     model = ReAR(ReAR.sampling_config(config))
     state = load_state_dict(path)
@@ -83,13 +77,8 @@ def load_generator(path: Path, config: ModelConfig) -> ReAR:
 def init_from_weights(model: ReAR, path: Path) -> None:
     """Start fine-tuning: load trained weights, except the embeddings of the classes, which keep their initial values.
 
-    The number of classes may differ, nothing else. Codes, mask and null class keep their trained embeddings.
-
-    Args:
-        path: a weights file, as for `load_generator`.
-
-    Raises:
-        InputError: no weights, or keys or shapes that are not the model's.
+    Only the number of classes may differ. Raises InputError for a missing weights file, or other keys or shapes than
+    the model's.
     """
     state = load_state_dict(path)
     trained, own = state.get("embeddings.weight"), model.embeddings.weight
@@ -101,11 +90,8 @@ def init_from_weights(model: ReAR, path: Path) -> None:
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
-    """The frozen tokenizer of `experiment.tokenizer_checkpoint` in eval mode, float32 (also from fp16 files), on CPU.
-
-    Raises:
-        InputError: as `build_tokenizer` and `Tokenizer.load_weights`.
-    """
+    """The frozen tokenizer of `experiment.tokenizer_checkpoint` in eval mode, on CPU, in float32 (also from
+    fp16 files)."""
     vq_model = config.model.vq_model
     tokenizer = build_tokenizer(vq_model)
     if tokenizer.image_seq_len != vq_model.num_latent_tokens:

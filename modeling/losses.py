@@ -20,13 +20,13 @@ Metric = Tensor | tuple[Tensor, Tensor]  # a mean over the batch, or (sum, count
 class LossTerms:
     """Scalars of a micro-batch."""
 
-    loss: Tensor  # what is minimized
-    metrics: dict[str, Metric]  # what is logged, by name in the log, without gradients
+    loss: Tensor
+    metrics: dict[str, Metric]  # logged values by key, without gradients
 
 
 class CrossEntropy(torch.autograd.Function):
-    """`F.cross_entropy` in float32, (M,), of logits (M, V) of any float type for targets (M,). Only some rows at a time
-    are in float32, and no copy of the logits is kept for the backward pass."""
+    """`F.cross_entropy` (M,) in float32 of logits (M, V) of any float type for targets (M,). Rows are converted to
+    float32 in chunks, and no copy of the logits is kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:

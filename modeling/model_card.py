@@ -1,4 +1,4 @@
-"""README.md of a saved model, a model card of the Hugging Face Hub: what is known about the model, and nothing else."""
+"""README.md of a saved model, a model card of the Hugging Face Hub, with known facts only."""
 
 from huggingface_hub import ModelCardData
 
@@ -20,10 +20,10 @@ def model_card(
     """
     Args:
         loading: Python code that loads the model.
-        facts: rows of a table; those of None are left out.
-        metrics: rows of another one.
+        facts: rows of a table; None values are left out.
+        metrics: rows of a second table.
         picture: Markdown below the title.
-        license: identifier of the Hub; None: none is claimed.
+        license: Hub identifier; None: none stated.
     """
     parts = [
         f"---\n{ModelCardData(license=license, library_name='re-ar', tags=TAGS).to_yaml()}\n---",

@@ -1,4 +1,4 @@
-"""Perturbation of the context in training, as the config says: some input codes are replaced, the targets stay.
+"""Perturbation of the context in training: some input codes are replaced, the targets stay.
 
 Source: the paper's noisy context regularization (https://arxiv.org/abs/2510.04450, section 3). A new perturbation is a
 function like those of `modeling.robust_embedding`, a line in `PERTURBATIONS`, and its name among the choices of

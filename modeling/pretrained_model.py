@@ -28,18 +28,15 @@ class PretrainedModel(nn.Module):
 
     @abstractmethod
     def sections(self) -> dict[str, Any]:
-        """The sections of config.json, as in any config file."""
+        """The sections of config.json."""
 
     @classmethod
     @abstractmethod
     def from_config(cls: type[M], config: Config) -> M:
-        """With the sizes of a config, and random weights."""
+        """A model of the config's sizes with random weights."""
 
     def load_weights(self, path: Path) -> None:
-        """
-        Raises:
-            InputError: the file is missing, damaged or refused, or its keys or shapes are not those of this model.
-        """
+        """Raises InputError for a missing, damaged or refused file, or keys or shapes other than this model's."""
         load_strict(self, load_state_dict(path), path)
 
     @classmethod
@@ -51,8 +48,8 @@ class PretrainedModel(nn.Module):
             download: further arguments of `huggingface_hub.snapshot_download`, such as revision, token and cache_dir.
 
         Raises:
-            InputError: a folder or a file that is missing or damaged, a config with a wrong key or value, or weights
-                that do not fit it.
+            InputError: a missing or damaged folder or file, a wrong key or value in the config, or weights that do not
+                fit it.
         """
         folder = local_folder(source, [CONFIG_FILE, WEIGHTS_FILE], **download)
         model = build_from_folder(folder, cls.from_config)
@@ -60,10 +57,10 @@ class PretrainedModel(nn.Module):
         return model.eval()
 
     def save_pretrained(self, folder: str | Path, source: str | None = None) -> None:
-        """Write config.json, model.safetensors and a model card to a folder, over what is there.
+        """Write config.json, model.safetensors and a model card to a folder, replacing existing ones.
 
         Args:
-            source: what the card's lines load; None: the name of the folder.
+            source: path or `OWNER/REPO` in the card's loading code; None: the folder's name.
         """
         folder, name = Path(folder), type(self).__name__
         source = source or folder.name
@@ -72,21 +69,16 @@ class PretrainedModel(nn.Module):
         write_text(folder / CARD_FILE, model_card(source, loading=loading, facts=self.card_facts()))
 
     def push_to_hub(self, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload what `save_pretrained` writes to OWNER/NAME on the Hub, which is created if needed; returns a URL.
+        """Upload the files of `save_pretrained` to OWNER/NAME on the Hub, which is created if needed; returns a URL.
 
-        Raises:
-            InputError: the Hub does not answer, or refuses.
+        Raises InputError if the Hub does not answer, or refuses.
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, repository)
             return upload_folder(Path(folder), repository, private=private, token=token)
 
     def write_files(self, folder: Path, record: dict[str, Any] | None = None) -> None:
-        """Without a card.
-
-        Args:
-            record: provenance, kept with the weights; see `save_weights`.
-        """
+        """Write config.json and model.safetensors; `record` is the provenance kept with the weights."""
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.state_dict(), folder / WEIGHTS_FILE, record or {})
         self.write_config(folder)
@@ -101,11 +93,8 @@ class PretrainedModel(nn.Module):
 
 
 def build_from_folder(folder: Path, build: Callable[[Config], M]) -> M:
-    """What `build` makes of the config.json of a folder.
-
-    Raises:
-        InputError: there is none, or a key or value in it is wrong; the message begins with the file.
-    """
+    """Build a model from the config.json of a folder; raises InputError if it is missing or wrong, with the file's name
+    first."""
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise InputError(f"{folder}: found no {CONFIG_FILE}, expected a folder of save_pretrained or export_model.py")

@@ -36,10 +36,10 @@ TIMESTEP_SLACK = 100
 
 @dataclass
 class ReAROutput:
-    """Row i belongs to code x(i+1) in the order of the image. A projection is None if the model has no projector."""
+    """Row i is for code x(i+1) in the order of the image. A projection is None if the model has no projector."""
 
     logits: Tensor  # (B, N, V)
-    encode_z: Tensor | None  # (B, N, Z) from the position whose input is the code
+    encode_z: Tensor | None  # (B, N, Z) from the position that has the code as input
     decode_z: Tensor | None  # (B, N, Z) from the position that predicts the code
 
 
@@ -51,7 +51,7 @@ class ReAR(PretrainedModel):
             the projectors are not built, which leaves the plain AR model.
 
     Attributes:
-        config: the same; its guidance, temperature, top-k and top-p are the defaults of sampling.
+        config: the argument; its guidance, temperature, top-k and top-p are the defaults of sampling.
         training_only: names of the top-level modules that only training needs. `sampling_config` builds none of them,
             and loading for sampling drops their weights; every other key must match.
     """
@@ -110,7 +110,7 @@ class ReAR(PretrainedModel):
         return replace(config, generator=replace(config.generator, transition_alignment=False))
 
     def init_weights(self) -> None:
-        """Truncated normal (std 0.02) everywhere, but zero for biases, cls token and adaLN outputs."""
+        """Truncated normal (std 0.02) everywhere; zero for biases, cls token and adaLN outputs."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -124,7 +124,7 @@ class ReAR(PretrainedModel):
 
     @property
     def null_class(self) -> int:
-        """The class label for "no class": of the unconditional branch of guidance, and of dropped labels."""
+        """The label of no class, for the unconditional branch of guidance and for dropped labels."""
         return self.num_classes
 
     @property
@@ -142,7 +142,7 @@ class ReAR(PretrainedModel):
         """Teacher-forced pass for training.
 
         Args:
-            codes: (B, N) int, the context in raster order: clean or perturbed codes, 0 to V - 1, or `mask_code`.
+            codes: (B, N) int, the (perturbed) context in raster order, 0 to V - 1, or `mask_code`.
             class_labels: (U,) int, 0 to C - 1, or `null_class`.
             orders: (B, N) int, for each image the codes 0 to N - 1 in the order of their prediction; None: raster.
             class_rows: (B,) int, the index into `class_labels` of each image; None: U = B, one label per image.

@@ -30,7 +30,7 @@ def training_step(
             (B, N) or `image` (B, 3, H, W), and `perturbation_uniforms` (B, `num_perturbation_uniforms`) in [0, 1); with
             an `order_ratio` also `order_uniforms` (B, 1 + N).
         max_ratio: largest perturbation ratio of an image at this step.
-        order_ratio: share of the samples that are not in raster order.
+        order_ratio: share of the images that are not in raster order.
     """
     generator = config.model.generator
     # (B, N); not `tokenizer.encode`, whose checks wait for the GPU
@@ -53,13 +53,9 @@ def training_step(
 
 
 def compile_blocks(model: ReAR, config: Config, device: torch.device) -> list[str]:
-    """Compile the blocks in place for training, if `training.compile` says so, by a pass on dummy inputs.
+    """Compile the blocks in place for training, as `training.compile` says, by a pass on dummy inputs.
 
-    Returns:
-        lines for the log: with `auto`, why the blocks were not compiled.
-
-    Raises:
-        Exception: with `on`, any error of the compiler.
+    Returns log lines: with `auto`, why the blocks were not compiled. With `on`, a compiler error is raised.
     """
     training = config.training
     if training.compile == "off" or (training.compile == "auto" and (device.type == "cpu" or training.fsdp)):

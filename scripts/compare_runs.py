@@ -3,8 +3,8 @@
     python scripts/compare_runs.py outputs/rear_b outputs/rear_b_ar --labels reAR AR --output compare.png
 
 A run is a run folder or its metrics.jsonl; it may still be training. Prints two tables in Markdown and writes the plot:
-losses, token accuracy (held-out dashed), gradient norm and throughput. If the runs have none of these, as those of
-tokenizers, all metrics are plotted.
+losses, token accuracy (validation dashed), gradient norm and throughput. For runs without these metrics, such as a
+tokenizer's, all metrics are plotted.
 """
 
 import argparse
@@ -59,10 +59,7 @@ def labels_of(paths: list[Path]) -> list[str]:
 
 
 def load_run(path: Path, label: str) -> Run:
-    """
-    Raises:
-        InputError: no metrics, or metrics or config that cannot be read.
-    """
+    """Raises InputError for missing or unreadable metrics or config."""
     metrics = path / "metrics.jsonl" if path.is_dir() else path
     if not metrics.is_file():
         raise InputError(f"{metrics}: no such file, expected a run folder or its metrics.jsonl")
@@ -79,7 +76,7 @@ def draw(runs: list[Run], x: str, output: Path) -> None:
     panels = [group for group in PANELS if set(group) & set(names)] or [(name,) for name in names]
     figure, grid = panel_grid(len(panels), COLUMNS, x)
     for axes, group in zip(grid, panels, strict=True):
-        axes.set_title(group[0] if len(group) == 1 else f"{group[0]}, held-out dashed")
+        axes.set_title(group[0] if len(group) == 1 else f"{group[0]}, validation dashed")
         for name, line in zip(group, ("-", "--"), strict=False):
             for number, run in enumerate(runs):
                 draw_curve(axes, name, curve(run, name, x), label=run.label, color=f"C{number}", linestyle=line)
@@ -93,10 +90,7 @@ def names_of(runs: list[Run]) -> list[str]:
 
 
 def curve(run: Run, name: str, x: str) -> Points:
-    """
-    Raises:
-        InputError: `x` is epoch, and the run logged no epochs.
-    """
+    """Raises InputError for `x` = epoch if the run logged no epochs."""
     steps, values = points_of(run.rows, name)
     if x == "step":
         return steps, values
@@ -107,7 +101,7 @@ def curve(run: Run, name: str, x: str) -> Points:
 
 
 def last_values(runs: list[Run]) -> str:
-    """A table of metrics by run; a value that is older than the run's last step has its step."""
+    """A table of metrics by run; values older than the run's last step have their step."""
     lines = [["step", *(str(run.rows[-1]["step"]) for run in runs)]]
     for name in names_of(runs):
         cells = []

@@ -1,16 +1,16 @@
-"""Complete images (inpainting and outpainting): keep some of their tokens and sample the others.
+"""Complete images (inpainting and outpainting): sample the tokens outside a conditioning mask.
 
     python scripts/complete_images.py config=configs/rear_rar_l.yaml experiment.output_dir=outputs/completed \\
         experiment.generator_checkpoint=outputs/rear_rar_l completion.inputs=photos completion.keep=top:0.5
 
-Images are centre-cropped and encoded. The tokens of the region `completion.keep` are kept and condition the others. A
-model in raster order (`model.generator.order=raster`) can only sample what comes after the kept tokens, so it needs
-top:SHARE or such a mask; one that was trained in random orders gets the kept tokens first, wherever they are.
+Images are centre-cropped and encoded. The tokens of the region `completion.keep` condition the sampled ones. A model in
+raster order (`model.generator.order=raster`) can only sample what follows the conditioning tokens, so it needs
+top:SHARE or such a mask; a model trained in random orders gets the conditioning tokens first, from any region.
 
 Writes to `experiment.output_dir`: inputs.npz (arr_0: uint8 NHWC images), completions.npz (arr_0: the completions, those
-of an image one after another; arr_1: int64, the input of each; kept: bool, the grid of kept tokens), completions.png
-(of the first images: input, kept region, completions) and completions.json (PSNR of the sampled region and the
-provenance: completions of another provenance are not replaced).
+of an image consecutively; arr_1: int64, the input of each; kept: bool, the grid of conditioning tokens),
+completions.png (first images: input, conditioning region, completions) and completions.json (PSNR of the sampled region
+and the provenance; completions of another provenance are not replaced).
 """
 
 import sys
@@ -39,10 +39,10 @@ class CompletionConfig:
     inputs: str | None = key(None, "images to complete: a folder of images, a folder per class, or tar shards")
     keep: str = key(
         "top:0.5",
-        "tokens that stay: top:SHARE, left:SHARE, center:SHARE (a square with this share of each side), border:SHARE "
-        "(all but a square) or a square picture, white where they stay",
+        "kept tokens: top:SHARE, left:SHARE, center:SHARE (a square with this share of each side), border:SHARE "
+        "(all but a square) or a square picture, white where tokens are kept",
     )
-    num_images: PositiveInt = key(40, "number of inputs, the first ones")
+    num_images: PositiveInt = key(40, "number of inputs, from the first on")
     num_completions: PositiveInt = key(3, "completions of each image; the k-th, from 0, uses sampling.seed + k")
     class_label: NonNegativeInt | None = key(None, "class of all images; null: the null class, without guidance")
 
@@ -140,7 +140,7 @@ def complete_all(config: CompleteImagesConfig) -> None:
 
 
 def sample_completions(codes: Tensor, mask: Tensor, model: ReAR, config: CompleteImagesConfig) -> Tensor:
-    """Codes (n, K, N) of K completions of codes (n, N), both on the CPU; `mask` (N,) bool is of those that are kept."""
+    """Codes (n, K, N) of K completions of codes (n, N), both on the CPU; `mask` (N,) bool: conditioning tokens."""
     count = len(codes) * config.completion.num_completions
     steps = -(-count // config.sampling.per_gpu_batch_size) * codes.shape[1]
     with tqdm(desc="sampling", total=steps, unit="token") as progress:
@@ -163,11 +163,8 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def conditioning_mask(keep: str, config: Config, tokenizer: Tokenizer) -> Tensor:
-    """Mask (N,) bool of the tokens that `completion.keep` names.
-
-    Raises:
-        InputError: it names nothing, all or none of the tokens, or a region that the model cannot condition on.
-    """
+    """Mask (N,) bool of the conditioning tokens that `completion.keep` names; raises InputError for an invalid value,
+    all or no tokens, or a region that the model cannot condition on."""
     if len(tokenizer.code_shape) != 2:
         raise InputError(f"completion.keep: found codes of shape {tokenizer.code_shape}, expected a grid of rows")
     rows, columns = tokenizer.code_shape
@@ -189,19 +186,16 @@ def conditioning_mask(keep: str, config: Config, tokenizer: Tokenizer) -> Tensor
     if order == "raster" and not is_prefix:
         raise InputError(
             f"completion.keep={keep}: expected top:SHARE, as model.generator.order=raster: a model that was trained in "
-            "raster order alone can only sample what comes after the kept tokens"
+            "raster order alone can only sample what follows the conditioning tokens"
         )
     if order == "annealed" and not is_prefix:
-        print(f"completion.keep={keep}: weights from the end of an annealed run know raster order alone (top:SHARE)")
+        print(f"completion.keep={keep}: at the end of an annealed run, weights support raster order only (top:SHARE)")
     return mask
 
 
 def read_mask(path: Path, rows: int, columns: int) -> np.ndarray:
-    """Mask (rows, columns) bool of a square picture: where its mean is nearer to white than to black.
-
-    Raises:
-        InputError: no picture, or not a square one.
-    """
+    """Mask (rows, columns) bool of a square picture: where its mean is nearer to white than to black. Raises InputError
+    for a missing or non-square picture."""
     try:
         with Image.open(path) as image:
             grey = image.convert("L")
@@ -215,10 +209,7 @@ def read_mask(path: Path, rows: int, columns: int) -> np.ndarray:
 
 
 def load_model(config: CompleteImagesConfig, tokenizer: Tokenizer) -> ReAR:
-    """
-    Raises:
-        InputError: no weights, weights of another model or tokenizer, or a class label that the model does not know.
-    """
+    """Raises InputError for missing weights, weights of another model or tokenizer, or an unknown class label."""
     label, num_classes = config.completion.class_label, config.model.generator.condition_num_classes
     if label is not None and label >= num_classes:
         raise InputError(f"completion.class_label={label}: expected 0 to {num_classes - 1}, or null for the null class")
@@ -226,11 +217,8 @@ def load_model(config: CompleteImagesConfig, tokenizer: Tokenizer) -> ReAR:
 
 
 def read_inputs(config: CompleteImagesConfig) -> np.ndarray:
-    """Centre crops (n, H, W, 3) uint8 of the first images of `completion.inputs`.
-
-    Raises:
-        InputError: the key is missing, there are no images, or one cannot be read.
-    """
+    """Centre crops (n, H, W, 3) uint8 of the first images of `completion.inputs`; raises InputError for a missing key,
+    no images, or an unreadable one."""
     if config.completion.inputs is None:
         raise InputError("completion.inputs: missing; give a folder of images or tar shards")
     path = Path(config.completion.inputs)
@@ -281,11 +269,7 @@ def encode(pixels: np.ndarray, tokenizer: Tokenizer, config: Config) -> Tensor:
 
 
 def decode(codes: Tensor, tokenizer: Tokenizer, config: Config) -> np.ndarray:
-    """Images (len(codes), H, W, 3) uint8.
-
-    Raises:
-        InputError: logits or pixels that are not finite.
-    """
+    """Images (len(codes), H, W, 3) uint8; raises InputError for logits or pixels that are not finite."""
     decoder = ImageDecoder(tokenizer, config.sampling.uint8_rule)
     device = next(tokenizer.parameters()).device
     images = []
@@ -305,7 +289,7 @@ def in_pixels(grid: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def picture(inputs: np.ndarray, images: np.ndarray, mask: np.ndarray) -> Image.Image:
-    """A row for each of the first images: input, kept region, completions."""
+    """A row for each of the first images: input, conditioning region, completions."""
     inputs, images = inputs[:GRID_ROWS], images[:GRID_ROWS]
     kept = np.where(in_pixels(mask, inputs.shape[1])[..., None], inputs, np.uint8(GREY))
     rows = np.concatenate([inputs[:, None], kept[:, None], images], axis=1)

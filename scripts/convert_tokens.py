@@ -3,10 +3,10 @@
     python scripts/convert_tokens.py maskgitvq.jsonl maskgitvq.tokens --crops-per-image 10
     python scripts/convert_tokens.py maskgitvq.tokens maskgitvq.jsonl
 
-Training converts a jsonl itself; this command does so beforehand and takes more facts about the codes. Every line is
-checked; bad lines are reported with their number and the reason. All CPUs are used, each with little memory.
+Training converts a jsonl itself; this command does so beforehand and can store more facts about the codes. Every line
+is checked; bad lines are reported with their number and the reason. All CPUs are used, each with little memory.
 
-Writes TARGET, which appears when it is complete; rerun the same command to resume a killed conversion. Writing a store
+Writes TARGET atomically; rerun the same command to resume a killed conversion. Writing a store
 needs twice the disk space of its codes (13 GB for ImageNet's ten crops).
 """
 
@@ -49,7 +49,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", type=Path, help=".jsonl file or .tokens store")
     parser.add_argument("target", type=Path, help=".tokens store or .jsonl file")
     parser.add_argument("--processes", type=int, default=num_cpus(), help="default: all CPUs, here %(default)s")
-    of_jsonl = parser.add_argument_group("ranges that the lines of a jsonl must fit, and facts that it lacks")
+    of_jsonl = parser.add_argument_group("ranges for the lines of a jsonl, and facts that it lacks")
     of_jsonl.add_argument("--codebook-size", type=int, default=1024, help="default %(default)s")
     of_jsonl.add_argument("--image-seq-len", type=int, default=256, help="codes per image, default %(default)s")
     of_jsonl.add_argument("--num-classes", type=int, default=1000, help="default %(default)s")
@@ -65,11 +65,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def to_store(jsonl: Path, store_path: Path, arguments: argparse.Namespace) -> int:
-    """Convert unless that has been done; returns the number of samples.
-
-    Raises:
-        InputError: bad lines, or another store under that name.
-    """
+    """Convert unless that has been done; returns the number of samples. Raises InputError for bad lines, or another
+    store of that name."""
     if not jsonl.is_file():
         raise InputError(f"{jsonl}: no such file")
     names = None if arguments.class_names is None else read_names(arguments.class_names)

@@ -3,8 +3,8 @@
     pip install -r requirements-demo.txt
     python scripts/demo.py config=configs/rear_blue_marble.yaml experiment.generator_checkpoint=outputs/quickstart/rear
 
-Prints the address, http://127.0.0.1:7860, and serves it until Ctrl-C. With `demo.host=0.0.0.0` other machines reach it:
-there is no password. Uploads and pictures are kept in a temporary folder that is removed at the end; nothing else is
+Prints the address, http://127.0.0.1:7860, and serves it until Ctrl-C. With `demo.host=0.0.0.0` other machines can
+connect; there is no password. Uploads and pictures are in a temporary folder, removed at the end; nothing else is
 written, and nothing is downloaded.
 """
 
@@ -35,7 +35,7 @@ READS = {
 
 @dataclass
 class DemoConfig:
-    host: str = key("127.0.0.1", "address that the page listens on; 0.0.0.0: other machines reach it too")
+    host: str = key("127.0.0.1", "address that the page listens on; 0.0.0.0: other machines can connect too")
     port: Annotated[int, Meta(ge=1, le=65_535)] = key(7860, "port of the page")
     max_images: PositiveInt = key(16, "largest number of images per click")
 
@@ -69,23 +69,23 @@ if find_spec("gradio") is None:
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 import gradio as gr
 
-CANVAS = 384  # pixels, of the picture under the brush
+CANVAS = 384  # pixels, of the drawing canvas
 BRUSH = "brush"
-REGIONS = [  # what is completed, and the region that stays
-    ("what is brushed over", BRUSH),
+REGIONS = [  # label of the completed region, and the conditioning region
+    ("the brushed area", BRUSH),
     ("below", "top"),
     ("right", "left"),
     ("around the middle", "center"),
     ("the middle", "border"),
 ]
-ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}  # for all clicks together
-BUTTONS = ["download", "fullscreen"]  # gradio's others include one that uploads the picture
+ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}  # across all clicks
+BUTTONS = ["download", "fullscreen"]  # gradio's defaults include one that uploads the picture
 CSS = ".pictures img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}"
 
 
 def main(config: DemoScriptConfig) -> None:
     model = DemoModel(config)
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses pictures of twice that, also those that gradio opens
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, also for gradio
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the folder is removed
     with TemporaryDirectory(prefix="rear-demo-") as folder, matmul_precision(config.training.enable_tf32):
         os.environ["GRADIO_TEMP_DIR"] = folder
@@ -135,7 +135,7 @@ def build_page(model: DemoModel, max_images: int) -> gr.Blocks:
                 with gr.Tab("Complete", visible=model.has_grid):
                     original, canvas = complete_tab(model, class_label, numbers)
                 with gr.Tab("Reconstruct"):
-                    gr.Markdown("What a picture loses in the tokenizer's codes is lost in every sample.")
+                    gr.Markdown("Samples cannot be more accurate than the tokenizer's reconstructions.")
                     with gr.Row():
                         shown, reconstruction = picture("original"), picture("reconstruction")
                     psnr = gr.Markdown(elem_id="psnr")
@@ -178,7 +178,7 @@ def complete_tab(
     """The picture to complete, and the canvas that shows it."""
     original = gr.State()
     if not model.any_order:
-        gr.Markdown("This model predicts codes in raster order: it completes what is below a part that stays.")
+        gr.Markdown("This model predicts codes in raster order: it completes the region below the conditioning tokens.")
     with gr.Row():
         canvas = gr.ImageEditor(
             type="numpy",

@@ -1,4 +1,4 @@
-"""What scripts/demo.py asks of a model: samples, completions and reconstructions as arrays, and uploads. No gradio.
+"""The model behind scripts/demo.py: samples, completions and reconstructions as arrays, and uploads, without gradio.
 
 Legend: N codes per image, H x W pixels.
 """
@@ -32,7 +32,7 @@ from utils.schema import Config, PreprocessingConfig
 IMAGENET_CLASSES = 1000
 MAX_BYTES = 20_000_000  # of an upload
 MAX_PIXELS = 50_000_000  # of a picture; 200 MB as RGBA
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's readers of others, such as EPS, may start programs
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")  # Pillow's readers of some others, such as EPS, start programs
 
 
 class Settings(NamedTuple):
@@ -48,10 +48,10 @@ class DemoModel:
     """A generator with its tokenizer, on a GPU if there is one. Images are (H, W, 3) uint8.
 
     Attributes:
-        classes: a name for each class.
-        validation: validation images; None if the config names none that exist.
-        has_grid: codes are a grid, so that a part of an image can be completed.
-        any_order: any codes may be given in a completion; if False, only the first ones (a model in raster order).
+        classes: names by class id.
+        validation: validation images; None if the config has none.
+        has_grid: codes are a grid, which completion requires.
+        any_order: any codes can be conditioning tokens; False (raster order): only the first ones.
 
     Raises:
         InputError: no weights, weights of another model, or a tokenizer without images.
@@ -69,7 +69,7 @@ class DemoModel:
         self.classes, self.validation = names_of_classes(config), find_validation_images(config)
         self.has_grid = len(tokenizer.code_shape) == 2
         self.any_order = config.model.generator.order != "raster"
-        # A sampler has buffers, and on a GPU graphs, for one number of images; a few are kept.
+        # A sampler has buffers, and on a GPU graphs, for one number of images.
         self.image_sampler = lru_cache(maxsize=4)(self._image_sampler)
 
     def _image_sampler(self, count: int) -> ImageSampler:
@@ -82,11 +82,8 @@ class DemoModel:
         return replace(config, model=model, sampling=sampling)
 
     def sample(self, class_label: int, count: int, seed: int, settings: Settings) -> np.ndarray:
-        """Images (count, H, W, 3): those of sample_imagenet_rear.py with `sampling.class_labels=[class_label]`.
-
-        Raises:
-            InputError: a setting outside its range, or weights that compute no finite numbers.
-        """
+        """Images (count, H, W, 3), equal to sample_imagenet_rear.py with `sampling.class_labels=[class_label]`. Raises
+        InputError for a setting outside its range, or weights that compute no finite numbers."""
         sampler = self.image_sampler(count)
         sampler.configure(self._config_with(settings, seed))
         return sampler(indices_of_classes([class_label], count, self.model.num_classes))
@@ -94,14 +91,12 @@ class DemoModel:
     def complete(
         self, image: np.ndarray, kept: Tensor, class_label: int | None, count: int, seed: int, settings: Settings
     ) -> np.ndarray:
-        """Completions (count, H, W, 3): those of complete_images.py if `image` is its first input.
+        """Completions (count, H, W, 3), equal to complete_images.py if `image` is its first input; raises like
+        `sample`.
 
         Args:
-            kept: (N,) bool, from `kept_region` or `kept_around`.
+            kept: conditioning mask (N,) bool, from `kept_region` or `kept_around`.
             class_label: None: the null class, without guidance.
-
-        Raises:
-            InputError: as for `sample`.
         """
         config, sampler = self._config_with(settings, seed), self.image_sampler(count)
         sampling = replace(config.sampling, per_gpu_batch_size=count)
@@ -117,19 +112,13 @@ class DemoModel:
         return sampler.decoder.finish(pending)
 
     def kept_region(self, region: str) -> Tensor:
-        """Mask (N,) bool of the codes that `completion.keep=REGION:0.5` keeps.
-
-        Raises:
-            InputError: the model cannot complete that.
-        """
+        """Conditioning mask (N,) bool of `completion.keep=REGION:0.5`; raises InputError if the model cannot complete
+        that."""
         return conditioning_mask(f"{region}:0.5", self.config, self.tokenizer)
 
     def kept_around(self, brushed: np.ndarray) -> Tensor:
-        """Mask (N,) bool of the codes without a brushed pixel, for a mask (H', W') bool of any size.
-
-        Raises:
-            InputError: that is all or none of them.
-        """
+        """Conditioning mask (N,) bool of the codes without a brushed pixel, for a mask (H', W') bool of any size;
+        raises InputError for all or none of them."""
         rows, columns = self.tokenizer.code_shape
         y, x = np.nonzero(brushed)
         kept = torch.ones(rows, columns, dtype=torch.bool)
@@ -139,12 +128,12 @@ class DemoModel:
         return kept.flatten()
 
     def hide(self, image: np.ndarray, kept: Tensor) -> np.ndarray:
-        """The image with all but the kept codes (N,) in grey."""
+        """The image in grey outside the conditioning mask (N,)."""
         mask = in_pixels(kept.view(self.tokenizer.code_shape).numpy(), self.tokenizer.resolution)
         return np.where(mask[..., None], image, np.uint8(GREY))
 
     def reconstruct(self, image: np.ndarray) -> tuple[np.ndarray, float]:
-        """The decoded codes of an image, and its PSNR in dB, as of reconstruct.py."""
+        """The reconstruction of an image, and its PSNR in dB, as in reconstruct.py."""
         metrics = ReconstructionMetrics(self.tokenizer.codebook_size)
         images, codes = self._encode(image)
         with torch.inference_mode():
@@ -160,7 +149,7 @@ class DemoModel:
 
 
 def names_of_classes(config: Config) -> list[str]:
-    """For each class its id, and its name in the training data, in an exported model or in ImageNet."""
+    """Each class's id and name, from the training data, an exported model or ImageNet."""
     num_classes, folder = config.model.generator.condition_num_classes, config.experiment.generator_checkpoint
     names: list[str] = []
     known = training_classes(config)
@@ -176,7 +165,7 @@ def names_of_classes(config: Config) -> list[str]:
 
 
 def find_validation_images(config: Config) -> ImageDataset | None:
-    """The images of `dataset.params.eval_shards_path_or_url`, which the page can do without."""
+    """The images of `dataset.params.eval_shards_path_or_url`; None without any."""
     if config.dataset.params.eval_shards_path_or_url is None:
         return None
     try:
@@ -187,11 +176,8 @@ def find_validation_images(config: Config) -> ImageDataset | None:
 
 
 def read_upload(path: Path, preprocessing: PreprocessingConfig) -> np.ndarray:
-    """The centre crop (H, W, 3) uint8 of a picture; of several frames the first one.
-
-    Raises:
-        InputError: too many bytes, too many pixels, or no picture that can be read.
-    """
+    """The centre crop (H, W, 3) uint8 of a picture, of the first of several frames. Raises InputError for too many
+    bytes or pixels, or an unreadable picture."""
     if (size := path.stat().st_size) > MAX_BYTES:
         raise InputError(f"{path.name}: found {size} bytes, expected at most {MAX_BYTES}")
     encoded = path.read_bytes()
@@ -199,7 +185,7 @@ def read_upload(path: Path, preprocessing: PreprocessingConfig) -> np.ndarray:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             fits = image.width * image.height <= MAX_PIXELS  # known before any pixel is decoded
         picture = ImageDecoding.of(preprocessing).decode(encoded) if fits else None
-    except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
+    except Exception as error:  # damaged files raise errors of many kinds
         raise InputError(f"{path.name}: found no picture that can be read, expected {', '.join(FORMATS)}") from error
     if picture is None:
         raise InputError(f"{path.name}: found too many pixels, expected at most {MAX_PIXELS}")

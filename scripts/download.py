@@ -4,8 +4,8 @@
     python scripts/download.py tokenizer rear_l   # for sampling
 
 Writes ckpt/maskgitvq.bin (tokenizer), dataset/pretokenized/maskgitvq.jsonl (codes: ten crops of each training image),
-ckpt/reAR-*.safetensors and ckpt/rar_*.bin, below the working directory. Rerun the same command to resume a download; a
-file gets its name after its size and sha256 are found to be those on the Hub. Existing files are kept.
+ckpt/reAR-*.safetensors and ckpt/rar_*.bin, below the working directory. Rerun the same command to resume a download.
+Size and sha256 are compared with the Hub's before a file gets its name; existing files are kept.
 """
 
 import argparse
@@ -44,10 +44,7 @@ FILES = {
 
 
 def download(published: Published) -> None:
-    """
-    Raises:
-        InputError: the Hub does not answer or lacks the file, or the download differs from the file there.
-    """
+    """Raises InputError if the Hub does not answer or lacks the file, or the download differs from it."""
     target = Path(published.target)
     if target.exists():
         print(f"{target}: exists")
@@ -56,7 +53,7 @@ def download(published: Published) -> None:
     try:
         (remote,) = HfApi().get_paths_info(published.repository, published.file)
         hf_hub_download(published.repository, published.file, local_dir=partial)
-    except Exception as error:  # which errors of the network library depends on the release of huggingface_hub
+    except Exception as error:  # error classes depend on the release of huggingface_hub
         raise InputError(
             f"{target}: found no answer for {published.file} of {published.repository} on the Hub: {first_line(error)}"
         ) from error
@@ -69,10 +66,7 @@ def download(published: Published) -> None:
 
 
 def check(path: Path, remote: RepoFile) -> None:
-    """
-    Raises:
-        InputError: the size or, where the Hub has one, the sha256 differs; the file is deleted.
-    """
+    """Delete the file and raise InputError if the size or, where the Hub has one, the sha256 differs."""
     found: dict[str, int | str] = {"size": path.stat().st_size}
     expected: dict[str, int | str] = {"size": remote.size}
     if remote.lfs is not None:

@@ -3,13 +3,13 @@
     python scripts/export_model.py outputs/rear_b outputs/rear_b_export
     python scripts/export_model.py ckpt/reAR-B.safetensors outputs/rear_b_export config=configs/rear_b.yaml
 
-RUN is what experiment.generator_checkpoint takes: a run folder, a checkpoint or a weights file. The config is that of
-the run; for a file without a run, give config=FILE.yaml. KEY=VALUE overrides it: its guidance, temperature, top-k and
+RUN is a value of experiment.generator_checkpoint: a run folder, a checkpoint or a weights file. The config is the
+run's; for a file without a run, give config=FILE.yaml. KEY=VALUE overrides it: its guidance, temperature, top-k and
 top-p become the defaults of sampling from Python.
 
 Writes FOLDER atomically: model.safetensors (the weights for sampling: the EMA if there is one, without training-only
-projectors) and config.json; the same for the tokenizer in tokenizer/; classes.json, the names of the classes, if the
-training data has them; samples.png; README.md, a model card; export.json, the provenance. With --push the folder is
+projectors) and config.json; the same files of the tokenizer in tokenizer/; classes.json (class names) if the training
+data has names; samples.png; README.md, a model card; export.json, the provenance. With --push the folder is
 uploaded; log in with `hf auth login` before, or set HF_TOKEN.
 """
 
@@ -68,11 +68,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 def load_run_config(run: str, overrides: list[str]) -> Config:
-    """The config of the run that RUN belongs to, or `config=` of the overrides.
-
-    Raises:
-        InputError: there is none, or it is invalid.
-    """
+    """The config of the run that RUN belongs to, or `config=` of the overrides; raises InputError without one."""
     sources = []
     if not any(override.startswith("config=") for override in overrides):
         folder = find_run_folder(Path(run))
@@ -83,11 +79,8 @@ def load_run_config(run: str, overrides: list[str]) -> Config:
 
 
 def export(config: Config, folder: Path, options: argparse.Namespace) -> None:
-    """Write the folder, unless it exists already.
-
-    Raises:
-        InputError: weights, tokenizer or config are invalid, or the folder holds something else.
-    """
+    """Write the folder, unless it exists already. Raises InputError for invalid weights, tokenizer or config, or if the
+    folder has other content."""
     tokenizer = load_tokenizer(config)
     weights = find_generator_weights(config, tokenizer.sha256())
     model = load_generator(weights.path, config.model)
@@ -100,7 +93,7 @@ def export(config: Config, folder: Path, options: argparse.Namespace) -> None:
         "--tokenizer": options.tokenizer,
     }
     if is_made(folder, provenance, folder / EXPORT_FILE):
-        print(f"{folder}: made from the same already")
+        print(f"{folder}: already exported from the same weights and config")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
@@ -136,7 +129,7 @@ def export(config: Config, folder: Path, options: argparse.Namespace) -> None:
 
 
 def write_reference(folder: Path, tokenizer: Tokenizer, source: str) -> None:
-    """The tokenizer's config, and the name and sha256 of its weights instead of a copy."""
+    """Write the tokenizer's config, and the name and sha256 of its weights instead of a copy."""
     folder.mkdir()
     tokenizer.write_config(folder)
     name = source if source.startswith(SCHEME) else Path(source).name  # without folders of this machine
@@ -145,7 +138,7 @@ def write_reference(folder: Path, tokenizer: Tokenizer, source: str) -> None:
 
 
 def class_names_of(config: Config) -> list[str] | None:
-    """Names from the training data; None: it is not here, or has none."""
+    """Names from the training data; None without data or names."""
     found, count = training_classes(config), config.model.generator.condition_num_classes
     return found[0][:count] if found is not None and len(found[0]) >= count else None
 
@@ -208,7 +201,7 @@ if __name__ == "__main__":
     parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or weights file")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="output folder; must not exist")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="of the config; config=FILE.yaml replaces it")
-    parser.add_argument("--license", help="of the weights, as an identifier of the Hub (default: none is stated)")
+    parser.add_argument("--license", help="of the weights, a Hub identifier (default: none is stated)")
     parser.add_argument("--samples", type=int, default=16, help="images in samples.png (default: %(default)s; 0: none)")
     parser.add_argument(
         "--tokenizer",

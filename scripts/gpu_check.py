@@ -1,10 +1,10 @@
-"""The first ten minutes on a GPU: is what it computes right, and how fast is it?
+"""Check a new GPU in ten minutes: correctness and speed.
 
     bash scripts_bash/gpu_check.sh [OUT] [--parts NAME ...]
     python scripts/gpu_check.py outputs/gpu_check --parts model graphs
 
-Runs the checks of tests/gpu/checks with pytest, each in a process of its own with a time limit, so that a crash or a
-hang does not end the others. On a machine without a GPU they run on the CPU in tiny sizes. Needs a checkout and pytest
+Runs the checks of tests/gpu/checks with pytest, each in its own process with a time limit, so that a crash or hang does
+not affect the others. Without a GPU they run on the CPU in tiny sizes. Needs a checkout and pytest
 (requirements-dev.txt), no network and no downloaded files.
 
 Writes OUT/gpu_check.md (a table to be committed as docs/benchmarks/<device>.md), OUT/gpu_check.json and
@@ -99,18 +99,13 @@ def main(argv: list[str]) -> int:
     print(f"{summary}: {out / 'gpu_check.md'}")
     if on_gpu:
         file = re.sub(r"\W+", "-", device.lower()).strip("-") + ".md"
-        print(f"to keep it: docs/benchmarks/{file}, with a link in README.md")
+        print(f"to keep it, copy it to docs/benchmarks/{file}, with a link in README.md")
     return int(counts[FAIL] > 0)
 
 
 def run_part(part: str, work: Path, log: Path, seconds_left: float) -> list[Row]:
-    """Comparisons and figures of a part.
-
-    Args:
-        work: folder for its files, removed at its end.
-        log: receives its output.
-        seconds_left: of the whole check.
-    """
+    """Comparisons and figures of a part. Its files go to `work`, which is removed, and its output to `log`;
+    `seconds_left` are those of the whole check."""
     test, limit = PARTS[part]
     limit = min(limit, seconds_left)
     if limit < 1:
@@ -130,7 +125,7 @@ def run_part(part: str, work: Path, log: Path, seconds_left: float) -> list[Row]
             ending = f"still running after {limit:.0f} s, killed"
         finally:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # also what it started
+                os.killpg(process.pid, signal.SIGKILL)  # and its children
             process.wait()
     shutil.rmtree(work, ignore_errors=True)
     rows = read_results(results) if results.exists() else []
@@ -142,13 +137,13 @@ def run_part(part: str, work: Path, log: Path, seconds_left: float) -> list[Row]
 
 
 def read_results(junit: Path) -> list[Row]:
-    """What `tests.gpu.checks.conftest.Report` and pytest wrote about the tests of a part."""
+    """Results of a part's tests, from `tests.gpu.checks.conftest.Report` and pytest."""
     rows = []
     for case in ElementTree.parse(junit).iter("testcase"):
         rows += [json.loads(item.get("value", "")) for item in case.iter("property")]
         if (skip := case.find("skipped")) is not None:
             rows.append(comparison(SKIPPED, "", skip.get("message", "")))
-        for problem in case.iter("failure"):  # an exception; a comparison that failed is an `error`, and a property
+        for problem in case.iter("failure"):  # an exception; failed comparisons are an `error` and a property
             rows.append(comparison(FAIL, ENDS, problem.get("message", "").partition("\n")[0]))
     return rows
 
@@ -158,7 +153,7 @@ def comparison(result: str, what: str, found: str) -> Row:
 
 
 def page(device: str, on_gpu: bool, summary: str, comparisons: list[Row], figures: list[Row]) -> str:
-    """The table in Markdown, which can be committed."""
+    """The table in Markdown."""
     compared = [cells(row["part"], row["result"], row["what"], row["found"], row["expected"]) for row in comparisons]
     measured = [cells(row["part"], row["name"], row["value"], row["goal"] if on_gpu else "") for row in figures]
     note = "" if on_gpu else "On a CPU all sizes are tiny, and the figures say nothing about a GPU.\n\n"

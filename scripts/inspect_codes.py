@@ -103,11 +103,7 @@ def inspect(config: InspectCodesConfig) -> None:
 
 
 def choose_rows(store: TokenStore, config: InspectCodesConfig) -> list[int]:
-    """The rows `inspection.rows`, or random ones, in order.
-
-    Raises:
-        InputError: a row that does not exist.
-    """
+    """The rows `inspection.rows`, or random ones, in order; raises InputError for a row that does not exist."""
     rows = config.inspection.rows
     if rows is None:
         count = min(config.inspection.num_images, len(store))

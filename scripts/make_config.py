@@ -1,14 +1,14 @@
-"""Write the configs for one's own images: classes from the shards, grid and codebook from the tokenizer.
+"""Write configs for your own images: classes from the shards, grid and codebook from the tokenizer.
 
     python scripts/make_config.py outputs/mine/images outputs/mine --resolution 64
     python scripts/make_config.py shards outputs/mine --resolution 256 --base configs/rear_b.yaml \\
         --tokenizer maskgit-vqgan-imagenet-f16-256.bin
 
-IMAGES is a folder that scripts/make_shards.py has made. Without --tokenizer, one is to be trained, with the sizes of
---new-tokenizer. Everything that is not given or derived is as in --base.
+IMAGES is a folder of scripts/make_shards.py. Without --tokenizer, a new one is configured, with the sizes of
+--new-tokenizer. All other settings come from --base.
 
 Writes to OUTPUT: rear.yaml (for pretokenize.py, train_rear.py and all that follows) and, without --tokenizer,
-tokenizer.yaml (for train_tokenizer.py). Change them as you like; this script reads neither.
+tokenizer.yaml (for train_tokenizer.py). Edit them as you like.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     train, validation = find_shards(arguments.images)
     train_images, heldout_images = open_images(train), open_images(validation)
     if validation == train:
-        notify(f"{arguments.images}: no held-out shards (make_shards.py --heldout): training images take their place")
+        notify(f"{arguments.images}: no held-out shards (make_shards.py --heldout): training images are used instead")
     num_classes = len(train_images.class_names or []) or int(train_images.class_ids.max()) + 1
     data = {
         "dataset.params.train_shards_path_or_url": train,
@@ -87,21 +87,18 @@ def main(argv: list[str] | None = None) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=Path, help="folder with shards")
-    parser.add_argument("output", type=Path, help="folder for the configs and for what they make")
+    parser.add_argument("output", type=Path, help="folder for the configs and their outputs")
     parser.add_argument("--resolution", type=int, required=True, help="pixels, a multiple of 8 for the small tokenizer")
-    parser.add_argument("--tokenizer", help="weights of a trained one, .bin, .safetensors or hf://OWNER/REPO/FILE")
+    parser.add_argument("--tokenizer", help="trained weights, .bin, .safetensors or hf://OWNER/REPO/FILE")
     parser.add_argument("--new-tokenizer", type=Path, default=SMALL_TOKENIZER, help="config; default %(default)s")
     parser.add_argument("--base", type=Path, default=SMALL_BASE, help="default %(default)s")
-    parser.add_argument("--no-flip", action="store_true", help="for images whose mirror image is another thing")
+    parser.add_argument("--no-flip", action="store_true", help="for images that must not be mirrored")
     return parser.parse_args(argv)
 
 
 def find_shards(folder: Path) -> tuple[str, str]:
-    """Patterns of the training and the held-out shards; without these the training shards take their place.
-
-    Raises:
-        InputError: no shards, or training shards of several kinds.
-    """
+    """Patterns of the training and the held-out shards, or the training shards twice without held-out ones; raises
+    InputError without shards, or for training shards of several prefixes."""
     prefixes = sorted({path.name.rpartition("-")[0] for path in folder.glob("*-*.tar")})
     train = [prefix for prefix in prefixes if prefix != HELDOUT_PREFIX]
     if len(train) != 1:
@@ -111,11 +108,7 @@ def find_shards(folder: Path) -> tuple[str, str]:
 
 
 def sizes_in(tokenizer: str, resolution: int) -> VQModelConfig:
-    """Of a tokenizer from its weights.
-
-    Raises:
-        InputError: no weights of a tokenizer, or a resolution that they cannot have.
-    """
+    """Sizes of a tokenizer from its weights; raises InputError for other weights, or a resolution that does not fit."""
     state = load_state_dict(local_file(tokenizer))
     sizes = replace(config_from_state_dict(state), resolution=resolution)
     try:
@@ -126,11 +119,7 @@ def sizes_in(tokenizer: str, resolution: int) -> VQModelConfig:
 
 
 def tokenizer_settings(sizes: VQModelConfig, resolution: int) -> dict[str, Any]:
-    """The section model.vq_model.
-
-    Raises:
-        InputError: a resolution that the tokenizer cannot have.
-    """
+    """The section model.vq_model; raises InputError for a resolution that does not fit."""
     sizes = replace(sizes, resolution=resolution)
     try:
         sizes.num_latent_tokens = math.prod(code_shape(sizes))
@@ -148,11 +137,8 @@ def balanced_count(images: ImageSource, num_classes: int) -> int:
 
 
 def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -> Config:
-    """Write the settings over those of `base`, without sizes that follow; read them back, which checks them.
-
-    Raises:
-        InputError: what does not fit together.
-    """
+    """Write the settings over those of `base`, without derived sizes, and read them back, which checks them; raises
+    InputError for sizes that do not fit."""
     merged = OmegaConf.load(base)
     for key, value in settings.items():
         OmegaConf.update(merged, key, value)

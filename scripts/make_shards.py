@@ -4,11 +4,11 @@
         --class-names LOC_synset_mapping.txt
     python scripts/make_shards.py my_images outputs/mine/images --heldout 0.1
 
-The bytes of the images are not changed. Images are shuffled, always in the same way, and with --heldout a share of each
+The bytes of the images are not changed. Images are shuffled reproducibly, and with --heldout a share of each
 class goes to separate shards. All CPUs are used; rerun the same command to resume a killed run.
 
-Writes to OUTPUT, which appears when it is complete: <prefix>-000000.tar ..., heldout-000000.tar ..., an index of each
-(<prefix>-000000.index.npz ...), so that no program has to read all their headers, classes.json (names in the order of
+Writes to OUTPUT, atomically: <prefix>-000000.tar ..., heldout-000000.tar ..., an index of each
+(<prefix>-000000.index.npz ...), which avoids reading all headers at each start, classes.json (names in the order of
 the class ids) and shards.json (samples, bytes and sha256 of each shard). For existing shards
 
     python scripts/make_shards.py --index "shards/imagenet-train-{000000..000252}.tar"
@@ -75,12 +75,12 @@ def pack(arguments: argparse.Namespace) -> None:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, nargs="?", help="folder with a sub-folder per class")
-    parser.add_argument("output", type=Path, nargs="?", help="folder to make")
+    parser.add_argument("output", type=Path, nargs="?", help="output folder")
     parser.add_argument("--index", metavar="SHARDS", help="instead of source and output: shards to index")
-    parser.add_argument("--prefix", default="train", help="of the shard names, default %(default)s")
+    parser.add_argument("--prefix", default="train", help="prefix of the shard names, default %(default)s")
     parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="default %(default)s")
     parser.add_argument("--heldout", type=float, default=0.0, help="share of each class, below 1; default none")
-    parser.add_argument("--class-names", type=Path, help="text file with lines `folder name`, to rename the classes")
+    parser.add_argument("--class-names", type=Path, help="text file of lines `folder name` with class names")
     parser.add_argument("--processes", type=int, default=num_cpus(), help="default: all CPUs, here %(default)s")
     arguments = parser.parse_args(argv)
     if (arguments.output is None) == (arguments.index is None) or (arguments.index and arguments.source):
@@ -93,11 +93,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def read_titles(path: Path, folders: list[str]) -> list[str]:
-    """Names of the class folders from lines such as `n01440764 tench, Tinca tinca`.
-
-    Raises:
-        InputError: no such file, or a folder that it does not name.
-    """
+    """Names of the class folders from lines such as `n01440764 tench, Tinca tinca`; raises InputError for a missing
+    file, or a folder without a line."""
     try:
         lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

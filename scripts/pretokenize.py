@@ -1,4 +1,4 @@
-"""Turn images into tokenizer codes, once, so that training reads codes instead of images.
+"""Encode images once, so that training reads codes instead of images.
 
     torchrun --nproc_per_node=8 scripts/pretokenize.py config=configs/rear_b.yaml \\
         dataset.params.train_shards_path_or_url="imagenet-train-{000000..000252}.tar" \\
@@ -7,11 +7,11 @@
 Reads the images of `dataset.params.train_shards_path_or_url` in their order, cuts each into the crops of
 `dataset.preprocessing.pretokenize_crops` and encodes them with `experiment.tokenizer_checkpoint`, on GPUs if there
 are any: `training.per_gpu_batch_size` crops at a time, read by `dataset.params.num_workers_per_gpu` processes per GPU.
-The output does not depend on the number of processes; without torchrun it is one.
+The output does not depend on the number of processes.
 
-Writes `dataset.params.pretokenization`: a .tokens store or, if the name ends in .jsonl, that file and a store of the
-same name. Both appear when they are complete. Samples are in the order of the images, the crops of an image together.
-While it runs, finished chunks of images are in `<name>.tokens.chunks/`; rerun the same command to resume a killed run.
+Writes `dataset.params.pretokenization` atomically: a .tokens store or, if the name ends in .jsonl, that file and a
+store of the same name. Samples are in the order of the images, the crops of an image together. Finished chunks of
+images are in `<name>.tokens.chunks/` meanwhile; rerun the same command to resume a killed run.
 """
 
 import sys
@@ -66,7 +66,7 @@ from utils.processes import num_cpus
 from utils.run.signals import StopSignals
 from utils.schema import DatasetConfig
 
-IMAGES_PER_CHUNK = 256  # or the next multiple of the batch size
+IMAGES_PER_CHUNK = 256  # rounded up to a multiple of the batch size
 
 
 def main(config: Config) -> None:
@@ -129,11 +129,7 @@ def pretokenize(
 
 
 def checked_paths(config: Config) -> tuple[str, Path]:
-    """The images to read, and the file or store to write.
-
-    Raises:
-        InputError: a key of the config is missing or wrong.
-    """
+    """The images to read, and the file or store to write; raises InputError for a missing or wrong key."""
     images, codes = config.dataset.params.train_shards_path_or_url, config.dataset.params.pretokenization
     if images is None or codes is None:
         key = "train_shards_path_or_url" if images is None else "pretokenization"
@@ -182,10 +178,7 @@ def provenance_of(meta: StoreMeta) -> dict[str, Any]:
 
 
 def check_finished(store: TokenStore, meta: StoreMeta) -> None:
-    """
-    Raises:
-        InputError: the existing store is not the one that this command would write.
-    """
+    """Raise InputError if the existing store is not the one that this command would write."""
     different = differences(found=provenance_of(store.meta), expected=provenance_of(meta))
     if different:
         raise InputError(
@@ -204,8 +197,8 @@ def encode(
     dataset: DatasetConfig,
     ctx: DistributedContext,
 ) -> None:
-    """Write some chunks: (n * K, N + 1) uint16, per crop its codes, and 1 if its image is to be left out. Rank 0 shows
-    the progress of all ranks."""
+    """Write chunks of (n * K, N + 1) uint16: each crop's codes, and 1 if its image is to be left out. Rank 0 shows the
+    progress of all ranks."""
     items = [list(chunk[i : i + batch_size]) for chunk in chunks for i in range(0, len(chunk), batch_size)]
     batches = Batches(images, items, dataset.params.num_workers_per_gpu, ctx.device.type == "cuda")
     launcher = StopSignals()
@@ -231,11 +224,8 @@ def encode(
 def join(
     chunk_files: ChunkFiles, store_path: Path, meta: StoreMeta, source: ImageSource, max_bad_fraction: float
 ) -> None:
-    """Write the store from all chunks, one at a time, without the images that could not be read.
-
-    Raises:
-        InputError: there are too many of these.
-    """
+    """Write the store from all chunks, one at a time, without the images that could not be read; raises InputError if
+    too many are unreadable."""
     fault_point("join.begin", 0)
     bad: set[int] = set()
     with new_token_store(store_path, meta) as writer:

@@ -2,8 +2,8 @@
 
     python scripts/quickstart_report.py outputs/quickstart
 
-Reads what the steps of scripts_bash/quickstart.sh wrote. Prints the table; writes report.md and samples_by_region.png
-(a column of samples for each region, the first ones, not chosen) to the same folder.
+Reads the files of scripts_bash/quickstart.sh. Prints the table; writes report.md and samples_by_region.png
+(a column of samples for each region, the first ones, not selected) to the same folder.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def rows(folder: Path) -> list[tuple[str, str]]:
         ],
         (f"{frechet}: {number} samples", f"{distances['samples']:.1f}"),
         (f"{frechet}: {number} samples of an untrained model", f"{distances['untrained_samples']:.1f}"),
-        (f"{frechet}: the tokenizer's reconstructions of them", f"{distances['tokenizer/reconstructions']:.1f}"),
+        (f"{frechet}: the tokenizer's reconstructions", f"{distances['tokenizer/reconstructions']:.1f}"),
         (f"{frechet}: {number} training tiles", f"{distances['train_tiles/reference']:.1f}"),
         ("trained / untrained", f"{distances['samples'] / distances['untrained_samples']:.2f}"),
     ]

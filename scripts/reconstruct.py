@@ -1,4 +1,4 @@
-"""Reconstruct held-out images with the tokenizer: no generator on its codes can be better than these.
+"""Reconstruct held-out images with the tokenizer, which limits the quality of any generator on its codes.
 
     python scripts/reconstruct.py config=configs/rear_b.yaml experiment.output_dir=outputs/tokenizer \\
         dataset.params.eval_shards_path_or_url="imagenet-val-{000000..000049}.tar"
@@ -7,8 +7,8 @@ Takes centre crops of the first `sampling.num_fid_samples` held-out images, or o
 interleaved (image i has class i mod C while every class lasts); `sampling.seed` fixes the order within a class.
 
 Writes to `experiment.output_dir`: reference.npz and reconstructions.npz (arr_0: uint8 NHWC images, arr_1: int64 labels,
-both in the same order), reconstruct.json (crop, PSNR, L1, codebook use and the provenance of the images: those of
-another provenance are not replaced) and reconstructions.png (originals above reconstructions). Then compute rFID with
+both in the same order), reconstruct.json (crop, PSNR, L1, codebook use and the provenance; images of another provenance
+are not replaced) and reconstructions.png (originals above reconstructions). Then compute rFID with
 
     python evaluation/evaluator.py outputs/tokenizer/reference.npz outputs/tokenizer/reconstructions.npz
 """
@@ -95,7 +95,7 @@ def reconstruct_all(config: Config) -> None:
 
 
 def provenance_of(config: Config, validation: "ValidationImages", tokenizer: Tokenizer) -> dict[str, Any]:
-    """Everything that the images depend on; the names and classes of the held-out images stand for their content."""
+    """Everything that the images depend on, with names and classes of the held-out images instead of their content."""
     return {
         "held-out images": validation.dataset.fingerprint,
         "number of images": len(validation.labels),
@@ -124,8 +124,7 @@ class ValidationImages:
     Attributes:
         labels: (n,) int64, of the images in their order; class ids are those of the training data.
 
-    Raises:
-        InputError: no images given, too many that cannot be read, or a class that training does not know.
+    Raises InputError without images, or for too many unreadable ones or a class that the training data lack.
     """
 
     def __init__(self, config: Config) -> None:
@@ -154,7 +153,7 @@ class ValidationImages:
         return Batches(self.dataset, items, self.num_workers)
 
     def _unreadable(self, order: np.ndarray) -> np.ndarray:
-        """(n,) bool."""
+        """Whether each image is unreadable, (n,) bool."""
         found = []
         for batch in self._batches(order):
             self.dataset.skipped.add(batch["index"], batch["skipped"])

@@ -5,14 +5,14 @@
 
 Image i has class i mod C and depends on (weights, config, sampling.seed, i) only, so the images do not depend on the
 number of processes, and no part of the file is sorted by class (the Inception Score needs that). With
-`sampling.class_labels` the file holds only the images of these classes, the same ones, with classes interleaved too.
+`sampling.class_labels` the file holds only the same images of these classes, interleaved too.
 
 Writes `<output_dir>.npz` (arr_0: uint8 NHWC images, arr_1: int64 labels), `<output_dir>.png` (a grid of the first),
 `<output_dir>.yaml` (the resolved config), `<output_dir>.json` (the provenance of the images, the step of the weights)
-and, with `sampling.save_png`, `<output_dir>.images/`. If the tokenizer is a codebook alone, it writes codes in place of
-images: `<output_dir>.tokens`, a store as of scripts/pretokenize.py. While it runs, finished batches are in
-`<output_dir>.chunks/`; rerun the same command, with any number of processes, to resume a killed run. Complete output is
-not made again.
+and, with `sampling.save_png`, `<output_dir>.images/`. If the tokenizer is only a codebook, it writes codes instead of
+images: `<output_dir>.tokens`, a store like that of scripts/pretokenize.py. Finished batches are in
+`<output_dir>.chunks/` meanwhile; rerun the same command, with any number of processes, to resume a killed run. Complete
+output is not made again.
 """
 
 import sys
@@ -27,7 +27,7 @@ from utils.schema import Config
 READS = {
     "experiment": "output_dir tokenizer_checkpoint generator_checkpoint allow_other_tokenizer",
     "model": "all",
-    "dataset.params": "train_shards_path_or_url pretokenization",  # for names of classes
+    "dataset.params": "train_shards_path_or_url pretokenization",  # for class names
     "training": "enable_tf32",
     "sampling": "all",
 }
@@ -113,11 +113,8 @@ def sample(config: Config, tokenizer: Tokenizer, output: Path, ctx: DistributedC
 
 
 def is_finished(chunk_files: SampleChunks, result: Path, provenance: dict[str, Any]) -> bool:
-    """Whether the npz or store of this run is complete; prints so.
-
-    Raises:
-        InputError: there is that of another run.
-    """
+    """Whether the npz or store of this run is complete, which is printed; raises InputError for output of another
+    run."""
     if chunk_files.can_resume or not is_made(result, provenance):  # chunks: the run was killed at its end
         return False
     chunk_files.remove()  # a run may have been killed while it deleted them
@@ -126,11 +123,8 @@ def is_finished(chunk_files: SampleChunks, result: Path, provenance: dict[str, A
 
 
 def check_other_outputs(chunk_files: SampleChunks, output: Path, result: Path) -> None:
-    """
-    Raises:
-        InputError: this run would replace or mix with files of another run: images next to codes, a config of the
-            user, or PNG files.
-    """
+    """Raise InputError if this run would replace files of another run or mix with them: images next to codes, a user's
+    config, or PNG files."""
     for suffix in (".npz", ".tokens"):
         other = output.with_name(output.name + suffix)
         if other != result and other.exists():
@@ -148,12 +142,8 @@ def check_other_outputs(chunk_files: SampleChunks, output: Path, result: Path) -
 def sample_chunks(
     chunks: Iterable[range], indices: list[int], sampler: ImageSampler, config: Config
 ) -> Iterator[tuple[range, np.ndarray]]:
-    """Yield each chunk with its images (B, H, W, 3) uint8, or codes (B, N) uint16 of a tokenizer without images. A GPU
-    decodes a chunk while it samples the next.
-
-    Args:
-        chunks: of `indices`.
-    """
+    """Yield each chunk of `indices` with its images (B, H, W, 3) uint8, or codes (B, N) uint16 of a tokenizer without
+    images. A GPU decodes a chunk while it samples the next."""
     last_chunk, pending = None, None
     for chunk in chunks:
         codes = sampler.codes(indices[chunk.start : chunk.stop])
@@ -166,10 +156,7 @@ def sample_chunks(
 
 
 def finish(decoder: ImageDecoder | PassThroughDecoder, pending: Any, chunk: range, config: Config) -> np.ndarray:
-    """
-    Raises:
-        InputError: logits or pixels that are not finite; names the images and the weights.
-    """
+    """Raises InputError, with the images and weights, for logits or pixels that are not finite."""
     try:
         return decoder.finish(pending)
     except NonFiniteError as error:
@@ -189,9 +176,7 @@ def pack(
 ) -> None:
     """Gather the chunks, one at a time, in the npz and delete them. The npz is the last file to appear.
 
-    Args:
-        labels: (n,) int64, of all images.
-        figures: facts to record with the provenance.
+    `labels`: (n,) int64, of all images; `figures`: facts to record with the provenance.
     """
     first_images = chunk_files.first_images(GRID_IMAGES)
     write_png(npz.with_suffix(".png"), make_grid(first_images, GRID_COLUMNS))
@@ -218,7 +203,7 @@ def pack_codes(
     provenance: dict[str, Any],
     figures: dict[str, Any],
 ) -> None:
-    """As `pack`, but codes in a token store."""
+    """Like `pack`, but codes in a token store."""
     save_config(config, store.with_suffix(".yaml"))
     meta = StoreMeta(tokenizer.image_seq_len, tokenizer.codebook_size, tokenizer_sha256=tokenizer.sha256())
     with new_token_store(store, meta) as writer:

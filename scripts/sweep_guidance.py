@@ -1,18 +1,18 @@
-"""Find guidance and temperature: sample with each of several settings, score the samples, keep the best setting.
+"""Find the best guidance and temperature: sample with each setting and score the samples.
 
     torchrun --nproc_per_node=8 scripts/sweep_guidance.py config=configs/rear_b.yaml \\
         experiment.output_dir=outputs/rear_b_sweep experiment.generator_checkpoint=outputs/rear_b \\
         sweep.reference=VIRTUAL_imagenet256_labeled.npz sampling.num_fid_samples=10000 "sweep.guidance_scale=[4,8,16]"
 
 The settings are all combinations of the lists in the section `sweep`. Each samples the same images (classes and random
-numbers); these are scored and not kept, with Inception if its weights are in torch hub's cache, else with
-EfficientNet-Lite0. The reference is split at random into halves: the setting with the smallest Frechet distance to one
-half is the best, and its distance to the other half is the number to report. (Selecting by a score biases it.)
+numbers), which are scored with Inception if its weights are in torch hub's cache, else with EfficientNet-Lite0, and not
+kept. The reference is split at random into halves: the setting with the smallest Frechet distance to one half is the
+best; report its distance to the other half, since selecting by a score biases it.
 
-Writes to `experiment.output_dir`: sweep.json (all numbers and their provenance: those of another provenance are not
-mixed with them), sweep.md (the table), sweep.png (distance and, with Inception, Inception Score against guidance) and
-best.txt (the best setting as arguments for the sampler). Rerun the same command to resume a killed sweep at the next
-setting; more values in the lists extend the table.
+Writes to `experiment.output_dir`: sweep.json (all numbers and their provenance; another provenance is an error),
+sweep.md (the table), sweep.png (distance and, with Inception, Inception Score against guidance) and best.txt (the best
+setting as arguments for the sampler). Rerun the same command to resume a killed sweep at the next setting; more values
+in the lists extend the table.
 """
 
 import sys
@@ -29,7 +29,7 @@ from utils.schema import Config, GuidanceScale, Temperature
 READS = {
     "experiment": "output_dir tokenizer_checkpoint generator_checkpoint allow_other_tokenizer",
     "model": "all",
-    "dataset.params": "train_shards_path_or_url pretokenization",  # for names of classes
+    "dataset.params": "train_shards_path_or_url pretokenization",  # for class names
     "training": "enable_tf32",
     "sampling": "all but save_png",
     "sweep": "all",
@@ -43,10 +43,10 @@ class SweepConfig:
         [1.0, 2.0, 4.0, 8.0], "values of model.generator.guidance_scale, combined with all values below"
     )
     guidance_scale_pow: NonEmpty[list[NonNegativeFloat]] | None = key(
-        None, "values of model.generator.guidance_scale_pow; null: that one alone"
+        None, "values of model.generator.guidance_scale_pow; null: only the model's"
     )
     randomize_temperature: NonEmpty[list[Temperature]] | None = key(
-        None, "values of model.generator.randomize_temperature; null: that one alone"
+        None, "values of model.generator.randomize_temperature; null: only the model's"
     )
 
 
@@ -145,10 +145,7 @@ def sweep(config: SweepGuidanceConfig, tokenizer: Tokenizer, ctx: DistributedCon
 
 
 def open_reference(config: SweepGuidanceConfig, resolution: int, verify: bool) -> Npz:
-    """
-    Raises:
-        InputError: the key is missing, or does not name an npz of images of this size.
-    """
+    """Raises InputError if the key is missing, or does not name an npz of images of this size."""
     if config.sweep.reference is None:
         raise InputError("sweep.reference: missing; give an npz of images to compare with")
     npz = open_input(Path(config.sweep.reference), verify)
@@ -159,11 +156,8 @@ def open_reference(config: SweepGuidanceConfig, resolution: int, verify: bool) -
 
 
 def asked(config: SweepGuidanceConfig) -> tuple[list[int], list[int]]:
-    """Class ids and indices of the images that each setting samples.
-
-    Raises:
-        InputError: classes that do not exist, or a single image.
-    """
+    """Class ids and indices of the images that each setting samples; raises InputError for unknown classes, or one
+    image."""
     classes = asked_classes(config)
     indices = asked_images(config.sampling, classes, config.model.generator.condition_num_classes)
     if len(indices) < 2:
@@ -186,7 +180,7 @@ def with_setting(config: SweepGuidanceConfig, setting: Setting) -> Config:
 
 
 def provenance_of(sampler_provenance: dict[str, Any], reference: Npz, extractor: Extractor) -> dict[str, Any]:
-    """Everything that the scores depend on, besides the setting."""
+    """Everything that the scores depend on, except the setting."""
     left_out = (*WITHOUT_EFFECT, *(f"model.generator.{key}" for key in KEYS))
     return {
         **{key: value for key, value in sampler_provenance.items() if key not in left_out},
@@ -196,11 +190,7 @@ def provenance_of(sampler_provenance: dict[str, Any], reference: Npz, extractor:
 
 
 def read_scores(path: Path, provenance: dict[str, Any]) -> dict[Setting, Scores]:
-    """The scores of finished settings.
-
-    Raises:
-        InputError: they have another provenance.
-    """
+    """The scores of finished settings; raises InputError if they have another provenance."""
     rows = read_json(path)["settings"] if is_made(path, provenance) else []
     return {Setting(**{key: row.pop(key) for key in KEYS}): row for row in rows}
 
@@ -215,7 +205,7 @@ def family_of(setting: Setting) -> tuple[float, float]:
 
 
 def in_order(scores: dict[Setting, Scores]) -> list[Setting]:
-    """By power and temperature, then by guidance scale."""
+    """Settings sorted by power and temperature, then by guidance scale."""
     return sorted(scores, key=lambda setting: (family_of(setting), setting.guidance_scale))
 
 

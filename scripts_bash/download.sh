@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Download published files to the places where the configs look for them; --help names them all:
+# Download published files to the paths in the configs; --help lists them:
 #   bash scripts_bash/download.sh tokenizer codes
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,6 +1,6 @@
 # Sourced by the other scripts: a Python environment with requirements-dev.txt, PYTHONPATH at the root of the project.
-# An active environment (venv or conda) is used; without one .venv is made. Nothing is installed twice, nothing that is
-# new enough is replaced. PYTHON: another interpreter; VENV: another folder; CONSTRAINTS: a file for pip.
+# An active environment (venv or conda) is used; without one .venv is created. Packages that
+# are installed and new enough are kept. PYTHON: another interpreter; VENV: another folder; CONSTRAINTS: a file for pip.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 
@@ -16,7 +16,7 @@ fi
 installed="$(python -c 'import sys; print(sys.prefix)')/.rear-requirements"
 wanted="$(cat requirements.txt requirements-dev.txt ${CONSTRAINTS:-})"
 if [[ "$(cat "$installed" 2>/dev/null)" != "$wanted" ]]; then
-  echo "installing requirements-dev.txt (several GB at the first time: torch with CUDA)"
+  echo "installing requirements-dev.txt (several GB the first time: torch with CUDA)"
   python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt ${CONSTRAINTS:+-c "$CONSTRAINTS"}
   printf '%s\n' "$wanted" > "$installed"
 fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first ten minutes on a GPU: parity, precision, training, speed. Writes a table to OUT:
+# Check a new GPU in ten minutes: parity, precision, training, speed. Writes a table to OUT:
 #   bash scripts_bash/gpu_check.sh [OUT] [--parts NAME ...]
 # OUT is outputs/gpu_check without an argument. The exit status is 1 if anything failed.
 set -euo pipefail

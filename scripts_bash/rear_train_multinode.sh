@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Train reAR on several machines; run it on every one of them.
+# Train reAR on several machines; run it on each machine.
 # Further arguments override the config:
 #   NUM_NODES=4 NODE_RANK=0 MASTER_ADDR=node0 CONFIG=configs/rear_l.yaml bash scripts_bash/rear_train_multinode.sh
 # NODE_RANK is 0 on the machine MASTER_ADDR, whose MASTER_PORT must be reachable. All machines see the same OUTPUT_DIR.
-# The same command again continues the run. DRY_RUN=1 prints the command instead of running it.
+# Rerun the same command to resume. DRY_RUN=1 prints the command instead of running it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

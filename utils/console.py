@@ -1,4 +1,4 @@
-"""Standard output and error that never raise, for the work matters more than its messages; and Markdown tables."""
+"""Standard output and error that never raise; Markdown tables."""
 
 import os
 import sys
@@ -8,10 +8,8 @@ from typing import Any, TextIO
 
 
 class Console:
-    """A text stream that drops what it cannot write: a closed pipe or terminal, a full disk.
-
-    Characters that its encoding lacks are written as escapes.
-    """
+    """A text stream that drops what it cannot write (closed pipe or terminal, full disk) and escapes characters that
+    its encoding lacks."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -41,8 +39,8 @@ def markdown_table(head: list[str], lines: list[list[str]]) -> str:
 def unbreakable_console() -> Iterator[None]:
     """Inside `with`, neither print nor a progress bar raises if the console is closed or full.
 
-    The numbers of standard streams that were closed at the start are reserved: else a file that is opened later would
-    get one, and with it the warnings of libraries that write to 2.
+    Numbers of standard streams that were closed at the start are reserved, or a file opened later would get one and
+    receive the warnings of libraries that write to 2.
     """
     for number in (0, 1, 2):
         try:
@@ -62,7 +60,7 @@ def unbreakable_console() -> Iterator[None]:
 
 
 def _silence_if_broken(stream: TextIO) -> None:
-    """Python flushes at exit, and an error then would become the exit status."""
+    """Replace a broken stream: Python flushes at exit, where an error would become the exit status."""
     try:
         stream.flush()
     except OSError:

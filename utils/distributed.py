@@ -1,10 +1,9 @@
-"""The processes of a launch: rank and device of this one, and collective operations.
+"""Rank and device of this process, and collective operations of all processes of a launch.
 
-Every script calls `init_distributed`, whether torchrun, accelerate or nobody launched it. All ranks first meet at a
-store (a key-value server of torchrun or rank 0), which knows which rank is missing. accelerate's `PartialState` cannot
-name it ("1/2 clients joined"), nor can torch's `monitored_barrier`: without all ranks there is no group to call it on.
-`PartialState` also takes WORLD_SIZE=2 without LOCAL_RANK for two single processes, sets the number of threads on a CPU,
-and adds 0.15 s to the trainer's imports of 1.65 s.
+Every script calls `init_distributed`, with or without a launcher. All ranks first meet at a key-value store (of
+torchrun or rank 0), so that an error can name a missing rank. accelerate's `PartialState` and torch's
+`monitored_barrier` cannot. `PartialState` also takes WORLD_SIZE=2 without LOCAL_RANK for two single processes and sets
+the number of CPU threads.
 """
 
 import ctypes
@@ -28,9 +27,9 @@ from utils.files.provenance import differences
 P = ParamSpec("P")
 T = TypeVar("T")
 LAUNCH_TIMEOUT_S = 120  # until all ranks have arrived
-GROUP_TIMEOUT_S = 600  # after which a rank that does not answer in a reduction counts as dead
+GROUP_TIMEOUT_S = 600  # after which a rank that does not answer in a reduction is considered dead
 NO_LIMIT = timedelta(days=30)
-GROUP_THREADS_S = 0.2  # for the threads of a group at exit: see `_never_free`
+GROUP_THREADS_S = 0.2  # see `_never_free`
 MAX_REPORTED = 3  # differences between ranks in an error message
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FLIGHT_RECORDER = {
@@ -41,7 +40,7 @@ FLIGHT_RECORDER = {
 if torch.__version__ < "2.11":  # newer releases warn of these names
     FLIGHT_RECORDER["TORCH_NCCL_TRACE_BUFFER_SIZE"] = FLIGHT_RECORDER["TORCH_FR_BUFFER_SIZE"]
     FLIGHT_RECORDER["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = FLIGHT_RECORDER["TORCH_FR_DUMP_TEMP_FILE"]
-# Settings of `accelerate config` or its options that have no effect here: default, and what to use instead.
+# Settings of accelerate that have no effect here: default, and the setting to use instead.
 LAUNCHER_SETTINGS = {
     "ACCELERATE_USE_DEEPSPEED": ("false", "torch's own DDP is used; training.fsdp=true shards"),
     "ACCELERATE_USE_FSDP": ("false", "training.fsdp=true shards"),
@@ -56,8 +55,8 @@ LAUNCHER_SETTINGS = {
 class DistributedContext:
     """This process among all processes of a launch. Methods are collective: all ranks must call them.
 
-    Reductions time out after `group_timeout` of `init_distributed`. The other methods wait for rank 0, which may work
-    on files, without a limit; a rank that dies meanwhile ends the others at once.
+    Reductions time out after `group_timeout` of `init_distributed`. The other methods wait for rank 0's file work
+    without a limit; if a rank dies meanwhile, the others end at once.
     """
 
     rank: int
@@ -74,7 +73,7 @@ class DistributedContext:
             print(line, flush=True)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, on each of them; dtype, shape and device of `values`, which stays unchanged."""
+        """The sum over all ranks, with dtype, shape and device of `values`, which stays unchanged."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def all_reduce_max(self, values: Tensor) -> Tensor:
@@ -94,11 +93,8 @@ class DistributedContext:
             dist.barrier(group=self.no_timeout_group)
 
     def broadcast_from_rank0(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `function` on rank 0 alone; returns its result, pickled, on all ranks.
-
-        Raises:
-            Exception: from `function`, on rank 0; the other ranks exit without a message.
-        """
+        """Call `function` on rank 0 only; returns its result, pickled, on all ranks. Rank 0 raises its exceptions; the
+        other ranks exit without a message."""
         if self.size == 1:
             return function(*args, **kwargs)
         results: list[Any] = [None]
@@ -109,11 +105,8 @@ class DistributedContext:
         return results[0]
 
     def rank0_first(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call `function` on rank 0, then on the others, which find the files that rank 0 has converted.
-
-        Raises:
-            Exception: from `function`, where it failed; the other ranks exit without a message.
-        """
+        """Call `function` on rank 0, then on the others, which find the files that rank 0 has converted. Exceptions are
+        raised where they occurred; the other ranks exit without a message."""
         with self._exit_together():
             if self.is_rank0:
                 result = function(*args, **kwargs)
@@ -124,11 +117,8 @@ class DistributedContext:
 
     @contextmanager
     def locked(self, path: Path, inside: bool = False) -> Iterator[None]:
-        """Hold the lock of `path` (see `only_writer`) on rank 0, for all ranks.
-
-        Raises:
-            InputError: another launch holds it; on rank 0, the other ranks exit without a message.
-        """
+        """Hold the lock of `path` (see `only_writer`) on rank 0, for all ranks. If another launch holds it, rank 0
+        raises InputError and the other ranks exit without a message."""
         with ExitStack() as lock:
             with self._exit_together():
                 if self.is_rank0:
@@ -136,10 +126,7 @@ class DistributedContext:
             yield
 
     def assert_same_on_all_ranks(self, topic: str, facts: dict[str, Any]) -> None:
-        """
-        Raises:
-            InputError: `facts` differ between ranks; on rank 0, the other ranks exit without a message.
-        """
+        """If `facts` differ between ranks, rank 0 raises InputError and the other ranks exit without a message."""
         if self.size == 1:
             return
         of_ranks: list[dict[str, Any]] = [{}] * self.size
@@ -174,9 +161,9 @@ def init_distributed(
 
     Args:
         launch_timeout: seconds within which all ranks must arrive.
-        group_timeout: seconds after which a rank that does not answer in a reduction counts as dead.
-        traces: folder for the last reductions of every rank after a timeout (`nccl_trace_rank_<rank>`, of NCCL's
-            flight recorder, which torch's `torchfrtrace` reads).
+        group_timeout: seconds after which a rank that does not answer in a reduction is considered dead.
+        traces: folder for NCCL flight-recorder traces after a timeout (`nccl_trace_rank_<rank>`, read by
+            `torchfrtrace`).
 
     Raises:
         InputError: environment variables of a launch that are missing or invalid.
@@ -215,21 +202,18 @@ def init_distributed(
 
 
 def _never_free(group: object) -> None:
-    """Leak a reference to `group`, as a process sometimes hangs at exit otherwise.
+    """Leak a reference to `group`: a process sometimes hangs at exit otherwise.
 
-    torch (2.6 at least) frees a gloo group with the GIL held and joins its threads, one of which may wait for the GIL
-    to free the tensor of its last reduction. A thread that is left alone must not ask for the GIL of an interpreter
-    that is ending either (this aborts the process): `GROUP_THREADS_S` is the time for it to finish.
+    torch (2.6 at least) frees a gloo group with the GIL held and joins its threads, of which one may wait for the GIL
+    to free its last tensor. A leaked thread must finish before the interpreter ends, which would abort the process;
+    `GROUP_THREADS_S` is its time for that.
     """
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 def launch_environment() -> tuple[int, int, int]:
-    """Rank, number of processes and rank within this machine; 0, 1, 0 without a launcher.
-
-    Raises:
-        InputError: environment variables of a launch that are missing or invalid.
-    """
+    """Rank, number of processes and rank within this machine; 0, 1, 0 without a launcher. Raises InputError for missing
+    or invalid environment variables of a launch."""
     size = _int_variable("WORLD_SIZE", default=1)
     local_rank = _int_variable("LOCAL_RANK", default=0)
     if size == 1:
@@ -268,11 +252,8 @@ def _int_variable(name: str, default: int) -> int:
 
 
 def _meet(rank: int, size: int, timeout_s: int) -> dist.Store:
-    """The store of this launch, after all ranks have arrived. Keep a reference: rank 0 may host it.
-
-    Raises:
-        TrainingError: no store at MASTER_ADDR:MASTER_PORT, or a rank does not arrive in time.
-    """
+    """The store of this launch, after all ranks have arrived; raises TrainingError without one, or without all ranks in
+    time. Keep a reference: rank 0 may host the store."""
     host, port = os.environ["MASTER_ADDR"], _int_variable("MASTER_PORT", default=0)
     hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
     deadline = time.monotonic() + timeout_s

@@ -18,15 +18,14 @@ CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"  # in torch's messa
 
 
 class InputError(ValueError):
-    """An input of the user is wrong. The message, one line, names the file, key or index, what was found and what was
-    expected."""
+    """A user's input is wrong. The message, one line: file, key or index, what was found, what was expected."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message.replace("\n", "\\n"))  # a file name or value may hold one
+        super().__init__(message.replace("\n", "\\n"))  # file names and values may contain line ends
 
 
 class NonFiniteError(InputError):
-    """Finite weights gave NaN or infinity. The message names the model and the values."""
+    """Finite weights computed NaN or infinity. The message names the model and the values."""
 
 
 class TrainingError(RuntimeError):
@@ -37,8 +36,8 @@ class TrainingError(RuntimeError):
 def input_errors_exit() -> Iterator[None]:
     """Around a script's main: print errors that the user can fix as one line on stderr and exit with status 1.
 
-    These are InputError, TrainingError, OSError and out of memory. Ctrl-C ends at once. Any other exception is a bug:
-    its traceback ends with a request for a report. Inside, a broken console raises nothing.
+    These are InputError, TrainingError, OSError and out of memory. Ctrl-C ends at once. Any other exception is a bug
+    and ends with its traceback and a request for a report. Inside, a broken console raises nothing.
     """
     with unbreakable_console():
         try:
@@ -56,7 +55,7 @@ def input_errors_exit() -> Iterator[None]:
 
 
 def environment_error(error: BaseException) -> str | None:
-    """The line to print for an error that is no bug; None for a bug."""
+    """The line to print for an error that the user can fix; None for a bug."""
     if isinstance(error, InputError | TrainingError):
         return str(error)
     if isinstance(error, OSError):
@@ -68,10 +67,10 @@ def environment_error(error: BaseException) -> str | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory of a GPU or of this machine is exhausted."""
+    """Whether GPU or host memory is exhausted."""
     return type(error).__name__ in OUT_OF_MEMORY or (isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error))
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of the message, or the type of an error without one."""
+    """The first line of the message, or the error's type if it has none."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,14 +1,14 @@
 """Deliberate faults for the tests of recovery. Nothing happens unless the environment variable REAR_FAULT is set.
 
-    REAR_FAULT=<point>[.<number>][@<rank>][:kill|raise|enospc|sleep]      without an action: kill
+    REAR_FAULT=<point>[.<number>][@<rank>][:kill|raise|enospc|sleep]      default action: kill
 
-Points, each reached just before what it names; the number is that of the step or chunk:
+Each point is just before the named work; the number is the step or chunk:
 step: its forward pass
 save.begin, save.model, save.optimizer, save.manifest, save.rename, save.prune: in this order, of a checkpoint
 chunk.begin, chunk.rename: of a chunk file
 join.begin, join.end: of joining all chunks, with the number 0
 
-Without a number or rank, the fault strikes at the first of them that is reached, on every rank.
+Without a number or rank, the fault happens at the first match, on every rank.
 """
 
 import errno
@@ -20,12 +20,7 @@ SLEEP_S = 3600  # longer than any timeout
 
 
 def fault_point(name: str, number: int) -> None:
-    """Die, raise or hang here if REAR_FAULT names this point, number and rank.
-
-    Raises:
-        RuntimeError, OSError: as REAR_FAULT says.
-        ValueError: an action that does not exist.
-    """
+    """Die, raise RuntimeError or OSError, or hang here if REAR_FAULT names this point, number and rank."""
     fault = os.environ.get("REAR_FAULT")
     if not fault:
         return

@@ -16,11 +16,8 @@ CAPTION_HEIGHT = 12  # pixels
 
 
 def to_uint8(images: Tensor, rule: str = "truncate") -> np.ndarray:
-    """Bytes of float images in [0, 1] as an array; see `to_byte_tensor`.
-
-    Raises:
-        NonFiniteError: pixels that are NaN or infinite, which as bytes would be black or white.
-    """
+    """`to_byte_tensor` as an array; raises NonFiniteError for NaN or infinite pixels, which would become black or
+    white."""
     if not images.isfinite().all():
         raise NonFiniteError("the pixels of a batch are not finite: the weights that made them are of no use")
     return to_byte_tensor(images, rule).cpu().numpy()
@@ -31,13 +28,10 @@ def to_byte_tensor(images: Tensor, rule: str = "truncate") -> Tensor:
 
     Args:
         images: (B, 3, H, W) float.
-        rule: truncate (x * 255 cast to an integer, as the published sampler does) or round (to the nearest).
+        rule: truncate (x * 255 cast to an integer, as the published sampler) or round (to the nearest).
 
     Returns:
         (B, H, W, 3) uint8.
-
-    Raises:
-        ValueError: another rule.
     """
     if rule not in ("truncate", "round"):
         raise ValueError(f"uint8 rule {rule!r}: expected truncate or round")
@@ -49,7 +43,7 @@ def to_byte_tensor(images: Tensor, rule: str = "truncate") -> Tensor:
 def to_float(images: Tensor) -> Tensor:
     """Bytes (B, H, W, 3) as float32 (B, 3, H, W) in [0, 1], the nearest numbers to byte / 255; on their device."""
     values = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    # CUDA would multiply by the reciprocal of a number, which rounds otherwise; by a tensor it divides.
+    # CUDA multiplies by the reciprocal of a number, which rounds differently; it divides by a tensor.
     return values.div_(torch.full((), 255.0, device=images.device))
 
 
@@ -66,7 +60,7 @@ def make_grid(images: np.ndarray, columns: int) -> Image.Image:
 
 
 def make_captioned_grid(images: np.ndarray, captions: list[str], columns: int) -> Image.Image:
-    """As `make_grid`, with a caption below each image, cut to its width."""
+    """Like `make_grid`, with a caption below each image, cut to its width."""
     count, _, width, _ = images.shape
     below = np.full((count, CAPTION_HEIGHT, width, 3), 255, np.uint8)
     for strip, caption in zip(below, captions, strict=True):
@@ -77,15 +71,11 @@ def make_captioned_grid(images: np.ndarray, captions: list[str], columns: int) -
 
 
 def save_grid(images: np.ndarray, path: str | Path, columns: int | None = None) -> None:
-    """Write images (B, H, W, 3) uint8 as one PNG picture.
-
-    Args:
-        columns: None: about as many as rows.
-    """
+    """Write images (B, H, W, 3) uint8 as one PNG picture; `columns` None: about as many as rows."""
     write_png(Path(path), make_grid(images, columns or math.ceil(len(images) ** 0.5)))
 
 
 def write_png(path: Path, image: Image.Image) -> None:
-    """The file appears when it is complete."""
+    """Write a PNG atomically."""
     with atomic_file(path) as partial:
         image.save(partial, format="png")

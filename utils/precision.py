@@ -1,4 +1,4 @@
-"""Precision: bf16, float32, or TF32 in float32 products on NVIDIA GPUs; the same bits each time or not."""
+"""Precision: bf16, float32, or TF32 in float32 products on NVIDIA GPUs; deterministic operations."""
 
 import os
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from utils.schema import TrainingConfig
 def matmul_precision(tf32: bool) -> Iterator[None]:
     """Inside, float32 matrix products and convolutions run in TF32 (10 bits of mantissa) or in full precision.
 
-    What was set before holds again afterwards. Without an NVIDIA GPU it changes nothing.
+    The previous setting is restored. No effect without an NVIDIA GPU.
     """
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
@@ -29,15 +29,15 @@ def matmul_precision(tf32: bool) -> Iterator[None]:
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Inside, the same computation gives the same bits each time, or may not, which is faster. An operation that cannot
-    is a RuntimeError then, on a CPU too. What was set before holds again afterwards.
+    """Inside, operations are deterministic (bit-equal each time) or may be not, which is faster; an operation without a
+    deterministic form is a RuntimeError, on a CPU too. The previous setting is restored.
 
-    Entered first before CUDA is used: cuBLAS reads CUBLAS_WORKSPACE_CONFIG once.
+    Enter it before CUDA is used: cuBLAS reads CUBLAS_WORKSPACE_CONFIG once.
     """
     cudnn, variable = torch.backends.cudnn, "CUBLAS_WORKSPACE_CONFIG"
     before, workspace = (cudnn.deterministic, cudnn.benchmark), os.environ.get(variable)
     mode = torch.get_deterministic_debug_mode()  # off (0), warn or error (2)
-    changes = mode != (2 if wanted else 0)  # to ask for what is so already would import torch's compiler, for seconds
+    changes = mode != (2 if wanted else 0)  # a redundant call would import torch's compiler, for seconds
     try:
         if changes:
             torch.use_deterministic_algorithms(wanted)
@@ -54,7 +54,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def in_bf16(training: TrainingConfig, device: torch.device) -> bool:
-    """Whether `training.mixed_precision` means bf16 on this device."""
+    """Whether `training.mixed_precision` selects bf16 on this device."""
     return training.mixed_precision == "bf16" or (training.mixed_precision == "auto" and device.type == "cuda")
 
 

@@ -21,12 +21,9 @@ def in_processes(
 ) -> Generator[range, None, None]:
     """Call `work` on every chunk in forked processes, or in this one if `processes` is 1; yields the finished chunks.
 
-    Process i of P takes the chunks i, i + P, ..., so they finish nearly in order. After this process is killed, or the
-    generator closed, none of the others works on more than the chunk it is at.
-
-    Raises:
-        InputError: from `work`.
-        TrainingError: a process has died.
+    Process i of P takes the chunks i, i + P, ..., so they finish nearly in order. If this process is killed or the
+    generator closed, each other process stops after its current chunk. Raises InputError from `work`, and TrainingError
+    if a process dies.
     """
     if processes == 1 or len(chunks) == 1:
         for chunk in chunks:
@@ -41,7 +38,7 @@ def in_processes(
             arguments = (work, chunks[first::processes], sender, os.getpid())
             workers[receiver] = context.Process(target=_run_worker, args=arguments)
             workers[receiver].start()
-            sender.close()  # else the next process would inherit it, and the end of this one go unnoticed
+            sender.close()  # or the next process would inherit it and hide the end of this one
         while workers:
             for receiver in cast(list[Connection], wait(list(workers))):
                 try:
@@ -62,7 +59,7 @@ def in_processes(
 
 
 def _run_worker(work: Callable[[range], None], chunks: Sequence[range], sender: Connection, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too and ends this process
     for chunk in chunks:
         if os.getppid() != parent:
             return

@@ -44,11 +44,8 @@ def permutation(bits: np.random.Philox, count: int) -> np.ndarray:
 def sample_uniforms(
     seed: int, step: int, slots: Sequence[int] | np.ndarray, width: int, stream: Stream = Stream.TRAINING_NOISE
 ) -> torch.Tensor:
-    """Uniforms of the samples in these slots of the global batch of a training step.
-
-    Returns:
-        (number of slots, width) float32 in [0, 1).
-    """
+    """Uniforms of the samples in these slots of the global batch of a training step: (number of slots, width) float32
+    in [0, 1)."""
     blocks = -(-width // 4)  # Philox advances in blocks of 4 doubles
     bits = (philox(stream, seed, step).advance(int(slot) * blocks) for slot in slots)
     return _to_float32(np.stack([uniforms(of_slot, width) for of_slot in bits]))
@@ -66,11 +63,11 @@ class TrainingUniforms:
 def training_uniforms(
     seed: int, step: int, slots: Sequence[int] | np.ndarray, num_perturbation: int, num_orders: int
 ) -> TrainingUniforms:
-    """Random numbers of the samples in these slots of the global batch. Those for orders are a stream of their own, so
-    that the others are the same in any order.
+    """Random numbers of the samples in these slots of the global batch. Orders have their own stream, so the other
+    numbers are the same for any order.
 
     Args:
-        num_perturbation, num_orders: numbers that a sample needs; 0 orders: None.
+        num_perturbation, num_orders: numbers per sample; 0 orders: None.
     """
     width = 1 + num_perturbation
     numbers = sample_uniforms(seed=seed, step=step, slots=slots, width=width, stream=Stream.TRAINING_NOISE)
@@ -81,20 +78,13 @@ def training_uniforms(
 
 
 def image_uniforms(seed: int, indices: list[int], width: int, stream: Stream = Stream.SAMPLING) -> torch.Tensor:
-    """Uniforms of the images with these indices, for sampling.
-
-    Returns:
-        (len(indices), width) float32 in [0, 1).
-    """
+    """Uniforms of the images with these indices, for sampling: (len(indices), width) float32 in [0, 1)."""
     return _keyed_uniforms(stream, seed, indices, width)
 
 
 def validation_uniforms(rows: Iterable[int], width: int) -> torch.Tensor:
-    """Uniforms of these rows of the validation codes, the same for any seed of the run.
-
-    Returns:
-        (number of rows, width) float32 in [0, 1).
-    """
+    """Uniforms of these rows of the validation codes, independent of the run's seed: (number of rows, width) float32 in
+    [0, 1)."""
     return _keyed_uniforms(Stream.VALIDATION, 0, rows, width)
 
 

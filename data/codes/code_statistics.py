@@ -37,7 +37,7 @@ class CodeStatistics:
 
 
 def code_statistics(store: TokenStore) -> CodeStatistics:
-    """Read a whole store once, in pieces, with a progress bar."""
+    """Read a whole store once."""
     code_counts = np.zeros(store.meta.codebook_size, dtype=np.int64)
     for first in tqdm(range(0, len(store), ROWS_PER_READ), desc="counting codes", delay=2):
         code_counts += np.bincount(store.codes[first : first + ROWS_PER_READ].ravel(), minlength=len(code_counts))

@@ -1,7 +1,7 @@
 """From jsonl to a token store and back, on all CPUs; the same call resumes a killed conversion.
 
-From a jsonl to a store, the lines of each chunk of bytes are checked and written to a chunk file, and the store is
-joined from these. From a store to a jsonl, the length of every line is known beforehand, so the lines of each chunk of
+From jsonl to store, processes check the lines of each chunk of bytes and write a chunk file; the store is joined from
+the chunk files. From store to jsonl, the length of every line follows from its values, so the lines of each chunk of
 rows are written at their final offset.
 """
 
@@ -31,10 +31,11 @@ CHUNK_ROWS = 16_384  # of a store
 
 
 def describe_source(jsonl: Path, chunk_hashes: list[str] | None = None) -> dict[str, Any]:
-    """The `source` of a store: the hash of its jsonl, and name, size and time, which spare reading it while they stay.
+    """The `source` of a store: the jsonl's hash, and its name, size and time, which avoid hashing it again while they
+    stay.
 
     Args:
-        chunk_hashes: of all chunks of CHUNK_BYTES; None: the file is read.
+        chunk_hashes: of all chunks of CHUNK_BYTES; None: read the file.
     """
     status = jsonl.stat()
     if chunk_hashes is None:
@@ -61,12 +62,8 @@ def is_source(source: dict[str, Any] | None, jsonl: Path) -> bool:
 
 
 def is_conversion(store_path: Path, jsonl: Path, sizes: Sizes, max_bad_fraction: float) -> bool:
-    """Whether the store was converted from the present content of `jsonl`, under the same rules. If not, it may be
-    replaced: there is none, or an outdated conversion.
-
-    Raises:
-        InputError: a store that was not converted from this file.
-    """
+    """Whether the store was converted from the present content of `jsonl` with the same settings; if not, it is missing
+    or outdated and may be replaced. Raises InputError for a store that was not converted from this file."""
     if not store_path.is_dir():
         return False
     meta = open_store(store_path)[0]
@@ -74,13 +71,13 @@ def is_conversion(store_path: Path, jsonl: Path, sizes: Sizes, max_bad_fraction:
     follows_rules = meta.num_skipped <= max_skipped and meta.codebook_size == sizes.codebook_size
     if meta.source is not None and is_source(meta.source, jsonl) and follows_rules and meta.sha256 is not None:
         source = {**meta.source, "name": jsonl.name, "mtime_ns": jsonl.stat().st_mtime_ns}
-        if source != meta.source:  # so that the next start need not read the file
+        if source != meta.source:  # the next start need not hash the file
             meta.source = source
             write_meta(store_path, meta)
         return True
-    if meta.source is None or meta.tokenizer_sha256 is not None:  # from elsewhere, or with facts that no jsonl has
+    if meta.source is None or meta.tokenizer_sha256 is not None:  # not made from a jsonl
         raise InputError(
-            f"{store_path}: not made from {jsonl} as it is now; train on the store, or delete or rename it"
+            f"{store_path}: found other codes than in {jsonl} now; train on the store, or delete or rename it"
         )
     return False
 
@@ -94,16 +91,13 @@ def jsonl_to_store(
     crops_per_image: int = 1,
     class_names: list[str] | None = None,
 ) -> BadLines:
-    """Check all lines and write them to a token store, atomically. Chunk files, as large as the store, are in
-    `<store>.lines/` meanwhile.
+    """Check all lines and write them to a token store, atomically; chunk files, as large as the store, are in
+    `<store>.lines/` meanwhile. Returns the bad lines that were left out.
 
     Args:
         max_bad_fraction: bad lines up to this share of all are left out.
         crops_per_image: consecutive lines that belong to one image.
         class_names: in the order of the class ids.
-
-    Returns:
-        What was left out.
 
     Raises:
         InputError: more bad lines than allowed, of which it names the first ten, or a last image without all its
@@ -152,7 +146,7 @@ def jsonl_to_store(
 
 
 def edge_of_square(image_seq_len: int) -> int | None:
-    """The edge of the square grid of so many codes; None: there is none."""
+    """The edge of the square grid of this many tokens; None: no square."""
     edge = isqrt(image_seq_len)
     return edge if edge**2 == image_seq_len else None
 
@@ -160,11 +154,8 @@ def edge_of_square(image_seq_len: int) -> int | None:
 def _convert_lines(
     jsonl: Path, chunk_files: ChunkFiles, sizes: Sizes, bad_lines: BadLines, processes: int
 ) -> list[str]:
-    """Write the missing chunks; count bad lines in the order of the file, as far as it is read without a gap.
-
-    Returns:
-        The hash of each chunk of bytes.
-    """
+    """Write the missing chunks and return the hash of each chunk of bytes. Bad lines are counted in file order, as far
+    as the file has been read without a gap."""
 
     def convert(chunk: range) -> None:
         lines = read_range(jsonl, chunk.start, chunk.stop, sizes)
@@ -199,14 +190,10 @@ def _convert_lines(
 
 
 def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:
-    """Write the samples as jsonl, atomically, unless that has been done; until then it is in `<jsonl>.rows/`. A store
-    of the same name records that it is the conversion of that file.
+    """Write the samples as jsonl, atomically, unless that has been done; rows are in `<jsonl>.rows/` meanwhile. The
+    store's meta.json then records the jsonl as its source. Returns the number of samples.
 
-    Returns:
-        Number of samples.
-
-    Raises:
-        InputError: no store there, a damaged one, or another file under that name.
+    Raises InputError for a missing or damaged store, or another file at `jsonl`.
     """
     meta, codes, class_ids = open_store(store_path)
     chunk_files = ChunkFiles(
@@ -238,11 +225,7 @@ def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:
 def _write_rows(
     growing: Path, codes: np.ndarray, class_ids: np.ndarray, chunk_files: ChunkFiles, sizes: list[int], processes: int
 ) -> None:
-    """Write the missing chunks at their offsets in the growing jsonl.
-
-    Args:
-        sizes: bytes of each chunk.
-    """
+    """Write the missing chunks at their offsets in the growing jsonl; `sizes`: bytes of each chunk."""
     offsets = dict(zip(chunk_files.chunks, accumulate(sizes, initial=0), strict=False))
 
     def convert(chunk: range) -> None:

@@ -36,7 +36,7 @@ class BadLines:
     reasons: list[str] = field(default_factory=list)  # of the first ones, with their line number
 
     def add(self, num_lines: int, num_bad: int, reasons: list[tuple[int, str]]) -> None:
-        """Add the next lines; `reasons` has the number of a bad line among them, from 0, and what is wrong."""
+        """Count more lines; `reasons` pairs the number of a bad line among them, from 0, with its problem."""
         named = [f"line {self.num_lines + number + 1}: {reason}" for number, reason in reasons]
         self.reasons = (self.reasons + named)[:MAX_REPORTED]
         self.num_lines += num_lines
@@ -55,7 +55,7 @@ class BadLines:
 
 
 class LineRange(NamedTuple):
-    """The lines of a file whose first byte is in some range."""
+    """The lines of a file whose first byte is in a given range."""
 
     codes: np.ndarray  # (n, N) uint16, of the good lines
     class_ids: np.ndarray  # (n,) int32
@@ -65,11 +65,8 @@ class LineRange(NamedTuple):
 
 
 def read_range(path: Path, start: int, stop: int, sizes: Sizes) -> LineRange:
-    """Read and check the lines that begin at the bytes `start` to `stop - 1`. Bad lines are counted, not raised.
-
-    Raises:
-        InputError: a line is longer than MAX_LINE_BYTES.
-    """
+    """Read and check the lines that begin at the bytes `start` to `stop - 1`; bad lines are counted, not raised. Raises
+    InputError for a line longer than MAX_LINE_BYTES."""
     parser = LineParser(sizes)
     row = struct.Struct(f"{sizes.image_seq_len}H")
     rows = bytearray()
@@ -143,7 +140,7 @@ def format_lines(class_ids: np.ndarray, codes: np.ndarray) -> bytes:
 
 
 def formatted_size(class_ids: np.ndarray, codes: np.ndarray) -> int:
-    """Bytes of `format_lines`, without formatting."""
+    """Length of `format_lines` in bytes, computed without formatting."""
     fixed = len(HEAD) + len(MIDDLE) + len(TAIL) + len(", ") * (codes.shape[1] - 1)
     return len(codes) * fixed + _num_digits(class_ids, MAX_LABEL_DIGITS) + _num_digits(codes, 5)
 

@@ -1,4 +1,4 @@
-"""Tokenized images on disk: a memory map, which opens at once however many images there are."""
+"""Tokenized images on disk: a memory map, which opens instantly for any number of images."""
 
 import hashlib
 import os
@@ -74,11 +74,7 @@ class TokenStore(Dataset):
         return {key: values[0] for key, values in self.__getitems__([item]).items()}
 
     def __getitems__(self, items: Sequence[int | SampleIndex]) -> dict[str, Tensor]:
-        """A batch, for a DataLoader whose collate_fn is `collate`.
-
-        Returns:
-            codes: (B, N) int64; class_labels: (B,) int64; index: (B,) int64.
-        """
+        """A batch: codes (B, N), class_labels (B,) and index (B,), all int64; DataLoader's collate_fn is `collate`."""
         index = np.array([as_sample_index(item).index for item in items], dtype=np.int64)
         return {
             "class_labels": torch.from_numpy(self.class_ids[index].astype(np.int64)),
@@ -118,7 +114,7 @@ def open_tokens(
         key: config key of the path, for error messages.
 
     Raises:
-        InputError: nothing there, bad lines, a damaged store or one of other sizes.
+        InputError: nothing there, too many bad lines, a damaged store or other sizes.
     """
     sizes = Sizes(codebook_size, image_seq_len, num_classes)
     if path.suffix not in (".tokens", ".jsonl"):

@@ -65,7 +65,7 @@ def read_picture() -> Image.Image:
 
 
 def split_tiles(picture: Image.Image) -> tuple[list[Tile], list[Tile]]:
-    """Training and held-out tiles of all regions, without uniform tiles and open sea (but for the region ocean)."""
+    """Training and held-out tiles of all regions, without uniform tiles and open sea (except in the region ocean)."""
     pixels = np.asarray(picture)
     train: list[Tile] = []
     heldout: list[Tile] = []
@@ -80,7 +80,7 @@ def split_tiles(picture: Image.Image) -> tuple[list[Tile], list[Tile]]:
 
 
 def _region_tiles(region: str) -> Iterator[tuple[Tile, bool]]:
-    """Tiles of a region and whether they are held out, without the strip between."""
+    """Tiles of a region and whether they are held out, without the strip between the two sets."""
     west, east, south, north = REGIONS[region]
     left, right = (PIXELS_PER_DEGREE * (180 + longitude) for longitude in (west, east))
     top, bottom = (PIXELS_PER_DEGREE * (90 - latitude) for latitude in (north, south))
@@ -106,10 +106,7 @@ def build_shards(output_dir: Path) -> None:
 
 
 def _write_shards(pattern: Path, tiles: list[Tile], picture: Image.Image) -> dict[str, int]:
-    """
-    Returns:
-        number of tiles by name of the shard.
-    """
+    """Returns the number of tiles by shard name."""
     shuffled = permutation(philox(Stream.SHARDS, 0, 0), len(tiles))  # every shard holds all classes
     counts = {}
     for number, first in enumerate(range(0, len(tiles), TILES_PER_SHARD)):

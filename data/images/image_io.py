@@ -1,6 +1,6 @@
 """From the bytes of an image file to 8-bit RGB pixels: one rule for every script that reads images.
 
-Images of 8 bits without transparency become what Pillow's `convert("RGB")` gives, as in ADM. Colour profiles are not
+Images of 8 bits without transparency are converted by Pillow's `convert("RGB")`, as in ADM; colour profiles are not
 applied. For other images see `ImageDecoding.decode`.
 """
 
@@ -59,7 +59,7 @@ class ImageDecoding:
 
 
 def has_image_name(name: str) -> bool:
-    """Whether a file name has the extension of an image; a file named just `jpg` has none."""
+    """Whether a file name has the extension of an image."""
     return PurePath(name).suffix[1:].lower() in IMAGE_EXTENSIONS
 
 

@@ -77,9 +77,9 @@ class ImageSource(ABC):
         return digest.hexdigest()
 
     def name_classes(self, class_names: Sequence[str], origin: str) -> None:
-        """Renumber the classes to the ids that their names have in `class_names`, which are from `origin`.
+        """Renumber the classes by their names' ids in `class_names`, which are from `origin`; no effect without names.
 
-        A source without names stays as it is. Raises InputError for a name that `class_names` lacks or has twice.
+        Raises InputError for a name that `class_names` lacks or has twice.
         """
         if self.class_names is None or self.class_names == list(class_names):
             return
@@ -97,7 +97,7 @@ class ImageSource(ABC):
 
 
 def to_bytes(name: str) -> bytes:
-    """A file name as it is on disk."""
+    """A file name as stored on disk."""
     return name.encode("utf-8", "surrogateescape")
 
 

@@ -33,13 +33,10 @@ class SkippedFiles:
 
 
 class SkippedImages:
-    """Counts the unreadable images that one process has skipped; a notice names each.
+    """Counts the unreadable images that one process has skipped, with a notice each; repeated passes count again.
 
     Args:
         max_bad_fraction: allowed share of unreadable images in the source.
-
-    Attributes:
-        count: how often one was skipped; more than their number in later passes.
     """
 
     def __init__(self, source: ImageSource, max_bad_fraction: float = 0.0) -> None:

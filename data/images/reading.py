@@ -55,12 +55,11 @@ class ImageDataset(Dataset):
     Augmentation depends on (seed, dataset pass, index) only.
 
     Args:
-        max_bad_fraction: allowed share of unreadable images, each replaced by the next readable one; 0: an unreadable
-            image is an error. `skipped` checks the share.
+        max_bad_fraction: allowed share of unreadable images, each replaced by the next readable one; 0: raise.
 
     Attributes:
         workers: default number of processes that read it.
-        skipped: counts unreadable images; whoever reads batches passes their `index` and `skipped` to it.
+        skipped: counts unreadable images; the reader of batches passes it their `index` and `skipped`.
     """
 
     collate = staticmethod(default_collate)
@@ -85,13 +84,10 @@ class ImageDataset(Dataset):
         return self.source.class_ids
 
     def __getitem__(self, item: int | SampleIndex) -> dict[str, Any]:
-        """
-        Returns:
-            image: the result of the transform, uint8 (H, W, 3); class_labels and index: int;
-            skipped: whether the image is unreadable; image and label are those of the next readable one then.
+        """image: the transform's result, uint8 (H, W, 3); class_labels and index: int; skipped: whether the image is
+        unreadable, so that image and label are those of the next readable one.
 
-        Raises:
-            InputError: the image cannot be read or decoded.
+        Raises InputError if the image cannot be read or decoded.
         """
         index, dataset_pass = as_sample_index(item)
         image, found_at = self._next_readable(index)
@@ -116,7 +112,7 @@ class ImageDataset(Dataset):
 
 
 class CroppedImages:
-    """Images of a data set whose transform is not random, read in slices by several threads.
+    """Images of a data set with a deterministic transform, read in slices by several threads.
 
     Args:
         indices: of the images; None: all.

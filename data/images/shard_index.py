@@ -1,5 +1,5 @@
 """The index of a tar shard, `<shard>.index.npz` next to `<shard>.tar`: where each image is, so that no start reads all
-headers. It holds the columns of `ShardIndex`, the size of the shard in bytes and, if known, its sha256.
+headers. It holds the columns of `ShardIndex`, the size of the shard in bytes and, if recorded, its sha256.
 """
 
 import zipfile

@@ -1,6 +1,6 @@
 """Webdataset shards with unchanged images, reproducible bytes and an index for each.
 
-Not webdataset's own writer: it does not report offsets, and it writes the name of the user into the headers.
+Not webdataset's own writer: it does not report offsets and writes the user's name into the headers.
 """
 
 import io
@@ -43,11 +43,8 @@ class Shard(NamedTuple):
 def plan_shards(source: ImageFolder, prefix: str, samples_per_shard: int, heldout: float) -> list[Shard]:
     """Shuffle the images, so that every shard holds all classes, and cut them into shards.
 
-    Args:
-        heldout: share of each class, rounded down but at least one image, that goes to the shards `heldout-*.tar`.
-
-    Raises:
-        InputError: a class of one image, which cannot be held out.
+    `heldout` is the share of each class, rounded down but at least one image, for the shards `heldout-*.tar`. Raises
+    InputError for a class of one image, which cannot be held out.
     """
     order = permutation(philox(Stream.SHARDS, 0, 0), len(source))
     by_class = order[np.argsort(source.class_ids[order], kind="stable")]  # grouped, shuffled within a class
@@ -71,11 +68,8 @@ def plan_shards(source: ImageFolder, prefix: str, samples_per_shard: int, heldou
 
 
 def is_written(output: Path, class_names: list[str], shards: list[Shard]) -> bool:
-    """Whether `output` holds these shards; if so, the rest of a run that was killed at its very end is deleted.
-
-    Raises:
-        InputError: it holds something else.
-    """
+    """Whether `output` holds these shards; if so, leftovers of a run killed at its very end are deleted. Raises
+    InputError if it holds something else."""
     if not output.exists():
         return False
     try:
@@ -97,12 +91,9 @@ def write_shards(
     source: ImageFolder, class_names: list[str], shards: list[Shard], output: Path, processes: int
 ) -> Generator[int, None, None]:
     """Write the shards, their indices, shards.json and classes.json to the folder `output`, atomically; yields numbers
-    of images.
+    of images. Finished shards are in `<output>.chunks/` meanwhile, from which the next call resumes.
 
-    Finished shards are in `<output>.chunks/` meanwhile, from which the next call resumes.
-
-    Raises:
-        InputError: a file that cannot be read, or shards of another source in that folder.
+    Raises InputError for a file that cannot be read, or shards of another source in that folder.
     """
     chunk_files = ChunkFiles(chunk_folder(output), num_items=len(shards), chunk_size=1, suffix=".json")
     sizes = {shard.name: len(shard.indices) for shard in shards}
@@ -132,11 +123,8 @@ def write_shards(
 
 
 def unique_keys(source: ImageFolder) -> list[str]:
-    """`<class folder>/<file name>` of each image, without extension; webdataset ends a key at the first dot.
-
-    Raises:
-        InputError: two files with the same key.
-    """
+    """`<class folder>/<file name>` of each image, without extension and with dots replaced, since webdataset ends a key
+    at a dot; raises InputError for two files with the same key."""
     keys: dict[str, int] = {}
     for index in range(len(source)):
         folder, _, name = source.key(index).rpartition("/")
@@ -157,10 +145,7 @@ def _samples(source: ImageFolder, indices: np.ndarray, keys: list[str]) -> Itera
 
 def write_shard(path: Path, samples: Iterable[ShardSample]) -> dict[str, Any]:
     """Write `<key>.cls` and `<key>.<extension>` of each sample, in order, without times and owners; then the index.
-
-    Returns:
-        samples, bytes and sha256 of the shard, as in shards.json.
-    """
+    Returns samples, bytes and sha256 of the shard, as in shards.json."""
     rows = []
     with (
         atomic_file(path) as partial,
@@ -181,11 +166,8 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> dict[str, Any]:
 
 
 def index_shards(shards: list[Path], processes: int) -> Iterator[Path]:
-    """Write the indices of shards from elsewhere, by reading their headers; yields the finished shards.
-
-    Raises:
-        InputError: a damaged shard.
-    """
+    """Write the indices of existing shards by reading their headers; yields the finished shards. Raises InputError for
+    a damaged shard."""
 
     def write(chunk: range) -> None:
         path = shards[chunk.start]

@@ -92,14 +92,11 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def check_counts(pattern: str, found: dict[Path, ShardIndex]) -> list[str]:
-    """Compare shards with the `shards.json` next to them, if there is one.
+    """Compare shards with the `shards.json` next to them, if there is one; raises InputError for differences. It
+    detects a shard that a glob misses and a well-formed shard that lacks samples.
 
-    It maps the name of a shard to its number of samples or to `{"samples": 1000, "bytes": 12345, "sha256": "..."}`.
-    Without it, a shard that a glob misses or a well-formed shard that lacks samples would not be noticed. Raises
-    InputError for differences.
-
-    Returns:
-        sha256 of all shards in order; empty if any is not stated.
+    It maps a shard's name to its number of samples or to `{"samples": 1000, "bytes": 12345, "sha256": "..."}`. Returns
+    sha256 of all shards in order; empty if any is not stated.
     """
     names = [Path(name).name for name in expand_braces(pattern)]
     hashes: dict[Path, str] = {}
@@ -197,7 +194,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _check_end(shard: Path, end: int, num_images: int) -> None:
-    """A tar that is cut between two members reads like a shorter one; only its end mark is missing."""
+    """Raise InputError without an end mark: a tar cut between two members reads like a shorter one."""
     with shard.open("rb") as file:
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -22,10 +22,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def check_first_level(config: ConvTokenizerConfig) -> None:
-    """
-    Raises:
-        InputError: the channels do not divide into groups.
-    """
+    """Raise InputError if the channels do not divide into groups."""
     if config.hidden_channels % MIN_GROUP_WIDTH:
         raise InputError(
             f"model.vq_model.hidden_channels={config.hidden_channels}: expected a multiple of {MIN_GROUP_WIDTH}"

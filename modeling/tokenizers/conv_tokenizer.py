@@ -39,10 +39,7 @@ class ConvTokenizer(Tokenizer):
     mid_key: ClassVar[str]
 
     def __init__(self, config: ConvTokenizerConfig) -> None:
-        """
-        Raises:
-            InputError: sizes that do not fit together.
-        """
+        """Raises InputError for sizes that do not fit together."""
         factor = 2 ** (len(config.channel_mult) - 1)
         if config.resolution < factor or config.resolution % factor:
             raise InputError(
@@ -67,11 +64,7 @@ class ConvTokenizer(Tokenizer):
 
     @classmethod
     def _sizes(cls, state: dict[str, Tensor]) -> dict[str, Any]:
-        """Arguments of the config.
-
-        Raises:
-            KeyError: a missing entry.
-        """
+        """Arguments of the config; raises KeyError for a missing entry."""
         codebook_size, token_size = state["quantize.embedding.weight"].shape
         return {"codebook_size": codebook_size, "token_size": token_size, **cls._network_sizes(state)}
 

@@ -27,19 +27,13 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 
 
 def build_tokenizer(config: VQModelConfig) -> Tokenizer:
-    """A tokenizer with random weights.
-
-    Raises:
-        InputError: sizes that do not fit together, or a value for a key that this tokenizer does not read.
-    """
+    """A tokenizer with random weights; raises InputError for sizes that do not fit together, or a value for a key that
+    this tokenizer does not read."""
     return TOKENIZERS[config.model_type].from_section(config)
 
 
 def build_trainable_tokenizer(config: VQModelConfig) -> TrainableTokenizer:
-    """
-    Raises:
-        InputError: as `build_tokenizer`, or a tokenizer that is not trained here.
-    """
+    """Like `build_tokenizer`; raises InputError also for a tokenizer that cannot be trained here."""
     tokenizer = build_tokenizer(config)
     if not isinstance(tokenizer, TrainableTokenizer):
         trainable = [name for name, kind in TOKENIZERS.items() if issubclass(kind, TrainableTokenizer)]
@@ -48,22 +42,15 @@ def build_trainable_tokenizer(config: VQModelConfig) -> TrainableTokenizer:
 
 
 def check_weights(config: VQModelConfig, state: dict[str, Tensor], source: object) -> None:
-    """The checks of `Tokenizer.load_weights` on the entries of a file.
-
-    Raises:
-        InputError: as `build_tokenizer` and `Tokenizer.load_weights`.
-    """
+    """The checks of `Tokenizer.load_weights` on the entries of a file; raises InputError."""
     with torch.device("meta"):
         tokenizer = build_tokenizer(config)
     check_fits(tokenizer, tokenizer.weights_of(state, source), source)
 
 
 def config_from_state_dict(state: dict[str, Tensor]) -> VQModelConfig:
-    """`model.vq_model` of the tokenizer with this state dict, of any kind; see `Tokenizer.config_from_state_dict`.
-
-    Raises:
-        InputError: keys of no tokenizer in the table.
-    """
+    """`model.vq_model` of the tokenizer with this state dict, of any kind; raises InputError if no tokenizer has these
+    keys."""
     problems = []
     for model_type, tokenizer_class in TOKENIZERS.items():
         try:
@@ -75,6 +62,6 @@ def config_from_state_dict(state: dict[str, Tensor]) -> VQModelConfig:
 
 
 def code_shape(config: VQModelConfig) -> tuple[int, ...]:
-    """`Tokenizer.code_shape`, without allocating weights; raises as `build_tokenizer`."""
+    """`Tokenizer.code_shape`, without allocating weights."""
     with torch.device("meta"):
         return build_tokenizer(config).code_shape

@@ -36,10 +36,7 @@ class TiTokVQ(Tokenizer):
     config_class = TiTokConfig
 
     def __init__(self, config: TiTokConfig) -> None:
-        """
-        Raises:
-            InputError: sizes that do not fit together.
-        """
+        """Raises InputError for sizes that do not fit together."""
         check_sizes(config)
         super().__init__(config)
         self.is_legacy = config.is_legacy
@@ -84,7 +81,7 @@ class TiTokVQ(Tokenizer):
                 vit_dec_model_size=_model_size(state, "decoder"),
                 vit_enc_patch_size=encoder_patch,
             )
-            config.use_l2_norm = config.is_legacy  # as in all published ones, and by default
+            config.use_l2_norm = config.is_legacy  # as in all published models
             if config.is_legacy:
                 levels = 1 + max(int(key.split(".")[2]) for key in state if key.startswith(f"{PREFIX}.up."))
                 widths = [len(state[f"{PREFIX}.up.{level}.block.0.conv2.weight"]) for level in range(levels)]
@@ -133,10 +130,7 @@ class TiTokVQ(Tokenizer):
 
 
 def check_sizes(config: TiTokConfig) -> None:
-    """
-    Raises:
-        InputError: sizes that do not fit together.
-    """
+    """Raise InputError for sizes that do not fit together."""
     for name in PATCH_SIZES:
         if config.resolution % getattr(config, name):
             raise InputError(
@@ -151,11 +145,7 @@ def check_sizes(config: TiTokConfig) -> None:
 
 
 def _model_size(state: dict[str, Tensor], part: str) -> Any:
-    """The size, as in the config, of encoder or decoder.
-
-    Raises:
-        KeyError: no transformer there, or an unknown one.
-    """
+    """Config name of the size of encoder or decoder; raises KeyError for a missing or unknown transformer."""
     width = state[f"{part}.positional_embedding"].shape[1]
     layers = sum(key.startswith(f"{part}.transformer.") and key.endswith(".ln_1.weight") for key in state)
     return {(size.width, size.layers): name for name, size in SIZES.items()}[width, layers]

@@ -71,7 +71,7 @@ class TiTokEncoder(Transformer):
     """Images (B, 3, H, W) in [0, 1] and initial latent tokens (N, D) -> latents (B, N, Z).
 
     Quirk of the legacy weights: the latent tokens (B, N, D) are not transposed but reshaped to (B, D, N), so that a
-    latent mixes several of them.
+    latent mixes several latent tokens.
     """
 
     def __init__(

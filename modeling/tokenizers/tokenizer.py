@@ -23,7 +23,7 @@ from utils.schema import Config, ConvTokenizerConfig, TokenizerConfig, VQModelCo
 
 T = TypeVar("T", bound="Tokenizer")
 
-# Keys of some tokenizers only. Those of convolutional networks do no harm beside codes_only.
+# Keys of some tokenizers only. Those of convolutional networks are ignored by codes_only.
 OWN_KEYS = {field.name for field in fields(VQModelConfig)} - {field.name for field in fields(ConvTokenizerConfig)}
 
 
@@ -66,10 +66,9 @@ class Tokenizer(PretrainedModel, ABC):
 
     @classmethod
     def from_section(cls: type[T], section: VQModelConfig) -> T:
-        """With the keys that it reads of those of all tokenizers.
+        """Build from `model.vq_model`, which has the keys of all tokenizers.
 
-        Raises:
-            InputError: sizes that do not fit together, or a value for a key of other tokenizers.
+        Raises InputError for sizes that do not fit together, or a value for a key of another tokenizer.
         """
         own = {field.name for field in fields(cls.config_class)}
         values = {field.name: getattr(section, field.name) for field in fields(section)}
@@ -83,33 +82,26 @@ class Tokenizer(PretrainedModel, ABC):
 
     @classmethod
     def read_state(cls, path: Path) -> dict[str, Tensor]:
-        """The state dict in a file of weights; raises as `load_state_dict`."""
+        """The state dict in a file of weights."""
         return load_state_dict(path)
 
     @classmethod
     @abstractmethod
     def config_from_state_dict(cls, state: dict[str, Tensor]) -> TokenizerConfig:
-        """Config of the tokenizer with this state dict; what it does not tell (such as the resolution) stays default.
-
-        Raises:
-            InputError: keys of another model.
-        """
+        """Config of the tokenizer with this state dict; keys that it does not determine, such as the resolution, keep
+        their defaults. Raises InputError for keys of another model."""
 
     @classmethod
     def weights_of(cls, state: dict[str, Tensor], source: object) -> dict[str, Tensor]:
-        """The weights among the entries of a file; other known entries of published files are left out.
+        """The weights among the entries of a file, without other known entries of published files.
 
-        Args:
-            source: where the entries come from, for the error message.
-
-        Raises:
-            InputError: an entry that is left out has an unexpected value.
+        Raises InputError, with `source` in the message, if an entry that is left out has an unexpected value.
         """
         return state
 
     @abstractmethod
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Latents (B, N, Z) of images as `encode` takes them, before quantization."""
+        """Latents (B, N, Z) of images (B, 3, H, W) in [0, 1], before quantization."""
 
     @abstractmethod
     def quantize_latents(self, latents: Tensor) -> Tensor:
@@ -142,7 +134,7 @@ class Tokenizer(PretrainedModel, ABC):
         """Codes (B, N) int64, from 0 to V - 1, of images (B, 3, H, W) in [0, 1], H = W = resolution.
 
         Any float type is converted to that of the weights. On a GPU the checks synchronize;
-        `quantize_latents(encode_latents(images))` is the same without them.
+        `quantize_latents(encode_latents(images))` skips them.
 
         Raises:
             ValueError: another image shape, no floats, or values outside [0, 1].
@@ -163,19 +155,19 @@ class Tokenizer(PretrainedModel, ABC):
         return self.decode_unclamped(codes).clamp(0.0, 1.0)
 
     def decode_unclamped(self, codes: Tensor) -> Tensor:
-        """The decoder's output (B, 3, H, W) for codes (B, N); raises as `decode`, which synchronizes on a GPU."""
+        """The decoder's output (B, 3, H, W) for codes (B, N); its checks synchronize on a GPU."""
         return self._decode(checked_codes(codes, self.image_seq_len, self.codebook_size - 1))
 
     def fast_decoder(self) -> nn.Module:
-        """`decode_unclamped` as a module with parameters of its own, which may be cast to another precision or memory
-        format. To be overridden where there is a faster form."""
+        """`decode_unclamped` as a module with its own parameters, which may be cast to another precision or memory
+        format. Override it where there is a faster form."""
         return PlainDecoder(self)
 
     def no_images(self, purpose: str) -> InputError:
-        """The error for `purpose`, which needs images, where there are none."""
+        """The error for a `purpose` that needs images."""
         return InputError(
             f"{purpose}: needs images, and model.vq_model.model_type={self.model_type} has codes only; encode and "
-            "decode images with the tokenizer of the codes, outside of this program"
+            "decode images with the tokenizer of the codes, outside this program"
         )
 
     def sha256(self) -> str:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-MAX_DISTANCES = 2**28  # at a time: 1 GiB; 1,024 images of 256 codes for V = 1,024, 64 for V = 16,384
+MAX_DISTANCES = 2**28  # at once, 1 GiB: 1,024 images of 256 codes for V = 1,024, 64 for V = 16,384
 ENTROPY_TEMPERATURE = 0.01
 EPSILON = 1e-5  # within a logarithm
 

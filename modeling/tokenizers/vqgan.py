@@ -25,7 +25,7 @@ class Names(NamedTuple):
 
     down: str  # the encoder's levels
     up: str  # the decoder's levels
-    up_ends_at_0: bool  # whether the decoder's levels count down as it runs, so that a number has the encoder's size
+    up_ends_at_0: bool  # levels are numbered in reverse, by the encoder's level of that size
     block: str  # the residual blocks of a level
     mid: tuple[str, str, str]  # residual block, attention, residual block
 
@@ -50,7 +50,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Pre-norm self-attention of all positions with one head, (B, C, H, W) -> the same."""
+    """Pre-norm self-attention of all positions with one head, (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -70,10 +70,7 @@ class Level(nn.Module):
     def __init__(
         self, widths: list[int], has_attention: bool, block_name: str, resize_name: str, resize: nn.Module
     ) -> None:
-        """
-        Args:
-            widths: before the first block, and after each.
-        """
+        """`widths`: before the first block, and after each."""
         super().__init__()
         self.block_name, self.resize_name = block_name, resize_name
         self.add_module(block_name, nn.ModuleList(map(ResBlock, widths[:-1], widths[1:])))
@@ -110,8 +107,8 @@ def encoder(config: VQGANConfig, names: Names) -> nn.Sequential:
 
 
 def decoder(config: VQGANConfig, names: Names) -> nn.Sequential:
-    """(B, z_channels, h, w) -> images (B, 3, H, W) in [-1, 1], not clamped. Each level has a block more than the
-    encoder's."""
+    """(B, z_channels, h, w) -> images (B, 3, H, W) in [-1, 1], not clamped; a level has one block more than in the
+    encoder."""
     widths = [config.hidden_channels * multiple for multiple in reversed(config.channel_mult)]
     inputs, last = [widths[0], *widths], len(widths) - 1
     resizes = [*map(UpsampleConv, widths[:-1]), nn.Identity()]

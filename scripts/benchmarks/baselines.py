@@ -3,7 +3,7 @@
 The published network repeats the position tables per row and gathers them by the order of the tokens, computes SiLU
 and adaLN per row and position in every block, and masks attention with a dense float tensor.
 
-Sampling, three ways that give the codes of `modeling.sampling.generate`:
+Sampling, three methods that give the same codes as `modeling.sampling.generate`:
 - no cache, the published sampler: each step runs the whole prefix, conditional and unconditional, with the head over
   all positions;
 - concatenating cache: the inputs are made as before, but only the newest position goes through the network, and keys
@@ -152,7 +152,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def _logits(model: ReAR, x: Tensor, condition: Tensor) -> Tensor:
-    """Of all positions: (S, t, V)."""
+    """Logits of all positions, (S, t, V)."""
     scale, shift = model.adaln_before_head.adaLN_modulation(F.silu(condition)).chunk(2, dim=-1)
     return model.lm_head(modulate(model.adaln_before_head.norm_final(x), shift, scale))
 

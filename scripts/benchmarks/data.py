@@ -25,10 +25,10 @@ from data.codes.token_store import TokenStore
 from utils.errors import InputError
 
 CODEBOOK_SIZE, NUM_CLASSES = 1024, 1000
-DISTINCT_LINES = 20_000  # of a generated file; the others repeat them in another order
+DISTINCT_LINES = 20_000  # of a generated file; further lines repeat them in a different order
 COMPARED_ITEMS = 1000
-PUBLISHED_OVERHEAD = 60  # bytes per line beyond its text: a str object and its entry in a list
-MEMORY_SHARE = 0.6  # of the free memory that the published way may take
+PUBLISHED_OVERHEAD = 60  # bytes per line, without its text: a str object and its entry in a list
+MEMORY_SHARE = 0.6  # of the free memory that the published method may use
 
 Figures = dict[str, float]
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Figures of the largest file; of the published way, those of the largest file that fits in memory."""
+    """Figures of the largest file; for the published method, of the largest file that fits in memory."""
     settings: list[dict[str, Any]] = []
     published: dict[str, Any] = {}
     for lines in arguments.lines:
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(folder: Path, lines: int, arguments: argparse.Namespace) -> Figures:
-    """Both ways on a generated file of so many lines, after a check that their items are equal."""
+    """Figures of both methods on a generated file of this many lines, after a check that their items are equal."""
     jsonl, store = folder / "codes.jsonl", folder / "codes.tokens"
     sizes = Sizes(CODEBOOK_SIZE, arguments.tokens, NUM_CLASSES)
     generate(jsonl, lines, sizes)
@@ -68,7 +68,7 @@ def measure(folder: Path, lines: int, arguments: argparse.Namespace) -> Figures:
         found = in_fresh_processes(1, read_batches, open_published, jsonl, arguments.batch, arguments.batches)[0]
         figures |= {f"{key}_published": value for key, value in found.items()} | {"lines_published": lines}
     else:
-        print(f"{lines} lines: the published way would need more than {MEMORY_SHARE:.0%} of the free memory")
+        print(f"{lines} lines: the published method would need more than {MEMORY_SHARE:.0%} of the free memory")
     return figures
 
 
@@ -84,10 +84,7 @@ def generate(jsonl: Path, lines: int, sizes: Sizes) -> None:
 
 
 def compare_items(jsonl: Path, store_path: Path, lines: int) -> None:
-    """
-    Raises:
-        InputError: an item of the store differs from its line.
-    """
+    """Raise InputError if an item of the store differs from its line."""
     compared = set(np.random.default_rng(1).integers(0, lines, COMPARED_ITEMS).tolist())
     store = TokenStore(store_path)
     with jsonl.open("rb") as file:
@@ -105,7 +102,7 @@ def in_fresh_processes(count: int, function: Callable[..., Figures], *arguments:
 
 
 def convert(jsonl: Path, store: Path, sizes: Sizes, lines: int) -> Figures:
-    """In one process: lines per second, and the peak of memory."""
+    """Lines per second and peak memory of a conversion in one process."""
     before, start = kilobytes("self/status", "VmRSS"), time.perf_counter()
     jsonl_to_store(jsonl, store, sizes, processes=1)
     return {
@@ -152,12 +149,12 @@ def read_batches(open_data: Callable[..., Iterator[Any]], path: Path, batch_size
 
 
 def private_mb() -> float:
-    """Memory of this process that it shares with no other."""
+    """Memory of this process that is not shared."""
     return kilobytes("self/smaps_rollup", "Private_") * 1024 / 1e6
 
 
 def free_memory() -> int:
-    """Bytes."""
+    """Free memory in bytes."""
     return kilobytes("meminfo", "MemAvailable") * 1024
 
 

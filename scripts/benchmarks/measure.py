@@ -30,11 +30,8 @@ def seconds(function: Callable[[], object]) -> float:
 
 
 def interleaved(functions: Mapping[str, Callable[[], object]], repeats: int, budget: float) -> dict[str, list[float]]:
-    """Seconds of each function in `repeats` rounds over all of them; warm them up before.
-
-    Args:
-        budget: seconds after which a function skips the remaining rounds.
-    """
+    """Seconds of each function in `repeats` interleaved rounds; a function skips rounds after `budget` seconds.
+    Warm the functions up before."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(repeats):
         for name, function in functions.items():

@@ -1,8 +1,8 @@
-"""Whether rounding explains that two ways of sampling chose different codes.
+"""Whether rounding explains that two sampling methods chose different codes.
 
-A code is chosen by where a uniform falls in the cumulative distribution. Two ways that round differently can choose
-different codes where the uniform is next to an edge, about one code in several thousand, and then continue from
-different prefixes. So only the first difference of each image is examined: there the uniform must be at the edge.
+A code is chosen by the position of a uniform in the cumulative distribution. Two methods that round differently choose
+different codes where the uniform is next to an edge, about once in several thousand codes, and then continue from
+different prefixes. So only the first difference of each image is checked: there the uniform must be at the edge.
 """
 
 import torch
@@ -14,7 +14,7 @@ from modeling.sampling.generate import guidance_schedule, guide
 from utils.schema import GeneratorConfig
 
 # Largest distance from an edge that rounding explains. Measured at the sizes of reAR-B on a CPU: the cumulative
-# distributions of two ways differ by up to 3e-6 in float32 and 6e-3 in bf16.
+# distributions of two methods differ by up to 3e-6 in float32 and 6e-3 in bf16.
 FLOAT32_GAP, BFLOAT16_GAP = 1e-4, 0.05
 
 
@@ -22,9 +22,9 @@ FLOAT32_GAP, BFLOAT16_GAP = 1e-4, 0.05
 def largest_gap(
     model: ReAR, class_labels: Tensor, uniforms: Tensor, codes: Tensor, others: Tensor, config: GeneratorConfig
 ) -> float:
-    """At the first difference between `codes` and `others` (B, N) of each image: how far the uniform is from the
-    interval of either code, by the model's forward pass. The largest of all images; 0 if all codes are equal, infinity
-    if one is not in the codebook. Without top-k and top-p."""
+    """Largest distance, over the images, of the uniform from the interval of either code at the first difference
+    between `codes` and `others` (B, N), by the model's forward pass; 0 if all codes are equal, infinity if one is not
+    in the codebook. Without top-k and top-p."""
     for tokens in (codes, others):
         if ((tokens < 0) | (tokens >= model.codebook_size)).any():
             return float("inf")

@@ -1,7 +1,7 @@
 """Sampling codes: `modeling.sampling.generate` against the published sampler and two KV caches (`baselines.py`).
 
-With random weights, on which the time does not depend. Codes are compared in float32; the measurement is in the
-precision of `sampling.mixed_precision=auto`, of the baselines in float32 (TF32 on a GPU), as they are published.
+The weights are random, which does not affect the time. Codes are compared in float32; the measurement is in the
+precision of `sampling.mixed_precision=auto`, and for the baselines in float32 (TF32 on a GPU), as published.
 """
 
 import argparse
@@ -41,15 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heads", type=int, help="attention heads; default 16, below a width of 256 4")
     parser.add_argument("--tokens", type=int, nargs="+", default=[256], help="codes per image, one or more values")
     parser.add_argument("--batch", type=int, nargs="+", default=[50], help="images per batch, one or more values")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each way")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each method")
     parser.add_argument("--baseline-seconds", type=float, default=60, help="limit for each baseline at each setting")
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="as in sampling.compile")
-    parser.add_argument("--end-to-end", type=int, default=0, metavar="IMAGES", help="also sample so many into an npz")
+    parser.add_argument("--end-to-end", type=int, default=0, metavar="IMAGES", help="also sample this many into an npz")
 
 
 @matmul_precision(tf32=True)
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure all settings. The figures returned are those of the last one; `settings` has all of them."""
+    """Measure all settings. Returns the figures of the last one, and all in `settings`."""
     limits = ceilings()
     print(f"ceilings: {limits['flops'] / 1e12:.3g} TFLOP/s (matrix product), {limits['bytes'] / 1e9:.3g} GB/s (copy)")
     settings = []
@@ -94,10 +94,7 @@ def random_model(width: int, layers: int, tokens: int, heads: int | None = None)
 
 @matmul_precision(tf32=False)
 def check_equal(model: ReAR, config: GeneratorConfig, compile_mode: str) -> None:
-    """
-    Raises:
-        InputError: a baseline gives other codes, and rounding does not explain it.
-    """
+    """Raise InputError if a baseline gives other codes, and rounding does not explain it."""
     labels, uniforms = (values.to(device()) for values in image_inputs(range(COMPARED_IMAGES), model, seed=0))
     codes = CodeSampler(model, config, compile_mode=compile_mode)(labels, uniforms)
     for name, baseline in BASELINES.items():
@@ -138,7 +135,7 @@ def measure(
     functions: dict[str, Callable[[], object]] = {"ours": ours, "random_orders": in_orders}
     labels, uniforms = labels.to(device()), uniforms.to(device())
     functions |= {name: partial(baseline, model, labels, uniforms, config) for name, baseline in BASELINES.items()}
-    # Warm-up of the baselines; without a cache a run is so long that its warm-up is one of its repeats.
+    # Warm-up of the baselines; without a cache, a run is long enough to need none.
     generate_published(model, labels, uniforms, config, cached=True)
     times = interleaved(functions, arguments.repeats, arguments.baseline_seconds)
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -176,8 +173,8 @@ class Work:
 
 
 def least_work(config: GeneratorConfig, batch: int, element_size: int) -> Work:
-    """The least that a batch needs: matrix products and attention over the used length; weights, read each step, and
-    cache. Without activations, and without adaLN, which is computed once per class and position."""
+    """The least work of a batch: matrix products and attention over the used length; weights, read each step, and
+    cache. Without activations and adaLN, which is computed once per class and position."""
     d, layers, n, sequences = config.hidden_size, config.num_hidden_layers, config.image_seq_len, 2 * batch
     block = 4 * d * d + 2 * d * config.intermediate_size  # parameters
     positions, lengths = n + 1, (n + 1) * (n + 2) / 2

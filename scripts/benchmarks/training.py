@@ -1,6 +1,6 @@
 """Training: steps as of scripts/train_rear.py against steps of the published network (`baselines.py`).
 
-On one batch of made-up codes, without reading data, logging and saving; in bf16 on a GPU, in float32 on a CPU. Losses
+On one batch of random codes, without reading data, logging and saving; in bf16 on a GPU, in float32 on a CPU. Losses
 and gradients of both are compared in float32 first.
 """
 
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="ours, as in training.compile")
     parser.add_argument("--precision", choices=["bf16", "no"], help="of ours; default: bf16 on a GPU, no on a CPU")
     parser.add_argument("--steps", type=int, default=2, help="steps of each measurement")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each way")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each method")
     parser.add_argument("--eager-baseline", action="store_true", help="the published block without its torch.compile")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing of ours")
 
@@ -173,21 +173,21 @@ class Steps:
             loss = self._loss(*self._inputs)
             loss.backward()
             norm = clip_gradients(self.model, self.config.training.max_grad_norm)
-            if not math.isfinite((loss.detach() + norm).item()):  # training also waits for this in each step
+            if not math.isfinite((loss.detach() + norm).item()):  # training waits for this too
                 raise InputError(f"step {self.step}: loss or gradient not finite")
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.step += 1
 
     def count_flops(self, loss: Loss) -> float:
-        """Of forward and backward pass of `loss`, which must not be compiled: compiled code is not counted."""
+        """FLOPs of forward and backward pass of `loss`, uncompiled, since compiled code is not counted."""
         with FlopCounterMode(display=False) as counter:
             loss(*self._inputs).backward()
         self.model.zero_grad(set_to_none=True)
         return counter.get_total_flops()
 
     def peak_memory_mb(self) -> float:
-        """Of a step; on a CPU of the process so far."""
+        """Peak of a step; on a CPU, of the process so far."""
         if device().type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         self.take()
@@ -207,7 +207,7 @@ def check_equal(model: ReAR, tokenizer: Tokenizer, batch: dict[str, Tensor], con
         raise InputError(f"loss: found {loss:.8g}, expected {expected_loss:.8g} of the published network")
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()
     for name, gradient in gradients.items():
-        scale = expected[name].norm().clamp(min=NEGLIGIBLE * whole)  # that of a bias of keys is 0 but for rounding
+        scale = expected[name].norm().clamp(min=NEGLIGIBLE * whole)  # a key bias has gradient 0, up to rounding
         difference = ((gradient - expected[name]).norm() / scale).item()
         if not difference <= MAX_GRADIENT_DIFFERENCE:
             raise InputError(
@@ -218,7 +218,7 @@ def check_equal(model: ReAR, tokenizer: Tokenizer, batch: dict[str, Tensor], con
 
 
 def loss_and_gradients(model: ReAR, loss_of: Callable[[], Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """Without dropout; gradients by the name of their parameter."""
+    """Loss and gradients by parameter name, without dropout."""
     model.eval()
     loss = loss_of()
     loss.backward()

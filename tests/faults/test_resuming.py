@@ -314,5 +314,5 @@ def test_a_changed_optimizer_setting_is_what_runs(oracle: Run, tmp_path: Path) -
 def test_an_ema_may_start_in_the_middle_of_a_run(oracle: Run, tmp_path: Path) -> None:
     run = copy_of(oracle, tmp_path / "run")
     run.completed("training.max_train_steps=13", "training.use_ema=true")
-    assert "checkpoint-12 has no EMA: it begins with the weights of this step" in run.log()
+    assert "checkpoint-12 has no EMA: it starts from the weights of this step" in run.log()
     assert (run.folder / "checkpoint-13/ema.safetensors").is_file()

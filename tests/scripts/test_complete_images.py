@@ -109,7 +109,7 @@ def test_annealed_models_are_distinguished(arguments: list[str], tmp_path: Path,
     warned = []
     for keep in ("top:0.5", "border:0.5"):
         run(arguments, tmp_path / keep, f"completion.keep={keep}", "model.generator.order=annealed")
-        warned.append("weights from the end of an annealed run know raster order alone" in capsys.readouterr().out)
+        warned.append("weights support raster order only" in capsys.readouterr().out)
     assert warned == [False, True]
 
 

@@ -79,7 +79,7 @@ def test_a_killed_quick_start_resumes_and_writes_its_table_and_picture(tmp_path:
         for what in (
             f"{SAMPLES} samples",
             f"{SAMPLES} samples of an untrained model",
-            "the tokenizer's reconstructions of them",
+            "the tokenizer's reconstructions",
             f"{SAMPLES} training tiles",
         )
     ]

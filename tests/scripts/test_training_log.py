@@ -89,7 +89,7 @@ def test_validation_losses_of_codes(tiny_arguments: list[str], tiny_config_file:
         loss = torch.nn.functional.cross_entropy(model(codes, labels).logits.double().flatten(0, 1), codes.flatten())
     assert measured[10]["val/ar_loss"] == pytest.approx(loss.item(), abs=1e-6)
     assert measured[10]["val/ar_loss_noisy"] != measured[10]["val/ar_loss"]
-    assert "step 10: held-out ar_loss" in (tmp_path / "log.txt").read_text()
+    assert "step 10: validation ar_loss" in (tmp_path / "log.txt").read_text()
     assert Image.open(tmp_path / "heldout_loss_by_position.png").width > 300
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
-    """Give `<path><suffix>` to write to; at the end it replaces `path`, after an error it is removed."""
+    """Yield `<path><suffix>` to write to; at the end it replaces `path`, after an error it is removed."""
     partial = path.with_name(path.name + suffix)
     try:
         with _errors_name(path):
@@ -21,8 +21,8 @@ def atomic_file(path: Path, suffix: str = ".tmp") -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give the new folder `<path>.tmp` to fill, replacing that of a killed run; at the end it is renamed to `path`,
-    which must not exist then; after an error it is removed."""
+    """Yield the new folder `<path>.tmp` to fill, replacing one of a killed run; at the end it is renamed to `path`,
+    which must not exist; after an error it is removed."""
     partial = path.with_name(path.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -52,7 +52,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def publish(partial: Path, path: Path) -> None:
-    """Flush a file, or a folder with all its files, to disk, rename it to `path` and flush the new name."""
+    """Flush a file, or a folder with all its files, to disk, rename it to `path` and flush the rename."""
     for inside in partial.rglob("*") if partial.is_dir() else []:
         sync(inside)
     sync(partial)

@@ -1,10 +1,10 @@
 """Long work on many items, saved in chunk files, from which a killed run resumes.
 
-A chunk is a range of consecutive items, which one process works on at a time; its file appears when it is complete.
-Chunks depend on the number of items and the chunk size only, so any number of processes can share the missing ones.
+A chunk is a range of consecutive items, processed by one process, whose file is written atomically. Chunks depend only
+on the number of items and the chunk size, so any number of processes can share the missing ones.
 
-Not joblib, dask or luigi: these bring a scheduler and start the processes themselves, where here torchrun does, or a
-fork, and the files alone record what is done.
+Not joblib, dask or luigi, which start the processes themselves: here torchrun or a fork does, and the files alone
+record finished work.
 """
 
 import os
@@ -28,7 +28,7 @@ PROVENANCE_FILE = "provenance.json"
 
 
 class ChunkFiles:
-    """The chunk files of some work on items 0 to num_items - 1.
+    """The chunk files of work on items 0 to num_items - 1.
 
     Args:
         folder: of the chunk files; `open` creates it.
@@ -51,11 +51,8 @@ class ChunkFiles:
         return self._record.exists()
 
     def open(self, provenance: dict[str, Any]) -> None:
-        """Create the folder, or resume from the chunks of an earlier run.
-
-        Raises:
-            InputError: the chunks have another provenance, or none.
-        """
+        """Create the folder, or resume from the chunks of an earlier run; raises InputError if these have another
+        provenance, or none."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.can_resume:
             is_made(self.folder, provenance, self._record, remedy="finish that run first or delete the folder")
@@ -65,7 +62,7 @@ class ChunkFiles:
             write_record(self.folder, provenance, self._record)
 
     def open_or_replace(self, provenance: dict[str, Any]) -> None:
-        """As `open`, but chunks of another provenance are deleted."""
+        """Like `open`, but chunks of another provenance are deleted."""
         try:
             self.open(provenance)
         except InputError:
@@ -73,14 +70,10 @@ class ChunkFiles:
             self.open(provenance)
 
     def open_on_all_ranks(self, provenance: dict[str, Any], ctx: "DistributedContext") -> list[range]:
-        """As `open`, for all ranks together; returns the chunks that are missing then.
-
-        Raises:
-            InputError: the chunks have another provenance, or none.
-        """
+        """Like `open`, for all ranks together; returns the missing chunks."""
         ctx.rank0_first(self.open, provenance)
         missing = self.missing()
-        ctx.barrier()  # no rank adds chunks before all have looked
+        ctx.barrier()  # no rank adds chunks before all ranks have listed them
         return missing
 
     def path(self, chunk: range) -> Path:
@@ -92,7 +85,7 @@ class ChunkFiles:
 
     @contextmanager
     def writing(self, chunk: range) -> Iterator[Path]:
-        """Give a path to write a chunk to; it is renamed at the end. Two processes may write the same chunk."""
+        """Yield a path to write a chunk to, renamed at the end. Two processes may write the same chunk."""
         number = self.chunks.index(chunk)
         with atomic_file(self.path(chunk), f".{os.getpid()}.tmp") as partial:
             fault_point("chunk.begin", number)
@@ -105,7 +98,7 @@ class ChunkFiles:
             time.sleep(POLL_S)
 
     def remove(self) -> None:
-        """Delete all chunks, if there are any; first their provenance, so that no later run resumes from the rest."""
+        """Delete all chunks, the provenance first, so that no later run resumes from partly deleted chunks."""
         self._record.unlink(missing_ok=True)
         if self.folder.exists():
             shutil.rmtree(self.folder)

@@ -11,11 +11,7 @@ CHUNK_BYTES = 1 << 20
 
 
 def file_sha256(path: Path, progress: bool = False) -> str:
-    """sha256 of the content, in hexadecimal.
-
-    Args:
-        progress: show a bar after a second.
-    """
+    """sha256 of the content, in hexadecimal; `progress` shows a bar after a second."""
     digest = hashlib.sha256()
     total = path.stat().st_size
     bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"sha256 {path.name}", delay=1, disable=not progress)

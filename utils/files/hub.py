@@ -19,12 +19,9 @@ NOT_AVAILABLE = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSE
 
 
 def local_file(source: str) -> Path:
-    """The path itself, or for an `hf://` name the file in the Hub's cache, downloaded if needed; with an index of
-    shards, the shards too. With HF_HUB_OFFLINE=1 only the cache is read.
-
-    Raises:
-        InputError: a malformed `hf://` name, or a file that is neither on the Hub nor in the cache.
-    """
+    """The path itself, or for an `hf://` name the file in the Hub's cache, downloaded if needed; with an
+    index of shards, its shards too. With HF_HUB_OFFLINE=1 only the cache is read. Raises InputError for a malformed
+    name or a missing file."""
     if not source.startswith(SCHEME):
         return Path(source)
     match = FILE.fullmatch(source)
@@ -44,15 +41,14 @@ def local_file(source: str) -> Path:
 def local_folder(source: str | Path, files: Sequence[str], **download: Any) -> Path:
     """The folder itself, or for `OWNER/REPO` or `hf://OWNER/REPO` its folder in the Hub's cache, downloaded if needed.
 
-    A `Path` is never looked up on the Hub, nor is a name whose first part is a folder here: `outputs/rear` is a
-    mistake if `outputs/` exists. `hf://outputs/rear` is always looked up.
+    A `Path`, or a name whose first part is a local folder, is never looked up on the Hub: `outputs/rear` is a mistake
+    if `outputs/` exists. `hf://outputs/rear` is always looked up.
 
     Args:
         files: patterns of the files to download.
         download: further arguments of `huggingface_hub.snapshot_download`, such as revision, token and cache_dir.
 
-    Raises:
-        InputError: no folder, or a repository that is neither on the Hub nor in the cache.
+    Raises InputError without such a folder or repository.
     """
     path, name = Path(source).expanduser(), REPOSITORY.fullmatch(str(source))
     if path.is_dir():
@@ -73,11 +69,10 @@ def upload_folder(folder: Path, repository: str, *, private: bool | None = None,
     """Upload the files of a folder to a model repository, which is created if needed; returns the URL of the commit.
 
     Args:
-        private: whether a new repository is; None: the default of the account.
-        token: None: that of `hf auth login` or HF_TOKEN.
+        private: of a new repository; None: the account's default.
+        token: None: the token of `hf auth login` or HF_TOKEN.
 
-    Raises:
-        InputError: the Hub does not answer, or refuses.
+    Raises InputError if the Hub does not answer, or refuses.
     """
     try:
         api = HfApi(token=token)

@@ -8,10 +8,7 @@ from utils.errors import InputError
 
 
 def read_json(path: Path) -> Any:
-    """
-    Raises:
-        InputError: a file that does not exist, cannot be read or holds no JSON.
-    """
+    """Raises InputError for a file that is missing, unreadable or not JSON."""
     try:
         return json.loads(path.read_bytes())
     except OSError as error:

@@ -1,9 +1,9 @@
 """One writer at a time: the process that writes a file or folder holds a lock next to it or in it.
 
-The lock is a lease of `filelock`: a small file that names its owner, who touches it every few seconds. filelock takes
-over a lock whose owner is dead: at once on this machine, after a lease without a touch on another one that shares the
-file system. Not flock: some file systems keep it to one machine or lack it, and forked data workers that outlive their
-parent for some seconds hold it too.
+The lock is a `filelock` lease: a small file that names its owner, who touches it every few seconds. A dead owner's lock
+is taken over at once on this machine, and after a lease without a touch on another machine with the same file system.
+Not flock: some file systems lack it or keep it to one machine, and forked data workers that outlive their parent hold
+it too.
 """
 
 import os
@@ -29,11 +29,10 @@ def only_writer(path: Path, inside: bool = False) -> Iterator[None]:
 
     Args:
         path: the file or folder to write.
-        inside: `path` is a folder, which holds the lock file; else it is next to `path`, as `<path>.lock`.
+        inside: the lock file is in the folder `path`; else it is `<path>.lock`.
 
-    Raises:
-        InputError: another process holds it, which the message names. At once for an owner on this machine; another
-            one is watched for up to `LEASE_S`, until it touches the lock.
+    Raises InputError, with the owner's name, if another process holds it: at once for an owner on this machine, else
+    after watching for up to `LEASE_S` whether the owner touches the lock.
     """
     if not inside and path.name in ("", ".."):
         raise InputError(f"{path}: expected a path that ends in a name")
@@ -54,7 +53,7 @@ def only_writer(path: Path, inside: bool = False) -> Iterator[None]:
 
 
 def owner_inside(folder: Path) -> int | None:
-    """Process number of the owner of the lock in `folder`, which may be dead; None: there is no lock."""
+    """Process number of the owner of the lock in `folder`, which may be dead; None without a lock."""
     return SoftFileLease(folder / LOCK).pid
 
 
@@ -99,7 +98,7 @@ def _runs_here(owner: OwnerRecord) -> bool:
 
 
 def _mark_if_abandoned(lock_path: Path) -> None:
-    """Write to a lock that stays empty: filelock keeps it forever, but takes over one with an invalid record."""
+    """Write to a lock that stays empty: filelock would keep it forever, but takes over an invalid record."""
     with suppress(FileNotFoundError), lock_path.open("r+b", buffering=0) as file:
         if os.fstat(file.fileno()).st_size == 0:
             time.sleep(EMPTY_S)
@@ -108,7 +107,7 @@ def _mark_if_abandoned(lock_path: Path) -> None:
 
 
 def _exit_if_replaced(compromise: LeaseCompromise) -> None:
-    """This process was suspended for so long that another one took over its lock: two must not write."""
+    """End this process, which was suspended for so long that another one took over its lock."""
     if compromise.reason == "owner-changed":
         print(f"error: {compromise.lock_file}: taken over by another process", file=sys.stderr, flush=True)
         os._exit(1)

@@ -23,11 +23,8 @@ NpzEntry = tuple[tuple[int, ...], DTypeLike, Iterable[np.ndarray]]  # shape, dty
 def write_npz(path: Path, entries: Mapping[str, NpzEntry]) -> None:
     """Write arrays chunk by chunk, uncompressed and atomically.
 
-    Args:
-        entries: by name: shape, dtype, and the rows in chunks (rows, *shape[1:]), each read once.
-
-    Raises:
-        ValueError: chunks of another dtype or shape.
+    `entries`: shape, dtype and chunks (rows, *shape[1:]) by name, each chunk read once. Raises ValueError for chunks of
+    another dtype or shape.
     """
     with atomic_file(Path(path)) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for name, (shape, dtype, chunks) in entries.items():

@@ -27,7 +27,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 
 def provenance_in(content: Any) -> dict[str, Any] | None:
-    """The provenance in the content of a JSON file; None: it holds none."""
+    """The provenance in the content of a JSON file; None if absent."""
     if not isinstance(content, dict):
         return None
     provenance = content.get(KEY, content.get(OLDER_KEY))
@@ -40,14 +40,11 @@ def is_made(
     record: Path | None = None,
     remedy: str = "delete it or choose another output",
 ) -> bool:
-    """Whether `result` exists, with this provenance.
+    """Whether `result` exists with this provenance; raises InputError if it has another one, or none.
 
     Args:
-        record: the file that `write_record` wrote; None: `result` with the suffix .json.
+        record: file of `write_record`; None: `result` with the suffix .json.
         remedy: the end of the error message.
-
-    Raises:
-        InputError: it exists with another provenance, or with none.
     """
     if not result.exists():
         return False
@@ -68,8 +65,8 @@ def is_made(
 def write_record(
     result: Path, provenance: dict[str, Any], record: Path | None = None, figures: dict[str, Any] | None = None
 ) -> None:
-    """Write the JSON file of a result: before a result that may be overwritten later, so that a killed run leaves none
-    without a provenance, else after it.
+    """Write the JSON file of a result: before a result that may be overwritten, else after it, so that a killed run
+    leaves no result without provenance.
 
     Args:
         record: the file to write; None: `result` with the suffix .json.

@@ -31,7 +31,7 @@ class SampleChunks(ChunkFiles):
         return (np.load(self.path(chunk)) for chunk in self.chunks)
 
     def first_images(self, count: int) -> np.ndarray:
-        """(count, H, W, 3) uint8, or fewer if there are not so many."""
+        """(count, H, W, 3) uint8, or fewer if there are fewer."""
         found: list[np.ndarray] = []
         num_found = 0
         for images in self.load():
@@ -43,13 +43,10 @@ class SampleChunks(ChunkFiles):
 
 
 class ChunkWriter:
-    """Writes chunks, and before each its PNG files, in threads; the chunks appear in order."""
+    """Writes chunks in order, each after its PNG files, in threads."""
 
     def __init__(self, chunk_files: SampleChunks, png_folder: Path | None) -> None:
-        """
-        Args:
-            png_folder: for the PNG files; None: none are written.
-        """
+        """`png_folder`: for PNG files; None: write none."""
         self.chunk_files = chunk_files
         self.png_folder = png_folder
         self._queue = ThreadPoolExecutor(1)
@@ -68,7 +65,7 @@ class ChunkWriter:
             self._last.result()
 
     def write(self, chunk: range, images: np.ndarray) -> None:
-        """Queue a chunk; waits for the one before, so that memory holds no more than one."""
+        """Queue a chunk; waits for the previous one, so memory holds one at most."""
         if self._last is not None:
             self._last.result()
         self._last = self._queue.submit(self._write, chunk, images)

@@ -18,11 +18,8 @@ HEAD_BYTES = 40
 
 
 def read_contents(path: Path) -> Any:
-    """The object in a weights file, on the CPU.
-
-    Raises:
-        InputError: no such file, or one that is damaged, refused or of another format.
-    """
+    """The object in a weights file, on the CPU; raises InputError if the file is missing, damaged, refused or of
+    another format."""
     if not path.is_file():
         problem = "found a folder, expected a weights file" if path.is_dir() else "no such weights file"
         raise InputError(f"{path}: {problem}")
@@ -41,7 +38,7 @@ def read_contents(path: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # the unpickler raises errors of many types where bytes are damaged
+    except Exception as error:  # damaged bytes raise errors of many types
         problem = f"refused: damaged, cut off or not written by torch.save; {EXPECTED}"
         if found := re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error)):
             problem = (
@@ -55,11 +52,7 @@ def is_index(path: Path) -> bool:
 
 
 def shards_of(index: Path) -> dict[str, set[str]]:
-    """Names of the files next to an index, each with its keys.
-
-    Raises:
-        InputError: not an index, or one of files elsewhere.
-    """
+    """Names of the files next to an index, each with its keys; raises InputError unless it is a valid index."""
     shards: dict[str, set[str]] = {}
     try:
         for key, name in json.loads(index.read_text())["weight_map"].items():

@@ -1,7 +1,7 @@
 """Weights: read finite tensors that any trainer saved, load them strictly, hash them.
 
-Known wrappers of trainers are removed where that is unambiguous, and reported in one line: one name above the state
-dict (`{"state_dict": ...}`), or one prefix of all keys (`module.`). Anything else is an error.
+Known wrappers of trainers are removed and reported in one line where that is unambiguous: one name above the state dict
+(`{"state_dict": ...}`), or one prefix of all keys (`module.`). Anything else is an error.
 """
 
 import errno
@@ -36,8 +36,8 @@ def load_state_dict(path: Path) -> dict[str, Tensor]:
         path: a file of safetensors or torch.save with any suffix, or an `*.index.json` of shards next to it.
 
     Raises:
-        InputError: no weights, several state dicts, a prefix of some of the keys only, a tensor that is not finite in
-            float32, or one that differs from the hash in the file.
+        InputError: no weights, several state dicts, a prefix of only some keys, a tensor that is not finite in float32,
+            or a hash that differs from the one in the file.
     """
     path = Path(path)
     state, changes = _read_shards(path) if is_index(path) else _read_file(path)
@@ -66,7 +66,7 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """A flat dict of finite tensors, and which wrapper was removed."""
+    """A flat dict of finite tensors, and a line for a removed wrapper."""
     contents, changes = read_contents(path), []
     if isinstance(contents, dict) and any(isinstance(value, dict) for value in contents.values()):
         wrappers = [key for key in WRAPPERS if isinstance(contents.get(key), dict)]
@@ -95,7 +95,7 @@ def _is_entry(key: Any, value: Any) -> bool:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """In float32. Both extremes are NaN if any value is; aminmax reads a tensor once and copies nothing."""
+    """In float32. NaN propagates to both extremes; aminmax reads a tensor once and copies nothing."""
     return tensor.numel() == 0 or bool(torch.stack(tensor.detach().aminmax()).float().isfinite().all())
 
 
@@ -116,12 +116,8 @@ def _common_prefix(state: dict[str, Tensor], path: Path) -> str | None:
 def save_weights(state_dict: dict[str, Tensor], path: Path, record: dict[str, Any] | None = None) -> None:
     """Write a safetensors file with the permissions of the umask (safetensors itself writes 0600).
 
-    Args:
-        record: provenance of the weights (JSON values), kept in the file's metadata with a hash of the tensors, which
-            every reader compares.
-
-    Raises:
-        OSError: the disk is full or fails.
+    `record` is the weights' provenance (JSON values), kept in the file's metadata with a hash of the tensors, which
+    every reader compares. Raises OSError if the disk is full or fails.
     """
     state = {key: value.detach().contiguous().cpu() for key, value in state_dict.items()}
     metadata = None
@@ -138,7 +134,7 @@ def save_weights(state_dict: dict[str, Tensor], path: Path, record: dict[str, An
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record that `save_weights` wrote into a file; empty if there is none."""
+    """The record of `save_weights` in a file; empty without one."""
     try:
         with safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {}).get(RECORD, "{}"))
@@ -147,20 +143,14 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
-    """Copy `state` into `module`, in the module's precision. All keys and shapes must be equal, and floats be floats.
-
-    Args:
-        source: where the tensors come from, for the error message.
-
-    Raises:
-        InputError: missing or unexpected keys, other shapes or types, counted and the first ones named.
-    """
+    """Copy `state` into `module`, in the module's precision. Raises InputError, with counts and first names, unless all
+    keys, shapes and kinds of dtypes are equal; `source` is for its message."""
     check_fits(module, state, source)
     module.load_state_dict(state, strict=True)
 
 
 def check_fits(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
-    """The check of `load_strict` alone."""
+    """The check of `load_strict`, without loading."""
     own = module.state_dict()
     pairs = [(key, state[key], own[key]) for key in own if key in state]
     problems = {
@@ -183,7 +173,7 @@ def check_fits(module: nn.Module, state: dict[str, Tensor], source: object) -> N
 
 
 def weights_sha256(module: nn.Module) -> str:
-    """Hash of a module's names, shapes and values, independent of the file they came from."""
+    """Hash of a module's names, shapes and values, independent of the weights file."""
     return tensors_sha256(module.state_dict())
 
 

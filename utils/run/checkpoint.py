@@ -1,12 +1,12 @@
-"""Checkpoints: the state of a run on disk, complete or absent under its name, and verified before it is read.
+"""Checkpoints: the state of a run on disk, written atomically and verified before reading.
 
 `checkpoint-<step>/` holds a safetensors file for each module (`model`, `ema`, ...), a `.bin` file for each optimizer
 with its state by parameter name and, written last, manifest.json with the sha256 of every file. It is written as
-`checkpoint-<step>.tmp/` and renamed. Random-number states are not saved: all noise depends on the step alone.
+`checkpoint-<step>.tmp/` and renamed. Random-number states are not saved: all random numbers depend on the step alone.
 
 State dicts come from `torch.distributed.checkpoint.state_dict`, so a checkpoint does not depend on the number of
-processes nor on sharding. Its writer (`dcp.save`) is not used, nor accelerate's: their files have no hashes and no
-final rename, and depend on the number of processes.
+processes or on sharding. Its writer (`dcp.save`) is not used, nor accelerate's: their files have no hashes, are not
+renamed at the end, and depend on the number of processes.
 """
 
 import logging
@@ -40,11 +40,11 @@ UNFINISHED = re.compile(r"checkpoint-\d+\.(tmp|deleted)")
 
 @dataclass
 class Resumable:
-    """What a run is resumed into. The names become names of files in a checkpoint.
+    """The modules and optimizers of a run, by their file names in a checkpoint.
 
     Args:
         modules: their parameters and buffers are saved.
-        optimizers: each with the module that it updates, or updates in part: several optimizers may share a module.
+        optimizers: each with the module whose parameters it updates; several optimizers may share a module.
     """
 
     modules: Mapping[str, nn.Module]
@@ -56,7 +56,7 @@ class Resumable:
 
 
 def weights_of(module: nn.Module) -> StateDict:
-    """The state dict. Of a sharded module all ranks must ask, and rank 0 alone gets it, in host memory."""
+    """The state dict. For a sharded module, all ranks must call this, and only rank 0 gets it, in host memory."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # a slow import
 
     sharded = is_sharded(module)
@@ -65,11 +65,7 @@ def weights_of(module: nn.Module) -> StateDict:
 
 
 def load_weights(module: nn.Module, weights: StateDict, source: object) -> None:
-    """Load a state dict in place.
-
-    Raises:
-        InputError: keys or shapes other than the module's.
-    """
+    """Load a state dict in place; raises InputError for keys or shapes other than the module's."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     check_fits(module, weights, source)
@@ -78,10 +74,10 @@ def load_weights(module: nn.Module, weights: StateDict, source: object) -> None:
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state dict with names in place of the numbers of parameters; ranks and memory as in `weights_of`."""
+    """The state dict with names in place of the numbers of parameters; ranks and memory as for `weights_of`."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-    if not optimizer.state:  # before the first update: torch would make one up, with a step
+    if not optimizer.state:  # before the first update, torch would invent a state with a step
         names = _parameter_names(module, optimizer)
         groups = [group | {"params": of_group} for group, of_group in zip(optimizer.param_groups, names, strict=True)]
         return {"state": {}, "param_groups": groups}
@@ -91,11 +87,8 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, saved: dict[str, Any], source: object) -> None:
-    """Load what `optimizer_state` gave, in place. Learning rate, betas and the like stay as the config has them.
-
-    Raises:
-        InputError: the state is that of other parameters.
-    """
+    """Load the result of `optimizer_state` in place; learning rate, betas and the like stay as configured. Raises
+    InputError for the state of other parameters."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     expected = {name for of_group in _parameter_names(module, optimizer) for name in of_group}
@@ -114,14 +107,14 @@ def load_optimizer(module: nn.Module, optimizer: torch.optim.Optimizer, saved: d
 
 
 def _parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> list[list[str]]:
-    """Of each group."""
+    """Names of each group."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
 
 
 def take_snapshot(resumable: Resumable) -> Snapshot:
-    """Copy the state to host memory, so that training can continue while it is written. If it is sharded, all ranks
-    must call this, and rank 0 alone gets the tensors."""
+    """Copy the state to host memory, so that training can continue while it is written. For a sharded model all ranks
+    must call this, and only rank 0 gets the tensors."""
     snapshot: Snapshot = {f"{name}.safetensors": weights_of(module) for name, module in resumable.modules.items()}
     for name, (module, optimizer) in resumable.optimizers.items():
         snapshot[f"{name}.bin"] = optimizer_state(module, optimizer)
@@ -138,8 +131,8 @@ def _live_tensors(resumable: Resumable) -> Iterator[Tensor]:
 
 
 def _on_host(value: Any, own: set[int]) -> Any:
-    """Nested dicts with their tensors in host memory. Those at the addresses `own`, which training changes, are copied;
-    what was gathered from shards is a copy already."""
+    """Nested dicts with their tensors in host memory. Tensors at the addresses `own`, which training changes, are
+    copied; tensors gathered from shards are copies already."""
     if isinstance(value, Tensor):
         return value.to("cpu", copy=value.data_ptr() in own)
     if isinstance(value, dict):
@@ -196,7 +189,7 @@ def write_checkpoint(output_dir: Path, state: TrainingState, provenance: Provena
 
 
 def _remove_unfinished(output_dir: Path) -> None:
-    """Half-written and half-deleted checkpoints of killed runs."""
+    """Delete half-written and half-deleted checkpoints of killed runs."""
     for path in output_dir.glob("checkpoint-*"):
         if UNFINISHED.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
@@ -204,10 +197,7 @@ def _remove_unfinished(output_dir: Path) -> None:
 
 def prune_checkpoints(output_dir: Path, keep_last: int, keep_every: int) -> None:
     """Delete all but the newest `keep_last` complete checkpoints and those of every `keep_every`-th step (0: none).
-
-    Raises:
-        OSError: the deletion failed; it is tried again after the next save.
-    """
+    Raises OSError if a deletion fails, which the next save tries again."""
     for old in list_checkpoints(output_dir)[:-keep_last]:
         if keep_every and step_of(old) % keep_every == 0:
             continue
@@ -241,30 +231,24 @@ def _looks_complete(path: Path) -> bool:
 
 
 def load_modules(path: Path, resumable: Resumable) -> list[str]:
-    """Load the weights of a checkpoint in place. An EMA that it lacks starts from the weights of the model.
+    """Load the weights of a checkpoint in place; a missing EMA starts from the model's weights. Returns lines for the
+    log.
 
-    Returns:
-        Lines for the log.
-
-    Raises:
-        InputError: keys or shapes other than the modules', or a missing file.
+    Raises InputError for a missing file, or keys or shapes other than the modules'.
     """
     notices = []
     for name, module in resumable.modules.items():
         file = path / f"{name}.safetensors"
         if name == EMA and not file.is_file():
-            notices.append(f"{path.name} has no EMA: it begins with the weights of this step")
+            notices.append(f"{path.name} has no EMA: it starts from the weights of this step")
             file = path / f"{MODEL}.safetensors"
         load_weights(module, load_state_dict(file), file)
     return notices
 
 
 def load_optimizers(path: Path, resumable: Resumable) -> None:
-    """Load the optimizer states of a checkpoint in place; no code in the files is run.
-
-    Raises:
-        InputError: the state of other parameters, or a pickle that holds more than tensors.
-    """
+    """Load the optimizer states of a checkpoint in place, without running code in the files. Raises InputError for the
+    state of other parameters, or a pickle that holds more than tensors."""
     for name, (module, optimizer) in resumable.optimizers.items():
         file = path / f"{name}.bin"
         try:
@@ -275,13 +259,12 @@ def load_optimizers(path: Path, resumable: Resumable) -> None:
 
 
 class CheckpointSaver:
-    """Writes checkpoints in a thread of rank 0, one at a time. A failure is a line in the log, and training continues.
-
-    It needs host memory for a copy of the whole state.
+    """Writes checkpoints in a thread of rank 0, one at a time, from a copy of the whole state in host memory. A failure
+    is logged, and training continues.
 
     Attributes:
         last_good: the newest checkpoint, written or resumed from.
-        failures_in_a_row: failed saves since then.
+        failures_in_a_row: failed saves since `last_good`.
     """
 
     def __init__(
@@ -301,7 +284,7 @@ class CheckpointSaver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Wait, because the lock of the folder is released next; but not after a second Ctrl-C."""
+        """Wait, since the folder's lock is released next, except after a second Ctrl-C."""
         if not isinstance(error, KeyboardInterrupt):
             self.wait()
 
@@ -310,7 +293,7 @@ class CheckpointSaver:
         return self.failures_in_a_row >= self.experiment.max_save_failures
 
     def start(self, state: TrainingState, resumable: Resumable, is_rank0: bool) -> None:
-        """Copy the state and begin to write it. Called on rank 0; on all ranks if the state is sharded."""
+        """Copy the state and start writing it. Call it on rank 0, or on all ranks if the state is sharded."""
         self.wait()  # two copies of the state may not fit in host memory
         snapshot = take_snapshot(resumable)
         if is_rank0:

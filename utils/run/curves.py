@@ -30,11 +30,8 @@ NOT_DRAWN = ("step", "train/epoch", "train/dataset_passes", "perf/images_per_s_p
 
 
 def save_training_curves(metrics_path: Path, picture_path: Path) -> None:
-    """Plot the metrics of a run that change; if there are none, write nothing.
-
-    Raises:
-        InputError: the metrics cannot be read.
-    """
+    """Plot the metrics of a run that change; without any, write nothing. Raises InputError if the metrics cannot be
+    read."""
     rows = read_metrics(metrics_path)
     names = dict.fromkeys(name for row in rows for name in row if name not in NOT_DRAWN)
     curves = {name: points for name in names if changes(points := points_of(rows, name))}
@@ -62,7 +59,7 @@ def points_of(rows: Sequence[dict[str, float]], name: str) -> Points:
 
 
 def changes(points: Points) -> bool:
-    """Whether there is something to see: two different values, or a single measurement."""
+    """Whether there are two different values, or a single measurement."""
     finite = [value for value in points[1] if math.isfinite(value)]
     return len(set(finite)) > 1 or len(finite) == len(points[1]) == 1
 

@@ -1,4 +1,4 @@
-"""Errors during training: what they mean to the user, and their record in status.json."""
+"""Errors during training: explained to the user and recorded in status.json."""
 
 import re
 from collections.abc import Iterator
@@ -16,14 +16,8 @@ RESUME = "the same command resumes from the last checkpoint"
 
 @contextmanager
 def failures_recorded(status: StatusFile, memory_hint: str, group_timeout_s: int) -> Iterator[None]:
-    """Record an error inside in status.json, and raise what it means.
-
-    Args:
-        memory_hint: what to change when memory runs out.
-
-    Raises:
-        TrainingError: in place of errors about memory, lost ranks and waiting for data.
-    """
+    """Record an error inside in status.json, and raise it; errors about memory, lost ranks and waiting for data are
+    raised as TrainingError. `memory_hint`: what to change when memory runs out."""
     try:
         yield
     except BaseException as error:
@@ -37,7 +31,7 @@ def failures_recorded(status: StatusFile, memory_hint: str, group_timeout_s: int
 
 
 def explained(error: BaseException, where: str, memory_hint: str, group_timeout_s: int) -> BaseException:
-    """The TrainingError that an error about memory, lost ranks or waiting for data means; else the error itself."""
+    """The TrainingError for an error about memory, lost ranks or waiting for data; else the error itself."""
     if isinstance(error, StoppedWaitingError):
         return TrainingError(f"{where}: a stop signal came while this rank waited for data; {RESUME}")
     if is_out_of_memory(error):

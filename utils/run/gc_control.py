@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def manual_gc() -> Iterator[None]:
-    """Without automatic garbage collection: it interrupts each rank in another step, and all ranks wait for it."""
+    """Without automatic garbage collection: it would interrupt each rank at a different step while the others wait."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""What sampled images depend on, recorded next to them; see `utils.files.provenance`."""
+"""The provenance of sampled images; see `utils.files.provenance`."""
 
 from dataclasses import asdict
 from typing import Any
@@ -21,11 +21,7 @@ def image_provenance(
     tokenizer: nn.Module,
     device: torch.device,
 ) -> dict[str, Any]:
-    """By config key.
-
-    Args:
-        class_labels, indices: which classes and images `sampling` selects.
-    """
+    """By config key; `class_labels` and `indices` are those that `sampling` selects."""
     facts = dict(flat({"model": asdict(config.model), "sampling": asdict(config.sampling)}))
     del facts["sampling.images_per_class"]
     return {

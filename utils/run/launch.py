@@ -43,21 +43,17 @@ class Launch:
 
     @property
     def is_new(self) -> bool:
-        """There is nothing to resume from."""
+        """Whether there is no checkpoint to resume from."""
         return self.start.checkpoint is None
 
     def open_data(self, open_it: Callable[[], D], tokenizer_sha256: str | None = None) -> tuple[D, Provenance]:
-        """Open the training data, on rank 0 first, which may convert files. They must be equal on all ranks and, with
-        config and tokenizer, fit the checkpoint that is resumed.
+        """Open the training data, on rank 0 first, which may convert files.
+
+        Returns the data and their provenance for checkpoints. Raises InputError if the data differ between ranks or,
+        with config and tokenizer, do not fit the resumed checkpoint.
 
         Args:
             tokenizer_sha256: of the tokenizer of a generator.
-
-        Returns:
-            The data, and what checkpoints record of their origin.
-
-        Raises:
-            InputError: from `open_it`, or what does not fit.
         """
         data = self.ctx.rank0_first(open_it)
         self.ctx.assert_same_on_all_ranks("data", {"hash": data.fingerprint, "samples": len(data)})
@@ -105,7 +101,8 @@ def launch(config: Config) -> Iterator[Launch]:
 
 @contextmanager
 def _failed_start_noted(output_dir: Path, ctx: DistributedContext) -> Iterator[None]:
-    """status.json must not stay `running` or `preempted` if this start fails before its run has begun."""
+    """Correct status.json, which must not stay `running` or `preempted` if this start fails before its run has
+    begun."""
     before = read_status_or_none(output_dir)
     try:
         yield

@@ -28,7 +28,7 @@ class TrainingState:
 
 
 class TrainingData(Protocol):
-    """What a run needs to know of its data."""
+    """The properties of its data that a run records."""
 
     @property
     def fingerprint(self) -> str: ...  # equal for equal samples in equal order
@@ -46,7 +46,8 @@ class Provenance:
     tokenizer_sha256: str | None = None  # of the weights of the generator's tokenizer; None: unknown
 
     def record(self, step: int) -> dict[str, Any]:
-        """For a weights file by itself. Without the config, which names folders: equal weights are equal files."""
+        """For a single weights file; without the config, whose folder names would make files of equal weights
+        differ."""
         hashes = {"code": self.code_hash, "data": self.data_hash}
         return {"step": step, "tokenizer_sha256": self.tokenizer_sha256, **hashes}
 
@@ -67,7 +68,7 @@ class Manifest:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that affect numbers."""
+    """Versions of Python and the packages that affect numbers."""
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED_PACKAGES}}
 
 
@@ -86,13 +87,10 @@ def write_manifest(folder: Path, state: TrainingState, provenance: Provenance) -
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """
-    Raises:
-        InputError: no manifest, or one that is damaged.
-    """
+    """Raises InputError for a missing or damaged manifest."""
     path = folder / MANIFEST_FILE
     if not path.is_file():
-        raise InputError(f"{folder}: found no {MANIFEST_FILE}, so it is not known to be complete")
+        raise InputError(f"{folder}: found no {MANIFEST_FILE}, expected a complete checkpoint")
     try:
         raw = json.loads(path.read_bytes())
         if raw.pop("sha256") != hash_of(raw):
@@ -109,11 +107,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def check_sizes(folder: Path) -> Manifest:
-    """The manifest, after comparing the sizes of the files, which is fast and finds truncated ones.
-
-    Raises:
-        InputError: a file that is missing or has another size, or no valid manifest.
-    """
+    """The manifest, after a fast check of the files' sizes; raises InputError for missing or truncated files, or an
+    invalid manifest."""
     manifest = read_manifest(folder)
     for name, record in manifest.files.items():
         path = folder / name
@@ -124,11 +119,8 @@ def check_sizes(folder: Path) -> Manifest:
 
 
 def verify(folder: Path) -> Manifest:
-    """The manifest, after hashing every file: neither safetensors nor torch.load notices a flipped bit.
-
-    Raises:
-        InputError: any difference from the manifest, or no valid manifest.
-    """
+    """The manifest, after hashing every file, since neither safetensors nor torch.load detects a flipped bit; raises
+    InputError for any difference."""
     manifest = check_sizes(folder)
     for name, record in manifest.files.items():
         found = file_sha256(folder / name)

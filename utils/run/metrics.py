@@ -1,4 +1,4 @@
-"""What a log line says of the steps since the last one: means over steps and ranks, speed, waiting for data, memory."""
+"""Metrics of the steps since the last log line: means over steps and ranks, speed, waiting for data, memory."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from utils.distributed import DistributedContext
 from utils.run.estimates import GIB, peak_flops
 
 B = TypeVar("B", covariant=True)
-# A scalar, or the (sum, count) of a mean over things of which batches hold different numbers; without gradients.
+# A scalar, or (sum, count) of a mean over items whose number differs between batches; without gradients.
 Metric = Tensor | tuple[Tensor, Tensor]
 GRAD_NORM = "train/grad_norm"
 
@@ -42,8 +42,8 @@ class IntervalMeans:
         self._largest_norm = torch.full((), -torch.inf, device=self.ctx.device)
 
     def add(self, micro_batches: Sequence[Mapping[str, Metric]], grad_norm: Tensor) -> None:
-        """Add a step: the metrics of its micro-batches on this rank, by name in the log, and its gradient norm before
-        clipping, which is equal on all ranks. Call it on all ranks or on none."""
+        """Add the metrics of a step's micro-batches on this rank, by key, and its gradient norm before clipping, which
+        is equal on all ranks. Call it on all ranks or on none."""
         names = [*micro_batches[0], GRAD_NORM]
         if self._names != names:
             self._names = names
@@ -61,12 +61,8 @@ class IntervalMeans:
     def reduce(self, of_rank: Sequence[float]) -> tuple[dict[str, float], list[list[float]]]:
         """Reduce and reset the sums, in one reduction and one wait for the device. All ranks call it.
 
-        Args:
-            of_rank: K further numbers of this rank.
-
-        Returns:
-            The means over micro-batches, steps and ranks (NaN without a finite step) and the largest gradient norm;
-            the further numbers of every rank, size x K.
+        `of_rank` has K more numbers of this rank. Returns the means over micro-batches, steps and ranks (NaN without a
+        finite step) with the largest gradient norm, and the K numbers of every rank (size x K).
         """
         numbers = torch.zeros(self.ctx.size, len(of_rank), dtype=torch.float64)
         numbers[self.ctx.rank] = torch.tensor(of_rank, dtype=torch.float64)
@@ -83,9 +79,8 @@ class IntervalMeans:
 
 
 class TrainingMetrics:
-    """What is measured between two log lines. Times are those of the host; the check for finite losses waits for the
-    device once per step, so they are the device's too. The first step after a start, which compiles and allocates, is
-    not counted.
+    """Measurements between two log lines. Host times equal device times, since the check for finite losses waits for
+    the device once per step. The first step after a start, which compiles and allocates, is not counted.
 
     Args:
         skipped_images, trained_s: of earlier starts.
@@ -115,7 +110,7 @@ class TrainingMetrics:
         self.start()
 
     def start(self) -> None:
-        """The first step begins."""
+        """Start timing, before the first step."""
         self._started = time.perf_counter()
         self._first_step_done = self._started
         self._start_interval()
@@ -154,7 +149,7 @@ class TrainingMetrics:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Around work between two steps. Pauses may be nested; the outermost one counts."""
+        """Measure work between two steps as a pause; nested pauses count once."""
         started = time.perf_counter()
         self._pause_depth += 1
         try:
@@ -169,7 +164,7 @@ class TrainingMetrics:
         return self._skipped_before + int(self.ctx.all_reduce_sum(torch.tensor(self._skipped_here)))
 
     def log_line(self) -> dict[str, float]:
-        """The values of the steps since the last call, equal on all ranks but for the times. All ranks call it."""
+        """The values of the steps since the last call, equal on all ranks except for times. All ranks call it."""
         in_steps_s = time.perf_counter() - self._interval_started - self._paused_s
         peak_bytes, retries = self._memory_of_rank()
         line, of_ranks = self.means.reduce([self._skipped_here, self._waited_s, peak_bytes, retries])

@@ -16,14 +16,14 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsFile:
     """Appends to the metrics of a run, even while another process appends too.
 
-    On a full disk, lines are kept in memory and written with a later one.
+    On a full disk, lines are kept in memory until a later write.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self._unwritten = path, ""
 
     def begin(self, first_step: int) -> None:
-        """Record a start from `first_step`: rows of later steps are about to be repeated."""
+        """Record a start from `first_step`: rows of later steps will be repeated."""
         self._add({"step": first_step, "started": datetime.now(timezone.utc).isoformat(timespec="seconds")})
 
     def append(self, step: int, values: dict[str, float]) -> None:
@@ -40,11 +40,7 @@ class MetricsFile:
             )
 
     def flush(self) -> None:
-        """Append all lines kept in memory, or none.
-
-        Raises:
-            OSError: they are still not written.
-        """
+        """Append all lines kept in memory, or none; raises OSError if they are still not written."""
         if not self._unwritten:
             return
         with self.path.open("ab+") as file:
@@ -63,10 +59,8 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The history of a run: a row for each step, in order, with `step` and the last value of every name; null is NaN.
 
-    A start removes the rows of later steps, which were repeated or belong to an abandoned branch.
-
-    Raises:
-        InputError: no such file, or a damaged line other than the last one before a kill.
+    A start removes rows of later steps, which were repeated or abandoned. Raises InputError for a missing file or a
+    damaged line, except one cut by a kill.
     """
     try:
         lines = path.read_text(errors="replace").split("\n")

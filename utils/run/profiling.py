@@ -16,10 +16,10 @@ from utils.run.run_environment import log_and_continue
 
 
 def profiled(steps: Iterable[int], config: Config, ctx: DistributedContext, logger: logging.Logger) -> Iterator[int]:
-    """The same steps; on rank 0 those of `training.profile` are recorded, with the work between them.
+    """Yield the steps; rank 0 records those of `training.profile`, with the work between them.
 
-    After the last of them, or at the end of the run, writes `<output_dir>/profile/trace.json.gz` (for chrome://tracing
-    or https://ui.perfetto.dev, with a span for each step) and, on a GPU, `memory.pickle` (for
+    After the last recorded step, or at the end of the run, writes `<output_dir>/profile/trace.json.gz` (for
+    chrome://tracing or https://ui.perfetto.dev, with a span for each step) and, on a GPU, `memory.pickle` (for
     https://pytorch.org/memory_viz).
     """
     wanted = profiled_steps(config.training) if ctx.is_rank0 else range(0)

@@ -1,4 +1,4 @@
-"""What a run reports, on rank 0: metrics, warnings and pictures, to log.txt, metrics.jsonl, status.json and wandb."""
+"""Reports of a run, on rank 0: metrics, warnings and pictures, to log.txt, metrics.jsonl, status.json and wandb."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -22,14 +22,14 @@ LOG_TEXT = {  # the metrics in a line of log.txt
     "train/lr": "lr {:.3g}",
     "perf/images_per_s": "{:.1f} images/s",
     "perf/memory_gib": "{:.1f} GiB at the peak",
-    "val/ar_loss": "held-out ar_loss {:.4f}",
-    "val/ar_loss_noisy": "with noise {:.4f}",
+    "val/ar_loss": "validation ar_loss {:.4f}",
+    "val/ar_loss_noisy": "perturbed {:.4f}",
     "val/correct_tokens": "correct_tokens {:.4f}",
 }
 
 
 class Reporter:
-    """Does nothing on other ranks than 0.
+    """Reports on rank 0 and does nothing on other ranks.
 
     Attributes:
         logger: to log.txt and the console; silent on other ranks.
@@ -45,11 +45,7 @@ class Reporter:
         self._warned: set[str] = set()
 
     def begin(self, step: int, facts: dict[str, Any]) -> None:
-        """
-        Args:
-            step: steps done before this start.
-            facts: of the launch, for wandb.
-        """
+        """`step`: steps done before this start; `facts`: of the launch, for wandb."""
         if not self.is_rank0:
             return
         self._metrics.begin(step)
@@ -85,7 +81,7 @@ class Reporter:
         self._wandb.alert(title, text)
 
     def draw(self, step: int, name: str, make: Callable[[], Image.Image]) -> None:
-        """Make a picture, which may take a while and may fail."""
+        """Make a picture; an error is logged."""
         if self.is_rank0:
             self.logger.info(f"step {step}: drawing {name}")
             with log_and_continue(self.logger, f"{name} at step {step}", Exception):
@@ -103,7 +99,7 @@ class Reporter:
                 save_training_curves(self._metrics.path, self.output_dir / "training_curves.png")
 
     def finish(self, exit_code: int, preempted: bool) -> None:
-        """Write metrics that a full disk has delayed, and end the run in wandb."""
+        """Write metrics delayed by a full disk, and end the run in wandb."""
         if self.is_rank0:
             with log_and_continue(self.logger, "metrics"):
                 self._metrics.flush()

@@ -61,7 +61,7 @@ def source_hash() -> str:
 
 
 class LogFile(logging.FileHandler):
-    """Drops lines, silently, while the disk is full."""
+    """Silently drops lines while the disk is full."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, the name is logging's
         if not isinstance(sys.exc_info()[1], OSError):
@@ -88,11 +88,8 @@ def make_logger(output_dir: Path, is_rank0: bool) -> logging.Logger:
 
 @contextmanager
 def log_and_continue(logger: logging.Logger, what: str, errors: type[Exception] = OSError) -> Iterator[None]:
-    """Around work that training can do without: an error is logged in one line.
-
-    Args:
-        errors: that are logged; others are raised.
-    """
+    """Log errors of these types inside in one line, for work that training does not depend on; other errors are
+    raised."""
     try:
         yield
     except errors as error:

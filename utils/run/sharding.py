@@ -1,7 +1,7 @@
 """One model on several processes: replicated (DDP) or sharded (FSDP2).
 
-torch's own `fully_shard`, not accelerate's plugin, which is silently ignored on a CPU and so cannot be tested there.
-The numbers are those of a replicated model, to rounding.
+torch's own `fully_shard`, not accelerate's plugin, which a CPU ignores silently, so that it cannot be tested there. The
+numbers equal those of a replicated model, to rounding.
 """
 
 import warnings
@@ -28,13 +28,12 @@ def parallelize(
     """The module to call in the forward pass. Call this before the optimizer is built.
 
     Args:
-        blocks: units of FSDP, whose parameters are gathered one block at a time.
-        training: with `fsdp`, parameters, gradients and optimizer state are sharded over all processes, in place;
-            without, gradients are averaged. In bf16 the linear layers of the blocks, which autocast casts anyway, are
-            sent in bf16; norms, embeddings and gradients in float32.
+        blocks: units of FSDP; parameters are gathered one block at a time.
+        training: with `fsdp`, parameters, gradients and optimizer state are sharded over all processes, in place; else
+            DDP. In bf16, the blocks' linear layers, which autocast casts anyway, are gathered in bf16; norms,
+            embeddings and gradients in float32.
 
-    Raises:
-        InputError: FSDP on one process, or on a CPU with a torch that cannot (2.6).
+    Raises InputError for FSDP on one process, or on a CPU with a torch that cannot shard there (2.6).
     """
     if training.fsdp and ctx.device.type == "cpu" and not SHARDS_ON_CPU:
         raise InputError(f"training.fsdp=true: torch {torch.__version__} shards on GPUs only, found a CPU")
@@ -53,7 +52,7 @@ def _shard(model: nn.Module, blocks: Iterable[nn.Module], ctx: DistributedContex
     from torch.distributed.device_mesh import init_device_mesh  # slow imports
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    # The outputs are views, which must not be changed in place; nothing does.
+    # The outputs are views, which must not be changed in place, and are not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(ctx.device.type, (ctx.size,))
     policy = MixedPrecisionPolicy()
@@ -62,7 +61,7 @@ def _shard(model: nn.Module, blocks: Iterable[nn.Module], ctx: DistributedContex
     for block in blocks:
         linears: list[nn.Module] = [module for module in block.modules() if isinstance(module, nn.Linear)]
         fully_shard(linears, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh)  # the rest, which is small and stays gathered from forward to backward pass
+    fully_shard(model, mesh=mesh)  # the rest is small and stays gathered until the backward pass
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -70,26 +69,22 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def accumulating(model: nn.Module, is_last: bool) -> AbstractContextManager:
-    """Around forward and backward pass of a micro-batch: gradients are exchanged in the last one of a step only. Under
-    FSDP each rank holds whole gradients until then."""
+    """Around forward and backward pass of a micro-batch: gradients are exchanged in the last one of a step only; until
+    then each rank of FSDP holds whole gradients."""
     if is_sharded(model):
         model.set_requires_gradient_sync(is_last)  # type: ignore[operator]
     return nullcontext() if is_last or not isinstance(model, DistributedDataParallel) else model.no_sync()
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients in place to a norm of at most `max_norm`. Returns the norm before. All ranks call it."""
+    """Scale the gradients in place to a norm of at most `max_norm`. Returns the previous norm. All ranks call it."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return norm.full_tensor() if is_sharded(model) else norm  # type: ignore[attr-defined]  # sharded, a DTensor
 
 
 def unsharded(model: M, build: Callable[[], M]) -> M:
-    """The model or, if it is sharded, a copy with all its weights on each rank, for sampling, which reads weights
-    outside of the forward pass. All ranks call it.
-
-    Args:
-        build: a model of the same kind; its weights are replaced.
-    """
+    """The model or, if it is sharded, a copy from `build` with all weights on each rank, for sampling, which reads
+    weights outside the forward pass. All ranks call it."""
     if not is_sharded(model):
         return model
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict

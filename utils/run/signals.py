@@ -13,7 +13,7 @@ from types import FrameType, TracebackType
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)  # Ctrl-C, and a terminal that is closed
 SHOW_STACKS = signal.SIGUSR2
-SAME_PRESS_S = 1.0  # torchrun passes a Ctrl-C on to workers that the terminal has sent it to already
+SAME_PRESS_S = 1.0  # workers get a Ctrl-C from the terminal and again from torchrun
 STDERR = 2
 
 
@@ -21,11 +21,11 @@ class StopSignals:
     """Inside `with`, a stop signal only sets `received` to its name; a second Ctrl-C raises KeyboardInterrupt. SIGUSR2
     prints the stacks of all threads.
 
-    Signals of the terminal that were ignored before stay ignored, as nohup and background jobs need. The end of
-    torchrun counts as a signal: a worker that outlives it would write to a folder that a restart uses.
+    Terminal signals that were ignored before (nohup, background jobs) stay ignored. The end of torchrun counts as a
+    signal: a surviving worker would write to a folder that a restart uses.
 
     Attributes:
-        received: name of the last stop signal; None: none came.
+        received: name of the last stop signal; None without one.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class StopSignals:
 
 @contextmanager
 def stacks_of_a_hang(limit_s: int) -> Iterator[Callable[[], None]]:
-    """Gives a function to call at every step; if it is not called for `limit_s` seconds, the stacks of all threads are
+    """Yield a function to call at every step; without a call for `limit_s` seconds, the stacks of all threads are
     printed, even while they wait in a library."""
     try:
         yield lambda: faulthandler.dump_traceback_later(limit_s, file=STDERR)
@@ -75,9 +75,9 @@ def stacks_of_a_hang(limit_s: int) -> Iterator[Callable[[], None]]:
 
 
 def end_with_parent_only(worker_id: int) -> None:
-    """A `worker_init_fn`: stop signals end the worker only if they come from its parent, as Python sends them at exit.
-    One that is sent to the whole process group must not stop the batches before the last step. To see the sender, the
-    signals are blocked and a thread waits for them."""
+    """A `worker_init_fn`: stop signals end the worker only if its parent sent them, as Python does at exit. A signal to
+    the process group must not stop the batches before the last step. The signals are blocked and a thread waits for
+    them, to see the sender."""
     parent = os.getppid()
     sys.excepthook = lambda *_: None  # of the thread that sends batches; the parent reports its errors in one line
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -91,4 +91,4 @@ def end_with_parent_only(worker_id: int) -> None:
 
 
 class StoppedWaitingError(Exception):
-    """A stop signal came while this process waited for data that do not come."""
+    """A stop signal arrived while this process waited for data that did not arrive."""

@@ -1,4 +1,4 @@
-"""`status.json` in the run folder: what a batch system reads when the processes are gone.
+"""`status.json` in the run folder: for a batch system to read when the processes have ended.
 
 The exit status is not enough: torchrun returns 1 whether its workers saved and stopped or crashed.
 """
@@ -40,7 +40,7 @@ class StatusFile:
     """status.json of this launch, which holds the lock of the run folder.
 
     Attributes:
-        now: what the next `write` writes.
+        now: the status that the next `write` stores.
     """
 
     def __init__(self, output_dir: Path, ctx: DistributedContext, status: Status, lock_owner: int) -> None:

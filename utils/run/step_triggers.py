@@ -1,4 +1,4 @@
-"""What to do after a step."""
+"""Triggers of the work after a step."""
 
 from utils.run.manifest import TrainingState
 from utils.schema import ExperimentConfig
@@ -21,7 +21,7 @@ class StepTriggers:
         self.interrupted = False
 
     def every(self, steps: int) -> bool:
-        """The number of steps done is a multiple of `steps`; never for 0."""
+        """Whether the number of steps done is a multiple of `steps`; never for 0."""
         return steps > 0 and self._state.global_step % steps == 0
 
     @property
@@ -35,7 +35,7 @@ class StepTriggers:
 
     @property
     def save(self) -> bool:
-        """Not at the end, when `TrainingRun.finish` saves."""
+        """Whether to save; not at the end, when `TrainingRun.finish` saves."""
         return self.every(self._experiment.save_every) and not self.is_last and not self.interrupted
 
     @property

@@ -41,11 +41,8 @@ class WandbRun:
         self._has_warned = False
 
     def start(self, first_step: int, facts: dict[str, Any]) -> None:
-        """
-        Args:
-            first_step: steps done before this start.
-            facts: of the launch, shown as `run` next to the keys of the config.
-        """
+        """`first_step`: steps done before this start; `facts`: of the launch, shown as `run` next to the config's
+        keys."""
         if not self.config.training.enable_wandb:
             return
         with self._errors_warn("did not start"):
@@ -65,7 +62,7 @@ class WandbRun:
         self._run.define_metric(STEP)
         self._run.define_metric("*", step_metric=STEP)
         if self._run.offline:
-            # One by one: `wandb sync` of several starts ends at a log that a kill has cut off.
+            # One by one, since `wandb sync` stops at a log that a kill has truncated.
             logs = shlex.quote(str(self.output_dir / "wandb/offline-run-")) + "*"
             self.sync_command = f'for run in {logs}; do wandb sync "$run"; done'
         elif not self._run.disabled:
@@ -84,11 +81,7 @@ class WandbRun:
                 self._run.log({name: wandb.Image(image), STEP: step})
 
     def alert(self, title: str, text: str) -> None:
-        """Notify the user by mail or in a channel, as set in wandb.
-
-        Args:
-            title: less than 64 characters.
-        """
+        """Notify the user by mail or in a channel, as set in wandb; titles have less than 64 characters."""
         if self._run is not None:
             with self._errors_warn("was not sent an alert"):
                 self._run.alert(title, text, level="WARN")
@@ -141,7 +134,7 @@ def open_run(config: Config, output_dir: Path, run_id: str, facts: dict[str, Any
         if is_online and not wandb.login(prompt=False):  # wandb.init would wait at a prompt
             raise wandb.errors.UsageError("no API key; run `wandb login` or set WANDB_API_KEY")
         return wandb.init(**arguments)
-    except Exception as error:  # no login, no network, a server that is down: each raises its own class
+    except Exception as error:  # many error classes: no login, no network, server down
         reason = first_line(error)
     try:
         run = wandb.init(**arguments, mode="offline")

@@ -1,14 +1,14 @@
-"""What a path to weights, a checkpoint or a run means, for sampling, export, fine-tuning and `experiment.resume`.
+"""Paths to weights, a checkpoint or a run, for sampling, export, fine-tuning and `experiment.resume`.
 
 | path | meaning |
 |---|---|
-| `hf://OWNER/REPO/FILE` | that file, downloaded |
-| a file | these weights; `*.index.json`: the shards next to it |
+| `hf://OWNER/REPO/FILE` | the file, downloaded |
+| a file | its weights; `*.index.json`: the shards next to it |
 | a folder with manifest.json | a checkpoint: its EMA if there is one, else its model |
 | a folder with checkpoint-<step>/ or status.json | a run: its newest complete checkpoint or its final weights |
-| a folder with one of `PUBLISHED_FILES` or one `*.index.json` | these weights |
+| a folder with one of `PUBLISHED_FILES` or one `*.index.json` | its weights |
 
-The content of a checkpoint, and of a run's final weights, is compared with its sha256.
+A checkpoint and a run's final weights are compared with their sha256.
 """
 
 from dataclasses import dataclass, field
@@ -66,13 +66,8 @@ class TrainedWeights:
 
 
 def resolve_path(source: str) -> ResolvedPath:
-    """
-    Args:
-        source: a path, or `hf://OWNER/REPO/FILE`, which is downloaded.
-
-    Raises:
-        InputError: nothing of the table above is there.
-    """
+    """Resolve a path or `hf://OWNER/REPO/FILE`, which is downloaded; raises InputError unless the table above has a
+    match."""
     path = local_file(source)
     if path.is_file():
         return ResolvedPath("weights", path)
@@ -95,11 +90,8 @@ def resolve_path(source: str) -> ResolvedPath:
 
 
 def find_weights(source: str) -> TrainedWeights:
-    """The weights that a path means, verified if a manifest has their sha256.
-
-    Raises:
-        InputError: no weights, or weights that are damaged or incomplete.
-    """
+    """The weights that a path names, verified if a manifest has their sha256; raises InputError for missing, damaged or
+    incomplete weights."""
     resolved = resolve_path(source)
     if resolved.kind == "checkpoint":
         return _checkpoint_weights(resolved.path)
@@ -113,13 +105,10 @@ def find_weights(source: str) -> TrainedWeights:
 def find_generator_weights(
     config: Config, tokenizer_sha256: str, ctx: DistributedContext | None = None
 ) -> TrainedWeights:
-    """The weights of `experiment.generator_checkpoint`, found by rank 0, which prints what it chose. All ranks call it.
+    """The weights of `experiment.generator_checkpoint`, found by rank 0, which prints its choice. All ranks call it.
 
-    Args:
-        tokenizer_sha256: of the tokenizer that decodes what the generator samples.
-
-    Raises:
-        InputError: no weights, or weights that were trained with another tokenizer.
+    `tokenizer_sha256` is of the tokenizer that decodes the samples. Raises InputError for missing weights, or weights
+    trained with a different tokenizer.
     """
     source = config.experiment.generator_checkpoint
     if source is None:
@@ -132,14 +121,8 @@ def find_generator_weights(
 
 
 def check_tokenizer(trained_with: str | None, found: str | None, source: object, experiment: ExperimentConfig) -> None:
-    """
-    Args:
-        trained_with, found: sha256 of the tokenizer of the training data and of the configured one.
-        source: where the weights come from, for the message.
-
-    Raises:
-        InputError: both are known and differ, and `experiment.allow_other_tokenizer` is not set.
-    """
+    """Raise InputError if the sha256 of the tokenizer of the training data and of the configured one are recorded and
+    differ, unless `experiment.allow_other_tokenizer` is set; `source` is for its message."""
     if trained_with is not None and trained_with != found and not experiment.allow_other_tokenizer:
         raise InputError(
             f"{source}: trained with the tokenizer of sha256 {trained_with[:12]}..., found {str(found)[:12]}... in "
@@ -149,7 +132,7 @@ def check_tokenizer(trained_with: str | None, found: str | None, source: object,
 
 
 def find_run_folder(source: Path) -> Path | None:
-    """The run folder that a run, a checkpoint or a file in one of them belongs to: the one with config.yaml."""
+    """The folder with config.yaml of the run that a run folder, a checkpoint or a file in one of them belongs to."""
     candidates = (source, *source.resolve().parents[:2])
     return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
 
@@ -177,7 +160,7 @@ def _run_weights(folder: Path) -> TrainedWeights:
 
 
 def _checkpoint_weights(folder: Path, name: str | None = None) -> TrainedWeights:
-    """A weights file of a checkpoint; None: its EMA, or else its model."""
+    """A weights file of a checkpoint; `name` None: its EMA, else its model."""
     manifest = check_sizes(folder)
     names = [name] if name is not None else [f"{EMA}.safetensors", f"{MODEL}.safetensors"]
     known = [name for name in names if name in manifest.files]

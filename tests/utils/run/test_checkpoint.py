@@ -106,7 +106,7 @@ def test_an_ema_that_a_checkpoint_lacks_starts_from_the_model(tmp_path: Path) ->
     save(tmp_path, 2, model, optimizer, None)
     ema = nn.Linear(3, 2)
     notices = load_modules(tmp_path / "checkpoint-2", resumable(nn.Linear(3, 2), optimizer, ema))
-    assert notices == ["checkpoint-2 has no EMA: it begins with the weights of this step"]
+    assert notices == ["checkpoint-2 has no EMA: it starts from the weights of this step"]
     assert torch.equal(ema.weight, model.weight)
 
 
