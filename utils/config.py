@@ -186,7 +186,8 @@ def _check_literals(node: yaml.Node | None, source: str, name: str = "") -> None
             _check_literals(value, source, f"{name}.{key.value}" if name else key.value)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _check_literals(value, source, name)
+            if not isinstance(value, yaml.MappingNode):  # a mapping is checked by its type
+                _check_literals(value, source, name)
     elif isinstance(node, yaml.ScalarNode) and name in KEYS:
         if not KEYS[name].may_be(node.value):
             raise ConfigError(f"{source}: {name}={node.value}: expected {KEYS[name].kind}")

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
@@ -11,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from utils.errors import InputError
 from utils.keys import Key, keys_under
 from utils.marks import Follows, Range
-from utils.schema import OWN_NUMBER_OF_CODES, Config, GeneratorConfig, TrainingConfig, VQModelConfig
+from utils.schema import OWN_NUMBER_OF_CODES, Config, GeneratorConfig, OptimizerConfig, TrainingConfig, VQModelConfig
 
 
 class ConfigError(InputError):
@@ -73,6 +74,7 @@ def check_fields(config: Config) -> None:
     """
     _check_vq_model(config.model.vq_model)
     _check_generator(config.model.generator)
+    _check_param_groups(config.optimizer)
     profiled_steps(config.training)
     if config.sampling.order != "raster" and config.model.generator.order == "raster":
         raise ConfigError(
@@ -109,6 +111,19 @@ def _check_generator(generator: GeneratorConfig) -> None:
                 f"model.generator.{name}_align_layer_idx={layer}: expected 0 to {generator.num_hidden_layers - 1} "
                 f"(num_hidden_layers={generator.num_hidden_layers})"
             )
+
+
+def _check_param_groups(optimizer: OptimizerConfig) -> None:
+    for index, group in enumerate(optimizer.param_groups):
+        where = f"optimizer.param_groups[{index}]"
+        try:
+            re.compile(group.pattern)
+        except re.error as error:
+            raise ConfigError(f"{where}.pattern={group.pattern}: expected a regular expression: {error}") from error
+        for name in ("lr_factor", "weight_decay"):
+            value = getattr(group, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"{where}.{name}={value}: expected a finite number of at least 0")
 
 
 def check_training(config: Config) -> None:

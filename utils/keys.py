@@ -34,6 +34,7 @@ KINDS = {
     list[int]: "a list of whole numbers",
     list[float]: "a list of numbers",
     list[str]: "a list of texts, as [a, b]",
+    list[schema.ParamGroupConfig]: "a list of {pattern: ..., lr_factor: ..., weight_decay: ...}",
     type(None): "null",
 }
 

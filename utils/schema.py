@@ -172,12 +172,23 @@ class OptimizerParams:
     beta1: ShareBelow1 = 0.9  # of AdamW: decay of the mean of the gradients
     beta2: ShareBelow1 = 0.96  # of AdamW: decay of the mean of their squares
     weight_decay: Weight = 0.03  # not on biases, norms, embeddings and 1-D parameters
+    momentum: ShareBelow1 = 0.95  # of Muon
+
+
+@dataclass
+class ParamGroupConfig:
+    pattern: str  # regular expression, searched for in the names of parameters
+    lr_factor: Weight = 1.0  # learning rate as a multiple of the schedule's
+    weight_decay: Weight | None = None  # null: as without the group
 
 
 @dataclass
 class OptimizerConfig:
-    name: Literal["adamw"] = "adamw"  # adamw: decoupled weight decay
+    # adamw: decoupled weight decay; muon: Muon for the matrices of the blocks and AdamW for the rest (torch >= 2.9)
+    name: Literal["adamw", "muon"] = "adamw"
     params: OptimizerParams = field(default_factory=OptimizerParams)
+    # [{pattern: REGEX, lr_factor: 1.0, weight_decay: null}, ...]: the first pattern found in its name sets a parameter
+    param_groups: list[ParamGroupConfig] = field(default_factory=list)
 
 
 @dataclass
