@@ -1,13 +1,12 @@
 """Which rank sees which sample at which step: a function of (seed, step) alone.
 
-The samples of all steps form one endless sequence: pass after pass over the data, each in an order of its own. A step
+The samples of all steps form one endless sequence: pass after pass over the data, each in another random order. A step
 takes the next G samples, G being the global batch, and cuts them into equal slices for ranks and micro-batches. The
-place of a sample among these G is the key of its random numbers, whatever slice it is in. So what a step computes does
-not depend on the number of processes, no sample is left out at the end of a pass, and the position in the data is the
-step.
+index of a sample among these G, its slot, is the key of its random numbers. So a step does not depend on the number of
+processes, no sample is left out at the end of a pass, and resuming needs the step alone.
 
-Our own, for torch's DistributedSampler pads or drops at the end of a pass and its order depends on the number of
-processes, and the skipping of accelerate and torchdata reads or stores what here is a function of the step.
+torch's DistributedSampler pads or drops at the end of a pass, and its order depends on the number of processes;
+accelerate and torchdata skip by reading, or store a state.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,19 +19,19 @@ from utils.randomness import Stream, permutation, philox
 
 
 class SampleIndex(NamedTuple):
-    """One use of a sample: which one, in which pass over the data; random crops and flips differ from pass to pass."""
+    """One use of a sample: its index, and the pass over the data; random crops and flips differ from pass to pass."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index
     dataset_pass: int
 
 
 def as_sample_index(item: int | SampleIndex) -> SampleIndex:
-    """A plain index is a visit in pass 0."""
+    """A plain index is in pass 0."""
     return item if isinstance(item, SampleIndex) else SampleIndex(int(item), 0)
 
 
 class MicroBatch(list[SampleIndex]):
-    """The samples of one forward pass, with their step and their places (B,) in the global batch."""
+    """The samples of one forward pass, with their step and their slots (B,) in the global batch."""
 
     def __init__(self, sample_indices: Iterable[SampleIndex], step: int, slots: np.ndarray) -> None:
         super().__init__(sample_indices)
@@ -44,10 +43,10 @@ class GlobalBatchSampler(Sampler[list[SampleIndex]]):
 
     Args:
         num_samples: size n of the data set; less than 2**32.
-        first_step: optimizer steps done; all the state there is, as long as the global batch stays the same.
+        first_step: optimizer steps done.
         samples_seen: samples of the steps before `first_step`; None: that many global batches.
-        class_ids: (num_samples,); if given, a step's samples are cut into slices in the order of their classes, so that
-            a slice has few of them.
+        class_ids: (num_samples,); if given, a step's samples are sorted by class before they are cut into slices, so
+            that a slice has few classes.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
 """Batches of a data set, read ahead by worker processes.
 
-torch's DataLoader does the work. What it does not do by itself, and is added here: errors of a data set arrive as one
-line instead of a worker's traceback, a worker that dies or a batch that does not fit in shared memory is an error with
-a hint, and a stop signal ends the wait for a batch.
+torch's DataLoader does the work. Added here: errors of a data set arrive as one line instead of a worker's traceback, a
+dead worker or full shared memory is an error with a hint, and a stop signal ends the wait for a batch.
 """
 
 import errno
@@ -39,7 +38,7 @@ class Batches(Iterator[Batch]):
     """The batches of a data set in the order of `batch_sampler`.
 
     Args:
-        dataset: gives whole batches (`__getitems__`), or samples and `collate`.
+        dataset: has `__getitems__` for whole batches, or `__getitem__` and `collate`.
         batch_sampler: the items of each batch.
         num_workers: processes that read ahead; 0: this process reads; None: `dataset.workers`, limited by the CPUs.
         pin_memory: for copies to a GPU that do not block.
@@ -75,13 +74,8 @@ class Batches(Iterator[Batch]):
             worker_init_fn=end_with_parent_only,
         )
         sigchld_handler = signal.getsignal(signal.SIGCHLD)
-        try:
-            self._batches = iter(loader)
-        except OSError as error:
-            hint = _hint(error) or f"cannot start a data worker: lower dataset.params.num_workers_per_gpu ({error})"
-            raise InputError(hint) from error
-        finally:
-            signal.signal(signal.SIGCHLD, sigchld_handler)  # torch's raises anywhere in the program when a worker dies
+        self._batches = iter(loader)
+        signal.signal(signal.SIGCHLD, sigchld_handler)  # torch's raises anywhere in the program when a worker dies
         self._workers = getattr(self._batches, "_workers", [])
 
     def __next__(self) -> Batch:
@@ -98,10 +92,7 @@ class Batches(Iterator[Batch]):
             return batch
 
     def _check_wait(self) -> None:
-        """
-        Raises:
-            StoppedWaitingError, InputError: no batch will come.
-        """
+        """Raise if no batch will come."""
         pin_memory_thread = getattr(self._batches, "_pin_memory_thread", None)
         if pin_memory_thread is not None and not pin_memory_thread.is_alive():
             raise InputError(OPEN_FILES)  # it ends without a message when it cannot open a batch
@@ -109,7 +100,7 @@ class Batches(Iterator[Batch]):
             return
         if self._stop_seen_at is None:
             self._stop_seen_at = time.monotonic()
-        if time.monotonic() - self._stop_seen_at > PATIENCE_SECONDS:
+        elif time.monotonic() - self._stop_seen_at > PATIENCE_SECONDS:
             for worker in self._workers:
                 worker.kill()
             raise StoppedWaitingError
@@ -130,7 +121,6 @@ class Batches(Iterator[Batch]):
 
 
 def read_batch(dataset: Any, items: list[Any]) -> Batch:
-    """A batch of a data set that gives whole batches or samples."""
     if hasattr(dataset, "__getitems__"):
         return dataset.__getitems__(items)
     return dataset.collate([dataset[item] for item in items])

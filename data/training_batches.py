@@ -20,7 +20,7 @@ from data.images.transforms import training_transform
 from data.loading import Batch, Batches, on_device, read_batch
 from utils.distributed import DistributedContext
 from utils.errors import InputError
-from utils.randomness import Stream, sample_uniforms
+from utils.randomness import training_uniforms
 from utils.schema import Config, GeneratorConfig
 
 TrainingSet = TokenStore | ImageDataset
@@ -148,20 +148,32 @@ def passes_done(config: Config, samples_seen: int, num_samples: int) -> dict[str
     }
 
 
-class Prepared(Dataset):
-    """Batches with what a training step would wait for on a GPU, made where the batches are: in the workers."""
+class GeneratorBatches(Dataset):
+    """Batches with their random numbers and dropped labels, made in the workers: a GPU would wait for them."""
 
-    def __init__(self, dataset: TrainingSet, config: Config, num_uniforms: int, num_order_uniforms: int) -> None:
-        self.dataset, self.workers = dataset, dataset.workers
-        self.num_uniforms, self.num_order_uniforms = num_uniforms, num_order_uniforms
-        self.seed, self.generator = config.training.seed, config.model.generator
+    def __init__(
+        self, dataset: TrainingSet, config: Config, num_perturbation_uniforms: int, num_order_uniforms: int
+    ) -> None:
+        self.dataset = dataset
+        self.workers = dataset.workers
+        self.num_perturbation_uniforms = num_perturbation_uniforms
+        self.num_order_uniforms = num_order_uniforms
+        self.seed = config.training.seed
+        self.generator = config.model.generator
 
     def __getitems__(self, items: MicroBatch) -> Batch:
-        batch, key = read_batch(self.dataset, items), (self.seed, items.step, items.slots)
-        drops, batch["uniforms"] = sample_uniforms(*key, 1 + self.num_uniforms).split((1, self.num_uniforms), dim=1)
-        if self.num_order_uniforms:  # of a stream of their own, so that the noise is that of raster order
-            batch["order_uniforms"] = sample_uniforms(*key, self.num_order_uniforms, Stream.TRAINING_ORDERS)
-        batch["class_labels"] = drop_class_labels(batch["class_labels"], drops[:, 0], self.generator)
+        batch = read_batch(self.dataset, items)
+        uniforms = training_uniforms(
+            seed=self.seed,
+            step=items.step,
+            slots=items.slots,
+            num_perturbation=self.num_perturbation_uniforms,
+            num_orders=self.num_order_uniforms,
+        )
+        batch["class_labels"] = drop_class_labels(batch["class_labels"], uniforms.label_dropout, self.generator)
+        batch["perturbation_uniforms"] = uniforms.perturbation
+        if uniforms.orders is not None:
+            batch["order_uniforms"] = uniforms.orders
         return with_distinct_labels(batch)
 
 
@@ -171,8 +183,7 @@ def drop_class_labels(class_labels: Tensor, uniforms: Tensor, generator: Generat
 
 
 def with_distinct_labels(batch: Batch) -> Batch:
-    """With the distinct ones of `class_labels` (B,) in their place, (U,), and with `class_rows` (B,): which of them a
-    sample has."""
+    """Replace `class_labels` (B,) by its distinct values (U,), and add `class_rows` (B,): the index of each label."""
     class_labels, class_rows = batch["class_labels"].unique(return_inverse=True)
     return batch | {"class_labels": class_labels, "class_rows": class_rows}
 
@@ -180,17 +191,16 @@ def with_distinct_labels(batch: Batch) -> Batch:
 class TrainingBatches:
     """Iterates over the batches of a rank, on its device: `class_labels`, `index` and `codes` or `image`.
 
-    Those of the generator have `uniforms` (B, `num_uniforms`) too, and `order_uniforms` (B, `num_order_uniforms`) if
-    there are any. Some of their labels are dropped; `class_labels` (U,) are the distinct ones then, and `class_rows`
-    (B,) tells which of them a sample has.
+    Batches for the generator also have `perturbation_uniforms` and, if it needs them, `order_uniforms`. Some labels are
+    dropped; `class_labels` (U,) are the distinct ones then, and `class_rows` (B,) is the index of each sample's.
 
     Args:
         micro_steps: batches per step.
         steps: numbers of the steps to come.
         samples_seen: of all ranks, before these steps.
-        stop_requested: whether a stop signal has come.
-        num_uniforms: random numbers that the noise of a sample takes at each step; None: batches for a tokenizer.
-        num_order_uniforms: the same of its order.
+        stop_requested: whether a stop signal has arrived.
+        num_uniforms: random numbers for the perturbation of a sample at a step; None: batches for a tokenizer.
+        num_order_uniforms: random numbers for its order.
 
     Raises:
         InputError: more different images than `dataset.params.max_bad_fraction` allows cannot be decoded.
@@ -223,22 +233,19 @@ class TrainingBatches:
         )
         params, self.device = config.dataset.params, ctx.device
         on_gpu = ctx.device.type == "cuda"
-        samples = dataset if num_uniforms is None else Prepared(dataset, config, num_uniforms, num_order_uniforms)
+        samples: Dataset = dataset
+        if num_uniforms is not None:
+            samples = GeneratorBatches(dataset, config, num_uniforms, num_order_uniforms)
         self._batches = Batches(samples, batch_sampler, params.num_workers_per_gpu, on_gpu, stop_requested)
-        self.issues = dataset.issues if isinstance(dataset, ImageDataset) else None
+        self.skipped = dataset.skipped if isinstance(dataset, ImageDataset) else None
 
     def __next__(self) -> dict[str, Tensor]:
         batch = next(self._batches)
-        if self.issues is not None:
-            self.issues.add(batch["index"], batch.pop("issues"))
+        if self.skipped is not None:
+            self.skipped.add(batch["index"], batch.pop("skipped"))
         return on_device(batch, self.device)
 
     @property
     def num_skipped(self) -> int:
-        """Visits of images that could not be decoded, by this rank since its start."""
-        return self.issues.num_skipped if self.issues is not None else 0
-
-    def tell_notes(self) -> None:
-        """How many images this process had to leave out or to change."""
-        if self.issues is not None:
-            self.issues.summary()
+        """Uses of images that could not be decoded, by this rank since its start."""
+        return self.skipped.count if self.skipped is not None else 0

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from data.codes.token_store import TokenStore
-from data.images.image_io import ImageDecoding, ImageIssue
+from data.images.image_io import ImageDecoding
 from data.images.notices import check_unreadable
 from data.images.reading import CroppedImages, ImageDataset, allowed_bad_fraction, evenly_spaced, open_images
 from data.images.transforms import training_transform
@@ -53,11 +53,7 @@ def open_validation_data(config: Config, tokenizer_sha256: str, verify: bool = T
 
 
 def open_validation_images(config: Config, num_classes: int | None = None) -> ImageDataset:
-    """`open_center_crops`, with the class ids of the training data.
-
-    Raises:
-        InputError: as there, or a class that the training data lack.
-    """
+    """`open_center_crops`, with the class ids of the training data; raises InputError for other classes."""
     images = open_center_crops(config, num_classes)
     known = training_classes(config)
     if known is not None:
@@ -67,11 +63,7 @@ def open_validation_images(config: Config, num_classes: int | None = None) -> Im
 
 
 def open_center_crops(config: Config, num_classes: int | None = None) -> ImageDataset:
-    """A centre crop of each image of `dataset.params.eval_shards_path_or_url`, never mirrored.
-
-    Raises:
-        InputError: the key or its files are missing, or a class id is not below `num_classes`.
-    """
+    """A centre crop of each image of `dataset.params.eval_shards_path_or_url`, never mirrored; see `open_images`."""
     params, preprocessing = config.dataset.params, config.dataset.preprocessing
     if params.eval_shards_path_or_url is None:
         raise InputError("dataset.params.eval_shards_path_or_url: missing; give tar shards or a folder per class")
@@ -81,10 +73,6 @@ def open_center_crops(config: Config, num_classes: int | None = None) -> ImageDa
 
 
 def _check_class_names(store: TokenStore, config: Config) -> None:
-    """
-    Raises:
-        InputError: the class names of the store differ from those of the training data.
-    """
     found = store.meta.class_names
     known = training_classes(config)
     if found is not None and known is not None and found != known[0]:
@@ -118,13 +106,13 @@ def validation_batches(dataset: TrainingSet, config: Config, ctx: DistributedCon
         return
     unreadable = torch.zeros(len(dataset), dtype=torch.int32)
     for batch in progress:
-        dataset.issues.add(batch["index"], batch["issues"])
-        batch["readable"] = batch.pop("issues") & ImageIssue.UNREADABLE == 0
-        unreadable[batch["index"]] = (~batch["readable"]).int()
+        skipped = batch.pop("skipped")
+        dataset.skipped.add(batch["index"], skipped)
+        unreadable[batch["index"]] = skipped.int()
+        batch["readable"] = ~skipped
         yield on_device(batch, ctx.device)
     bad = ctx.all_reduce_sum(unreadable).nonzero()[:, 0].tolist()
-    check_unreadable(dataset.source, set(bad), dataset.issues.max_bad_fraction)
-    dataset.issues.summary()
+    check_unreadable(dataset.source, set(bad), dataset.skipped.max_bad_fraction)
 
 
 class ValidationPixels(CroppedImages):

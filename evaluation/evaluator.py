@@ -29,7 +29,7 @@ import torch
 from evaluation.collect import FeatureSums, collect
 from evaluation.features import EfficientNetLite0, Extractor
 from evaluation.inception import Inception
-from evaluation.inputs import check_statistics, open_input
+from evaluation.inputs import Npz, check_statistics, open_input
 from evaluation.metrics import Gaussian, frechet_distance
 from evaluation.precision_recall import FEATURE_DTYPES, precision_recall
 from evaluation.report import (
@@ -43,7 +43,6 @@ from evaluation.report import (
 from evaluation.run_log import find_step, log_scores
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, input_errors_exit
-from utils.files.npz import Npz
 
 BACKENDS = ("inception", "efficientnet_lite0")
 
@@ -87,39 +86,46 @@ class Evaluator:
         self.reference = self.open(reference)
 
     def __call__(self, samples: Npz) -> dict[str, Any]:
-        """The report of opened samples: `metrics` by name, `warnings` and `provenance`. If there is a report with the
-        same provenance already, returns that one. Prints the files that are compared.
-        """
+        """The report of opened samples, or an existing one with the same provenance. Prints the compared files."""
         report = new_report(self.reference, samples, self.extractor, self.settings)
         if self.ctx.is_rank0:
             print_files(report)
         if done := self.ctx.broadcast_from_rank0(find_same, samples.images.path, report):
             return done
-        reference_sums = self.reference_sums
-        sample_sums = self._collect(samples, "samples")
+        sums = self._collect(samples, "samples")
         if self.settings["backend"] == "inception":
-            report["metrics"] = adm_metrics(
-                reference=self.reference,
-                reference_sums=reference_sums,
-                samples=samples,
-                sample_sums=sample_sums,
-                ctx=self.ctx,
-                device=self.device,
-            )
+            report["metrics"] = self._adm_metrics(samples, sums)
         else:
-            distance = frechet_distance(reference_sums.pool.gaussian(), sample_sums.pool.gaussian())
+            distance = frechet_distance(self.reference_sums.pool.gaussian(), sums.pool.gaussian())
             report["metrics"] = {"frechet_distance": distance}
         return report
+
+    def _adm_metrics(self, samples: Npz, sums: FeatureSums) -> dict[str, float]:
+        """The five numbers. All processes call it."""
+        assert sums.score is not None
+        assert sums.features is not None
+        assert self.reference_sums.features is not None
+        precision, recall = precision_recall(
+            reference=self.reference_sums.features.to(self.device),
+            samples=sums.features.to(self.device),
+            ctx=self.ctx,
+        )
+        of_reference = gaussians(self.reference, self.reference_sums)
+        of_samples = gaussians(samples, sums)
+        return {
+            "inception_score": sums.score.inception_score(),
+            "fid": frechet_distance(of_reference["pool"], of_samples["pool"]),
+            "sfid": frechet_distance(of_reference["spatial"], of_samples["spatial"]),
+            "precision": precision,
+            "recall": recall,
+        }
 
     @cached_property
     def reference_sums(self) -> FeatureSums:
         return self._collect(self.reference, "reference")
 
     def open(self, path: Path) -> Npz:
-        """
-        Raises:
-            InputError: not an npz of images, or stored statistics of other Inception weights.
-        """
+        """Raises InputError for anything but an npz of images, and for statistics of other Inception weights."""
         npz = self.ctx.rank0_first(lambda: open_input(path, verify=self.ctx.is_rank0))
         check_statistics(npz, self.extractor.weights_sha256)
         return npz
@@ -145,30 +151,6 @@ def load_extractor(backend: str, inception: Path | None, device: torch.device) -
     if inception is not None:
         raise InputError(f"--inception {inception}: not used by --backend {backend}")
     return EfficientNetLite0(device)
-
-
-def adm_metrics(
-    reference: Npz,
-    reference_sums: FeatureSums,
-    samples: Npz,
-    sample_sums: FeatureSums,
-    ctx: DistributedContext,
-    device: torch.device,
-) -> dict[str, float]:
-    """The five numbers, from sums collected with Inception. All processes call it."""
-    assert reference_sums.features is not None
-    assert sample_sums.features is not None
-    assert sample_sums.score is not None
-    precision, recall = precision_recall(reference_sums.features.to(device), sample_sums.features.to(device), ctx)
-    of_reference = gaussians(reference, reference_sums)
-    of_samples = gaussians(samples, sample_sums)
-    return {
-        "inception_score": sample_sums.score.inception_score(),
-        "fid": frechet_distance(of_reference["pool"], of_samples["pool"]),
-        "sfid": frechet_distance(of_reference["spatial"], of_samples["spatial"]),
-        "precision": precision,
-        "recall": recall,
-    }
 
 
 def gaussians(npz: Npz, sums: FeatureSums) -> dict[str, Gaussian]:

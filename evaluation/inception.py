@@ -32,11 +32,7 @@ class Inception:
     packages: tuple[str, ...] = ("torch-fidelity",)
 
     def __init__(self, device: torch.device, path: Path | None = None) -> None:
-        """Load the weights from `path` or from torch hub's cache; nothing is downloaded.
-
-        Raises:
-            InputError: no weights, or not of this network.
-        """
+        """Weights from `path` or torch hub's cache; nothing is downloaded. Raises InputError if missing or wrong."""
         path = path or find_cached_weights()
         state = load_state_dict(path)
         self.weights_name, self.weights_sha256 = path.name, file_sha256(path, progress=True)
@@ -60,11 +56,7 @@ class Inception:
 
 
 def find_cached_weights() -> Path:
-    """The weights in torch hub's cache, where torch-fidelity and pytorch-fid put them.
-
-    Raises:
-        InputError: there are none.
-    """
+    """The weights in torch hub's cache, where torch-fidelity and pytorch-fid put them; raises InputError without."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for name in CACHED_NAMES:
         if (folder / name).is_file():

@@ -1,10 +1,16 @@
 """Input files of the evaluator: npz files of images, with Inception statistics in a reference."""
 
+import zipfile
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from utils.errors import InputError
+from utils.files.hashing import file_sha256
 from utils.files.json_file import read_json
-from utils.files.npz import Npz, open_npz
+from utils.files.npz import StoredImages, locate_images
 from utils.files.provenance import provenance_in
 
 POOL_DIM, SPATIAL_DIM = 2048, 2023  # Inception pool_3, and 17 x 17 positions x 7 channels
@@ -18,26 +24,64 @@ WEIGHTS = "sha256 of the Inception weights"  # in the record next to a reference
 MIN_IMAGES = 4  # precision and recall need three neighbours of each image
 
 
-def open_input(path: Path, verify: bool) -> Npz:
-    """Check an npz and open it; see `open_npz`.
+@dataclass(frozen=True)
+class Npz:
+    images: StoredImages
+    statistics: dict[str, np.ndarray] | None  # float64, by the keys of STATISTICS; None if the file has none
+    sha256: str | None  # of the file; None if it was opened without `verify`
 
-    Raises:
-        InputError: as there, or a store of codes, which the sampler writes for a tokenizer without images.
+
+def open_input(path: Path, verify: bool) -> Npz:
+    """Check an npz and open it; raises InputError, one line, for anything wrong.
+
+    Args:
+        verify: also compare all bytes with the checksums in the file, and hash the file.
     """
-    if path.suffix == ".tokens":
+    if path.suffix == ".tokens":  # written by the sampler for a tokenizer without images
         raise InputError(f"{path}: found codes, expected an npz of images; decode them with their tokenizer")
-    return open_npz(path, verify, STATISTICS, MIN_IMAGES)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip() if verify else None
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} differs from its CRC")
+        images = locate_images(path)
+        statistics = _read_statistics(path)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise InputError(f"{path}: damaged or not an npz file ({error})") from error
+    if len(images) < MIN_IMAGES:
+        raise InputError(f"{path}: arr_0 holds {len(images)} images, expected at least {MIN_IMAGES}")
+    return Npz(images=images, statistics=statistics, sha256=file_sha256(path, progress=True) if verify else None)
+
+
+def _read_statistics(path: Path) -> dict[str, np.ndarray] | None:
+    statistics = {}
+    with np.load(path) as arrays:
+        missing = [key for key in STATISTICS if key not in arrays]
+        if len(missing) == len(STATISTICS):
+            return None
+        if missing:
+            raise InputError(f"{path}: {missing[0]} is missing, expected all of {', '.join(STATISTICS)} or none")
+        for key, shape in STATISTICS.items():
+            try:
+                array = arrays[key]
+            except ValueError as error:
+                raise InputError(f"{path}: {key} is not readable ({error})") from error
+            if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
+                raise InputError(
+                    f"{path}: {key} is {array.dtype} of shape {array.shape}, expected finite floats of shape {shape}"
+                )
+            statistics[key] = array.astype(np.float64)
+    return statistics
 
 
 def check_statistics(npz: Npz, weights_sha256: str) -> None:
-    """
-    Raises:
-        InputError: the stored statistics are from other Inception weights.
-    """
-    record = npz.images.path.with_suffix(".json")
-    if npz.statistics is None or not record.is_file():
+    """Raise InputError if the stored statistics are from other Inception weights."""
+    path = npz.images.path.with_suffix(".json")
+    if npz.statistics is None or not path.is_file():
         return
-    found = (provenance_in(read_json(record)) or {}).get(WEIGHTS)
+    found = (provenance_in(read_json(path)) or {}).get(WEIGHTS)
     if found not in (None, weights_sha256):
         raise InputError(
             f"{npz.images.path}: found statistics of Inception weights with sha256 {found[:12]}..., expected "

@@ -12,6 +12,7 @@ This file is a script: it joins `data` and `evaluation`, which do not import eac
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,27 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 import numpy as np
+import torch
 from PIL import Image
+from tqdm import tqdm
 
-from data.images.image_io import COLOURS, ImageDecoding, ImageIssue
+from data.images.image_io import COLOURS, ImageDecoding
 from data.images.image_source import ImageSource
 from data.images.reading import CroppedImages, ImageDataset, evenly_spaced, open_images
 from data.images.transforms import training_transform
+from evaluation.collect import Images, collect
 from evaluation.evaluator import add_feature_options, load_extractor, positive
 from evaluation.features import Extractor
 from evaluation.inputs import MIN_IMAGES, WEIGHTS, open_input
-from evaluation.reference import make_reference
-from utils.distributed import init_distributed
+from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, input_errors_exit
 from utils.files.hashing import file_sha256
-from utils.files.npz import StoredImages
+from utils.files.npz import StoredImages, write_npz
 from utils.files.provenance import is_made, write_record
 from utils.run.run_environment import code_facts
 from utils.schema import PreprocessingConfig
+
+CHUNK_IMAGES = 100  # written at a time
 
 
 class NpzSource(ImageSource):
@@ -56,8 +61,8 @@ class NpzSource(ImageSource):
     def _read(self, index: int) -> bytes:
         return self.images.read(index, index + 1).tobytes()
 
-    def load(self, index: int) -> tuple[Image.Image, ImageIssue]:
-        return Image.fromarray(self.images.read(index, index + 1)[0]), ImageIssue(0)
+    def load(self, index: int) -> Image.Image:
+        return Image.fromarray(self.images.read(index, index + 1)[0])
 
     @property
     def fingerprint(self) -> str:
@@ -65,11 +70,7 @@ class NpzSource(ImageSource):
 
 
 def open_source(source: str, output: Path, verify: bool, decoding: ImageDecoding) -> ImageSource:
-    """Open the images, and check before hours of work that the result can be written.
-
-    Raises:
-        InputError: no images, damaged or too few ones, or no folder for the output.
-    """
+    """The images of the command line. Raises InputError before hours of work, also if the output has no folder."""
     if not output.parent.is_dir():
         raise InputError(f"{output}: no folder {output.parent}")
     if source.endswith(".npz"):
@@ -94,6 +95,36 @@ def record_provenance(output: Path, provenance: dict[str, Any]) -> None:
     """
     is_made(output, provenance)
     write_record(output, provenance, figures=code_facts())
+
+
+def write_reference(
+    images: Images,
+    selected: Images,
+    extractor: Extractor,
+    output: Path,
+    ctx: DistributedContext,
+    device: torch.device,
+    batch_size: int,
+) -> None:
+    """Write mu, sigma, mu_s, sigma_s of `images`, and `selected` as arr_0: the layout of guided-diffusion's reference
+    batches (https://github.com/openai/guided-diffusion/tree/main/evaluations).
+
+    Every process of `ctx` calls it; rank 0 writes.
+    """
+    sums = collect(images, extractor, ctx, batch_size=batch_size, title="features", device=device)
+    if not ctx.is_rank0:
+        return
+    assert sums.spatial is not None, "features of Inception"
+    pool, spatial = sums.pool.gaussian(), sums.spatial.gaussian()
+    statistics = {"mu": pool.mu, "sigma": pool.sigma, "mu_s": spatial.mu, "sigma_s": spatial.sigma}
+    shape = (len(selected), *selected.read(0, 1).shape[1:])
+    entries = {key: (array.shape, array.dtype, [array]) for key, array in statistics.items()}
+    write_npz(output, {"arr_0": (shape, np.uint8, _chunks(selected)), **entries})
+
+
+def _chunks(images: Images) -> Iterator[np.ndarray]:
+    for start in tqdm(range(0, len(images), CHUNK_IMAGES), desc="arr_0", unit="chunk"):
+        yield images.read(start, min(start + CHUNK_IMAGES, len(images)))
 
 
 def main() -> None:
@@ -121,7 +152,7 @@ def main() -> None:
             dataset = ImageDataset(source, training_transform(crop), seed=0)
             count = min(len(dataset), args.max_images)
             ctx.print_on_rank0(f"weights: {extractor.weights_name}, sha256 {extractor.weights_sha256}")
-            make_reference(
+            write_reference(
                 images=CroppedImages(dataset),
                 selected=CroppedImages(dataset, evenly_spaced(len(dataset), count)),
                 extractor=extractor,
@@ -130,7 +161,6 @@ def main() -> None:
                 device=device,
                 batch_size=args.batch_size,
             )
-            dataset.issues.summary()
             ctx.print_on_rank0(f"statistics of {len(dataset)} images, {count} of them in {args.output}")
 
 

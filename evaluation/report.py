@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.features import Extractor
+from evaluation.inputs import Npz
 from utils.errors import InputError
 from utils.files.hashing import file_sha256
 from utils.files.json_file import read_json
-from utils.files.npz import Npz
 from utils.files.provenance import write_record
 from utils.run.run_environment import source_hash
 

@@ -8,12 +8,8 @@ from utils.run.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 
 
 def find_step(samples: Path, run: Path) -> int:
-    """The step of the weights behind `samples`, from the sampler's record next to them.
-
-    Raises:
-        InputError: `run` is not a run folder, or the record is missing, has no step, or describes another file or the
-            weights of another run.
-    """
+    """The step of the weights behind `samples`, from the sampler's record next to them. Raises InputError if it is
+    missing, has no step, or belongs to another file or run."""
     if not (run / METRICS_FILE).is_file():
         raise InputError(f"--log-to {run}: found no {METRICS_FILE}, expected the folder of a training run")
     path = samples.with_suffix(".json")
@@ -33,12 +29,7 @@ def find_step(samples: Path, run: Path) -> int:
 
 
 def log_scores(run: Path, step: int, scores: dict[str, float]) -> None:
-    """Append `eval/<name>` to the run's metrics unless these values are there; a running training may append too.
-
-    Raises:
-        InputError: the metrics cannot be read.
-        OSError: they cannot be written.
-    """
+    """Append `eval/<name>` to the run's metrics unless these values are there; a running training may append too."""
     path = run / METRICS_FILE
     values = {f"eval/{name}": value for name, value in scores.items()}
     if any(row["step"] == step and values.items() <= row.items() for row in read_metrics(path)):

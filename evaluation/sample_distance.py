@@ -1,7 +1,7 @@
-"""Frechet distance of a few samples to validation images, for the curve of a run.
+"""Frechet distances of a few samples: to validation images, for the curve of a run, and to halves of a reference.
 
-It is biased upwards, more so at smaller N: it is comparable at the same N, backend and validation images only, and not
-with published FID. N and the backend are part of the metric's name.
+They are biased upwards, more so at smaller N: they are comparable at the same N, backend and reference only, and not
+with published FID.
 """
 
 from collections.abc import Callable
@@ -12,15 +12,17 @@ import torch
 from evaluation.collect import Images, collect
 from evaluation.features import EfficientNetLite0, Extractor
 from evaluation.inception import Inception, find_cached_weights
-from evaluation.metrics import Gaussian, frechet_distance
+from evaluation.metrics import frechet_distance
 from utils.distributed import DistributedContext
 from utils.errors import InputError, NonFiniteError
+from utils.randomness import Stream, permutation, philox
 
+HALVES = ("choosing_half", "other_half")
 Generate = Callable[[list[int]], np.ndarray]  # indices of samples -> uint8 (B, H, W, 3)
 
 
 class SampleDistance:
-    """The features of the validation images are computed once. All ranks call every method.
+    """Distance to validation images, whose features are computed once. All ranks call every method.
 
     Args:
         validation: images to compare with, of the size of the samples.
@@ -45,19 +47,87 @@ class SampleDistance:
         name, self.extractor = ctx.rank0_first(lambda: find_extractor(ctx.device, "experiment.eval_samples"))
         self.key = f"val/{name}_{num_samples}"
         self.image_shape = validation.read(0, 1).shape[1:]
-        self.validation = self._gaussian(validation, "validation images")
+        sums = collect(validation, self.extractor, ctx, batch_size=batch_size, title="validation images")
+        self.of_validation = sums.pool.gaussian()
 
     def __call__(self, generate: Generate) -> dict[str, float]:
         """The distance by name, equal on all ranks and for any number of them; NaN if the model computes NaN or
         infinity."""
         samples = _Samples(generate, self.num_samples, self.image_shape)
-        of_samples = self._gaussian(samples, "samples")
+        sums = collect(samples, self.extractor, self.ctx, batch_size=self.batch_size, title="samples")
         if self.ctx.all_reduce_max(torch.tensor(int(samples.failed))):
             return {self.key: float("nan")}
-        return {self.key: self.ctx.broadcast_from_rank0(lambda: frechet_distance(self.validation, of_samples))}
+        of_samples = sums.pool.gaussian()
+        return {self.key: self.ctx.broadcast_from_rank0(lambda: frechet_distance(self.of_validation, of_samples))}
 
-    def _gaussian(self, images: Images, title: str) -> Gaussian:
-        return collect(images, self.extractor, self.ctx, batch_size=self.batch_size, title=title).pool.gaussian()
+
+class _Samples:
+    """Samples, generated when read. After a failure they are black, as the other ranks wait for the sums."""
+
+    def __init__(self, generate: Generate, count: int, image_shape: tuple[int, ...]) -> None:
+        self.generate = generate
+        self.count = count
+        self.image_shape = image_shape
+        self.failed = False
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        try:
+            return self.generate(list(range(start, stop)))
+        except NonFiniteError:
+            self.failed = True
+            return np.zeros((stop - start, *self.image_shape), np.uint8)
+
+
+class SplitReference:
+    """Two random halves of a reference, always the same: one selects among samples, the other scores the selection.
+    All ranks call every method.
+
+    Args:
+        images: at least 4.
+        batch_size: images per rank and batch.
+    """
+
+    def __init__(self, images: Images, extractor: Extractor, batch_size: int, ctx: DistributedContext) -> None:
+        self.extractor = extractor
+        self.batch_size = batch_size
+        self.ctx = ctx
+        self.gaussians = {}
+        halves = np.array_split(permutation(philox(Stream.REFERENCE_HALVES, 0, 0), len(images)), 2)
+        for name, rows in zip(HALVES, halves, strict=True):
+            half = _Rows(images, np.sort(rows))
+            self.gaussians[name] = collect(half, extractor, ctx, batch_size=batch_size, title=name).pool.gaussian()
+
+    def scores(self, samples: Images, title: str) -> dict[str, float]:
+        """Frechet distance of at least 2 samples to each half and, with Inception, `inception_score`.
+
+        Args:
+            title: of the progress bar.
+        """
+        sums = collect(samples, self.extractor, self.ctx, batch_size=self.batch_size, title=title)
+        of_samples = sums.pool.gaussian()
+        scores = self.ctx.broadcast_from_rank0(
+            lambda: {name: frechet_distance(half, of_samples) for name, half in self.gaussians.items()}
+        )
+        if sums.score is not None:
+            scores["inception_score"] = sums.score.inception_score()
+        return scores
+
+
+class _Rows:
+    """Some of the images of a file."""
+
+    def __init__(self, images: Images, rows: np.ndarray) -> None:
+        self.images = images
+        self.rows = rows.tolist()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return np.concatenate([self.images.read(row, row + 1) for row in self.rows[start:stop]])
 
 
 def find_extractor(device: torch.device, needed_by: str) -> tuple[str, Extractor]:
@@ -80,23 +150,3 @@ def find_extractor(device: torch.device, needed_by: str) -> tuple[str, Extractor
                 f"(requirements-dev.txt), found neither ({str(no_weights).removeprefix('--inception: ')})"
             ) from error
     return "fid", Inception(device, weights)
-
-
-class _Samples:
-    """Samples, generated when read. After a failure they are black, as the other ranks wait for the sums."""
-
-    def __init__(self, generate: Generate, count: int, image_shape: tuple[int, ...]) -> None:
-        self.generate = generate
-        self.count = count
-        self.image_shape = image_shape
-        self.failed = False
-
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        try:
-            return self.generate(list(range(start, stop)))
-        except NonFiniteError:
-            self.failed = True
-            return np.zeros((stop - start, *self.image_shape), np.uint8)

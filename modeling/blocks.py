@@ -1,59 +1,26 @@
-"""The parts of the generator: blocks with adaLN.
+"""The transformer block with adaLN, for training and for cached decoding.
 
-Images of the same class have the same adaLN modulations, so these are computed once for each of U distinct labels;
-`rows` tells which of them an image has.
+Training calls `Block.forward`. Cached decoding (`modeling/sampling/cached_decoding.py`) calls the same halves,
+`before_attention` and `after_attention`, with a KV cache between them and modulations computed in advance.
 
-Legend: B images, T positions, D hidden size, H heads, d = D / H, U distinct labels.
+Images of one class share their modulations, so these are computed once for each of the U distinct labels of a batch;
+`rows` (B,) maps an image to its label.
+
+Legend: B images, t positions, D hidden size, H heads, d = D / H, U distinct labels.
 """
 
 from collections import OrderedDict
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-
-class Attention(nn.Module):
-    """Causal self-attention with LayerNorm on queries and keys per head."""
-
-    def __init__(self, hidden_size: int, num_heads: int, dropout: float, attn_drop: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.attn_drop = attn_drop
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.q_norm = nn.LayerNorm(hidden_size // num_heads, eps=1e-6)
-        self.k_norm = nn.LayerNorm(hidden_size // num_heads, eps=1e-6)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-        self.proj_drop = nn.Dropout(dropout)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b t (three h d) -> three b h t d", three=3, h=self.num_heads)
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)  # under autocast a norm returns float32
-        dropout = self.attn_drop if self.training else 0.0
-        # is_causal instead of a mask keeps the flash kernel.
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)  # (B, H, T, d)
-        return self.proj_drop(self.proj(rearrange(x, "b h t d -> b t (h d)")))
-
-
-def mlp(size: int, hidden_size: int, dropout: float) -> nn.Sequential:
-    """With the names of timm's Mlp in the state dict; importing timm takes longer than all else at the start."""
-    layers = {
-        "fc1": nn.Linear(size, hidden_size),
-        "act": nn.GELU(),
-        "drop1": nn.Dropout(dropout),
-        "fc2": nn.Linear(hidden_size, size),
-        "drop2": nn.Dropout(dropout),
-    }
-    return nn.Sequential(OrderedDict(layers))
+NORM_EPS = 1e-6
 
 
 class GatherRows(torch.autograd.Function):
-    """`table[rows]` of a table (U, ...) and rows (B,).
-
-    Its gradient sums over the images of a row by a matrix product, which is fast and has the same bits each time.
-    """
+    """`table[rows]` whose gradient sums over equal rows by a matrix product: fast, and deterministic."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: Tensor) -> Tensor:
@@ -64,28 +31,92 @@ class GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (rows,) = ctx.saved_tensors
-        # Not F.one_hot, for whose U the compiled block would be compiled again; and the sum in grad's own type, for a
-        # compiled block takes the autocast of the forward pass along.
+        # Not F.one_hot: it would recompile a compiled block for each U. In grad's dtype and without autocast: a
+        # compiled block runs its backward pass under the autocast of the forward pass.
         members = (rows[:, None] == torch.arange(ctx.num_rows, device=rows.device)).to(grad.dtype)  # (B, U)
         with torch.autocast(grad.device.type, enabled=False):
             return (members.mT @ grad.flatten(1)).unflatten(1, grad.shape[1:]), None
 
 
 def gather_rows(table: Tensor, rows: Tensor | None) -> Tensor:
-    """Each image's row, (B, ...), of a table (U, ...); without `rows` image i has row i."""
-    return table if rows is None else cast(Tensor, GatherRows.apply(table, rows))
+    """(B, ...) rows of a table (U, ...); `rows` None: row i for image i."""
+    if rows is None:
+        return table
+    if not table.requires_grad:
+        return table.index_select(0, rows)
+    return cast(Tensor, GatherRows.apply(table, rows))
 
 
-def norm_and_modulate(x: Tensor, norm: nn.LayerNorm, shift: Tensor, scale: Tensor, rows: Tensor | None) -> Tensor:
-    """`norm(x) * (1 + scale) + shift` of x (B, t, D); shift and scale (U, t, D).
+class BlockModulation(NamedTuple):
+    """adaLN of a block, (U, t, D) each; shift and scale with the affine parameters of the norms, scale with the 1."""
 
-    The affine part of the norm is put into shift and scale, of which there are fewer.
-    """
+    shift_attn: Tensor
+    scale_attn: Tensor
+    gate_attn: Tensor
+    shift_mlp: Tensor
+    scale_mlp: Tensor
+    gate_mlp: Tensor
+
+
+def fold_norm(norm: nn.LayerNorm, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """(shift, scale) for `modulate`, such that it computes `norm(x) * (1 + scale) + shift`."""
     scale = 1 + scale
     if norm.elementwise_affine:
         shift, scale = shift + norm.bias * scale, norm.weight * scale
-    normed = F.layer_norm(x, norm.normalized_shape, eps=norm.eps)
+    return shift, scale
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None) -> Tensor:
+    """Normalize x (B, t, D), then scale and shift it, both (U, t, D)."""
+    normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
     return torch.addcmul(gather_rows(shift, rows), normed, gather_rows(scale, rows))
+
+
+def adaln_linear(hidden_size: int, outputs: int) -> nn.Sequential:
+    """Linear D -> outputs * D. The SiLU before it is shared by all blocks and part of their `condition`; the Identity
+    keeps its place in the published keys (`adaLN_modulation.1`)."""
+    return nn.Sequential(nn.Identity(), nn.Linear(hidden_size, outputs * hidden_size))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with LayerNorm on the queries and keys of each head."""
+
+    def __init__(self, hidden_size: int, num_heads: int, dropout: float, attn_drop: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.q_norm = nn.LayerNorm(hidden_size // num_heads, eps=NORM_EPS)
+        self.k_norm = nn.LayerNorm(hidden_size // num_heads, eps=NORM_EPS)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def split_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, t, D) -> queries, keys, values, each (B, H, t, d)."""
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, t, 3, H, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+        return self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v  # under autocast a norm returns float32
+
+    def causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dropout = self.attn_drop if self.training else 0.0
+        # is_causal instead of a mask keeps the flash kernel.
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+
+    def merge_heads(self, attended: Tensor) -> Tensor:
+        """(B, H, t, d) -> (B, t, D)"""
+        return self.proj_drop(self.proj(attended.transpose(1, 2).flatten(2)))
+
+
+def mlp(size: int, hidden_size: int, dropout: float) -> nn.Sequential:
+    """timm's Mlp, with its state-dict keys; importing timm is slow."""
+    layers = {
+        "fc1": nn.Linear(size, hidden_size),
+        "act": nn.GELU(),
+        "drop1": nn.Dropout(dropout),
+        "fc2": nn.Linear(hidden_size, size),
+        "drop2": nn.Dropout(dropout),
+    }
+    return nn.Sequential(OrderedDict(layers))
 
 
 class Block(nn.Module):
@@ -93,35 +124,51 @@ class Block(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_size: int, dropout: float, attn_drop: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.norm1 = nn.LayerNorm(hidden_size, eps=NORM_EPS)
         self.attn = Attention(hidden_size, num_heads, dropout, attn_drop)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=NORM_EPS)
         self.mlp = mlp(hidden_size, mlp_size, dropout)
         self.adaLN_modulation = adaln_linear(hidden_size, 6)
 
     def forward(self, x: Tensor, condition: Tensor, rows: Tensor | None) -> Tensor:
-        modulation = self.adaLN_modulation(condition)  # (U, T, 6 D)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=-1)
-        attended = self.attn(norm_and_modulate(x, self.norm1, shift_attn, scale_attn, rows))
-        x = torch.addcmul(x, gather_rows(gate_attn, rows), attended)
-        hidden = self.mlp(norm_and_modulate(x, self.norm2, shift_mlp, scale_mlp, rows))
-        return torch.addcmul(x, gather_rows(gate_mlp, rows), hidden)
+        """x (B, t, D), condition (U, t, D), rows (B,) -> (B, t, D)."""
+        modulation = self.modulation(self.adaLN_modulation(condition))
+        q, k, v = self.before_attention(x, modulation, rows)
+        return self.after_attention(x, self.attn.causal(q, k, v), modulation, rows)
+
+    def modulation(self, adaln: Tensor) -> BlockModulation:
+        """From the output (U, t, 6 D) of `adaLN_modulation`."""
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = adaln.chunk(6, dim=-1)
+        shift_attn, scale_attn = fold_norm(self.norm1, shift_attn, scale_attn)
+        shift_mlp, scale_mlp = fold_norm(self.norm2, shift_mlp, scale_mlp)
+        return BlockModulation(shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp)
+
+    def before_attention(
+        self, x: Tensor, modulation: BlockModulation, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (B, H, t, d)."""
+        return self.attn.split_heads(modulate(x, modulation.shift_attn, modulation.scale_attn, rows))
+
+    def after_attention(self, x: Tensor, attended: Tensor, modulation: BlockModulation, rows: Tensor | None) -> Tensor:
+        """The block's output from its input x (B, t, D) and the result of the attention (B, H, t, d)."""
+        x = torch.addcmul(x, gather_rows(modulation.gate_attn, rows), self.attn.merge_heads(attended))
+        hidden = self.mlp(modulate(x, modulation.shift_mlp, modulation.scale_mlp, rows))
+        return torch.addcmul(x, gather_rows(modulation.gate_mlp, rows), hidden)
 
 
 class FinalLayer(nn.Module):
-    """Final norm without affine parameters, modulated; its chunk order is scale, shift, unlike the blocks'."""
+    """The modulated norm before the head. It has no affine parameters; its chunks are (scale, shift)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.norm_final = nn.LayerNorm(hidden_size, eps=NORM_EPS, elementwise_affine=False)
         self.adaLN_modulation = adaln_linear(hidden_size, 2)
 
     def forward(self, x: Tensor, condition: Tensor, rows: Tensor | None) -> Tensor:
-        scale, shift = self.adaLN_modulation(condition).chunk(2, dim=-1)  # each (U, t, D)
-        return norm_and_modulate(x, self.norm_final, shift, scale, rows)
+        shift, scale = self.modulation(self.adaLN_modulation(condition))
+        return modulate(x, shift, scale, rows)
 
-
-def adaln_linear(hidden_size: int, outputs: int) -> nn.Sequential:
-    """Linear D -> outputs * D. Its SiLU is the same in every block, so `condition` comes with it applied;
-    the Identity holds its place in the published keys (`adaLN_modulation.1`)."""
-    return nn.Sequential(nn.Identity(), nn.Linear(hidden_size, outputs * hidden_size))
+    def modulation(self, adaln: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale, each (U, t, D), from the output (U, t, 2 D) of `adaLN_modulation`."""
+        scale, shift = adaln.chunk(2, dim=-1)
+        return fold_norm(self.norm_final, shift, scale)

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modeling.rear import ReAROutput
 from modeling.robust_embedding import alignment_loss, cosine_to_codes
 from utils.schema import GeneratorConfig
 
 LOGITS_AT_ONCE = 2**22  # in float32
-Metric = Tensor | tuple[Tensor, Tensor]  # a scalar, or the (sum, count) of a mean
+Metric = Tensor | tuple[Tensor, Tensor]  # a mean over the batch, or (sum, count) of a mean over part of it; scalars
 
 
 @dataclass
@@ -26,8 +25,8 @@ class LossTerms:
 
 
 class CrossEntropy(torch.autograd.Function):
-    """`F.cross_entropy` in float32, (M,), of logits (M, V) of any float type for targets (M,). Only some rows at a
-    time are in float32, and for the backward pass no copy of the logits is kept."""
+    """`F.cross_entropy` in float32, (M,), of logits (M, V) of any float type for targets (M,). Only some rows at a time
+    are in float32, and no copy of the logits is kept for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
@@ -39,12 +38,13 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         logits, targets, log_sums = ctx.saved_tensors
-        result, columns = torch.empty_like(logits), (tensor[:, None] for tensor in (targets, log_sums, grad))
-        pieces = (tensor.split(ctx.rows_at_once) for tensor in (result, logits, *columns))
-        for out, rows, target, log_sum, of_loss in zip(*pieces, strict=True):
-            probabilities = (rows.float() - log_sum).exp()
+        result = torch.empty_like(logits)
+        for start in range(0, len(logits), ctx.rows_at_once):
+            rows = slice(start, start + ctx.rows_at_once)
+            probabilities = (logits[rows].float() - log_sums[rows, None]).exp()
+            target = targets[rows, None]
             at_target = probabilities.gather(1, target) - 1
-            out.copy_(probabilities.scatter_(1, target, at_target).mul_(of_loss))
+            result[rows] = probabilities.scatter_(1, target, at_target).mul_(grad[rows, None])
         return result, None
 
 
@@ -59,34 +59,43 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def rear_loss(
-    output: ReAROutput, codes: Tensor, codebook_vectors: Tensor, perturbation_mask: Tensor, config: GeneratorConfig
+    logits: Tensor,
+    encode_z: Tensor | None,
+    decode_z: Tensor | None,
+    codes: Tensor,
+    codebook_vectors: Tensor,
+    perturbation_mask: Tensor,
+    config: GeneratorConfig,
 ) -> LossTerms:
     """Cross-entropy + transition_alignment_weight * (encode + decode alignment).
 
+    A new term is added to `loss` and to `metrics` here; all metrics are logged as means over steps and ranks.
+
     Args:
-        output: of the model on the noisy context.
+        logits: (B, N, V) of the model on the perturbed context.
+        encode_z, decode_z: (B, N, Z) projections; None: without the term.
         codes: (B, N) clean codes, the targets.
         codebook_vectors: (B, N, Z) embeddings of `codes`.
-        perturbation_mask: (B, N) bool of the noisy context.
-
-    A new term is added to `loss` and to `metrics` here; whatever `metrics` holds is logged, as the mean of the steps.
+        perturbation_mask: (B, N) bool, true where the context has another code.
     """
-    ar_loss = next_token_loss(output.logits, codes)
-    proj_loss, cosines = torch.zeros_like(ar_loss), dict[str, Metric]()
-    if output.encode_z is not None:
-        cosine = cosine_to_codes(output.encode_z, codebook_vectors)
+    metrics = dict[str, Metric]()
+    ar_loss = next_token_loss(logits, codes)
+    proj_loss = torch.zeros_like(ar_loss)
+    if encode_z is not None:
+        cosine = cosine_to_codes(encode_z, codebook_vectors)
         proj_loss = proj_loss + alignment_loss(cosine, perturbation_mask if config.mask_perturbed_encode else None)
         clean = ~perturbation_mask
-        cosines["train/encode_cos"] = ((cosine.detach() * clean).sum(), clean.float().sum())  # of clean positions
-    if output.decode_z is not None:
-        cosine = cosine_to_codes(output.decode_z, codebook_vectors)
+        metrics["train/encode_cos"] = (cosine.detach() * clean).sum(), clean.float().sum()  # at clean positions
+    if decode_z is not None:
+        cosine = cosine_to_codes(decode_z, codebook_vectors)
         proj_loss = proj_loss + alignment_loss(cosine)
-        cosines["train/decode_cos"] = cosine.detach().mean()
+        metrics["train/decode_cos"] = cosine.detach().mean()
     loss = ar_loss + config.transition_alignment_weight * proj_loss
-    metrics = {
+    scalars = {
         "train/loss": loss,
         "train/ar_loss": ar_loss,  # cross-entropy, nats per code
         "train/proj_loss": proj_loss,  # encode + decode alignment, before the weight; 0 without regularization
-        "train/correct_tokens": (output.logits.argmax(dim=-1) == codes).float().mean(),  # share of right guesses
+        "train/correct_tokens": (logits.argmax(dim=-1) == codes).float().mean(),  # top-1 accuracy
     }
-    return LossTerms(loss, cosines | {name: value.detach() for name, value in metrics.items()})
+    metrics.update({name: value.detach() for name, value in scalars.items()})
+    return LossTerms(loss, metrics)

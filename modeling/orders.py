@@ -1,7 +1,7 @@
-"""In which order the codes of an image are predicted: for each place of the sequence, which code of the image is there.
+"""Orders in which the codes of an image are predicted: for each position of the sequence, the index of its code.
 
-Source: RAR (https://arxiv.org/abs/2411.00776). A new order is a function like that below, a line in `ORDERS`, and its
-name among the choices of `model.generator.order` and `sampling.order`. Raster order needs no function: it is None.
+Source: RAR (https://arxiv.org/abs/2411.00776). A new order is a function like `random_orders`, a line in `ORDERS`, and
+its name among the choices of `model.generator.order` and `sampling.order`. Raster order needs no function: it is None.
 
 Legend: B images, N codes per image.
 """
@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from modeling.robust_embedding import anneal
 from utils.schema import GeneratorConfig
 
 # uniforms (B, N) in [0, 1) -> orders (B, N) int64, each row a permutation of 0 to N - 1
@@ -30,7 +31,7 @@ def training_orders(uniforms: Tensor, ratio: float, generator: GeneratorConfig) 
 
     Args:
         uniforms: (B, 1 + N) in [0, 1).
-        ratio: the share, as `random_order_ratio` gives it.
+        ratio: the share; see `random_order_ratio`.
 
     Returns:
         (B, N) int64.
@@ -40,9 +41,21 @@ def training_orders(uniforms: Tensor, ratio: float, generator: GeneratorConfig) 
     return torch.where(uniforms[:, :1] < ratio, orders, raster)
 
 
-def known_first(known_mask: Tensor, orders: Tensor | None) -> Tensor:
-    """Orders (B, N), None for raster, with the codes of `known_mask` (B, N) before all others of their image."""
+def num_order_uniforms(generator: GeneratorConfig) -> int:
+    """Uniforms of an image for `training_orders`; 0 for raster order."""
+    return 0 if generator.order == "raster" else 1 + generator.image_seq_len
+
+
+def random_order_ratio(step: int, generator: GeneratorConfig) -> float:
+    """Share of the samples that are not in raster order: annealed for `order=annealed`, else 0 or 1."""
+    if generator.order == "annealed":
+        return anneal(step, generator.order_anneal_start, generator.order_anneal_end)
+    return float(generator.order != "raster")
+
+
+def conditioning_first(mask: Tensor, orders: Tensor | None) -> Tensor:
+    """Orders (B, N), None for raster, with the codes of `mask` (B, N) before all others of their image."""
     if orders is None:
-        orders = torch.arange(known_mask.shape[1], device=known_mask.device).expand_as(known_mask)
-    unknown = ~known_mask.gather(1, orders)
-    return orders.gather(1, unknown.int().argsort(dim=1, stable=True))
+        orders = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+    sampled = ~mask.gather(1, orders)
+    return orders.gather(1, sampled.int().argsort(dim=1, stable=True))

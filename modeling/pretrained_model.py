@@ -110,8 +110,8 @@ def build_from_folder(folder: Path, build: Callable[[Config], M]) -> M:
     if not path.is_file():
         raise InputError(f"{folder}: found no {CONFIG_FILE}, expected a folder of save_pretrained or export_model.py")
     try:
-        # reads=[]: sizes that follow from others are not compared; loading the weights does that.
-        return build(load_config([f"config={path}", "experiment.output_dir=unused"], reads=[]))
+        # reads={}: sizes that follow from others are not compared; loading the weights does that.
+        return build(load_config([f"config={path}", "experiment.output_dir=unused"], reads={}))
     except InputError as error:
         message = str(error)
         raise InputError(message if str(path) in message else f"{path}: {message}") from error

@@ -11,8 +11,8 @@ C classes, U distinct labels of a batch, Z width of a codebook vector.
     logits, DE           x1     x2   ...   xN                (each predicts the code one position to the right)
     EN                          x1   ...   xN-1   xN         (each recovers the code at its own position)
 
-With an order, x1 .. xN are the codes orders[0] .. orders[N - 1] of raster order; the embeddings of their own and of the
-predicted positions go with them, those of the timesteps do not.
+With an order, x1 .. xN are the codes orders[0] .. orders[N - 1] of raster order. Position embeddings and target-aware
+position embeddings are permuted with them, timestep embeddings are not.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -29,20 +29,17 @@ from modeling.pretrained_model import PretrainedModel
 from modeling.robust_embedding import projector
 from utils.schema import Config, ModelConfig
 
-# Rows that the published tables have beyond the length of the sequence; unused.
+# Unused rows of the published tables.
 POSITION_SLACK = 1024
 TIMESTEP_SLACK = 100
 
 
 @dataclass
 class ReAROutput:
-    """What a training forward returns; row i belongs to code x(i+1), of the order of the image if there is one.
-
-    `encode_z` and `decode_z` are None where the regularization, or the term, is off.
-    """
+    """Row i belongs to code x(i+1) in the order of the image. A projection is None if the model has no projector."""
 
     logits: Tensor  # (B, N, V)
-    encode_z: Tensor | None  # (B, N, Z) from the position that holds the code
+    encode_z: Tensor | None  # (B, N, Z) from the position whose input is the code
     decode_z: Tensor | None  # (B, N, Z) from the position that predicts the code
 
 
@@ -64,7 +61,8 @@ class ReAR(PretrainedModel):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        generator, hidden_size = config.generator, config.generator.hidden_size
+        generator = config.generator
+        hidden_size = generator.hidden_size
         self.codebook_size = config.vq_model.codebook_size
         self.num_classes = generator.condition_num_classes
         self.image_seq_len = generator.image_seq_len
@@ -72,7 +70,7 @@ class ReAR(PretrainedModel):
         self.encode_align_layer = generator.encode_align_layer_idx
         self.decode_align_layer = generator.decode_align_layer_idx
 
-        # Rows: codes, mask, classes, null class.
+        # Rows: codes, mask token, classes, null class.
         self.embeddings = nn.Embedding(self.codebook_size + 1 + self.num_classes + 1, hidden_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.pos_embed = nn.Parameter(torch.empty(1, self.image_seq_len + POSITION_SLACK, hidden_size))
@@ -80,21 +78,23 @@ class ReAR(PretrainedModel):
         self.timesteps_embeddings = nn.Parameter(torch.empty(1, self.image_seq_len + TIMESTEP_SLACK, hidden_size))
         self.blocks = nn.ModuleList(
             Block(
-                hidden_size,
-                generator.num_attention_heads,
-                generator.intermediate_size,
-                generator.dropout,
-                generator.attn_drop,
+                hidden_size=hidden_size,
+                num_heads=generator.num_attention_heads,
+                mlp_size=generator.intermediate_size,
+                dropout=generator.dropout,
+                attn_drop=generator.attn_drop,
             )
             for _ in range(generator.num_hidden_layers)
         )
         self.adaln_before_head = FinalLayer(hidden_size)
         self.lm_head = nn.Linear(hidden_size, self.codebook_size)
 
-        regularized = generator.transition_alignment
-        widths = (hidden_size, generator.projection_dim, generator.z_dim)
-        self.encode_align_mlp = projector(*widths) if regularized and generator.encode_align else None
-        self.decode_align_mlp = projector(*widths) if regularized and generator.decode_align else None
+        self.encode_align_mlp: nn.Module | None = None
+        self.decode_align_mlp: nn.Module | None = None
+        if generator.transition_alignment and generator.encode_align:
+            self.encode_align_mlp = projector(hidden_size, generator.projection_dim, generator.z_dim)
+        if generator.transition_alignment and generator.decode_align:
+            self.decode_align_mlp = projector(hidden_size, generator.projection_dim, generator.z_dim)
         self.init_weights()
 
     def sections(self) -> dict[str, Any]:
@@ -124,16 +124,16 @@ class ReAR(PretrainedModel):
 
     @property
     def null_class(self) -> int:
-        """The class label for "no class": what guidance compares with, and what training drops labels to."""
+        """The class label for "no class": of the unconditional branch of guidance, and of dropped labels."""
         return self.num_classes
 
     @property
     def mask_code(self) -> int:
-        """Stands for a masked code in the input; never predicted."""
+        """The mask token: an input only, never predicted."""
         return self.codebook_size
 
     def no_weight_decay(self) -> set[str]:
-        """Names of embeddings and tables, which are not decayed (timm's convention)."""
+        """Names of the parameters without weight decay (timm's convention)."""
         return {"embeddings.weight", "cls_token", "pos_embed", "target_aware_pos_embed", "timesteps_embeddings"}
 
     def forward(
@@ -145,16 +145,16 @@ class ReAR(PretrainedModel):
             codes: (B, N) int, the context in raster order: clean or perturbed codes, 0 to V - 1, or `mask_code`.
             class_labels: (U,) int, 0 to C - 1, or `null_class`.
             orders: (B, N) int, for each image the codes 0 to N - 1 in the order of their prediction; None: raster.
-            class_rows: (B,) int, which of the labels an image has; None: U = B, and each image has its own.
+            class_rows: (B,) int, the index into `class_labels` of each image; None: U = B, one label per image.
 
         Raises:
-            ValueError: other shapes or types or, on a CPU, other values; on a GPU looking at them would wait for it.
+            ValueError: other shapes or types or, on a CPU, other values; checking values would wait for a GPU.
         """
-        look = codes.device.type == "cpu"
-        codes = checked_codes(codes, self.image_seq_len, self.mask_code, look)
-        class_labels = checked_class_labels(class_labels, self.num_classes, look)
+        on_cpu = codes.device.type == "cpu"
+        codes = checked_codes(codes, self.image_seq_len, self.mask_code, check_values=on_cpu)
+        class_labels = checked_class_labels(class_labels, self.num_classes, check_values=on_cpu)
         if orders is not None:
-            orders = checked_orders(orders, codes.shape, look)
+            orders = checked_orders(orders, codes.shape, check_values=on_cpu)
             codes = codes.gather(1, orders)
         prefix = gather_rows(self.embed_prefix(class_labels), class_rows)  # (B, 2, D)
         x = torch.cat([prefix, self.embeddings(codes)], dim=1)  # (B, T, D)
@@ -178,10 +178,8 @@ class ReAR(PretrainedModel):
         return torch.cat([self.cls_token.expand(len(class_labels), -1, -1), self._embed_class(class_labels)], dim=1)
 
     def position_table(self, orders: Tensor | None = None) -> Tensor:
-        """(1, T, D), or (B, T, D) for orders (B, N): each position's own embedding plus that of what it predicts.
-
-        The cls token and the last code predict nothing.
-        """
+        """(1, T, D), or (B, T, D) for orders (B, N): embedding of the position + embedding of the position it predicts.
+        The cls token and the last code predict nothing."""
         length = self.image_seq_len + 2
         own, target_aware = self.pos_embed[:, :length], self.target_aware_pos_embed[:, 2:length]
         if orders is not None:
@@ -190,9 +188,10 @@ class ReAR(PretrainedModel):
             target_aware = F.embedding(orders, target_aware[0])  # (B, N, D)
         return own + F.pad(target_aware, (0, 0, 1, 1))
 
-    def condition(self, class_labels: Tensor) -> Tensor:
-        """(B,) class ids -> (B, T, D): SiLU of class embedding + timestep embedding, the input of every adaLN."""
-        return F.silu(self._embed_class(class_labels) + self.timesteps_embeddings[:, : self.image_seq_len + 2])
+    def condition(self, class_labels: Tensor, positions: slice = slice(None)) -> Tensor:
+        """(B,) class ids -> (B, T, D), or only `positions`: SiLU of class + timestep embedding, the input of adaLN."""
+        timesteps = self.timesteps_embeddings[:, : self.image_seq_len + 2]
+        return F.silu(self._embed_class(class_labels) + timesteps[:, positions])
 
     def _embed_class(self, class_labels: Tensor) -> Tensor:
         return self.embeddings(self.codebook_size + 1 + class_labels).unsqueeze(1)  # (B, 1, D)

@@ -1,15 +1,15 @@
-"""reAR's regularization of any autoregressive transformer over the codes of an image tokenizer.
+"""reAR's regularization, for any autoregressive transformer over the codes of an image tokenizer.
 
-This file needs torch alone: to use it in another code base, copy it there. This project trains with the same functions.
+This file needs torch alone: copy it into another code base. This project trains with the same functions.
 
     robust = RobustEmbedding(codebook, hidden_size=768)  # the tokenizer's (V, Z); its parameters go into the optimizer
     robust.attach(model, encode="blocks.0", decode="blocks.15", prefix=1)
     ...
-    noisy, mask = robust.perturb(codes, progress=step / num_steps)
-    logits = model(noisy)
+    perturbed, mask = robust.perturb(codes, progress=step / num_steps)
+    logits = model(perturbed)
     loss = cross_entropy(logits, codes) + robust.loss(codes, mask)
 
-Source: the paper, section 3 (https://arxiv.org/abs/2510.04450), with projectors and mask rule of its released code.
+Source: the paper, section 3 (https://arxiv.org/abs/2510.04450); projectors and mask rule are the released code's.
 
 Legend: B images, N codes x1 .. xN per image, P positions before x1 (a class, a prompt), D hidden size, V codebook size,
 Z width of a codebook vector.
@@ -19,7 +19,7 @@ Z width of a codebook vector.
     decode, logits          x1       x2    ...    xN           -
     encode                           x1    ...    xN-1         xN
 
-Random numbers come in as uniforms in [0, 1), so that a result depends on its arguments only.
+Random numbers are passed in as uniforms in [0, 1), so that a result depends on its arguments only.
 """
 
 from collections.abc import Callable
@@ -33,20 +33,21 @@ from torch import Tensor, nn
 
 ANNEAL_END = 0.75  # share of the training steps after which the context is clean
 
-# (codes (B, N), uniforms (B, 2 N + 1), largest ratio, V) -> (noisy codes (B, N), bool mask (B, N) of replaced ones)
-Noise = Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
+# (codes (B, N), uniforms (B, 2 N + 1), max_ratio, V) -> (perturbed codes (B, N), mask (B, N) bool of replaced codes)
+Perturbation = Callable[[Tensor, Tensor, float, int], tuple[Tensor, Tensor]]
 
 
-def num_noise_uniforms(image_seq_len: int) -> int:
-    """Uniforms of each sequence: one for its ratio, N that choose codes, N for what replaces them."""
+def num_perturbation_uniforms(image_seq_len: int) -> int:
+    """Uniforms of each image: one for its perturbation ratio, N that choose codes, N for their replacements."""
     return 2 * image_seq_len + 1
 
 
-def codes_to_replace(uniforms: Tensor, max_ratio: float) -> Tensor:
-    """Mask (B, N) of the codes to replace; each sequence draws from U(0, max_ratio) how probable that is for its codes.
+def perturbation_mask(uniforms: Tensor, max_ratio: float) -> Tensor:
+    """Mask (B, N) of the codes to replace. An image draws its perturbation ratio from U(0, max_ratio), and each of its
+    codes is replaced with that probability.
 
     Args:
-        uniforms: (B, 2 N + 1), of which the ratio is the first and the choices are the next N.
+        uniforms: (B, 2 N + 1); the first is for the ratio, the next N choose codes.
     """
     image_seq_len = uniforms.shape[1] // 2
     ratio, choice = uniforms[:, :1], uniforms[:, 1 : 1 + image_seq_len]
@@ -54,28 +55,25 @@ def codes_to_replace(uniforms: Tensor, max_ratio: float) -> Tensor:
 
 
 def switch_codes(codes: Tensor, uniforms: Tensor, max_ratio: float, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """Replace chosen codes by random ones of the whole codebook, so a new code may be the old one."""
-    mask = codes_to_replace(uniforms, max_ratio)
+    """Replace chosen codes by random ones of the whole codebook, so that a code may be replaced by itself."""
+    mask = perturbation_mask(uniforms, max_ratio)
     replacement = (uniforms[:, 1 + codes.shape[1] :] * codebook_size).to(codes.dtype)
     return torch.where(mask, replacement, codes), mask
 
 
 def mask_codes(codes: Tensor, uniforms: Tensor, max_ratio: float, codebook_size: int) -> tuple[Tensor, Tensor]:
-    """Replace chosen codes by a mask code, which stands behind the codebook (`codebook_size`)."""
-    mask = codes_to_replace(uniforms, max_ratio)
+    """Replace chosen codes by the mask token, which follows the codebook (`codebook_size`)."""
+    mask = perturbation_mask(uniforms, max_ratio)
     return torch.where(mask, codebook_size, codes), mask
 
 
-def perturbation_ratio_at(step: float, anneal_start: float, anneal_end: float) -> float:
-    """Largest share of codes that are replaced: 1 until `anneal_start`, linear to 0 at `anneal_end`, 0 after.
-
-    With 0 and 3/4 of the steps it is the paper's f(t) = max(0, 1 - 4t/3).
-    """
-    if step >= anneal_end:
+def anneal(step: float, start: float, end: float) -> float:
+    """1 until `start`, then linear to 0 at `end`. With 0 and 3/4 of the steps: the paper's f(t) = max(0, 1 - 4t/3)."""
+    if step >= end:
         return 0.0
-    if step <= anneal_start:
+    if step <= start:
         return 1.0
-    return (anneal_end - step) / (anneal_end - anneal_start)
+    return (end - step) / (end - start)
 
 
 def projector(hidden_size: int, projection_dim: int, z_dim: int) -> nn.Sequential:
@@ -107,20 +105,20 @@ def alignment_loss(cosine: Tensor, excluded: Tensor | None = None) -> Tensor:
 
 
 class RobustEmbedding(nn.Module):
-    """Noise of the context, and two projectors that read hidden states of a model by hooks.
+    """Perturbation of the context, and two projectors that read hidden states of a model by hooks.
 
     The hooks do nothing while the model is in eval mode. They take part in the second pass of activation checkpointing,
-    which must be torch's with `use_reentrant=False`. Call `attach` before `torch.compile` does its work. Under
+    which must be torch's with `use_reentrant=False`. Call `attach` before the model is compiled. Under
     DistributedDataParallel or `fully_shard` make this a submodule of the model, so that its gradients are averaged too.
 
     Args:
         codebook: (V, Z) float, the tokenizer's embeddings of codes 0 .. V - 1. A copy is kept as a buffer, which is
             neither trained nor in the state dict.
         hidden_size: D of the model.
-        projection_dim: width within the projectors.
+        projection_dim: hidden width of the projectors.
         weight: lambda, of the sum of encode and decode term.
-        max_ratio: largest share of replaced codes at the start; f(t) is times this.
-        noise: `switch_codes`, `mask_codes` (the model then needs an embedding for code V) or one like these.
+        max_ratio: largest perturbation ratio at the start; it is annealed by f(t).
+        perturbation: `switch_codes`, `mask_codes` (the model then needs an embedding for code V) or a similar function.
     """
 
     codebook: Tensor
@@ -132,12 +130,15 @@ class RobustEmbedding(nn.Module):
         projection_dim: int = 2048,
         weight: float = 1.0,
         max_ratio: float = 1.0,
-        noise: Noise = switch_codes,
+        perturbation: Perturbation = switch_codes,
     ) -> None:
         super().__init__()
         if codebook.ndim != 2 or not codebook.is_floating_point():
             raise ValueError(f"codebook: found {codebook.dtype} {tuple(codebook.shape)}, expected floats (V, Z)")
-        self.hidden_size, self.weight, self.max_ratio, self.noise = hidden_size, weight, max_ratio, noise
+        self.hidden_size = hidden_size
+        self.weight = weight
+        self.max_ratio = max_ratio
+        self.perturbation = perturbation
         self.register_buffer("codebook", codebook.detach().clone(), persistent=False)
         self.encode_align_mlp = projector(hidden_size, projection_dim, codebook.shape[1])
         self.decode_align_mlp = projector(hidden_size, projection_dim, codebook.shape[1])
@@ -151,7 +152,7 @@ class RobustEmbedding(nn.Module):
 
     @torch.no_grad()
     def perturb(self, codes: Tensor, progress: float, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The noisy context for the model's input; targets stay the clean codes.
+        """The perturbed context, the model's input; the targets stay the clean codes.
 
         Args:
             codes: (B, N) int, 0 to V - 1.
@@ -159,7 +160,7 @@ class RobustEmbedding(nn.Module):
             uniforms: (B, 2 N + 1) in [0, 1); None: drawn from torch's generator.
 
         Returns:
-            noisy codes (B, N), and the bool mask (B, N) of replaced ones.
+            perturbed codes (B, N), and the mask (B, N) bool of replaced codes.
 
         Raises:
             ValueError: another progress, shape or type.
@@ -168,38 +169,38 @@ class RobustEmbedding(nn.Module):
             raise ValueError(f"progress={progress}: expected 0 to 1, the share of the training steps that are done")
         if codes.ndim != 2 or codes.is_floating_point():
             raise ValueError(f"codes: found {codes.dtype} {tuple(codes.shape)}, expected integers (B, N)")
-        shape = len(codes), num_noise_uniforms(codes.shape[1])
+        shape = len(codes), num_perturbation_uniforms(codes.shape[1])
         if uniforms is None:
             uniforms = torch.rand(shape, device=codes.device)
         if uniforms.shape != shape:
             raise ValueError(f"uniforms: found {tuple(uniforms.shape)}, expected (B, 2 N + 1) = {shape}")
-        ratio = self.max_ratio * perturbation_ratio_at(progress, 0.0, ANNEAL_END)
-        return self.noise(codes, uniforms, ratio, len(self.codebook))
+        max_ratio = self.max_ratio * anneal(progress, start=0.0, end=ANNEAL_END)
+        return self.perturbation(codes, uniforms, max_ratio, len(self.codebook))
 
     def attach(self, model: nn.Module, encode: str, decode: str, prefix: int, last_code: bool = True) -> None:
-        """Read two blocks from now on, at each forward pass of `model` in training mode.
+        """Read the outputs of two blocks at each forward pass of `model` in training mode.
 
         Args:
-            model: what is called in training, or what a wrapper like DistributedDataParallel calls.
+            model: the module that is called in training, without a wrapper like DistributedDataParallel.
             encode, decode: names of blocks as in `model.named_modules()`; their output is (B, T, D), or a tuple that
                 begins with it. The paper takes the first block and one at 3/4 of the depth.
-            prefix: P, the positions before x1; at least 1, the last of which predicts x1.
+            prefix: P, the positions before x1; at least 1, since the last of them predicts x1.
             last_code: whether xN is in the input, so that T = P + N; else T = P + N - 1, and the encode term is the
                 mean over x1 .. xN-1.
 
         Raises:
             ValueError: no block of that name, or no prefix.
-            RuntimeError: attached already.
+            RuntimeError: already attached.
         """
         if self._hooks:
-            raise RuntimeError("attached already: call detach() first")
+            raise RuntimeError("already attached: call detach() first")
         if prefix < 1:
             raise ValueError(f"prefix={prefix}: expected at least 1, a position that predicts the first code")
         modules = dict(model.named_modules())
         for name in (encode, decode):
             if name not in modules:
                 near = ", ".join(get_close_matches(name, modules, n=3, cutoff=0.0))
-                raise ValueError(f"no module {name!r} in {type(model).__name__}; names near it: {near}")
+                raise ValueError(f"no module {name!r} in {type(model).__name__}; similar names: {near}")
         self.prefix, self.last_code = prefix, last_code
         reads = {"encode": slice(prefix, None), "decode": slice(prefix - 1, -1 if last_code else None)}
         self._hooks = [
@@ -210,19 +211,19 @@ class RobustEmbedding(nn.Module):
         ]
 
     def detach(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
         self._projected.clear()
 
     def loss(self, codes: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The scalar weight * (encode + decode), each the mean of -cos, of the last forward pass; once for each pass.
+        """weight * (encode + decode), each the mean of -cos, of the last forward pass; call it once per pass.
 
         Args:
             codes: (B, N) the clean codes.
-            mask: (B, N) bool of `perturb`; the encode term leaves these out, as the released code does. None: it has
-                them, as in the paper.
+            mask: (B, N) bool of `perturb`; the encode term leaves these positions out, as the released code does. None:
+                it includes them, as the paper does.
 
         Raises:
             RuntimeError: no forward pass to read.
@@ -230,7 +231,7 @@ class RobustEmbedding(nn.Module):
         """
         if self._projected.keys() != {"encode", "decode"}:
             raise RuntimeError(
-                "nothing to read: expected attach(), then a forward pass of the model in training mode since the last "
+                "no projections: expected attach(), then a forward pass of the model in training mode since the last "
                 "loss()"
             )
         encode_z, decode_z = self._projected.pop("encode"), self._projected.pop("decode")
@@ -255,7 +256,7 @@ class RobustEmbedding(nn.Module):
         self._in_forward = False
 
     def _project(self, term: str, name: str, positions: slice, block: nn.Module, inputs: Any, output: Any) -> None:
-        """Runs the projector where the block runs, so within checkpointing, whose second pass must do the same."""
+        """Runs the projector where the block runs: the second pass of checkpointing must repeat it."""
         if not block.training:
             return
         hidden = output[0] if isinstance(output, tuple) else output
@@ -263,7 +264,7 @@ class RobustEmbedding(nn.Module):
             found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
             raise ValueError(f"{name}: its output is {found}, expected (B, T, {self.hidden_size})")
         if self._in_forward and self._with_gradients and not torch.is_grad_enabled():
-            raise RuntimeError(f"{name} runs without gradients: checkpoint activations with use_reentrant=False")
+            raise RuntimeError(f"{name} runs without gradients; use activation checkpointing with use_reentrant=False")
         projected = (self.encode_align_mlp if term == "encode" else self.decode_align_mlp)(hidden[:, positions])
         if self._in_forward:  # and not in the second pass, during backward
             self._projected[term] = projected

@@ -7,17 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from modeling.losses import LossTerms, rear_loss
-from modeling.noise import add_noise
 from modeling.orders import training_orders
+from modeling.perturbation import perturb
 from modeling.rear import ReAR
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.precision import autocast
-from utils.schema import Config, GeneratorConfig
-
-
-def num_order_uniforms(generator: GeneratorConfig) -> int:
-    """As `order_uniforms`: one that chooses between raster order and another, then N for that."""
-    return 0 if generator.order == "raster" else 1 + generator.image_seq_len
+from utils.schema import Config
 
 
 def training_step(
@@ -28,35 +23,43 @@ def training_step(
     config: Config,
     order_ratio: float = 0.0,
 ) -> LossTerms:
-    """Noise the context, run the model, compute the loss: one micro-batch of B images.
+    """Perturb the context, run the model, compute the loss: one micro-batch of B images.
 
     Args:
         batch: on the model's device, `class_labels` (U,) and `class_rows` (B,) as `ReAR.forward` takes them, `codes`
-            (B, N) or `image` (B, 3, H, W), and `uniforms` (B, `num_noise_uniforms`): random numbers in [0, 1) of these
-            samples at this step; with an `order_ratio` also `order_uniforms` (B, 1 + N).
-        max_ratio: f(t), largest share of replaced codes.
+            (B, N) or `image` (B, 3, H, W), and `perturbation_uniforms` (B, `num_perturbation_uniforms`) in [0, 1); with
+            an `order_ratio` also `order_uniforms` (B, 1 + N).
+        max_ratio: largest perturbation ratio of an image at this step.
         order_ratio: share of the samples that are not in raster order.
     """
     generator = config.model.generator
-    # (B, N); images as by `encode`, whose checks would wait for the GPU at every step
+    # (B, N); not `tokenizer.encode`, whose checks wait for the GPU
     codes = batch["codes"] if "codes" in batch else tokenizer.quantize_latents(tokenizer.encode_latents(batch["image"]))
-    context, perturbation_mask = add_noise(codes, batch["uniforms"], max_ratio, config.model)
+    context, perturbation_mask = perturb(codes, batch["perturbation_uniforms"], max_ratio, config.model)
     orders = training_orders(batch["order_uniforms"], order_ratio, generator) if order_ratio > 0 else None
     with autocast(config.training, codes.device):
         output = model(context, batch["class_labels"], orders, batch["class_rows"])
-    if orders is not None:  # what the outputs are compared with stands as they do
+    if orders is not None:  # targets in the order of the outputs
         codes, perturbation_mask = codes.gather(1, orders), perturbation_mask.gather(1, orders)
-    return rear_loss(output, codes, tokenizer.codebook_lookup(codes), perturbation_mask, generator)
+    return rear_loss(
+        logits=output.logits,
+        encode_z=output.encode_z,
+        decode_z=output.decode_z,
+        codes=codes,
+        codebook_vectors=tokenizer.codebook_lookup(codes),
+        perturbation_mask=perturbation_mask,
+        config=generator,
+    )
 
 
 def compile_blocks(model: ReAR, config: Config, device: torch.device) -> list[str]:
-    """Compile the blocks in place for training, if `training.compile` says so, by a pass on made-up inputs.
+    """Compile the blocks in place for training, if `training.compile` says so, by a pass on dummy inputs.
 
     Returns:
-        lines for the log: with `auto`, why the blocks are left as they are.
+        lines for the log: with `auto`, why the blocks were not compiled.
 
     Raises:
-        Exception: with `on`, whatever the compiler raises.
+        Exception: with `on`, any error of the compiler.
     """
     training = config.training
     if training.compile == "off" or (training.compile == "auto" and (device.type == "cpu" or training.fsdp)):
@@ -66,7 +69,7 @@ def compile_blocks(model: ReAR, config: Config, device: torch.device) -> list[st
         for block in model.blocks:
             block.compile()
         rows = torch.zeros(size, dtype=torch.int64, device=device)
-        for labels in (2, 3):  # after the second time for any number of labels
+        for labels in (2, 3):  # the second time with a symbolic number of labels
             x, condition = (torch.zeros(n, *shape, device=device, requires_grad=True) for n in (size, labels))
             with autocast(training, device):
                 model.train().blocks[0](x, condition, rows).sum().backward()

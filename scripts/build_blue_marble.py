@@ -2,9 +2,8 @@
 
     python scripts/build_blue_marble.py outputs/blue_marble
 
-Writes train-000000.tar ..., heldout-000000.tar ..., an index of each shard, classes.json (class names), shards.json
-(samples of each shard) and classes.png (tiles of each class) to OUTPUT_DIR, the same bytes every time. Does nothing if
-OUTPUT_DIR exists: it appears only when it is complete.
+Writes train-000000.tar ..., heldout-000000.tar ..., an index of each shard, classes.json (class names) and shards.json
+(samples of each shard) to OUTPUT_DIR, atomically and with the same bytes every time. Does nothing if OUTPUT_DIR exists.
 """
 
 import argparse

@@ -14,20 +14,46 @@ provenance: completions of another provenance are not replaced).
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-READS = (
-    *("experiment.output_dir", "experiment.tokenizer_checkpoint", "experiment.generator_checkpoint"),
-    *("experiment.allow_other_tokenizer", "model", "completion", "training.enable_tf32"),
-    *("sampling.seed", "sampling.order", "sampling.uint8_rule", "sampling.per_gpu_batch_size", "sampling.compile"),
-    *(f"dataset.preprocessing.{key}" for key in ("resize_shorter_edge", "crop_size", "background", "exif_orientation")),
-)
-
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
 
-    CONFIG = load_config_or_exit(__doc__, READS)
+from utils.config import load_config_or_exit
+from utils.keys import NonNegativeInt, PositiveInt, key, section
+from utils.schema import Config
+
+READS = {
+    "experiment": "output_dir tokenizer_checkpoint generator_checkpoint allow_other_tokenizer",
+    "model": "all",
+    "dataset.preprocessing": "crop_size resize_shorter_edge background exif_orientation",
+    "training": "enable_tf32",
+    "sampling": "seed order uint8_rule per_gpu_batch_size compile",
+    "completion": "all",
+}
+
+
+@dataclass
+class CompletionConfig:
+    inputs: str | None = key(None, "images to complete: a folder of images, a folder per class, or tar shards")
+    keep: str = key(
+        "top:0.5",
+        "tokens that stay: top:SHARE, left:SHARE, center:SHARE (a square with this share of each side), border:SHARE "
+        "(all but a square) or a square picture, white where they stay",
+    )
+    num_images: PositiveInt = key(40, "number of inputs, the first ones")
+    num_completions: PositiveInt = key(3, "completions of each image; the k-th, from 0, uses sampling.seed + k")
+    class_label: NonNegativeInt | None = key(None, "class of all images; null: the null class, without guidance")
+
+
+@dataclass
+class CompleteImagesConfig(Config):
+    completion: CompletionConfig = section(CompletionConfig)
+
+
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(CompleteImagesConfig, __doc__, READS)
 
 import dataclasses
 import hashlib
@@ -46,13 +72,12 @@ from data.images.reading import ImageDataset, open_images
 from data.images.transforms import training_transform
 from evaluation.reconstruction import psnr_of_part
 from modeling.loading import load_generator, load_tokenizer
-from modeling.orders import known_first
+from modeling.orders import conditioning_first
 from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler
-from modeling.sampling.image_decoder import ImageDecoder
-from modeling.sampling.inpainting import complete, in_region
+from modeling.sampling.image_sampler import ImageDecoder
+from modeling.sampling.inpainting import inpaint, region_mask
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.config import Config
 from utils.errors import InputError, NonFiniteError, input_errors_exit
 from utils.files.lock import only_writer
 from utils.files.npz import write_npz
@@ -68,17 +93,17 @@ GRID_ROWS = 8  # images in the picture
 GREY = 127  # of the sampled region in the picture
 
 
-def main(config: Config) -> None:
+def main(config: CompleteImagesConfig) -> None:
     with only_writer(Path(config.experiment.output_dir), inside=True):
         complete_all(config)
 
 
-def complete_all(config: Config) -> None:
+def complete_all(config: CompleteImagesConfig) -> None:
     """Write the files of `experiment.output_dir`."""
     tokenizer = load_tokenizer(config)
     if not tokenizer.has_images:
         raise tokenizer.no_images("completion.inputs")
-    mask = conditioning_mask(config, tokenizer)
+    mask = conditioning_mask(config.completion.keep, config, tokenizer)
     model = load_model(config, tokenizer)
     pixels = read_inputs(config)
     output_dir = Path(config.experiment.output_dir)
@@ -114,13 +139,21 @@ def complete_all(config: Config) -> None:
     )
 
 
-def sample_completions(codes: Tensor, mask: Tensor, model: ReAR, config: Config) -> Tensor:
+def sample_completions(codes: Tensor, mask: Tensor, model: ReAR, config: CompleteImagesConfig) -> Tensor:
     """Codes (n, K, N) of K completions of codes (n, N), both on the CPU; `mask` (N,) bool is of those that are kept."""
     count = len(codes) * config.completion.num_completions
     steps = -(-count // config.sampling.per_gpu_batch_size) * codes.shape[1]
     with tqdm(desc="sampling", total=steps, unit="token") as progress:
         sampler = CodeSampler(model, config.model.generator, compile_mode=config.sampling.compile)
-        completed = complete(codes, mask, sampler, config, progress.update)
+        completed = inpaint(
+            codes,
+            mask,
+            sampler,
+            config,
+            num_completions=config.completion.num_completions,
+            class_label=config.completion.class_label,
+            on_step=progress.update,
+        )
     assert torch.equal(completed[:, :, mask], codes[:, None, mask].expand(-1, completed.shape[1], -1))
     return completed
 
@@ -129,19 +162,18 @@ def write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     write_npz(path, {name: (array.shape, array.dtype, [array]) for name, array in arrays.items()})
 
 
-def conditioning_mask(config: Config, tokenizer: Tokenizer) -> Tensor:
+def conditioning_mask(keep: str, config: Config, tokenizer: Tokenizer) -> Tensor:
     """Mask (N,) bool of the tokens that `completion.keep` names.
 
     Raises:
         InputError: it names nothing, all or none of the tokens, or a region that the model cannot condition on.
     """
-    keep = config.completion.keep
     if len(tokenizer.code_shape) != 2:
         raise InputError(f"completion.keep: found codes of shape {tokenizer.code_shape}, expected a grid of rows")
     rows, columns = tokenizer.code_shape
     region = REGION.fullmatch(keep)
     if region:
-        grid = in_region(region[1], float(region[2]), rows, columns)
+        grid = region_mask(region[1], float(region[2]), rows, columns)
     elif Path(keep).is_file():
         grid = read_mask(Path(keep), rows, columns)
     else:
@@ -153,7 +185,7 @@ def conditioning_mask(config: Config, tokenizer: Tokenizer) -> Tensor:
             f"completion.keep={keep}: keeps {int(mask.sum())} of {len(mask)} tokens, expected some, not all"
         )
     order = config.model.generator.order
-    is_prefix = torch.equal(known_first(mask[None], None)[0], torch.arange(len(mask)))
+    is_prefix = torch.equal(conditioning_first(mask[None], None)[0], torch.arange(len(mask)))
     if order == "raster" and not is_prefix:
         raise InputError(
             f"completion.keep={keep}: expected top:SHARE, as model.generator.order=raster: a model that was trained in "
@@ -182,7 +214,7 @@ def read_mask(path: Path, rows: int, columns: int) -> np.ndarray:
     return np.asarray(grey.resize((columns, rows), Image.Resampling.BOX)) > GREY
 
 
-def load_model(config: Config, tokenizer: Tokenizer) -> ReAR:
+def load_model(config: CompleteImagesConfig, tokenizer: Tokenizer) -> ReAR:
     """
     Raises:
         InputError: no weights, weights of another model or tokenizer, or a class label that the model does not know.
@@ -193,7 +225,7 @@ def load_model(config: Config, tokenizer: Tokenizer) -> ReAR:
     return load_generator(find_generator_weights(config, tokenizer.sha256()).path, config.model)
 
 
-def read_inputs(config: Config) -> np.ndarray:
+def read_inputs(config: CompleteImagesConfig) -> np.ndarray:
     """Centre crops (n, H, W, 3) uint8 of the first images of `completion.inputs`.
 
     Raises:
@@ -210,15 +242,12 @@ def read_inputs(config: Config) -> np.ndarray:
     dataset = ImageDataset(source, transform, seed=0)
     images = []
     for index in tqdm(range(min(len(source), config.completion.num_images)), "inputs", unit="image"):
-        item = dataset[index]
-        dataset.issues.add_image(index, item["issues"])
-        images.append(item["image"].numpy())
-    dataset.issues.summary()
+        images.append(dataset[index]["image"].numpy())
     return np.stack(images)
 
 
 def provenance_of(
-    config: Config, pixels: np.ndarray, mask: Tensor, model: ReAR, tokenizer: Tokenizer
+    config: CompleteImagesConfig, pixels: np.ndarray, mask: Tensor, model: ReAR, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Everything that the completions depend on."""
     generator, sampling, completion = config.model.generator, config.sampling, config.completion

@@ -9,22 +9,44 @@ written, and nothing is downloaded.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-READS = (
-    *("experiment.tokenizer_checkpoint", "experiment.generator_checkpoint", "experiment.allow_other_tokenizer"),
-    *("model", "demo", "training.enable_tf32"),
-    *(f"sampling.{key}" for key in ("seed", "order", "uint8_rule", "compile", "mixed_precision")),
-    *(f"dataset.params.{key}" for key in ("train_shards_path_or_url", "pretokenization")),  # for names of classes
-    *(f"dataset.params.{key}" for key in ("eval_shards_path_or_url", "on_bad_sample", "max_bad_fraction")),
-    *(f"dataset.preprocessing.{key}" for key in ("resize_shorter_edge", "crop_size", "background", "exif_orientation")),
-)
-
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
 
-    CONFIG = load_config_or_exit(__doc__, READS)
+from msgspec import Meta
+
+from utils.config import load_config_or_exit
+from utils.keys import PositiveInt, key, section
+from utils.schema import Config
+
+READS = {
+    "experiment": "tokenizer_checkpoint generator_checkpoint allow_other_tokenizer",
+    "model": "all",
+    "dataset.params": "all but eval_pretokenization num_workers_per_gpu verify_hashes",
+    "dataset.preprocessing": "crop_size resize_shorter_edge background exif_orientation",
+    "training": "enable_tf32",
+    "sampling": "seed order uint8_rule compile mixed_precision",
+    "demo": "all",
+}
+
+
+@dataclass
+class DemoConfig:
+    host: str = key("127.0.0.1", "address that the page listens on; 0.0.0.0: other machines reach it too")
+    port: Annotated[int, Meta(ge=1, le=65_535)] = key(7860, "port of the page")
+    max_images: PositiveInt = key(16, "largest number of images per click")
+
+
+@dataclass
+class DemoScriptConfig(Config):
+    demo: DemoConfig = section(DemoConfig)
+
+
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(DemoScriptConfig, __doc__, READS)
 
 import html
 import os
@@ -41,7 +63,6 @@ from PIL import Image
 from scripts.demo_model import MAX_BYTES, MAX_PIXELS, DemoModel, Settings, read_upload
 from utils.errors import environment_error, input_errors_exit
 from utils.precision import matmul_precision
-from utils.schema import Config
 
 if find_spec("gradio") is None:
     sys.exit("error: scripts/demo.py needs gradio, which is not installed: pip install -r requirements-demo.txt")
@@ -62,13 +83,13 @@ BUTTONS = ["download", "fullscreen"]  # gradio's others include one that uploads
 CSS = ".pictures img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}"
 
 
-def main(config: Config) -> None:
+def main(config: DemoScriptConfig) -> None:
     model = DemoModel(config)
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses pictures of twice that, also those that gradio opens
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the folder is removed
     with TemporaryDirectory(prefix="rear-demo-") as folder, matmul_precision(config.training.enable_tf32):
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build_page(model)
+        page = build_page(model, config.demo.max_images)
         page.queue().launch(
             server_name=config.demo.host,
             server_port=config.demo.port,
@@ -84,8 +105,8 @@ def main(config: Config) -> None:
         page.block_thread()
 
 
-def build_page(model: DemoModel) -> gr.Blocks:
-    generator, most = model.config.model.generator, model.config.demo.max_images
+def build_page(model: DemoModel, max_images: int) -> gr.Blocks:
+    generator = model.config.model.generator
     scale, temperature = generator.guidance_scale or 1.0, generator.randomize_temperature
     step = "" if model.weights.step is None else f", step {model.weights.step}"
     with gr.Blocks(title="reAR", analytics_enabled=False, delete_cache=(600, 3600)) as page:
@@ -95,7 +116,7 @@ def build_page(model: DemoModel) -> gr.Blocks:
                 choices = [(name, class_id) for class_id, name in enumerate(model.classes)]
                 class_label = gr.Dropdown(choices, value=0, label="class", elem_id="class")
                 numbers = [  # number of images, seed and the fields of `Settings`
-                    gr.Slider(1, most, value=min(4, most), step=1, label="images", elem_id="count"),
+                    gr.Slider(1, max_images, value=min(4, max_images), step=1, label="images", elem_id="count"),
                     gr.Number(model.config.sampling.seed, precision=0, minimum=0, label="seed", elem_id="seed"),
                     gr.Slider(1, max(20, scale), scale, step=0.05, label="guidance (1: none)"),
                     gr.Slider(0.1, max(2, temperature), temperature, step=0.01, label="temperature"),

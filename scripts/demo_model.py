@@ -21,9 +21,8 @@ from data.training_batches import training_classes
 from data.validation_data import open_validation_images
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.loading import class_names, load_generator, load_tokenizer
-from modeling.sampling.image_inputs import indices_of_classes
-from modeling.sampling.image_sampler import ImageSampler
-from modeling.sampling.inpainting import complete
+from modeling.sampling.image_sampler import ImageSampler, indices_of_classes
+from modeling.sampling.inpainting import inpaint
 from scripts.complete_images import GREY, conditioning_mask, in_pixels
 from utils.errors import InputError
 from utils.images import to_float, to_uint8
@@ -106,9 +105,14 @@ class DemoModel:
         """
         config, sampler = self._config_with(settings, seed), self.image_sampler(count)
         sampling = replace(config.sampling, per_gpu_batch_size=count)
-        completion = replace(config.completion, num_completions=count, class_label=class_label)
-        config = replace(config, sampling=sampling, completion=completion)
-        codes = complete(self._encode(image)[1].cpu(), kept, sampler.sampler, config)[0]  # (count, N)
+        codes = inpaint(
+            self._encode(image)[1].cpu(),
+            kept,
+            sampler.sampler,
+            replace(config, sampling=sampling),
+            num_completions=count,
+            class_label=class_label,
+        )[0]  # (count, N)
         pending: Any = sampler.decoder.start(codes.to(self.device))
         return sampler.decoder.finish(pending)
 
@@ -118,8 +122,7 @@ class DemoModel:
         Raises:
             InputError: the model cannot complete that.
         """
-        completion = replace(self.config.completion, keep=f"{region}:0.5")
-        return conditioning_mask(replace(self.config, completion=completion), self.tokenizer)
+        return conditioning_mask(f"{region}:0.5", self.config, self.tokenizer)
 
     def kept_around(self, brushed: np.ndarray) -> Tensor:
         """Mask (N,) bool of the codes without a brushed pixel, for a mask (H', W') bool of any size.
@@ -195,7 +198,7 @@ def read_upload(path: Path, preprocessing: PreprocessingConfig) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             fits = image.width * image.height <= MAX_PIXELS  # known before any pixel is decoded
-        picture = ImageDecoding.of(preprocessing).decode(encoded)[0] if fits else None
+        picture = ImageDecoding.of(preprocessing).decode(encoded) if fits else None
     except Exception as error:  # damaged files make Pillow's readers raise errors of many kinds
         raise InputError(f"{path.name}: found no picture that can be read, expected {', '.join(FORMATS)}") from error
     if picture is None:

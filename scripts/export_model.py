@@ -114,7 +114,7 @@ def export(config: Config, folder: Path, options: argparse.Namespace) -> None:
             tokenizer_weights=", tokenizer_weights=..." if options.tokenizer == "reference" else "",
             labels=sorted(set(labels)) or [0],
         ),
-        facts=model_facts(model, tokenizer) | training_facts(weights, config),
+        facts=card_facts(model, tokenizer, weights, config),
         metrics=run_metrics(weights),
         picture=f"![samples of class_labels={labels}, seed 42]({SAMPLES_FILE})" if labels else "",
         license=options.license,
@@ -162,9 +162,10 @@ def draw_samples(path: Path, model: ReAR, tokenizer: Tokenizer, labels: list[int
     write_png(path, make_captioned_grid(generate_images(model, tokenizer, labels), captions, len(set(labels))))
 
 
-def model_facts(model: ReAR, tokenizer: Tokenizer) -> dict[str, object]:
-    generator, resolution = model.config.generator, tokenizer.resolution
-    return {
+def card_facts(model: ReAR, tokenizer: Tokenizer, weights: TrainedWeights, config: Config) -> dict[str, object]:
+    """The model, and what its weights record about their training."""
+    generator, resolution = config.model.generator, tokenizer.resolution
+    facts = {
         **model.card_facts(),
         "blocks": f"{generator.num_hidden_layers} of width {generator.hidden_size}",
         "classes": f"{model.num_classes}, labels from 0",
@@ -173,23 +174,19 @@ def model_facts(model: ReAR, tokenizer: Tokenizer) -> dict[str, object]:
         "tokenizer": tokenizer.model_type,
         "sha256 of the tokenizer": tokenizer.sha256(),
         "sampling": ", ".join(f"{key} {getattr(generator, key)}" for key in SAMPLING_KEYS),
+        "training": "not recorded in the weights",
     }
-
-
-def training_facts(weights: TrainedWeights, config: Config) -> dict[str, object]:
-    """What the weights record about their training."""
-    if weights.step is None:
-        return {"training": "not recorded in the weights"}
-    in_checkpoint = (weights.path.parent / MANIFEST_FILE).is_file()  # else final weights: the EMA if there is one
-    generator = config.model.generator
-    is_ema = weights.path.stem == EMA if in_checkpoint else config.training.use_ema
-    return {
-        "training": f"{weights.step} of {config.training.max_train_steps} steps",
-        "weights": "EMA" if is_ema else "of the last step",
-        "training settings": ", ".join(f"{key} {getattr(generator, key)}" for key in TRAINING_KEYS),
-        "sha256 of the training data": weights.record.get("data"),
-        "sha256 of the training code": weights.record.get("code"),
-    }
+    if weights.step is not None:
+        in_checkpoint = (weights.path.parent / MANIFEST_FILE).is_file()  # else final weights: the EMA if there is one
+        is_ema = weights.path.stem == EMA if in_checkpoint else config.training.use_ema
+        facts |= {
+            "training": f"{weights.step} of {config.training.max_train_steps} steps",
+            "training settings": ", ".join(f"{key} {getattr(generator, key)}" for key in TRAINING_KEYS),
+            "weights": "EMA" if is_ema else "of the last step",
+            "sha256 of the training data": weights.record.get("data"),
+            "sha256 of the training code": weights.record.get("code"),
+        }
+    return facts
 
 
 def run_metrics(weights: TrainedWeights) -> dict[str, str]:

@@ -12,19 +12,40 @@ statistics.png (how often codes and classes occur) and statistics.json.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-READS = (
-    *("experiment.output_dir", "experiment.tokenizer_checkpoint", "model.vq_model", "model.generator.image_seq_len"),
-    *("model.generator.condition_num_classes", "dataset.params.pretokenization", "dataset.params.on_bad_sample"),
-    *("dataset.params.max_bad_fraction", "training.seed", "sampling.uint8_rule", "inspection"),
-)
-
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
 
-    CONFIG = load_config_or_exit(__doc__, READS)
+from utils.config import load_config_or_exit
+from utils.keys import NonNegativeInt, PositiveInt, key, section
+from utils.schema import Config
+
+READS = {
+    "experiment": "output_dir tokenizer_checkpoint",
+    "model.vq_model": "all",
+    "model.generator": "image_seq_len condition_num_classes",
+    "dataset.params": "pretokenization on_bad_sample max_bad_fraction",
+    "training": "seed",
+    "sampling": "uint8_rule",
+    "inspection": "all",
+}
+
+
+@dataclass
+class InspectionConfig:
+    rows: list[NonNegativeInt] | None = key(None, "rows of the codes to decode; null: random ones")
+    num_images: PositiveInt = key(40, "number of random rows")
+
+
+@dataclass
+class InspectCodesConfig(Config):
+    inspection: InspectionConfig = section(InspectionConfig)
+
+
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(InspectCodesConfig, __doc__, READS)
 
 import json
 import math
@@ -42,7 +63,6 @@ from data.codes.token_store import TokenStore
 from data.training_batches import check_tokenizer, open_codes
 from modeling.loading import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.config import Config
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import atomic_file, write_text
 from utils.files.lock import only_writer
@@ -53,12 +73,12 @@ DECODED_AT_ONCE = 16  # images
 GRID_COLUMNS = 8
 
 
-def main(config: Config) -> None:
+def main(config: InspectCodesConfig) -> None:
     with only_writer(Path(config.experiment.output_dir), inside=True):
         inspect(config)
 
 
-def inspect(config: Config) -> None:
+def inspect(config: InspectCodesConfig) -> None:
     """Write the files of `experiment.output_dir`."""
     if config.dataset.params.pretokenization is None:
         raise InputError("dataset.params.pretokenization: missing; give the codes to inspect")
@@ -82,7 +102,7 @@ def inspect(config: Config) -> None:
     print(f"look at {' and '.join(map(str, pictures))}")
 
 
-def choose_rows(store: TokenStore, config: Config) -> list[int]:
+def choose_rows(store: TokenStore, config: InspectCodesConfig) -> list[int]:
     """The rows `inspection.rows`, or random ones, in order.
 
     Raises:

@@ -28,14 +28,13 @@ from data.images.image_source import ImageSource
 from data.images.notices import notify
 from data.images.reading import open_images
 from data.images.shard_writer import HELDOUT_PREFIX
-from modeling.tokenizers.registry import check_weights, code_shape, tokenizer_sizes
+from modeling.tokenizers.registry import check_weights, code_shape, config_from_state_dict
 from utils.config import ROOT, load_config
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.hub import local_file
 from utils.files.weights import load_state_dict
-from utils.keys import KEYS
-from utils.marks import Follows
+from utils.keys import keys_of
 from utils.schema import OWN_NUMBER_OF_CODES, Config, VQModelConfig
 
 SMALL_BASE, SMALL_TOKENIZER = ROOT / "configs/rear_blue_marble.yaml", ROOT / "configs/tokenizer_blue_marble.yaml"
@@ -118,7 +117,7 @@ def sizes_in(tokenizer: str, resolution: int) -> VQModelConfig:
         InputError: no weights of a tokenizer, or a resolution that they cannot have.
     """
     state = load_state_dict(local_file(tokenizer))
-    sizes = replace(tokenizer_sizes(state), resolution=resolution)
+    sizes = replace(config_from_state_dict(state), resolution=resolution)
     try:
         check_weights(sizes, state, tokenizer)
     except InputError as error:
@@ -157,8 +156,8 @@ def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -
     merged = OmegaConf.load(base)
     for key, value in settings.items():
         OmegaConf.update(merged, key, value)
-    for following in (key for key in KEYS.values() if key.mark(Follows) and key.name not in settings):
-        section, _, name = following.name.rpartition(".")
+    for derived in (key for key in keys_of(Config).values() if key.source and key.name not in settings):
+        section, _, name = derived.name.rpartition(".")
         (OmegaConf.select(merged, section) or {}).pop(name, None)
     header = f"# Written by scripts/make_config.py from {base.name}.\n#   {command} config={path}\n"
     write_text(path, header + OmegaConf.to_yaml(merged))

@@ -17,20 +17,23 @@ While it runs, finished chunks of images are in `<name>.tokens.chunks/`; rerun t
 import sys
 from pathlib import Path
 
-READS = (
-    *("experiment.tokenizer_checkpoint", "model.vq_model", "model.generator.condition_num_classes"),
-    *("dataset.params.pretokenization", "dataset.params.train_shards_path_or_url"),
-    *("dataset.params.num_workers_per_gpu", "dataset.params.on_bad_sample", "dataset.params.max_bad_fraction"),
-    "dataset.preprocessing",
-    *("-dataset.preprocessing.random_crop", "-dataset.preprocessing.random_flip"),
-    *("training.per_gpu_batch_size", "training.enable_tf32", "training.seed"),
-)
-
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
 
-    CONFIG = load_config_or_exit(__doc__, READS)
+from utils.config import load_config_or_exit
+from utils.schema import Config
+
+READS = {
+    "experiment": "tokenizer_checkpoint",
+    "model.vq_model": "all",
+    "model.generator": "condition_num_classes",
+    "dataset.params": "pretokenization train_shards_path_or_url num_workers_per_gpu on_bad_sample max_bad_fraction",
+    "dataset.preprocessing": "all but random_crop random_flip",
+    "training": "per_gpu_batch_size enable_tf32 seed",
+}
+
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(Config, __doc__, READS)
 
 import time
 from typing import Any
@@ -43,7 +46,7 @@ from data.codes.conversion import store_to_jsonl
 from data.codes.store_files import MAX_CODEBOOK_SIZE, StoreMeta
 from data.codes.token_store import TokenStore
 from data.codes.token_writer import new_token_store
-from data.images.image_io import ImageDecoding, ImageIssue
+from data.images.image_io import ImageDecoding
 from data.images.image_source import ImageSource
 from data.images.notices import check_unreadable
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
@@ -51,7 +54,6 @@ from data.images.transforms import cut_crops, pretokenize_transform
 from data.loading import Batches
 from modeling.loading import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.config import Config
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, TrainingError, input_errors_exit
 from utils.faults import fault_point
@@ -110,7 +112,6 @@ def pretokenize(
                 dataset=config.dataset,
                 ctx=ctx,
             )
-        images.issues.summary()
     if not ctx.is_rank0:
         return
     if not store_path.is_dir():
@@ -214,9 +215,9 @@ def encode(
             rows = []  # per batch: (b * K, N + 1)
             for _ in range(0, len(chunk), batch_size):
                 batch = next(batches)
-                images.issues.add(batch["index"], batch["issues"])
+                images.skipped.add(batch["index"], batch["skipped"])
                 crops = cut_crops(batch["image"].to(ctx.device), dataset.preprocessing)  # (b, K, H, W, 3)
-                is_bad = (batch["issues"] & ImageIssue.UNREADABLE > 0).repeat_interleave(crops.shape[1])[:, None]
+                is_bad = batch["skipped"].repeat_interleave(crops.shape[1])[:, None]
                 codes = tokenizer.encode(to_float(crops.flatten(0, 1))).cpu()  # (b * K, N)
                 rows.append(torch.cat([codes, is_bad], dim=1).numpy().astype(np.uint16))
             if launcher.requested():

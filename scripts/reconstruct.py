@@ -16,20 +16,23 @@ another provenance are not replaced) and reconstructions.png (originals above re
 import sys
 from pathlib import Path
 
-READS = (
-    *("experiment.output_dir", "experiment.tokenizer_checkpoint", "model.vq_model"),
-    *("dataset.params.eval_shards_path_or_url", "dataset.params.num_workers_per_gpu"),
-    *("dataset.params.train_shards_path_or_url", "dataset.params.pretokenization", "training.enable_tf32"),
-    *("dataset.params.on_bad_sample", "dataset.params.max_bad_fraction"),
-    *(f"dataset.preprocessing.{key}" for key in ("resize_shorter_edge", "crop_size", "background", "exif_orientation")),
-    *("sampling.num_fid_samples", "sampling.per_gpu_batch_size", "sampling.seed", "sampling.uint8_rule"),
-)
-
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
 
-    CONFIG = load_config_or_exit(__doc__, READS)
+from utils.config import load_config_or_exit
+from utils.schema import Config
+
+READS = {
+    "experiment": "output_dir tokenizer_checkpoint",
+    "model.vq_model": "all",
+    "dataset.params": "all but eval_pretokenization verify_hashes",
+    "dataset.preprocessing": "crop_size resize_shorter_edge background exif_orientation",
+    "training": "enable_tf32",
+    "sampling": "num_fid_samples per_gpu_batch_size seed uint8_rule",
+}
+
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(Config, __doc__, READS)
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -41,14 +44,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.batch_sampler import permutation_of_pass
-from data.images.image_io import ImageIssue
 from data.images.reading import allowed_bad_fraction
 from data.loading import Batches
 from data.validation_data import open_validation_images
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.loading import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.config import Config
 from utils.errors import input_errors_exit
 from utils.files.lock import only_writer
 from utils.files.npz import NpzEntry, write_npz
@@ -85,7 +86,6 @@ def reconstruct_all(config: Config) -> None:
     with matmul_precision(config.training.enable_tf32):
         batches = reconstruct(tokenizer, validation, metrics, config.sampling.uint8_rule)
         write_images(reconstructions, batches, validation, tokenizer.resolution)
-    validation.dataset.issues.summary()
     save_grid(reference, reconstructions, output_dir / "reconstructions.png")
     preprocessing = config.dataset.preprocessing
     crop = f"ADM centre crop of {preprocessing.crop_size} px, shorter edge {preprocessing.resize_shorter_edge} px"
@@ -145,7 +145,7 @@ class ValidationImages:
 
     def __iter__(self) -> Iterator[Tensor]:
         for batch in self._batches(self.order):
-            self.dataset.issues.add(batch["index"], batch["issues"])
+            self.dataset.skipped.add(batch["index"], batch["skipped"])
             yield batch["image"]
 
     def _batches(self, order: np.ndarray) -> Batches:
@@ -157,8 +157,8 @@ class ValidationImages:
         """(n,) bool."""
         found = []
         for batch in self._batches(order):
-            self.dataset.issues.add(batch["index"], batch["issues"])
-            found.append((batch["issues"] & ImageIssue.UNREADABLE > 0).numpy())
+            self.dataset.skipped.add(batch["index"], batch["skipped"])
+            found.append(batch["skipped"].numpy())
         return np.concatenate(found)
 
 

@@ -18,17 +18,22 @@ not made again.
 import sys
 from pathlib import Path
 
-READS = (
-    *("experiment.output_dir", "experiment.tokenizer_checkpoint", "experiment.generator_checkpoint"),
-    *("experiment.allow_other_tokenizer", "model", "training.enable_tf32", "sampling"),
-    *("dataset.params.train_shards_path_or_url", "dataset.params.pretokenization"),  # for names of classes
-)
-
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
 
-    CONFIG = load_config_or_exit(__doc__, READS)
+from utils.config import load_config_or_exit
+from utils.schema import Config
+
+READS = {
+    "experiment": "output_dir tokenizer_checkpoint generator_checkpoint allow_other_tokenizer",
+    "model": "all",
+    "dataset.params": "train_shards_path_or_url pretokenization",  # for names of classes
+    "training": "enable_tf32",
+    "sampling": "all",
+}
+
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(Config, __doc__, READS)
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -40,11 +45,15 @@ from data.codes.store_files import StoreMeta, check_codebook_size
 from data.codes.token_writer import new_token_store
 from data.training_batches import asked_classes
 from modeling.loading import load_generator, load_tokenizer
-from modeling.sampling.image_decoder import ImageDecoder, KeptCodes
-from modeling.sampling.image_inputs import asked_images, class_labels_of
-from modeling.sampling.image_sampler import ImageSampler
+from modeling.sampling.image_sampler import (
+    ImageDecoder,
+    ImageSampler,
+    PassThroughDecoder,
+    asked_images,
+    class_labels_of,
+)
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.config import Config, save_config
+from utils.config import save_config
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, NonFiniteError, input_errors_exit
 from utils.files.npz import write_npz
@@ -156,7 +165,7 @@ def sample_chunks(
         yield last_chunk, finish(sampler.decoder, pending, last_chunk, config)
 
 
-def finish(decoder: ImageDecoder | KeptCodes, pending: Any, chunk: range, config: Config) -> np.ndarray:
+def finish(decoder: ImageDecoder | PassThroughDecoder, pending: Any, chunk: range, config: Config) -> np.ndarray:
     """
     Raises:
         InputError: logits or pixels that are not finite; names the images and the weights.

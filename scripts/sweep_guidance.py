@@ -16,19 +16,47 @@ setting; more values in the lists extend the table.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-READS = (
-    *("experiment.output_dir", "experiment.tokenizer_checkpoint", "experiment.generator_checkpoint"),
-    *("experiment.allow_other_tokenizer", "model", "training.enable_tf32", "sampling", "-sampling.save_png", "sweep"),
-    *("dataset.params.train_shards_path_or_url", "dataset.params.pretokenization"),  # for names of classes
-)
-
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
 
-    CONFIG = load_config_or_exit(__doc__, READS)
+from utils.config import load_config_or_exit
+from utils.keys import NonEmpty, NonNegativeFloat, key, section
+from utils.schema import Config, GuidanceScale, Temperature
+
+READS = {
+    "experiment": "output_dir tokenizer_checkpoint generator_checkpoint allow_other_tokenizer",
+    "model": "all",
+    "dataset.params": "train_shards_path_or_url pretokenization",  # for names of classes
+    "training": "enable_tf32",
+    "sampling": "all but save_png",
+    "sweep": "all",
+}
+
+
+@dataclass
+class SweepConfig:
+    reference: str | None = key(None, "npz of images: one half selects the best setting, the other half scores it")
+    guidance_scale: NonEmpty[list[GuidanceScale]] = key(
+        [1.0, 2.0, 4.0, 8.0], "values of model.generator.guidance_scale, combined with all values below"
+    )
+    guidance_scale_pow: NonEmpty[list[NonNegativeFloat]] | None = key(
+        None, "values of model.generator.guidance_scale_pow; null: that one alone"
+    )
+    randomize_temperature: NonEmpty[list[Temperature]] | None = key(
+        None, "values of model.generator.randomize_temperature; null: that one alone"
+    )
+
+
+@dataclass
+class SweepGuidanceConfig(Config):
+    sweep: SweepConfig = section(SweepConfig)
+
+
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(SweepGuidanceConfig, __doc__, READS)
 
 from dataclasses import replace
 from itertools import product
@@ -38,21 +66,17 @@ import numpy as np
 
 from data.training_batches import asked_classes
 from evaluation.features import Extractor
-from evaluation.inputs import open_input
-from evaluation.reference_split import HALVES, SplitReference
+from evaluation.inputs import Npz, open_input
 from evaluation.report import TITLES
-from evaluation.sample_distance import find_extractor
+from evaluation.sample_distance import HALVES, SplitReference, find_extractor
 from modeling.loading import load_generator, load_tokenizer
-from modeling.sampling.image_inputs import asked_images
-from modeling.sampling.image_sampler import ImageSampler
+from modeling.sampling.image_sampler import ImageSampler, asked_images
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.config import Config
 from utils.console import markdown_table
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, NonFiniteError, input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.json_file import read_json
-from utils.files.npz import Npz
 from utils.files.provenance import is_made, write_record
 from utils.precision import matmul_precision
 from utils.run.curves import draw_curve, panel_grid, save_figure
@@ -77,7 +101,7 @@ WITHOUT_EFFECT = ("sampling.per_gpu_batch_size", "sampling.save_png")
 DISTANCES = {"fid": TITLES["fid"], "frechet_lite0": TITLES["frechet_distance"]}
 
 
-def main(config: Config) -> None:
+def main(config: SweepGuidanceConfig) -> None:
     tokenizer = load_tokenizer(config)
     if not tokenizer.has_images:
         raise tokenizer.no_images("sweep.reference")
@@ -85,7 +109,7 @@ def main(config: Config) -> None:
         sweep(config, tokenizer, ctx)
 
 
-def sweep(config: Config, tokenizer: Tokenizer, ctx: DistributedContext) -> None:
+def sweep(config: SweepGuidanceConfig, tokenizer: Tokenizer, ctx: DistributedContext) -> None:
     """Write the files of `experiment.output_dir`."""
     output_dir, batch_size = Path(config.experiment.output_dir), config.sampling.per_gpu_batch_size
     reference = ctx.rank0_first(open_reference, config, tokenizer.resolution, verify=ctx.is_rank0)
@@ -120,7 +144,7 @@ def sweep(config: Config, tokenizer: Tokenizer, ctx: DistributedContext) -> None
         report(output_dir, scores, DISTANCES[distance], f"{len(indices)} samples each")
 
 
-def open_reference(config: Config, resolution: int, verify: bool) -> Npz:
+def open_reference(config: SweepGuidanceConfig, resolution: int, verify: bool) -> Npz:
     """
     Raises:
         InputError: the key is missing, or does not name an npz of images of this size.
@@ -134,7 +158,7 @@ def open_reference(config: Config, resolution: int, verify: bool) -> Npz:
     return npz
 
 
-def asked(config: Config) -> tuple[list[int], list[int]]:
+def asked(config: SweepGuidanceConfig) -> tuple[list[int], list[int]]:
     """Class ids and indices of the images that each setting samples.
 
     Raises:
@@ -147,7 +171,7 @@ def asked(config: Config) -> tuple[list[int], list[int]]:
     return classes, indices
 
 
-def settings_of(config: Config) -> list[Setting]:
+def settings_of(config: SweepGuidanceConfig) -> list[Setting]:
     """All combinations of the lists, each once."""
     generator, lists = config.model.generator, config.sweep
     powers = lists.guidance_scale_pow or [generator.guidance_scale_pow]
@@ -156,7 +180,7 @@ def settings_of(config: Config) -> list[Setting]:
     return [Setting(*values) for values in combinations]
 
 
-def with_setting(config: Config, setting: Setting) -> Config:
+def with_setting(config: SweepGuidanceConfig, setting: Setting) -> Config:
     generator = replace(config.model.generator, **setting._asdict())
     return replace(config, model=replace(config.model, generator=generator))
 

@@ -16,30 +16,37 @@ complete, model.safetensors (the EMA if there is one). The exit status is 75 aft
 import sys
 from pathlib import Path
 
-READS = (
-    *("experiment", "-experiment.generator_checkpoint", "model", "optimizer", "lr_scheduler", "training"),
-    *("dataset", "-dataset.preprocessing.pretokenize_crops"),
-    *("sampling.seed", "sampling.order", "sampling.uint8_rule", "sampling.per_gpu_batch_size"),
-)
-
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
-    from utils.config_checks import check_training
 
-    CONFIG = load_config_or_exit(__doc__, READS, check_training)
+from utils.config import load_config_or_exit
+from utils.config_checks import check_training
+from utils.schema import Config
+
+READS = {
+    "experiment": "all but generator_checkpoint",
+    "model": "all",
+    "dataset.params": "all",
+    "dataset.preprocessing": "all but pretokenize_crops",
+    "optimizer": "all",
+    "lr_scheduler": "all",
+    "training": "all",
+    "sampling": "seed order uint8_rule per_gpu_batch_size",
+}
+
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(Config, __doc__, READS, check=check_training)
 
 import torch
 
 from data.training_batches import TrainingBatches, describe_length, open_training_data, passes_done
-from evaluation.validator import Validator
+from evaluation.validator import Validator, notices_of_images, save_sample_grid
 from modeling.loading import init_from_weights, load_tokenizer
-from modeling.noise import num_noise_uniforms, perturbation_ratio, random_order_ratio
+from modeling.orders import num_order_uniforms, random_order_ratio
+from modeling.perturbation import num_perturbation_uniforms, perturbation_ratio
 from modeling.rear import ReAR
-from modeling.sampling.sample_grid import notices_of_images, save_sample_grid
 from modeling.tokenizers.tokenizer import Tokenizer
-from modeling.training_step import compile_blocks, num_order_uniforms, training_step
-from utils.config import Config
+from modeling.training_step import compile_blocks, training_step
 from utils.errors import input_errors_exit
 from utils.optim import MovingAverage, build_optimizers, describe_optimizers, set_learning_rate
 from utils.randomness import dropout_seed
@@ -111,7 +118,7 @@ def main(config: Config) -> str:
                 steps=run.remaining,
                 samples_seen=run.state.samples_seen,
                 stop_requested=run.stop_requested,
-                num_uniforms=num_noise_uniforms(model.image_seq_len),
+                num_uniforms=num_perturbation_uniforms(model.image_seq_len),
                 num_order_uniforms=num_order_uniforms(generator),
             )
 
@@ -157,7 +164,6 @@ def main(config: Config) -> str:
                         draw_samples(evaluated, tokenizer, config, run)
                     run.draw_curves()
 
-            batches.tell_notes()
             if run.finish():
                 run.export("ema" if ema else "model")
     return run.status

@@ -14,23 +14,48 @@ status is 75 after a stop signal.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-READS = (
-    *("experiment", "-experiment.max_train_examples", "-experiment.generate_every"),
-    *("-experiment.eval_every", "-experiment.eval_samples", "-experiment.save_weights_every"),
-    *("-experiment.init_from", "-experiment.tokenizer_checkpoint", "-experiment.generator_checkpoint"),
-    *("model.vq_model", "dataset", "-dataset.params.pretokenization", "-dataset.params.eval_pretokenization"),
-    *("-dataset.params.verify_hashes", "-dataset.preprocessing.pretokenize_crops", "optimizer", "lr_scheduler"),
-    *("training", "-training.use_ema", "-training.ema_decay", "-training.fsdp", "-training.compile", "vq_training"),
-    "sampling.uint8_rule",
-)
-
-if __name__ == "__main__":  # a typo in the config ends here, before the slow imports
+if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
-    from utils.config import load_config_or_exit
 
-    CONFIG = load_config_or_exit(__doc__, READS)
+from utils.config import load_config_or_exit
+from utils.keys import NonNegativeFloat, PositiveInt, key, section
+from utils.schema import Config
+
+READS = {
+    "experiment": "all but max_train_examples generate_every eval_every eval_samples save_weights_every init_from "
+    "tokenizer_checkpoint generator_checkpoint",
+    "model.vq_model": "all",
+    "dataset.params": "all but pretokenization eval_pretokenization verify_hashes",
+    "dataset.preprocessing": "all but pretokenize_crops",
+    "optimizer": "all",
+    "lr_scheduler": "all",
+    "training": "all but use_ema ema_decay fsdp compile",
+    "sampling": "uint8_rule",
+    "vq_training": "all",
+}
+
+
+@dataclass
+class VQTrainingConfig:
+    init_from: str | None = key(None, "tokenizer weights to start from; null: random")
+    commitment_weight: NonNegativeFloat = key(0.25, "beta of the VQ-VAE loss")
+    entropy_weight: NonNegativeFloat = key(0.0, "weight of each token's entropy minus that of their mean")
+    l2_weight: NonNegativeFloat = key(1.0, "weight of the squared error; that of the absolute error is 1")
+    perceptual_weight: NonNegativeFloat = key(0.1, "weight of the distance between EfficientNet-Lite0 features")
+    adversarial_weight: NonNegativeFloat = key(0.0, "weight of the discriminator on these features; 0: none")
+    revive_every: PositiveInt = key(100, "steps between replacements of the codebook vectors unused since the last one")
+
+
+@dataclass
+class TrainTokenizerConfig(Config):
+    vq_training: VQTrainingConfig = section(VQTrainingConfig)
+
+
+if __name__ == "__main__":  # a wrong config ends here, before the slow imports
+    CONFIG = load_config_or_exit(TrainTokenizerConfig, __doc__, READS)
 
 import json
 from contextlib import nullcontext
@@ -42,7 +67,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data.batch_sampler import permutation_of_pass
-from data.images.image_io import ImageDecoding, ImageIssue
+from data.images.image_io import ImageDecoding
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.transforms import training_transform
 from data.loading import Batches, on_device
@@ -54,7 +79,6 @@ from modeling.tokenizers.perceptual import PerceptualFeatures, perceptual_distan
 from modeling.tokenizers.registry import build_trainable_tokenizer
 from modeling.tokenizers.tokenizer import TrainableTokenizer
 from modeling.tokenizers.vector_quantizer import entropy_loss
-from utils.config import Config
 from utils.distributed import DistributedContext
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
@@ -72,7 +96,7 @@ from utils.run.training_run import TrainingRun
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
 
 
-def main(config: Config) -> str:
+def main(config: TrainTokenizerConfig) -> str:
     """Train until the last step or a stop; returns the status in `status.json`."""
     training, vq_training = config.training, config.vq_training
     with launch(config) as launched:
@@ -133,8 +157,8 @@ def main(config: Config) -> str:
                 terms["train/loss"].backward()
                 average_gradients(tokenizer, ctx)
                 grad_norm = torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), training.max_grad_norm)
-                may_update = run.update_is_finite([terms["train/loss"].detach(), grad_norm])
-                if may_update:
+                is_finite = run.update_is_finite([terms["train/loss"].detach(), grad_norm])
+                if is_finite:
                     for optimizer in optimizers.values():
                         optimizer.step()
                     run.add_metrics([{name: value.detach() for name, value in terms.items()}], grad_norm)
@@ -143,7 +167,7 @@ def main(config: Config) -> str:
                     discriminator_optimizer.zero_grad(set_to_none=True)  # removes gradients of the generator's loss
                     terms["train/discriminator"].backward()
                     average_gradients(discriminator, ctx)
-                    if may_update:
+                    if is_finite:
                         discriminator_optimizer.step()
                 usage.count(codes, ctx)
                 run.end_step()
@@ -158,7 +182,6 @@ def main(config: Config) -> str:
                         run.draw_curves()
                 if run.triggers.save:
                     run.save()
-            batches.tell_notes()
             run.finish()
     return run.status
 
@@ -174,9 +197,9 @@ def check_image_keys(config: Config) -> None:
         raise InputError(
             f"dataset.preprocessing.crop_size={crop_size}: expected model.vq_model.resolution={resolution}"
         )
-    for key in ("train_shards_path_or_url", "eval_shards_path_or_url"):
-        if getattr(params, key) is None:
-            raise InputError(f"dataset.params.{key}: missing; give tar shards or a folder per class")
+    for name in ("train_shards_path_or_url", "eval_shards_path_or_url"):
+        if getattr(params, name) is None:
+            raise InputError(f"dataset.params.{name}: missing; give tar shards or a folder per class")
 
 
 def open_training_images(config: Config) -> ImageDataset:
@@ -192,7 +215,7 @@ def training_step(
     features: PerceptualFeatures,
     discriminator: FeatureDiscriminator,
     images: Tensor,
-    config: Config,
+    config: TrainTokenizerConfig,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Loss terms (scalars) and codes (B, N) of images (B, 3, H, W); the discriminator has a loss of its own."""
     vq_training = config.vq_training
@@ -297,9 +320,9 @@ def evaluate(
     for batch in Batches(
         validation_set, [order[i : i + columns] for i in range(0, len(order), columns)], num_workers=0
     ):
-        validation_set.issues.add(batch["index"], batch["issues"])
+        validation_set.skipped.add(batch["index"], batch["skipped"])
         batch = on_device(batch, device)
-        images, is_good = batch["image"], batch["issues"] & ImageIssue.UNREADABLE == 0
+        images, is_good = batch["image"], ~batch["skipped"]
         codes = tokenizer.encode(images)
         reconstructions = tokenizer.decode(codes)
         metrics.update(images[is_good], reconstructions[is_good], codes[is_good])

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +52,22 @@ def test_imports_go_one_way() -> None:
 def test_the_regularizer_can_be_copied_elsewhere() -> None:
     modules = {module.split(".")[0] for module in imported_modules(SOURCES["modeling/robust_embedding.py"])}
     assert modules - sys.stdlib_module_names == {"torch"}
+
+
+RUN_MACHINERY = ("utils.run", "matplotlib", "wandb", "accelerate")
+
+
+def test_modeling_needs_no_run() -> None:
+    for name, source in SOURCES.items():
+        if name.startswith("modeling/"):
+            assert not [module for module in imported_modules(source) if module.startswith(RUN_MACHINERY)], name
+
+
+def test_the_losses_stand_alone() -> None:
+    program = "import sys, modeling.losses; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    ours = [module for module in run.stdout.split() if module.split(".")[0] in MAY_IMPORT]
+    assert len(ours) < 8, ours
 
 
 TOKENIZER_FOLDER = "modeling/tokenizers/"

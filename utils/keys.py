@@ -1,166 +1,238 @@
-"""The keys of the config as a table, read from the schema: what checks values, explains keys and resumes runs.
+"""Config keys: how a section declares them, and the table of all keys of a config.
 
-for key in KEYS.values():
-    print(key.name, key.default, key.allowed)
+@dataclass
+class SamplingConfig:
+    seed: Seed = key(42, "image i depends on (weights, config, seed, i) only")
 """
 
-import ast
 import dataclasses
-import inspect
-import io
+import difflib
+import math
 import re
-import tokenize
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cache
-from types import UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache, cached_property
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
-from omegaconf import MISSING
+from msgspec import Meta, ValidationError, convert, inspect
 
-from utils import schema
-from utils.marks import Follows, Range, Words
+from utils.errors import InputError
 
-M = TypeVar("M")
-UNIONS = (Union, UnionType)
-INTEGER = r"(0|[1-9][0-9]*|[1-9][0-9]{0,2}(_[0-9]{3})+)"  # published files hold 50_000
-FLOAT = rf"({INTEGER}(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?"
-KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    list[int]: "a list of whole numbers",
-    list[float]: "a list of numbers",
-    list[str]: "a list of texts, as [a, b]",
-    list[schema.ParamGroupConfig]: "a list of {pattern: ..., lr_factor: ..., weight_decay: ...}",
-    type(None): "null",
-}
+MISSING = "???"  # default of a key that must be given
+
+# Annotations: what another value means for a run that is resumed. Without one, another value in the section model is
+# refused (it makes another model), and elsewhere accepted and logged.
+MAY_CHANGE = "may change during a run, which is logged"
+SILENT = "may change during a run, which is not logged: where and how it runs, logs and stops"
+
+T = TypeVar("T")
+MayChange = Annotated[T, MAY_CHANGE]
+Silent = Annotated[T, SILENT]
+NonEmpty = Annotated[T, Meta(min_length=1)]
+PositiveInt = Annotated[int, Meta(ge=1)]
+NonNegativeInt = Annotated[int, Meta(ge=0)]
+PositiveFloat = Annotated[float, Meta(gt=0)]
+NonNegativeFloat = Annotated[float, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+FractionBelow1 = Annotated[float, Meta(ge=0, lt=1)]
+Seed = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+
+BOOLEANS = (("true", "on", "yes"), ("false", "off", "no"))  # synonyms in YAML 1.1
+INTEGER = r"(0|[1-9][0-9]*|[1-9][0-9]{0,2}(_[0-9]{3})+)"  # decimal; published files have 50_000
+NUMBER = re.compile(rf"[+-]?({INTEGER}(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+class ConfigError(InputError):
+    """A wrong config. The message names the key, the value found and the value expected."""
+
+
+def key(
+    default: Any, help: str, *, equals: str | None = None, default_from: str | None = None, words: tuple[str, ...] = ()
+) -> Any:
+    """Declare a key: a dataclass field.
+
+    Args:
+        help: what it means, for --help and --keys.
+        equals: key, or formula, that the value is derived from; a given value that differs is an error.
+        default_from: key that the value is derived from unless it is given.
+        words: texts with a meaning of their own, in lower or upper case; any other text is taken literally.
+    """
+    metadata = {"help": help, "equals": equals, "default_from": default_from, "words": words}
+    if isinstance(default, list):
+        return field(default_factory=lambda: [*default], metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(section_class: type) -> Any:
+    """Declare a section: a dataclass field with the defaults of `section_class`."""
+    return field(default_factory=section_class)
 
 
 @dataclass(frozen=True)
 class Key:
     name: str  # dotted: section.key
-    section: type  # dataclass of the schema
-    type: Any  # without marks: int, str | None, Literal[...]
+    section: type  # the dataclass that declares it
+    hint: Any  # type with annotations
     default: Any
-    marks: tuple[Any, ...]
+    help: str
+    equals: str | None
+    default_from: str | None
+    words: tuple[str, ...]
 
-    def mark(self, kind: type[M]) -> M | None:
-        return next((mark for mark in self.marks if isinstance(mark, kind)), None)
+    @cached_property
+    def types(self) -> tuple[inspect.Type, ...]:
+        """Alternatives, such as int and None."""
+        info = inspect.type_info(self.hint)
+        return info.types if isinstance(info, inspect.UnionType) else (info,)
 
-    @property
+    @cached_property
     def choices(self) -> tuple[str, ...]:
-        return get_args(self.type) if get_origin(self.type) is Literal else ()
+        hint = get_args(self.hint)[0] if get_origin(self.hint) is Annotated else self.hint
+        return get_args(hint) if get_origin(hint) is Literal else ()
 
     @property
-    def words(self) -> tuple[str, ...]:
-        """Choices, or words that have a meaning among other text."""
-        return self.choices or (self.mark(Words) or Words(())).words
-
-    @property
-    def _parts(self) -> tuple[Any, ...]:
-        """The types of which the value may be."""
-        return get_args(self.type) if get_origin(self.type) in UNIONS else (self.type,)
+    def source(self) -> str | None:
+        return self.equals or self.default_from
 
     @property
     def is_text(self) -> bool:
-        return str in self._parts
-
-    @property
-    def lists_texts(self) -> bool:
-        return list[str] in self._parts
-
-    def may_be(self, text: str) -> bool:
-        """Whether this text of a command line or file says a value of this type, or one in a list of them, as it is.
-        What it says of NaN and infinity and of other keys is for others to check."""
-        kinds = {kind for part in self._parts for kind in get_args(part) or (part,)}
-        if not {bool, int, float} & kinds or text in ("null", "~", "") or text.startswith("${"):
-            return True
-        if bool in kinds:
-            return text.lower() in ("true", "false", "yes", "no", "on", "off")
-        unsigned = text.lstrip("+-")
-        if float in kinds and unsigned.lower().lstrip(".") in ("nan", "inf"):
-            return True
-        return bool(re.fullmatch(r"[+-]?" + (FLOAT if float in kinds else INTEGER), text))
+        return any(isinstance(one, inspect.StrType) for one in self.types)
 
     @property
     def allowed(self) -> str:
-        """Range or choices, for readers; empty if the type says all."""
-        if self.type is bool:
-            return "true or false"
-        return ", ".join(self.choices) or str(self.mark(Range) or "")
+        """What can be given, for readers."""
+        return " | ".join(self.choices or map(_describe, self.types))
 
-    @property
-    def kind(self) -> str:
-        """What can be given, for error lines."""
-        if self.choices:
-            return f"one of {', '.join(self.choices)}"
-        return " or ".join(KINDS[part] for part in self._parts)
+    def has(self, annotation: str) -> bool:
+        return annotation in getattr(self.hint, "__metadata__", ())
 
-    @property
-    def meaning(self) -> str:
-        """The comment behind the key in the schema, or above it."""
-        return _comments()[self.section.__name__, self.name.rsplit(".", 1)[-1]]
+    def read(self, given: Any) -> Any:
+        """The value that is given by a file or the command line (None, a text, a list of texts or mappings) or from
+        Python.
+
+        Raises:
+            ConfigError: this key cannot have it.
+        """
+        self._check_names(given)
+        for interpret in (self._word, _number, _boolean):
+            with suppress(ValidationError):
+                value = convert(_map_values(interpret, given), self.hint)
+                if _is_finite(value):
+                    return value
+        found = "null" if given is None else str(given).replace("'", "")
+        near = did_you_mean(difflib.get_close_matches(found, self.choices, 1, 0.3))
+        raise ConfigError(f"{self.name}={found}: expected {self.allowed}{near}")
+
+    def _check_names(self, given: Any) -> None:
+        """Of a list of mappings; msgspec accepts unknown names."""
+        items = [one.item_type for one in self.types if isinstance(one, inspect.ListType)]
+        known = [field.name for item in items if isinstance(item, inspect.DataclassType) for field in item.fields]
+        mappings = [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
+        for name in (name for mapping in mappings for name in mapping if name not in known):
+            near = did_you_mean(difflib.get_close_matches(str(name), known, 1, 0.3))
+            raise ConfigError(f"{self.name}: unknown name {name!r}, expected {', '.join(known)}{near}")
+
+    def _word(self, given: Any) -> Any:
+        """Choices and words are meant in lower or upper case, and by their synonyms in YAML."""
+        if not isinstance(given, str):
+            return given
+        synonyms = next((group for group in BOOLEANS if given.lower() in group), (given.lower(),))
+        return next((word for word in (given.lower(), *synonyms) if word in self.choices or word in self.words), given)
 
 
-def _keys_of(section: type, prefix: str) -> Iterator[Key]:
-    types, annotations = get_type_hints(section), get_type_hints(section, include_extras=True)
-    for field in dataclasses.fields(section):
-        name, factory = f"{prefix}{field.name}", field.default_factory
-        if dataclasses.is_dataclass(types[field.name]):
-            yield from _keys_of(types[field.name], f"{name}.")
-        else:
-            default = field.default if factory is dataclasses.MISSING else factory()
-            yield Key(name, section, types[field.name], default, tuple(_marks_of(annotations[field.name])))
+def _map_values(interpret: Callable[[Any], Any], given: Any) -> Any:
+    """Interpret a text, or the texts in a list or mapping."""
+    if isinstance(given, list):
+        return [_map_values(interpret, one) for one in given]
+    if isinstance(given, dict):
+        return {name: _map_values(interpret, one) for name, one in given.items()}
+    return interpret(given)
 
 
-def _marks_of(annotation: Any) -> Iterator[Any]:
-    if get_origin(annotation) is Annotated:
-        yield from _marks_of(annotation.__origin__)
-        yield from annotation.__metadata__
-    elif get_origin(annotation) in UNIONS:
-        for part in get_args(annotation):
-            yield from _marks_of(part)
+def _is_finite(value: Any) -> bool:
+    if is_dataclass(value):
+        return _is_finite([*vars(value).values()])
+    if isinstance(value, list):
+        return all(_is_finite(one) for one in value)
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def _number(given: Any) -> Any:
+    if not isinstance(given, str) or not NUMBER.fullmatch(given):
+        return given
+    return float(given) if re.search("[.eE]", given) else int(given)
+
+
+def _boolean(given: Any) -> Any:
+    values = [group[0] == "true" for group in BOOLEANS if isinstance(given, str) and given.lower() in group]
+    return values[0] if values else given
+
+
+def _describe(info: inspect.Type) -> str:
+    match info:
+        case inspect.NoneType():
+            return "null"
+        case inspect.BoolType():
+            return "true | false"
+        case inspect.ListType():
+            return f"{'non-empty ' if info.min_length else ''}list of {_describe(info.item_type)}"
+        case inspect.UnionType():
+            return " | ".join(map(_describe, info.types))
+        case inspect.DataclassType():
+            return f"{{{', '.join(f'{one.name}: {_describe(one.type)}' for one in info.fields)}}}"
+        case inspect.IntType() | inspect.FloatType():
+            bounds = {">=": info.ge, ">": info.gt, "<=": info.le, "<": info.lt}
+            limits = ", ".join(f"{sign} {bound}" for sign, bound in bounds.items() if bound is not None)
+            return f"{type(info).__name__.removesuffix('Type').lower()} {limits}"
+    return "text"
+
+
+def keys_of(section_class: Any) -> dict[str, Key]:
+    """The keys of a config class, or of the class of a section, by name in the order of the schema."""
+    return _keys_of_class(section_class)
 
 
 @cache
-def _comments() -> dict[tuple[str, str], str]:
-    """By class and field: the comments that stand alone in the lines above, and the one behind it."""
-    source = inspect.getsource(schema)
-    behind: dict[int | None, str] = {}
-    alone: dict[int | None, str] = {}
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type == tokenize.COMMENT:
-            lines = alone if token.line.lstrip().startswith("#") else behind
-            lines[token.start[0]] = token.string.lstrip("# ")
-    comments = {}
-    for section in (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)):
-        for field in (node for node in section.body if isinstance(node, ast.AnnAssign)):
-            above = field.lineno
-            while above - 1 in alone:
-                above -= 1
-            words = [alone[line] for line in range(above, field.lineno)]
-            name = ast.unparse(field.target)
-            comments[section.name, name] = " ".join([*words, behind.get(field.end_lineno, "")]).strip()
-    return comments
+def _keys_of_class(section_class: Any) -> dict[str, Key]:
+    return {key.name: key for key in _keys_of(section_class, "")}
 
 
-KEYS = {key.name: key for key in _keys_of(schema.Config, "")}
+def _keys_of(section_class: Any, prefix: str) -> Iterator[Key]:
+    hints = get_type_hints(section_class, include_extras=True)
+    for one in fields(section_class):
+        name, hint, factory = f"{prefix}{one.name}", hints[one.name], one.default_factory
+        if is_dataclass(hint):
+            yield from _keys_of(hint, f"{name}.")
+        else:
+            default = one.default if factory is dataclasses.MISSING else factory()
+            yield Key(name=name, section=section_class, hint=hint, default=default, **one.metadata)
 
 
-def keys_under(names: Sequence[str]) -> list[Key]:
-    """The keys of these names and sections in the order of the schema; those named "-section.key" are left out."""
+def select(keys: dict[str, Key], reads: dict[str, str]) -> list[Key]:
+    """Keys by section.
 
-    def named(key: Key, prefix: str) -> bool:
-        return any(f"{prefix}{key.name}.".startswith(f"{name}.") for name in names)
+    Args:
+        reads: by section: "all", "all but NAME NAME" or "NAME NAME".
+    """
+    selected = []
+    for section, words in reads.items():
+        kind, *names = words.split()
+        if kind == "all":
+            without = {f"{section}.{name}" for name in names[1:]}
+            selected += [key for name, key in keys.items() if is_in(name, section) and name not in without]
+        else:
+            selected += [keys[f"{section}.{name}"] for name in words.split()]
+    return selected
 
-    return [key for key in KEYS.values() if named(key, "") and not named(key, "-")]
+
+def is_in(name: str, section: str) -> bool:
+    return name.startswith(f"{section}.")
 
 
 def format_keys(keys: Sequence[Key]) -> str:
-    """A line for each key: key=default, range or choices, meaning."""
+    """A line for each key: key=default, what can be given, meaning."""
     rows = [(f"{key.name}={_default(key)}", key.allowed, _explain(key)) for key in keys]
     widths = [min(max(len(row[column]) for row in rows), limit) for column, limit in enumerate((50, 24))]
     return "\n".join("  ".join([row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2]]) for row in rows)
@@ -174,5 +246,9 @@ def _default(key: Key) -> str:
 
 
 def _explain(key: Key) -> str:
-    follows = key.mark(Follows)
-    return f"{key.meaning}; by default {follows.source}" if follows else key.meaning
+    return f"{key.help}; by default {key.source}" if key.source else key.help
+
+
+def did_you_mean(near: Sequence[str]) -> str:
+    """The end of an error message."""
+    return f"; did you mean {near[0]!r}?" if near else ""

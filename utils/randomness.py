@@ -1,10 +1,11 @@
-"""Counter-based randomness: what is drawn depends on keys only, never on ranks, batch sizes or earlier draws.
+"""Counter-based randomness: numbers depend on keys only, never on ranks, batch sizes or earlier draws.
 
-Philox is a counter-based generator (Salmon et al., SC 2011), so a slice of a long stream is reached in O(1). All
-numbers are made here from its bits: those of the methods of NumPy's Generator may change from release to release.
+Philox is a counter-based generator (Salmon et al., SC 2011), so any part of a long stream is reached in O(1). All
+numbers are computed here from its bits, since the methods of NumPy's Generator may change between releases.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 
 class Stream(IntEnum):
-    """Uses of random numbers; each has numbers of its own, also where seed and key are equal."""
+    """Uses of random numbers, which are independent for equal seed and key."""
 
     TRAINING_NOISE = 0
     DATA_ORDER = 1
@@ -43,14 +44,40 @@ def permutation(bits: np.random.Philox, count: int) -> np.ndarray:
 def sample_uniforms(
     seed: int, step: int, slots: Sequence[int] | np.ndarray, width: int, stream: Stream = Stream.TRAINING_NOISE
 ) -> torch.Tensor:
-    """Uniforms of the samples at these places of the global batch of a training step.
+    """Uniforms of the samples in these slots of the global batch of a training step.
 
     Returns:
-        (len(places), width) float32 in [0, 1).
+        (number of slots, width) float32 in [0, 1).
     """
     blocks = -(-width // 4)  # Philox advances in blocks of 4 doubles
     bits = (philox(stream, seed, step).advance(int(slot) * blocks) for slot in slots)
-    return _to_float32(np.stack([uniforms(of_place, width) for of_place in bits]))
+    return _to_float32(np.stack([uniforms(of_slot, width) for of_slot in bits]))
+
+
+@dataclass(frozen=True)
+class TrainingUniforms:
+    """Random numbers in [0, 1) of B samples at a step, float32."""
+
+    label_dropout: torch.Tensor  # (B,)
+    perturbation: torch.Tensor  # (B, num_perturbation)
+    orders: torch.Tensor | None  # (B, num_orders)
+
+
+def training_uniforms(
+    seed: int, step: int, slots: Sequence[int] | np.ndarray, num_perturbation: int, num_orders: int
+) -> TrainingUniforms:
+    """Random numbers of the samples in these slots of the global batch. Those for orders are a stream of their own, so
+    that the others are the same in any order.
+
+    Args:
+        num_perturbation, num_orders: numbers that a sample needs; 0 orders: None.
+    """
+    width = 1 + num_perturbation
+    numbers = sample_uniforms(seed=seed, step=step, slots=slots, width=width, stream=Stream.TRAINING_NOISE)
+    orders = None
+    if num_orders:
+        orders = sample_uniforms(seed=seed, step=step, slots=slots, width=num_orders, stream=Stream.TRAINING_ORDERS)
+    return TrainingUniforms(label_dropout=numbers[:, 0], perturbation=numbers[:, 1:], orders=orders)
 
 
 def image_uniforms(seed: int, indices: list[int], width: int, stream: Stream = Stream.SAMPLING) -> torch.Tensor:
@@ -63,7 +90,7 @@ def image_uniforms(seed: int, indices: list[int], width: int, stream: Stream = S
 
 
 def validation_uniforms(rows: Iterable[int], width: int) -> torch.Tensor:
-    """Uniforms of these rows of the held-out codes, equal in all runs whatever their seed.
+    """Uniforms of these rows of the validation codes, the same for any seed of the run.
 
     Returns:
         (number of rows, width) float32 in [0, 1).

@@ -28,38 +28,22 @@ class Sizes(NamedTuple):
 
 @dataclass
 class BadLines:
-    """The bad lines of a file, counted in the order of the file.
+    """The bad lines of a file, counted in the order of the file."""
 
-    Attributes:
-        max_fraction: share of bad lines that may be left out; 0: none.
-        reasons: line number and reason of the first bad lines.
-    """
-
-    max_fraction: float = 0.0
-    num_lines: int = 0  # seen so far
+    max_fraction: float = 0.0  # share of bad lines that may be left out
+    num_lines: int = 0  # seen so far, good or bad
     count: int = 0
-    reasons: list[str] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)  # of the first ones, with their line number
 
     def add(self, num_lines: int, num_bad: int, reasons: list[tuple[int, str]]) -> None:
-        """Add the next lines.
-
-        Args:
-            reasons: of the first bad ones: line number within these lines, from 0, and reason.
-        """
+        """Add the next lines; `reasons` has the number of a bad line among them, from 0, and what is wrong."""
         named = [f"line {self.num_lines + number + 1}: {reason}" for number, reason in reasons]
         self.reasons = (self.reasons + named)[:MAX_REPORTED]
         self.num_lines += num_lines
         self.count += num_bad
 
     def check(self, path: Path, complete: bool) -> None:
-        """
-        Args:
-            complete: whether the whole file was read; if not, only `MAX_REPORTED` bad lines without an allowed share
-                are an error.
-
-        Raises:
-            InputError: too many bad lines, or no lines at all.
-        """
+        """Raise InputError for too many bad lines or no lines; in an incomplete file, for MAX_REPORTED bad lines."""
         if not complete and (self.max_fraction or self.count < MAX_REPORTED):
             return
         if self.count > self.max_fraction * self.num_lines:
@@ -136,11 +120,7 @@ class LineParser:
         self._decode = msgspec.json.Decoder(msgspec.defstruct("Line", fields)).decode
 
     def parse(self, line: bytes) -> tuple[int, tuple[int, ...]]:
-        """Class id and token ids of one line; other keys are ignored.
-
-        Raises:
-            ValueError: what was expected, and at which token.
-        """
+        """Class id and token ids of one line; other keys are ignored. Raises ValueError for a bad line."""
         try:
             record: Any = self._decode(line.decode())  # msgspec does not check the UTF-8 of ignored keys
         except UnicodeDecodeError as error:

@@ -41,11 +41,7 @@ class StoreMeta:
 
 
 def open_store(path: Path) -> tuple[StoreMeta, np.memmap, np.memmap]:
-    """Meta, codes (n, N) uint16 and class ids (n,) int32, both memory-mapped.
-
-    Raises:
-        InputError: no store there, or a damaged one.
-    """
+    """Meta, codes (n, N) uint16 and class ids (n,) int32, memory-mapped; raises InputError without a good store."""
     try:
         meta = StoreMeta(**json.loads((path / META_FILE).read_text()))
         codes = np.load(path / TOKENS_FILE, mmap_mode="r")
@@ -63,10 +59,6 @@ def _check_shape(file: Path, array: np.ndarray, expected: tuple[int, ...]) -> No
 
 
 def check_codebook_size(path: Path, codebook_size: int) -> None:
-    """
-    Raises:
-        InputError: more codes than uint16 holds.
-    """
     if codebook_size > MAX_CODEBOOK_SIZE:
         raise InputError(f"{path}: codebook_size={codebook_size}, expected at most {MAX_CODEBOOK_SIZE}")
 

@@ -57,11 +57,7 @@ class TokenStore(Dataset):
         return self.meta.class_names[class_id] if self.meta.class_names else str(class_id)
 
     def verify(self) -> None:
-        """Read everything, with a progress bar, and compare it with the hashes of meta.json.
-
-        Raises:
-            InputError: codes or class ids differ from what was written, or meta.json has no hashes.
-        """
+        """Read everything and compare it with the hashes of meta.json; raises InputError unless they are equal."""
         for file, rows in ((TOKENS_FILE, self.codes), (CLASS_IDS_FILE, self.class_ids)):
             digest = hashlib.sha256()
             for first in tqdm(range(0, len(rows), ROWS_PER_READ), desc=f"verifying {file}", delay=2):

@@ -18,11 +18,7 @@ from utils.files.atomic import atomic_folder
 
 @contextmanager
 def new_token_store(path: Path, meta: StoreMeta) -> Iterator["TokenStoreWriter"]:
-    """A writer to append samples to. At the end the store replaces an older one; after an exception it is deleted.
-
-    Raises:
-        InputError: more codes than uint16 holds, or no samples.
-    """
+    """A writer to append samples to. At the end the store replaces an older one; after an exception it stays."""
     check_codebook_size(path, meta.codebook_size)
     with atomic_folder(path) as partial:
         with closing(TokenStoreWriter(partial, meta)) as writer:

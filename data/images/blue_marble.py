@@ -95,7 +95,7 @@ def _region_tiles(region: str) -> Iterator[tuple[Tile, bool]]:
 
 
 def build_shards(output_dir: Path) -> None:
-    """Write train-*.tar and heldout-*.tar with their indices, shards.json, classes.json and classes.png, atomically."""
+    """Write train-*.tar and heldout-*.tar with their indices, shards.json and classes.json, atomically."""
     picture = read_picture()
     train, heldout = split_tiles(picture)
     with atomic_folder(output_dir) as partial:
@@ -103,7 +103,6 @@ def build_shards(output_dir: Path) -> None:
         counts |= _write_shards(partial / HELDOUT_PATTERN, heldout, picture)
         (partial / COUNTS_FILE).write_text(json.dumps(counts) + "\n")
         (partial / CLASS_NAMES_FILE).write_text(json.dumps(list(REGIONS)) + "\n")
-        _contact_sheet(train, picture).save(partial / "classes.png")
 
 
 def _write_shards(pattern: Path, tiles: list[Tile], picture: Image.Image) -> dict[str, int]:
@@ -124,17 +123,6 @@ def _sample(tile: Tile, picture: Image.Image) -> ShardSample:
     png = io.BytesIO()
     _crop(tile, picture).save(png, "PNG")
     return ShardSample(tile.key, list(REGIONS).index(tile.region), ".png", png.getvalue())
-
-
-def _contact_sheet(tiles: list[Tile], picture: Image.Image, columns: int = 16) -> Image.Image:
-    """A row of evenly spaced tiles for every region."""
-    sheet = Image.new("RGB", (columns * TILE, len(REGIONS) * TILE))
-    for row, region in enumerate(REGIONS):
-        of_region = [tile for tile in tiles if tile.region == region]
-        for column in range(columns):
-            tile = of_region[column * len(of_region) // columns]
-            sheet.paste(_crop(tile, picture), (column * TILE, row * TILE))
-    return sheet
 
 
 def _crop(tile: Tile, picture: Image.Image) -> Image.Image:

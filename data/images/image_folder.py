@@ -8,7 +8,7 @@ import numpy as np
 
 from data.images.image_io import has_image_name
 from data.images.image_source import ImageSource, printable, to_bytes, to_text
-from data.images.notices import SkippedFiles, notify
+from data.images.notices import SkippedFiles
 from utils.errors import InputError
 
 
@@ -28,10 +28,9 @@ class ImageFolder(_Files):
     """Images of a folder with one sub-folder per class, which may be nested further.
 
     Class names are the names of the sub-folders, sorted as numbers if all are numbers, else as text. Names that begin
-    with a dot are ignored. Other files, and images next to the class folders, are left out with a notice.
+    with a dot are ignored. Other files, and images next to the class folders, are skipped with a notice.
 
-    Raises:
-        InputError: no sub-folder, or a sub-folder without images.
+    Raises InputError if there is no sub-folder, or one without images.
     """
 
     class_names: list[str]
@@ -52,11 +51,7 @@ class ImageFolder(_Files):
 
 
 class PlainFolder(_Files):
-    """The images directly in a folder, sorted by name, all of class 0.
-
-    Raises:
-        InputError: there are none.
-    """
+    """The images directly in a folder, at least one, sorted by name, all of class 0."""
 
     class_names = None
 
@@ -78,29 +73,18 @@ def is_plain(folder: Path) -> bool:
 
 
 def class_folders(root: Path, skipped: SkippedFiles | None = None) -> list[str]:
-    """Names of the sub-folders in the order of the class ids.
-
-    Args:
-        skipped: gets the files next to them; None: no notices.
-
-    Raises:
-        InputError: there are none.
-    """
+    """Names of the sub-folders in the order of the class ids; files next to them go to `skipped`."""
     with os.scandir(root) as scan:
         entries = [entry for entry in scan if not entry.name.startswith(".")]
     names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:
         hint = f"; for shards give {root / '*.tar'}" if next(root.glob("*.tar"), None) else ""
         raise InputError(f"{root}: found no sub-folder, expected one per class{hint}")
-    numbers = [name for name in names if name.isascii() and name.isdigit()]
-    if len(numbers) == len(names):
+    if all(name.isascii() and name.isdigit() for name in names):
         names.sort(key=int)
-    if skipped is not None:
-        for entry in entries:
-            if not entry.is_dir():
-                skipped.add(entry.name, "next to the class folders")
-        if len(numbers) < len(names) and numbers != sorted(numbers, key=int):
-            notify(f"{root}: classes are sorted as text, as not all are numbers: {', '.join(numbers[:4])}, ...")
+    for entry in entries:
+        if skipped is not None and not entry.is_dir():
+            skipped.add(entry.name, "next to the class folders")
     return names
 
 

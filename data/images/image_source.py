@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from data.images.image_io import ImageDecoding, ImageIssue
+from data.images.image_io import ImageDecoding
 from utils.errors import InputError
 
 
@@ -40,20 +40,11 @@ class ImageSource(ABC):
         return len(self.class_ids)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """An image and its class id.
-
-        Raises:
-            InputError: it cannot be read or decoded.
-        """
-        return self.load(index)[0], int(self.class_ids[index])
+        """An image and its class id; raises InputError if it cannot be read or decoded."""
+        return self.load(index), int(self.class_ids[index])
 
     def read(self, index: int) -> bytes:
-        """The encoded image.
-
-        Raises:
-            InputError: the file cannot be read.
-            OSError: this process has too many open files.
-        """
+        """The encoded image; raises InputError if the file cannot be read."""
         try:
             return self._read(index)
         except OSError as error:
@@ -61,12 +52,8 @@ class ImageSource(ABC):
                 raise
             raise InputError(f"{self.location(index)}: cannot be read: {error.strerror or error}") from error
 
-    def load(self, index: int) -> tuple[Image.Image, ImageIssue]:
-        """An image and its issues.
-
-        Raises:
-            InputError: it cannot be read or decoded.
-        """
+    def load(self, index: int) -> Image.Image:
+        """An image; raises InputError if it cannot be read or decoded."""
         encoded = self.read(index)
         try:
             return self.decoding.decode(encoded)
@@ -90,13 +77,9 @@ class ImageSource(ABC):
         return digest.hexdigest()
 
     def name_classes(self, class_names: Sequence[str], origin: str) -> None:
-        """Renumber the classes by name to the ids they have in `class_names`. A source without names is unchanged.
+        """Renumber the classes to the ids that their names have in `class_names`, which are from `origin`.
 
-        Args:
-            origin: where `class_names` are from, for the error message.
-
-        Raises:
-            InputError: a class that `class_names` lacks or has twice.
+        A source without names stays as it is. Raises InputError for a name that `class_names` lacks or has twice.
         """
         if self.class_names is None or self.class_names == list(class_names):
             return

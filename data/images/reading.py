@@ -11,9 +11,9 @@ from torch.utils.data import Dataset, default_collate
 
 from data.batch_sampler import SampleIndex, as_sample_index
 from data.images.image_folder import ImageFolder
-from data.images.image_io import ImageDecoding, ImageIssue
+from data.images.image_io import ImageDecoding
 from data.images.image_source import ImageSource
-from data.images.notices import IssueCounter
+from data.images.notices import SkippedImages
 from data.images.tar_shards import TarShards
 from data.images.transforms import NUM_DRAWS, Transform
 from utils.errors import InputError
@@ -55,12 +55,12 @@ class ImageDataset(Dataset):
     Augmentation depends on (seed, dataset pass, index) only.
 
     Args:
-        max_bad_fraction: allowed share of unreadable images; the next readable image replaces one. The share is checked
-            in `issues`. 0: an unreadable image is an error at once.
+        max_bad_fraction: allowed share of unreadable images, each replaced by the next readable one; 0: an unreadable
+            image is an error. `skipped` checks the share.
 
     Attributes:
         workers: default number of processes that read it.
-        issues: counts issues of images; whoever reads batches passes their `index` and `issues` to it.
+        skipped: counts unreadable images; whoever reads batches passes their `index` and `skipped` to it.
     """
 
     collate = staticmethod(default_collate)
@@ -70,7 +70,7 @@ class ImageDataset(Dataset):
         self.source = source
         self.transform = transform
         self.seed = seed
-        self.issues = IssueCounter(source, max_bad_fraction)
+        self.skipped = SkippedImages(source, max_bad_fraction)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -88,30 +88,29 @@ class ImageDataset(Dataset):
         """
         Returns:
             image: the result of the transform, uint8 (H, W, 3); class_labels and index: int;
-            issues: int, bits of `ImageIssue`; with UNREADABLE, image and label are those of the next readable image.
+            skipped: whether the image is unreadable; image and label are those of the next readable one then.
 
         Raises:
             InputError: the image cannot be read or decoded.
         """
         index, dataset_pass = as_sample_index(item)
-        image, found_at, issues = self._next_readable(index)
+        image, found_at = self._next_readable(index)
         draws = uniforms(philox(Stream.AUGMENTATION, self.seed, dataset_pass * len(self) + index), NUM_DRAWS)
         return {
             "image": self.transform(image, draws),
             "class_labels": int(self.class_ids[found_at]),
             "index": index,
-            "issues": int(issues),
+            "skipped": found_at != index,
         }
 
-    def _next_readable(self, index: int) -> tuple[Image.Image, int, ImageIssue]:
-        """The image, its index, and the issues of the image at `index`."""
+    def _next_readable(self, index: int) -> tuple[Image.Image, int]:
+        """The first readable image from an index on, and its index."""
         for step in range(len(self)):
             candidate = (index + step) % len(self)
             try:
-                image, issues = self.source.load(candidate)
-                return image, candidate, issues if step == 0 else ImageIssue.UNREADABLE
+                return self.source.load(candidate), candidate
             except InputError:
-                if not self.issues.max_bad_fraction:
+                if not self.skipped.max_bad_fraction:
                     raise
         raise InputError(f"{self.source.location(index)}: cannot be decoded, nor can any other image")
 
@@ -134,7 +133,7 @@ class CroppedImages:
         """Images `start` to `stop`, uint8 (stop - start, H, W, 3)."""
         with ThreadPoolExecutor() as threads:
             batch = self.dataset.collate(list(threads.map(self.dataset.__getitem__, self.indices[start:stop])))
-        self.dataset.issues.add(batch["index"], batch["issues"])
+        self.dataset.skipped.add(batch["index"], batch["skipped"])
         return batch["image"].numpy()
 
 

@@ -12,10 +12,12 @@ from data.images.image_source import to_bytes
 from utils.errors import InputError
 from utils.files.npz import write_npz
 
+COLUMNS = ("keys", "class_ids", "offsets", "sizes")
+
 
 @dataclass
 class ShardIndex:
-    """Columns with a row per sample. Arrays, as reading a list of objects would make every worker copy its memory."""
+    """Columns with a row per sample. Arrays, as workers would copy the memory of a list when they read it."""
 
     keys: np.ndarray  # (n,) bytes
     class_ids: np.ndarray  # (n,) int32
@@ -26,11 +28,12 @@ class ShardIndex:
     @classmethod
     def of(cls, samples: list[tuple[str, int, int, int]]) -> "ShardIndex":
         """From key, class id, offset and size of each sample."""
+        keys, class_ids, offsets, sizes = zip(*samples, strict=True)
         return cls(
-            keys=np.array([to_bytes(key) for key, _, _, _ in samples]),
-            class_ids=np.array([class_id for _, class_id, _, _ in samples], dtype=np.int32),
-            offsets=np.array([offset for _, _, offset, _ in samples]),
-            sizes=np.array([size for _, _, _, size in samples]),
+            keys=np.array([to_bytes(key) for key in keys]),
+            class_ids=np.array(class_ids, dtype=np.int32),
+            offsets=np.array(offsets),
+            sizes=np.array(sizes),
         )
 
     def __len__(self) -> int:
@@ -42,35 +45,21 @@ def index_path(shard: Path) -> Path:
 
 
 def write_index(shard: Path, index: ShardIndex) -> None:
-    columns = {
-        "keys": index.keys,
-        "class_ids": index.class_ids,
-        "offsets": index.offsets,
-        "sizes": index.sizes,
-        "shard_bytes": np.array([shard.stat().st_size]),
-        "shard_sha256": np.array([index.sha256.encode()], dtype="S64"),
-    }
+    columns = {name: getattr(index, name) for name in COLUMNS}
+    columns["shard_bytes"] = np.array([shard.stat().st_size])
+    columns["shard_sha256"] = np.array([index.sha256.encode()], dtype="S64")
     write_npz(index_path(shard), {name: (column.shape, column.dtype, [column]) for name, column in columns.items()})
 
 
 def read_index(shard: Path) -> ShardIndex | None:
-    """None if the shard has no index.
-
-    Raises:
-        InputError: the index is damaged, or belongs to a shard of another size.
-    """
+    """None if there is none; raises InputError if it is damaged or belongs to a shard of another size."""
     path = index_path(shard)
     if not path.is_file():
         return None
     try:
         with np.load(path) as columns:
-            index = ShardIndex(
-                keys=columns["keys"],
-                class_ids=columns["class_ids"],
-                offsets=columns["offsets"],
-                sizes=columns["sizes"],
-                sha256=columns["shard_sha256"][0].decode(),
-            )
+            sha256 = columns["shard_sha256"][0].decode()
+            index = ShardIndex(**{name: columns[name] for name in COLUMNS}, sha256=sha256)
             expected = int(columns["shard_bytes"][0])
         if not len(index.keys) == len(index.class_ids) == len(index.offsets) == len(index.sizes) > 0:
             raise ValueError("columns of different lengths, or empty")

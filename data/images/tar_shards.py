@@ -1,7 +1,7 @@
 """Random access to the samples of webdataset shards: `<key>.jpg` (or png, webp, ...) and `<key>.cls` (a number).
 
-The package webdataset only streams. Offsets come from the index next to a shard, else all tar headers are read.
-Format: https://github.com/webdataset/webdataset
+The package webdataset (https://github.com/webdataset/webdataset) only streams. Offsets come from the index next to a
+shard, else all tar headers are read.
 """
 
 import fnmatch
@@ -27,12 +27,7 @@ COUNTS_FILE = "shards.json"
 
 
 class TarShards(ImageSource):
-    """The samples of shards, in the order of the shards and within them.
-
-    Raises:
-        InputError: a missing, empty or damaged shard, a sample without image or class id, or the index of another
-            shard.
-    """
+    """The samples of shards in their order. Raises InputError for missing or damaged shards and incomplete samples."""
 
     def __init__(self, pattern: str) -> None:
         self.shards = find_shards(pattern)
@@ -72,11 +67,7 @@ class TarShards(ImageSource):
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """Files of a path, of "a-{000..252}.tar" or of a glob; every name that the braces give must exist.
-
-    Raises:
-        InputError: no such shard.
-    """
+    """Files of a path, of "a-{000..252}.tar" or of a glob; raises InputError for a name without a file."""
     shards: list[Path] = []
     for name in expand_braces(pattern):
         found = [Path(path) for path in sorted(glob.glob(name)) if Path(path).is_file()]
@@ -93,7 +84,7 @@ def has_shards(pattern: str) -> bool:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """ "a-{00..02}.tar" gives three names."""
+    """The names of a pattern: three for "a-{00..02}.tar"."""
     try:
         return list(braceexpand(pattern))
     except ValueError as error:
@@ -104,14 +95,11 @@ def check_counts(pattern: str, found: dict[Path, ShardIndex]) -> list[str]:
     """Compare shards with the `shards.json` next to them, if there is one.
 
     It maps the name of a shard to its number of samples or to `{"samples": 1000, "bytes": 12345, "sha256": "..."}`.
-    Without it, a shard that a glob misses or a well-formed shard that lacks samples would not be noticed.
+    Without it, a shard that a glob misses or a well-formed shard that lacks samples would not be noticed. Raises
+    InputError for differences.
 
     Returns:
         sha256 of all shards in order; empty if any is not stated.
-
-    Raises:
-        InputError: a shard of the pattern is missing, a shard has another number of samples or bytes, its index is of
-            another sha256, or the file is damaged.
     """
     names = [Path(name).name for name in expand_braces(pattern)]
     hashes: dict[Path, str] = {}
@@ -131,7 +119,6 @@ def check_counts(pattern: str, found: dict[Path, ShardIndex]) -> list[str]:
 
 
 def _check_shard(shard: Path, index: ShardIndex, record: dict[str, Any], path: Path) -> None:
-    """Compare a shard with its record in `shards.json`; raises InputError."""
     if len(index) != record["samples"]:
         raise InputError(f"{shard}: found {len(index)} samples, expected {record['samples']} as in {path}")
     size = shard.stat().st_size
@@ -153,14 +140,9 @@ def _read_counts(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def read_headers(shard: Path) -> ShardIndex:
-    """Index a shard by reading all its headers and class ids.
-
-    Raises:
-        InputError: the shard is empty, cut, compressed or not a tar, or a sample is incomplete.
-    """
+    """Index a shard by reading all its headers and class ids; raises InputError for damage and incomplete samples."""
     images: dict[str, tarfile.TarInfo] = {}
     class_ids: dict[str, int] = {}
-    others: dict[str, str] = {}  # key by name of images with an extension of several parts, such as .seg.png
     skipped = SkippedFiles()
     end = 0
     try:
@@ -170,29 +152,37 @@ def read_headers(shard: Path) -> ShardIndex:
                 key, extension = _key_and_extension(member.name)
                 if member.isdir() or _is_hidden(member.name):
                     continue
-                if extension in IMAGE_EXTENSIONS:
+                if not member.isreg():
+                    skipped.add(member.name, "a link")
+                elif extension in IMAGE_EXTENSIONS:
                     if key in images:
                         raise InputError(f"{shard}, sample {printable(key)!r}: found two images, expected one")
                     images[key] = member
                 elif extension == "cls":
-                    class_ids[key] = _read_class_id(tar, member, f"{shard}, sample {printable(key)!r}")
-                elif extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
-                    others[member.name] = key
+                    class_ids[key] = _read_class_id(shard, tar, member)
                 else:
-                    skipped.add(member.name, "no image")
+                    skipped.add(member.name, "no image extension after the first dot")
     except tarfile.TarError as error:
         raise InputError(f"{shard}: {error}, after {len(images)} images; expected a complete, plain tar") from error
+    skipped.notify(str(shard))
     _check_end(shard, end, len(images))
-    _check_images(shard, images, others)
+    if not images:
+        raise InputError(f"{shard}: found no {'/'.join(IMAGE_EXTENSIONS)} member, expected at least one sample")
     incomplete = images.keys() ^ class_ids.keys()
     if incomplete:
         key = min(incomplete)
         missing = "class id (.cls)" if key in images else "image"
         raise InputError(f"{shard}, sample {printable(key)!r}: found no {missing}")
-    for name in others:
-        skipped.add(name, "not the image of its sample")
-    skipped.notify(str(shard))
     return ShardIndex.of([(key, class_ids[key], image.offset_data, image.size) for key, image in images.items()])
+
+
+def _read_class_id(shard: Path, tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
+    text = tar.extractfile(member).read().strip()  # type: ignore[union-attr]
+    if not text.isdigit() or len(text) > 9:
+        raise InputError(
+            f"{shard}, member {printable(member.name)!r}: found {text[:20]!r}, expected a number such as 7"
+        )
+    return int(text)
 
 
 def _key_and_extension(name: str) -> tuple[str, str]:
@@ -206,37 +196,6 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
-def _read_class_id(tar: tarfile.TarFile, member: tarfile.TarInfo, where: str) -> int:
-    file = tar.extractfile(member)
-    if file is None:
-        raise InputError(f"{where}: found a .cls that is not a file, expected a class id")
-    digits = file.read().strip()
-    if not digits.isdigit() or len(digits) > 9:
-        raise InputError(f"{where}: found {digits[:20]!r} in .cls, expected a class id such as 7")
-    return int(digits)
-
-
-def _check_images(shard: Path, images: dict[str, tarfile.TarInfo], others: dict[str, str]) -> None:
-    """
-    Args:
-        others: key by name of further images, such as masks.
-
-    Raises:
-        InputError: no images, links, or images that would be lost because their names have several dots.
-    """
-    lost = [name for name, key in others.items() if key not in images or _key_and_extension(name)[1][0].isdigit()]
-    if lost:
-        raise InputError(
-            f"{shard}, member {printable(lost[0])!r}: {len(lost)} images belong to no sample, as the key of a sample "
-            "ends at the first dot of its name; expected names with one dot"
-        )
-    if not images:
-        raise InputError(f"{shard}: found no {'/'.join(IMAGE_EXTENSIONS)} member, expected at least one sample")
-    for member in images.values():
-        if not member.isreg():
-            raise InputError(f"{shard}, member {printable(member.name)!r}: found a link, expected a file")
-
-
 def _check_end(shard: Path, end: int, num_images: int) -> None:
     """A tar that is cut between two members reads like a shorter one; only its end mark is missing."""
     with shard.open("rb") as file:
@@ -246,11 +205,7 @@ def _check_end(shard: Path, end: int, num_images: int) -> None:
 
 
 def read_class_names(shards: list[Path]) -> list[str] | None:
-    """Class names from `classes.json` next to the shards, in the order of the class ids; None without the file.
-
-    Raises:
-        InputError: the files of two folders differ.
-    """
+    """From `classes.json` next to the shards, in the order of the class ids; None without it."""
     paths = [folder / CLASS_NAMES_FILE for folder in dict.fromkeys(shard.parent for shard in shards)]
     paths = [path for path in paths if path.is_file()]
     if not paths:
@@ -263,10 +218,7 @@ def read_class_names(shards: list[Path]) -> list[str] | None:
 
 
 def read_names(path: Path) -> list[str]:
-    """
-    Raises:
-        InputError: the file is not a JSON list of strings.
-    """
+    """The JSON list of class names in a file."""
     names = read_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: found {str(names)[:40]}, expected a JSON list of class names")

@@ -39,21 +39,13 @@ def adm_center_crop(image: Image.Image, size: int, resize_to: int | None = None)
 
 
 def training_transform(preprocessing: PreprocessingConfig) -> Transform:
-    """Resize, random or centre crop, random flip: an image to uint8 (crop_size, crop_size, 3).
-
-    Raises:
-        InputError: the crop is larger than the resized image.
-    """
+    """Resize, random or centre crop, random flip: an image to uint8 (crop_size, crop_size, 3)."""
     _check_sizes(preprocessing)
     return partial(_training_crop, preprocessing=preprocessing)  # unlike an inner function, it can be pickled
 
 
 def pretokenize_transform(preprocessing: PreprocessingConfig) -> Transform:
-    """The input of `cut_crops`: an image to uint8 (S, S, 3), nothing random. S is crop_size, for ten_crop 1.1 times it.
-
-    Raises:
-        InputError: the crop is larger than the resized image.
-    """
+    """The input of `cut_crops`: an image to uint8 (S, S, 3), not random. S is crop_size, for ten_crop 1.1 times it."""
     _check_sizes(preprocessing)
     return partial(_pretokenize_crop, preprocessing=preprocessing)
 

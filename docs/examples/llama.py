@@ -37,8 +37,8 @@ robust.attach(model, encode="model.layers.0", decode=f"model.layers.{LAYERS * 3 
 optimizer = torch.optim.AdamW([*model.parameters(), *robust.parameters()], lr=4e-3)
 for step in range(STEPS):
     labels, codes = made_up_codes(16)
-    noisy, mask = robust.perturb(codes, progress=step / STEPS)
-    tokens = torch.cat([VOCAB + labels[:, None], noisy], dim=1)  # (B, 1 + N): class, x1 .. xN
+    perturbed, mask = robust.perturb(codes, progress=step / STEPS)
+    tokens = torch.cat([VOCAB + labels[:, None], perturbed], dim=1)  # (B, 1 + N): class, x1 .. xN
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]  # of x1 .. xN
     ar_loss = F.cross_entropy(logits.flatten(0, 1), codes.flatten())
     loss = ar_loss + robust.loss(codes, mask)

@@ -45,8 +45,8 @@ robust.attach(model, encode="blocks.0", decode=f"blocks.{LAYERS * 3 // 4}", pref
 optimizer = torch.optim.AdamW([*model.parameters(), *robust.parameters()], lr=4e-3)
 for step in range(STEPS):
     labels, codes = made_up_codes(16)
-    noisy, mask = robust.perturb(codes, progress=step / STEPS)
-    ar_loss = F.cross_entropy(model(labels, noisy).flatten(0, 1), codes.flatten())
+    perturbed, mask = robust.perturb(codes, progress=step / STEPS)
+    ar_loss = F.cross_entropy(model(labels, perturbed).flatten(0, 1), codes.flatten())
     loss = ar_loss + robust.loss(codes, mask)
     optimizer.zero_grad()
     loss.backward()

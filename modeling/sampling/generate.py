@@ -1,12 +1,12 @@
-"""Sampling codes: power-cosine guidance, top-k and top-p, and the loop over the codes of a batch of images, in raster
-order or another one, all of them or those that are not known.
+"""Sampling codes: power-cosine guidance, top-k and top-p, and the loop over the codes of a batch of images.
 
 Legend: B images, N codes per image, S sequences (B; with guidance 2 B, the conditional ones first), D hidden size,
-V codebook size, H x W pixels.
+V codebook size.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,27 +14,19 @@ from torch import Tensor
 from modeling.input_validation import (
     check_raster,
     checked_class_labels,
-    checked_known,
+    checked_conditioning,
     checked_orders,
     checked_uniforms,
 )
-from modeling.orders import known_first
+from modeling.orders import conditioning_first
 from modeling.rear import ReAR
-from modeling.sampling.cached_decoding import (
-    BUCKET,
-    DecoderWeights,
-    DecodingState,
-    StepFunctions,
-    compiled_functions,
-    decode_one_token,
-    on_gpu,
-    prefill,
-)
-from modeling.sampling.image_decoder import LOGITS_NOT_FINITE, are_codes
+from modeling.sampling.cached_decoding import BUCKET, DecodingState, decode_one_token, on_gpu, prefill
 from modeling.sampling.step_graph import StepGraphs
-from utils.config_checks import check_generator_ranges
+from utils.config_checks import check_ranges
 from utils.errors import NonFiniteError
 from utils.schema import GeneratorConfig
+
+LOGITS_NOT_FINITE = "the generator's logits are not finite: its weights are damaged or do not belong to this config"
 
 
 def guidance_schedule(guidance_scale: float, guidance_scale_pow: float, steps: int) -> list[float]:
@@ -80,31 +72,40 @@ def sample_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, uniforms.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
-def choose_codes(hidden: Tensor, state: DecodingState, scales: Tensor, config: GeneratorConfig) -> None:
-    """Sample the next codes from the head's input (S, D) into `state.codes` and advance `state.position` to them.
+def sample_next_codes(hidden: Tensor, state: DecodingState, scales: Tensor, config: GeneratorConfig) -> None:
+    """Sample from the head's input (S, D) into `state.codes`, where none are given, and advance `state.position`.
 
     Guidance is applied to the head's input instead of the logits. Both are linear, so the result is the same, and the
     head runs on B rows instead of 2 B.
+
+    Args:
+        scales: (N,) guidance of each code.
+        config: temperature, top-k and top-p.
     """
     k = state.position - 1  # (1,) which code
     if state.guided:
         cond, uncond = hidden.chunk(2)
         hidden = guide(cond, uncond, scales.index_select(0, k))  # (B, D)
-    logits = state.weights.model.lm_head(hidden) / config.randomize_temperature  # (B, V)
+    logits = state.model.lm_head(hidden) / config.randomize_temperature  # (B, V)
     logits = filter_logits(logits, config.top_k, config.top_p)
     codes = sample_codes(logits, state.uniforms.index_select(1, k)[:, 0])  # (B,)
-    if state.places is not None:
-        known = state.places.known_codes.index_select(1, k)[:, 0]
-        codes = torch.where(known < 0, codes, known)
+    given = state.conditioning.index_select(1, k)[:, 0]
+    codes = torch.where(given < 0, codes, given)
     state.codes.index_copy_(1, k, codes[:, None])
     state.position.add_(1)
+
+
+def next_codes(state: DecodingState, scales: Tensor, config: GeneratorConfig, end: int, masked: bool = False) -> None:
+    """Decode and sample one code of each image; arguments as of `decode_one_token` and `sample_next_codes`."""
+    hidden = decode_one_token(state, end, masked)
+    sample_next_codes(hidden, state, scales, config)
 
 
 class CodeSampler:
     """Samples the codes of batches of images; buffers and CUDA graphs are kept for the next batch of the same size.
 
     Args:
-        model: in float32 and eval mode; its weights must not change while this object is used.
+        model: in float32; its weights must not change while this object is used.
         config: guidance, temperature, top-k and top-p.
         dtype: of the blocks' matrix products and of the cache; everything else is float32.
         compile_mode: `sampling.compile`. off: operations are launched one by one; on: the step is compiled and, on
@@ -125,34 +126,30 @@ class CodeSampler:
     ) -> None:
         if other := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
             raise ValueError(f"model in {other.pop()}: expected torch.float32; sampling rounds it to its own `dtype`")
-        self.compile_mode, self.notice = compile_mode, notice
-        with torch.inference_mode():
-            self.weights = DecoderWeights(model, dtype)
+        self.model, self.dtype, self.compile_mode, self.notice = model, dtype, compile_mode, notice
         self.steps, self.device = model.image_seq_len, model.cls_token.device
         self.scales = torch.empty(self.steps, device=self.device)  # (N,)
-        self.graphs: StepGraphs | None = None  # goes before the state, whose buffers it uses
+        self.graphs: StepGraphs | None = None
         self.state: DecodingState | None = None
-        self.functions = StepFunctions()
-        self.captured: tuple[bool, float, int, float] | None = None  # what graphs hold of the config
+        self._captured: tuple[bool, float, int, float] | None = None  # the settings that graphs hold
         self.configure(config)
 
     @torch.inference_mode()
     def configure(self, config: GeneratorConfig) -> None:
-        """Sample with this guidance, temperature, top-k and top-p from now on. Where only the strength of the guidance
-        changes, buffers and graphs stay.
+        """Use this guidance, temperature, top-k and top-p from now on. If only the strength of the guidance changes,
+        buffers and graphs stay.
 
         Raises:
             ValueError: a value outside its range.
         """
-        check_generator_ranges(config)
-        self.config = config
-        self.guidance_scale = config.guidance_scale or 1.0  # 0 is 1 in the published code
-        self.scales.copy_(torch.tensor(guidance_schedule(self.guidance_scale, config.guidance_scale_pow, self.steps)))
-        captured = self.guidance_scale != 1, config.randomize_temperature, config.top_k, config.top_p
-        if self.state is not None and captured != self.captured:
-            self.graphs = None  # waits for replays, which use the state
-            self.state = None
-        self.captured = captured
+        check_ranges(config, "model.generator.")
+        guidance_scale = config.guidance_scale or 1.0  # 0 is 1 in the published code
+        self.scales.copy_(torch.tensor(guidance_schedule(guidance_scale, config.guidance_scale_pow, self.steps)))
+        self.guided = guidance_scale != 1
+        captured = self.guided, config.randomize_temperature, config.top_k, config.top_p
+        if captured != self._captured:
+            self._free()
+        self.config, self._captured = config, captured
 
     @torch.inference_mode()
     def __call__(
@@ -161,42 +158,44 @@ class CodeSampler:
         uniforms: Tensor,
         on_step: Callable[[], object] = lambda: None,
         orders: Tensor | None = None,
-        known_codes: Tensor | None = None,
-        known_mask: Tensor | None = None,
+        conditioning_codes: Tensor | None = None,
+        conditioning_mask: Tensor | None = None,
     ) -> Tensor:
-        """Sample in raster order or in `orders`, what is known first.
+        """Sample in raster order or in `orders`.
 
         Args:
-            class_labels: (B,) integers from 0 to C - 1, or `model.null_class`; best on the CPU, as the uniforms: they
-                are looked at before the first step.
+            class_labels: (B,) integers from 0 to C - 1, or `model.null_class`; best on the CPU, as the uniforms: their
+                values are checked first.
             uniforms: (B, N) random numbers in [0, 1), one row per image (`utils.randomness.image_uniforms`): an image
                 depends on its own row only, not on the batch it is in.
             on_step: called after each position, for a progress bar.
             orders: (B, N) as in `ReAR.forward`; for models that `config.order` says are trained so.
-            known_codes: (B, N) in raster order, for `known_mask`; others are not looked at.
-            known_mask: (B, N) bool; these codes stay and come first, the others are sampled given them. In raster order
-                the known ones must be the first ones of their image.
+            conditioning_codes: (B, N) in raster order, read where `conditioning_mask` is true.
+            conditioning_mask: (B, N) bool, true where a code is given. Given codes stay and come first in the order of
+                their image, the others are sampled conditioned on them (inpainting). A model in raster order needs them
+                to be the first codes of the image.
 
         Returns:
-            (B, N) int64 codes in raster order; a GPU may still be at work on them. V where logits were not finite:
-            `ImageDecoder`, `KeptCodes` and `generate` refuse that.
+            (B, N) int64 codes in raster order; a GPU may still be computing them. V where logits were not finite:
+            `ImageDecoder`, `PassThroughDecoder` and `generate` raise then.
 
         Raises:
             ValueError: an argument of another shape, type or range, or an order that the model was not trained for.
         """
-        class_labels = checked_class_labels(class_labels, self.weights.model.num_classes)
+        class_labels = checked_class_labels(class_labels, self.model.num_classes)
         shape = (len(class_labels), self.steps)
         uniforms = checked_uniforms(uniforms, shape)
+        conditioning = None
         if orders is not None:
             orders = checked_orders(orders, shape)
-        if known_codes is not None or known_mask is not None:
-            known_codes = checked_known(known_codes, known_mask, shape, self.weights.model.codebook_size)
-            orders = known_first(known_codes >= 0, orders)
+        if conditioning_codes is not None or conditioning_mask is not None:
+            conditioning = checked_conditioning(conditioning_codes, conditioning_mask, shape, self.model.codebook_size)
+            orders = conditioning_first(conditioning >= 0, orders)
         if orders is not None and self.config.order == "raster":
             check_raster(orders)
-        # The precision is `dtype`, wherever this is called, and streams and graphs are those of the model's GPU.
+        # The precision is `dtype` under any autocast, and streams and graphs are those of the model's GPU.
         with torch.autocast(self.device.type, enabled=False), torch.cuda.device_of(self.scales):
-            return self._sample(class_labels, uniforms, on_step, orders, known_codes)
+            return self._sample(class_labels, uniforms, on_step, orders, conditioning)
 
     def _sample(
         self,
@@ -204,15 +203,14 @@ class CodeSampler:
         uniforms: Tensor,
         on_step: Callable[[], object],
         orders: Tensor | None,
-        known_codes: Tensor | None,
+        conditioning: Tensor | None,
     ) -> Tensor:
-        kind = len(class_labels), orders is not None
-        if self.state is None or (len(self.state.codes), self.state.places is not None) != kind:
-            self.state = self._prepare(*kind)
+        if self.state is None or len(self.state.codes) != len(class_labels):
+            self.state = self._prepare(len(class_labels))
         state = self.state
-        state.begin(class_labels, uniforms, orders, known_codes)
+        state.start(class_labels, uniforms, orders, conditioning)
         state.fill_modulations(0)
-        choose_codes(prefill(state, self.functions), state, self.scales, self.config)
+        sample_next_codes(prefill(state), state, self.scales, self.config)
         on_step()
         for position in range(2, self.steps + 1):
             if position % BUCKET == 0:
@@ -220,42 +218,40 @@ class CodeSampler:
             if self.graphs is not None:
                 self.graphs.replay(bucket_end(position))
             else:
-                self._step(state, position + 1, masked=False)
+                next_codes(state, self.scales, self.config, end=position + 1)
             on_step()
         return state.codes_in_raster_order()
 
-    def _step(self, state: DecodingState, end: int, masked: bool) -> None:
-        hidden = decode_one_token(state, end, masked, self.functions)
-        choose_codes(hidden, state, self.scales, self.config)
-
-    def _prepare(self, images: int, with_places: bool) -> DecodingState:
-        """Allocate for batches of this size; compile and capture where that is asked for."""
-        self.graphs = None  # waits for replays, which use the state
-        self.state = None  # freed before the next one is allocated
-        state = DecodingState(self.weights, images, guided=self.guidance_scale != 1, with_places=with_places)
+    def _prepare(self, images: int) -> DecodingState:
+        """Allocate for batches of this size; compile and capture if asked for."""
+        self._free()  # before the next state is allocated
         if not compiles(self.compile_mode, self.device):
-            return state
+            return DecodingState(self.model, images, self.guided, self.dtype)
         try:
-            self.functions = compiled_functions()
-            self._warm_up(state)
+            state = DecodingState(self.model, images, self.guided, self.dtype, compiled=True)
+            self.graphs = self._warm_up(state)
+            return state
         except Exception as error:  # compilers, kernels and captures raise errors of many kinds
             if self.compile_mode == "on":
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            self.notice(f"sampling.compile=auto: the step runs without a graph, since compiling it failed: {reason}")
-            self.compile_mode, self.functions, self.graphs = "off", StepFunctions(), None
-        return state
+        self.notice(f"sampling.compile=auto: the step runs without a graph, since compiling it failed: {reason}")
+        self.compile_mode = "off"
+        return DecodingState(self.model, images, self.guided, self.dtype)
 
-    def _warm_up(self, state: DecodingState) -> None:
-        def rewind() -> None:
-            state.position.fill_(2)
-
+    def _warm_up(self, state: DecodingState) -> StepGraphs | None:
+        """Compile, and on a GPU capture, the step of a state."""
         ends = sorted({bucket_end(position) for position in range(2, self.steps + 1)})
+        state.position.fill_(2)
         if on_gpu(self.device):
-            self.graphs = StepGraphs(lambda end: self._step(state, end, masked=True), rewind, ends)
-        elif ends:
-            rewind()
-            self._step(state, 3, masked=False)
+            return StepGraphs(partial(next_codes, state, self.scales, self.config, masked=True), ends)
+        if ends:
+            next_codes(state, self.scales, self.config, end=3)
+        return None
+
+    def _free(self) -> None:
+        self.graphs = None  # first: it waits for replays, which use the state
+        self.state = None
 
 
 def compiles(compile_mode: str, device: torch.device) -> bool:
@@ -263,8 +259,13 @@ def compiles(compile_mode: str, device: torch.device) -> bool:
 
 
 def bucket_end(position: int) -> int:
-    """Positions that a CUDA graph's step attends to: up to the end of the bucket that holds `position`."""
+    """Length of the attention of a CUDA graph's step: to the end of the bucket that holds `position`."""
     return (position // BUCKET + 1) * BUCKET
+
+
+def are_codes(codes: Tensor, codebook_size: int) -> Tensor:
+    """() bool on the codes' device: all are from 0 to V - 1."""
+    return ((codes >= 0) & (codes < codebook_size)).all()
 
 
 def generate(
@@ -273,16 +274,21 @@ def generate(
     uniforms: Tensor,
     config: GeneratorConfig,
     orders: Tensor | None = None,
-    known_codes: Tensor | None = None,
-    known_mask: Tensor | None = None,
+    conditioning_codes: Tensor | None = None,
+    conditioning_mask: Tensor | None = None,
 ) -> Tensor:
     """Codes (B, N) of one batch in float32, not compiled; arguments and ValueErrors as in `CodeSampler`.
 
     Raises:
         NonFiniteError: logits that are not finite.
     """
-    sampler = CodeSampler(model, config)
-    codes = sampler(class_labels, uniforms, orders=orders, known_codes=known_codes, known_mask=known_mask)
+    codes = CodeSampler(model, config)(
+        class_labels,
+        uniforms,
+        orders=orders,
+        conditioning_codes=conditioning_codes,
+        conditioning_mask=conditioning_mask,
+    )
     if not are_codes(codes, model.codebook_size):
         raise NonFiniteError(LOGITS_NOT_FINITE)
     return codes

@@ -13,7 +13,6 @@ from modeling.rear import ReAR
 from modeling.sampling.image_sampler import ImageSampler
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config_checks import check_ranges
-from utils.keys import keys_under
 from utils.precision import matmul_precision
 from utils.schema import Config, SamplingConfig
 
@@ -46,7 +45,7 @@ def generate_images(
             `ImageSampler(model, tokenizer, Config(model=model.config), batch_size)`.
 
     Returns:
-        (n, H, W, 3) uint8; codes (n, N) uint16 if the tokenizer has no images.
+        (n, H, W, 3) uint8; tokens (n, N) uint16 if the tokenizer has no images.
 
     Raises:
         ValueError: no labels, or an argument outside its range.
@@ -65,7 +64,8 @@ def generate_images(
     given = {key: value for key, value in settings.items() if value is not None}
     generator = replace(model.config.generator, **given)
     config = Config(model=replace(model.config, generator=generator), sampling=SamplingConfig(seed=seed, order=order))
-    check_ranges(config, keys_under(["model.generator", "sampling"]))
+    check_ranges(config.model.generator, "model.generator.")
+    check_ranges(config.sampling, "sampling.")
     if sampler is None:
         sampler = ImageSampler(model, tokenizer, config, min(batch_size, len(labels)))
     if sampler.model is not model:
@@ -73,5 +73,5 @@ def generate_images(
     sampler.configure(config)
     batches = torch.arange(len(labels)).split(sampler.batch_size)
     steps = len(batches) * model.image_seq_len
-    with matmul_precision(tf32=True), tqdm(desc="sampling", total=steps, unit="code", delay=1) as progress:
+    with matmul_precision(tf32=True), tqdm(desc="sampling", total=steps, unit="token", delay=1) as progress:
         return np.concatenate([sampler(rows.tolist(), labels[rows], progress.update) for rows in batches])

@@ -9,22 +9,20 @@ class StepGraphs:
     """One graph for each length of attention, of the current device; they share memory, since only one runs at a time.
 
     Args:
-        step: the step with attention over the given number of positions; it reads and writes buffers that keep their
-            addresses, and never waits for the GPU.
-        reset: sets the buffers to values with which a step can run.
+        step: a step with attention over the given number of positions. It reads and writes buffers that keep their
+            addresses, and never waits for the GPU. It runs once for each length, to load what must not be captured.
         ends: the lengths of attention, ascending.
 
     Raises:
         RuntimeError: an operation of the step cannot be captured.
     """
 
-    def __init__(self, step: Callable[[int], None], reset: Callable[[], None], ends: list[int]) -> None:
+    def __init__(self, step: Callable[[int], object], ends: list[int]) -> None:
         self.device = torch.cuda.current_device()
         current, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(current)
-        with torch.cuda.stream(side):  # the first run loads libraries and kernels, which must not be captured
+        with torch.cuda.stream(side):
             for end in ends:
-                reset()
                 step(end)
         current.wait_stream(side)
         pool = torch.cuda.graph_pool_handle()

@@ -1,4 +1,4 @@
-"""Layers that the convolutional tokenizers share, and decoders made faster.
+"""Layers of the convolutional tokenizers, and a faster form of their decoders.
 
 Legend: B images, C channels, H x W pixels.
 """
@@ -10,21 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import InputError
-from utils.schema import VQModelConfig
+from utils.schema import ConvTokenizerConfig
 
 MAX_GROUPS, MIN_GROUP_WIDTH = 32, 4  # of the group norms
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups as published (narrowest level: 128 channels); fewer in narrow levels, where a group would otherwise
-    hold under four channels and the norm would erase what each of them carries."""
+    """32 groups, as published (narrowest level: 128 channels); fewer in narrow levels, where a group needs four
+    channels."""
     return nn.GroupNorm(math.gcd(MAX_GROUPS, channels // MIN_GROUP_WIDTH), channels, eps=1e-6)
 
 
-def check_first_level(config: VQModelConfig) -> None:
+def check_first_level(config: ConvTokenizerConfig) -> None:
     """
     Raises:
-        InputError: channels of which no group norm can be made.
+        InputError: the channels do not divide into groups.
     """
     if config.hidden_channels % MIN_GROUP_WIDTH:
         raise InputError(
@@ -58,11 +58,10 @@ class UpsampleConv(nn.Conv2d):
 
 
 def fold_upsampling(decoder: nn.Module) -> nn.Module:
-    """A copy for decoding only, in which nearest x2 and the 3x3 convolution after it are one operation.
+    """A copy for decoding in which nearest x2 and the 3x3 convolution after it are one operation.
 
-    A 3x3 convolution of doubled pixels is a transposed 4x4 convolution of stride 2 (in other words, four 2x2
-    convolutions whose results interleave): the same function with 4/9 of the products. The copy has other state-dict
-    keys' shapes and is not meant to be saved.
+    A 3x3 convolution of doubled pixels is a transposed 4x4 convolution of stride 2: the same function with 4/9 of the
+    multiplications. The copy's state dict has other shapes; do not save it.
     """
     decoder = copy.deepcopy(decoder)
     for parent in list(decoder.modules()):

@@ -1,4 +1,4 @@
-"""Tokenizers with a convolutional encoder and decoder, between which there is a grid of vectors.
+"""Tokenizers with a convolutional encoder and decoder and a grid of latents.
 
 Legend: B images, H x W pixels, L levels (each but the last halves the size), h = H / 2^(L-1), w likewise,
 N = h * w codes per image in raster order, V codebook size, Z width of a codebook vector.
@@ -14,22 +14,23 @@ from modeling.tokenizers.conv_layers import check_first_level, fold_upsampling
 from modeling.tokenizers.tokenizer import PlainDecoder, Tokenizer, TrainableTokenizer
 from modeling.tokenizers.vector_quantizer import QuantizerOutput, SignQuantizer, VectorQuantizer
 from utils.errors import InputError
-from utils.schema import VQModelConfig
+from utils.schema import ConvTokenizerConfig, TokenizerConfig
 
-LIVE_ACTIVATIONS = 6  # tensors of the size of the widest full-resolution one that exist at a time, at most
+LIVE_ACTIVATIONS = 6  # at most so many tensors of the size of the widest one are alive at a time
 
 
 class ConvTokenizer(Tokenizer):
-    """A subclass makes the three networks below and says how they are known in a state dict.
+    """A subclass makes encoder, decoder and quantizer, and names the keys that identify it in a state dict.
 
     Attributes:
-        encoder, decoder: the networks, without 1x1 convolutions beside the look-up.
-        name: in error messages.
-        level_key: of a convolution in the encoder's level i and residual block j, with places for both; the
-            convolution has the level's width.
+        encoder, decoder: without 1x1 convolutions next to the lookup.
+        name: for error messages.
+        level_key: key of a convolution in the encoder, with fields for level and residual block; it has as many output
+            channels as the level.
         mid_key: another key; no other tokenizer has both.
     """
 
+    config_class = ConvTokenizerConfig
     encoder: nn.Module
     decoder: nn.Module
     quantize: VectorQuantizer | SignQuantizer
@@ -37,31 +38,40 @@ class ConvTokenizer(Tokenizer):
     level_key: ClassVar[str]
     mid_key: ClassVar[str]
 
-    def __init__(self, config: VQModelConfig) -> None:
-        super().__init__(config)
-        check_first_level(config)
-        self._widest = config.hidden_channels * max(config.channel_mult[:2])  # at full resolution
-
-    @classmethod
-    def code_shape_of(cls, config: VQModelConfig) -> tuple[int, int]:
+    def __init__(self, config: ConvTokenizerConfig) -> None:
+        """
+        Raises:
+            InputError: sizes that do not fit together.
+        """
         factor = 2 ** (len(config.channel_mult) - 1)
         if config.resolution < factor or config.resolution % factor:
             raise InputError(
                 f"model.vq_model.resolution={config.resolution}: expected a multiple of {factor} "
                 f"({len(config.channel_mult)} levels in channel_mult)"
             )
-        return config.resolution // factor, config.resolution // factor
+        super().__init__(config)
+        check_first_level(config)
+        self._side = config.resolution // factor
+        self._widest = config.hidden_channels * max(config.channel_mult[:2])  # at full resolution
+
+    @property
+    def code_shape(self) -> tuple[int, int]:
+        return self._side, self._side
 
     @classmethod
-    def sizes_of(cls, state: dict[str, Tensor]) -> VQModelConfig:
+    def config_from_state_dict(cls, state: dict[str, Tensor]) -> TokenizerConfig:
         try:
-            return VQModelConfig(**cls._sizes(state))
+            return cls.config_class(**cls._sizes(state))
         except KeyError as error:
             raise InputError(f"weights without {error}: expected those of a {cls.name} tokenizer") from error
 
     @classmethod
     def _sizes(cls, state: dict[str, Tensor]) -> dict[str, Any]:
-        """Arguments of the config; a KeyError names what is missing."""
+        """Arguments of the config.
+
+        Raises:
+            KeyError: a missing entry.
+        """
         codebook_size, token_size = state["quantize.embedding.weight"].shape
         return {"codebook_size": codebook_size, "token_size": token_size, **cls._network_sizes(state)}
 
@@ -83,26 +93,26 @@ class ConvTokenizer(Tokenizer):
     def decoder_activations(self) -> int:
         return LIVE_ACTIVATIONS * self._widest * self.resolution**2
 
-    def feature_grid(self, images: Tensor) -> Tensor:
-        """Features (B, Z, h, w) of images (B, 3, H, W) in [0, 1]."""
+    def encode_grid(self, images: Tensor) -> Tensor:
+        """Latents (B, Z, h, w) of images (B, 3, H, W) in [0, 1]."""
         return self.encoder(images)
 
-    def images_of(self, vectors: Tensor) -> Tensor:
+    def decode_grid(self, vectors: Tensor) -> Tensor:
         """Images (B, 3, H, W), not clamped, of codebook vectors (B, Z, h, w)."""
         return self.decoder(vectors)
 
     def encode_latents(self, images: Tensor) -> Tensor:
-        return rearrange(self.feature_grid(images), "b z h w -> b (h w) z")
+        return rearrange(self.encode_grid(images), "b z h w -> b (h w) z")
 
-    def quantize_latents(self, features: Tensor) -> Tensor:
-        return self.quantize.nearest(features)
+    def quantize_latents(self, latents: Tensor) -> Tensor:
+        return self.quantize.nearest(latents)
 
     def codebook_lookup(self, codes: Tensor) -> Tensor:
-        return self.quantize.vectors(codes)
+        return self.quantize.lookup(codes)
 
     def _decode(self, codes: Tensor) -> Tensor:
         vectors = rearrange(self.codebook_lookup(codes), "b (h w) z -> b z h w", h=self.code_shape[0])
-        return self.images_of(vectors.to(next(self.decoder.parameters()).dtype))
+        return self.decode_grid(vectors.to(next(self.decoder.parameters()).dtype))
 
     def fast_decoder(self) -> nn.Module:
         return FoldedDecoder(self)
@@ -123,12 +133,12 @@ class CodebookTokenizer(ConvTokenizer, TrainableTokenizer):
     quantize: VectorQuantizer
 
     def forward(self, images: Tensor) -> tuple[Tensor, QuantizerOutput]:
-        quantizer_output = self.quantize(self.feature_grid(images))
-        return self.images_of(quantizer_output.quantized), quantizer_output
+        quantizer_output = self.quantize(self.encode_grid(images))
+        return self.decode_grid(quantizer_output.quantized), quantizer_output
 
     @torch.no_grad()
-    def set_vectors(self, codes: Tensor, features: Tensor) -> None:
-        self.quantize.embedding.weight[codes] = features
+    def set_vectors(self, codes: Tensor, latents: Tensor) -> None:
+        self.quantize.embedding.weight[codes] = latents
 
     def no_weight_decay(self) -> set[str]:
         return {"quantize.embedding.weight"}

@@ -1,6 +1,5 @@
-"""An adversarial loss on frozen features, as in Projected GAN (https://arxiv.org/abs/2111.01007): small heads tell the
-feature maps of reconstructions from those of images. The features are those of the perceptual distance, so that the
-loss costs little beside it.
+"""An adversarial loss on frozen features, as in Projected GAN (https://arxiv.org/abs/2111.01007): small heads classify
+the feature maps of images and reconstructions, which the perceptual distance has computed already.
 """
 
 import torch
@@ -28,17 +27,17 @@ class FeatureDiscriminator(nn.Module):
         )
 
     def forward(self, maps: list[Tensor]) -> list[Tensor]:
-        """Judgements (B, 1, h, w) of maps (B, C, h, w) of unit length along C; positive means an image."""
-        # sqrt(C): entries of size one, whatever the number of channels.
+        """Logits (B, 1, h, w) for maps (B, C, h, w) of unit length along C; positive means an image."""
+        # sqrt(C) scales the entries to about one.
         return [head(x * x.shape[1] ** 0.5) for head, x in zip(self.heads, maps, strict=True)]
 
 
-def generator_loss(judgements: list[Tensor]) -> Tensor:
-    """A scalar that falls as the reconstructions are taken for images."""
-    return -torch.stack([x.mean() for x in judgements]).mean()
+def generator_loss(logits: list[Tensor]) -> Tensor:
+    """A scalar; low if the reconstructions are classified as images."""
+    return -torch.stack([x.mean() for x in logits]).mean()
 
 
-def discriminator_loss(image_judgements: list[Tensor], reconstruction_judgements: list[Tensor]) -> Tensor:
-    """The hinge loss, a scalar; 1 while the two are judged alike near 0, 0 when they are told apart by a margin."""
-    pairs = zip(image_judgements, reconstruction_judgements, strict=True)
+def discriminator_loss(image_logits: list[Tensor], reconstruction_logits: list[Tensor]) -> Tensor:
+    """The hinge loss, a scalar; 1 for logits of 0, 0 if all are classified with a margin."""
+    pairs = zip(image_logits, reconstruction_logits, strict=True)
     return 0.5 * torch.stack([F.relu(1 - x).mean() + F.relu(1 + y).mean() for x, y in pairs]).mean()

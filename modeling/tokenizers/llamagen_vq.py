@@ -8,11 +8,11 @@ from torch import Tensor
 from modeling.tokenizers.vector_quantizer import CosineQuantizer
 from modeling.tokenizers.vqgan import VQGAN, Names
 
-USED_CODES = "quantize.codebook_used"  # of the last 65,536 codes of the training; in some files, read by nothing
+USED_CODES = "quantize.codebook_used"  # the last 65,536 codes of the training; in some files
 
 
 class LlamaGenVQ(VQGAN):
-    """VQGAN with codes that are directions."""
+    """VQGAN with a codebook of unit vectors."""
 
     name = "LlamaGen"
     names = Names("conv_blocks", "conv_blocks", False, "res", ("0", "1", "2"))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeling.tokenizers.conv_layers import UpsampleConv, conv3x3, group_norm
-from utils.schema import VQModelConfig
+from utils.schema import ConvTokenizerConfig
 
 
 class ResBlock(nn.Module):
@@ -68,9 +68,9 @@ class UpLevel(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images (B, 3, H, W) in [0, 1] -> features (B, Z, h, w)."""
+    """Images (B, 3, H, W) in [0, 1] -> latents (B, Z, h, w)."""
 
-    def __init__(self, config: VQModelConfig) -> None:
+    def __init__(self, config: ConvTokenizerConfig) -> None:
         super().__init__()
         widths = [config.hidden_channels * multiple for multiple in config.channel_mult]
         inputs, last = [config.hidden_channels] + widths[:-1], len(widths) - 1
@@ -92,7 +92,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Codebook vectors (B, Z, h, w) -> images (B, 3, H, W), not clamped."""
 
-    def __init__(self, config: VQModelConfig) -> None:
+    def __init__(self, config: ConvTokenizerConfig) -> None:
         super().__init__()
         widths = [config.hidden_channels * multiple for multiple in config.channel_mult]
         inputs = widths[1:] + widths[-1:]

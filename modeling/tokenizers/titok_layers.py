@@ -44,7 +44,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A class token, the places of the patches and the latent tokens in one sequence, with learned positions."""
+    """A class token, the patches and the latent tokens in one sequence, with learned position embeddings."""
 
     def __init__(self, size: Size, num_patches: int, num_latent_tokens: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Transformer(nn.Module):
         self.ln_post = nn.LayerNorm(size.width)
 
     def run(self, patches: Tensor, latent_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Patches (B, P, D) and latent tokens (B, N, D), each with the others' information."""
+        """Output for patches (B, P, D) and latent tokens (B, N, D)."""
         class_token = self.class_embedding.expand(len(patches), 1, -1)
         image = torch.cat([class_token, patches], dim=1) + self.positional_embedding
         x = torch.cat([image, latent_tokens + self.latent_token_positional_embedding], dim=1)  # (B, 1 + P + N, D)
@@ -68,10 +68,10 @@ class Transformer(nn.Module):
 
 
 class TiTokEncoder(Transformer):
-    """Images (B, 3, H, W) in [0, 1] and the latent tokens (N, D) to begin with -> features (B, N, Z).
+    """Images (B, 3, H, W) in [0, 1] and initial latent tokens (N, D) -> latents (B, N, Z).
 
-    Quirk of the legacy weights: the latent tokens (B, N, D) are not transposed but read as (B, D, N), so that a feature
-    holds pieces of several of them.
+    Quirk of the legacy weights: the latent tokens (B, N, D) are not transposed but reshaped to (B, D, N), so that a
+    latent mixes several of them.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What every tokenizer offers, whatever its network: images to codes, codes to codebook vectors, codes to images.
+"""The interface of all tokenizers: images to codes, codes to codebook vectors, codes to images.
 
 Scripts and sampling know this class only; `modeling/tokenizers/registry.py` chooses the one that a config names.
 
@@ -8,7 +8,7 @@ Legend: B images, H = W pixels, N codes per image, V codebook size, Z width of a
 import copy
 import math
 from abc import ABC, abstractmethod
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -19,54 +19,64 @@ from modeling.pretrained_model import PretrainedModel
 from modeling.tokenizers.vector_quantizer import QuantizerOutput
 from utils.errors import InputError, NonFiniteError
 from utils.files.weights import load_state_dict, load_strict, weights_sha256
-from utils.schema import Config, VQModelConfig
+from utils.schema import Config, ConvTokenizerConfig, TokenizerConfig, VQModelConfig
 
 T = TypeVar("T", bound="Tokenizer")
+
+# Keys of some tokenizers only. Those of convolutional networks do no harm beside codes_only.
+OWN_KEYS = {field.name for field in fields(VQModelConfig)} - {field.name for field in fields(ConvTokenizerConfig)}
 
 
 class Tokenizer(PretrainedModel, ABC):
     """Images in [0, 1] <-> codes; a network that works in another range converts inside.
 
-    A new tokenizer implements the abstract methods below and enters the table of registry.py; it overrides
-    `fast_decoder` where it has a faster form. Names of its parameters begin with none of the `WRAPPERS` of
-    `utils.files.weights`.
+    A new tokenizer implements the abstract methods and is added to the table of registry.py. Names of its parameters
+    must not begin with one of the `WRAPPERS` of `utils.files.weights`.
 
     Attributes:
-        own_keys: keys of `model.vq_model` that not every kind of tokenizer reads, but this one.
-        config: its sizes.
+        config_class: dataclass with the keys of `model.vq_model` that it reads.
+        config: its values.
         model_type: its name in the config.
         codebook_size: V; codebook_dim: Z.
-        code_shape: (rows, columns) of a grid whose codes stand in raster order, or (N,) of codes without a grid.
         resolution: H = W in pixels.
-        has_images: False of one that knows codes and their vectors alone; what wants images raises `no_images`.
+        has_images: False: it has codes and their vectors only, and what needs images raises `no_images`.
     """
 
-    own_keys: ClassVar[tuple[str, ...]] = ()
+    config_class: ClassVar[type[TokenizerConfig]] = TokenizerConfig
     has_images: ClassVar[bool] = True
-    config: VQModelConfig
+    config: TokenizerConfig
     model_type: str
     codebook_size: int
     codebook_dim: int
-    code_shape: tuple[int, ...]
     resolution: int
 
-    def __init__(self, config: VQModelConfig) -> None:
-        """
-        Raises:
-            InputError: sizes that do not fit together.
-        """
+    def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        self.codebook_size, self.codebook_dim = config.codebook_size, config.token_size
-        self.resolution, self.code_shape = config.resolution, self.code_shape_of(config)
         self.model_type = config.model_type
+        self.codebook_size, self.codebook_dim = config.codebook_size, config.token_size
+        self.resolution = config.resolution
 
     def sections(self) -> dict[str, Any]:
         return {"model": {"vq_model": asdict(self.config)}}
 
     @classmethod
     def from_config(cls: type[T], config: Config) -> T:
-        return cls(config.model.vq_model)
+        return cls.from_section(config.model.vq_model)
+
+    @classmethod
+    def from_section(cls: type[T], section: VQModelConfig) -> T:
+        """With the keys that it reads of those of all tokenizers.
+
+        Raises:
+            InputError: sizes that do not fit together, or a value for a key of other tokenizers.
+        """
+        own = {field.name for field in fields(cls.config_class)}
+        values = {field.name: getattr(section, field.name) for field in fields(section)}
+        for name, value in values.items():
+            if name in OWN_KEYS - own and value != getattr(VQModelConfig(), name):
+                raise InputError(f"model.vq_model.{name}={value}: {section.model_type} does not read it; leave it out")
+        return cls(cls.config_class(**{name: values[name] for name in own}))
 
     def load_weights(self, path: Path) -> None:
         load_strict(self, self.weights_of(self.read_state(path), path), path)
@@ -78,17 +88,8 @@ class Tokenizer(PretrainedModel, ABC):
 
     @classmethod
     @abstractmethod
-    def code_shape_of(cls, config: VQModelConfig) -> tuple[int, ...]:
-        """`code_shape` of a tokenizer of these sizes, without building it.
-
-        Raises:
-            InputError: sizes that do not fit together.
-        """
-
-    @classmethod
-    @abstractmethod
-    def sizes_of(cls, state: dict[str, Tensor]) -> VQModelConfig:
-        """Sizes of the tokenizer with this state dict; what is not in it (such as the resolution) stays default.
+    def config_from_state_dict(cls, state: dict[str, Tensor]) -> TokenizerConfig:
+        """Config of the tokenizer with this state dict; what it does not tell (such as the resolution) stays default.
 
         Raises:
             InputError: keys of another model.
@@ -96,27 +97,27 @@ class Tokenizer(PretrainedModel, ABC):
 
     @classmethod
     def weights_of(cls, state: dict[str, Tensor], source: object) -> dict[str, Tensor]:
-        """The weights among the entries of a file; where published files hold more than these, it is left out by name.
+        """The weights among the entries of a file; other known entries of published files are left out.
 
         Args:
             source: where the entries come from, for the error message.
 
         Raises:
-            InputError: what is left out is not what it must be.
+            InputError: an entry that is left out has an unexpected value.
         """
         return state
 
     @abstractmethod
     def encode_latents(self, images: Tensor) -> Tensor:
-        """Features (B, N, Z) of images as `encode` takes them, before they become codes."""
+        """Latents (B, N, Z) of images as `encode` takes them, before quantization."""
 
     @abstractmethod
-    def quantize_latents(self, features: Tensor) -> Tensor:
-        """Codes (B, N) int64 of features (B, N, Z)."""
+    def quantize_latents(self, latents: Tensor) -> Tensor:
+        """Codes (B, N) int64 of latents (B, N, Z)."""
 
     @abstractmethod
     def codebook_lookup(self, codes: Tensor) -> Tensor:
-        """Codebook vectors (B, N, Z) of codes (B, N), in the form that `quantize_latents` compares with features."""
+        """Codebook vectors (B, N, Z) of codes (B, N), in the form that `quantize_latents` compares with latents."""
 
     @abstractmethod
     def _decode(self, codes: Tensor) -> Tensor:
@@ -125,7 +126,12 @@ class Tokenizer(PretrainedModel, ABC):
     @property
     @abstractmethod
     def decoder_activations(self) -> int:
-        """Numbers that decoding one image keeps in memory at a time, at most; a GPU's batch follows from it."""
+        """Largest number of activations in memory while one image is decoded; limits the batch size on a GPU."""
+
+    @property
+    @abstractmethod
+    def code_shape(self) -> tuple[int, ...]:
+        """(rows, columns) of a grid in raster order, or (N,) without a grid."""
 
     @property
     def image_seq_len(self) -> int:
@@ -135,18 +141,18 @@ class Tokenizer(PretrainedModel, ABC):
     def encode(self, images: Tensor) -> Tensor:
         """Codes (B, N) int64, from 0 to V - 1, of images (B, 3, H, W) in [0, 1], H = W = resolution.
 
-        Any float type is converted to that of the weights. On a GPU this waits for the images and their features;
-        `quantize_latents(features(images))` is the same without the checks.
+        Any float type is converted to that of the weights. On a GPU the checks synchronize;
+        `quantize_latents(encode_latents(images))` is the same without them.
 
         Raises:
             ValueError: another image shape, no floats, or values outside [0, 1].
-            NonFiniteError: features that are not finite, whose codes would mean nothing.
+            NonFiniteError: latents that are not finite.
         """
         check_images(images, self.resolution)
-        features = self.encode_latents(images.to(next(self.parameters()).dtype))
-        if not features.isfinite().all():
-            raise NonFiniteError("the tokenizer's features are not finite: its weights are damaged, or no use")
-        return self.quantize_latents(features)
+        latents = self.encode_latents(images.to(next(self.parameters()).dtype))
+        if not latents.isfinite().all():
+            raise NonFiniteError("the tokenizer's latents are not finite: its weights are damaged")
+        return self.quantize_latents(latents)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Images (B, 3, H, W), clamped to [0, 1], of codes (B, N).
@@ -157,23 +163,23 @@ class Tokenizer(PretrainedModel, ABC):
         return self.decode_unclamped(codes).clamp(0.0, 1.0)
 
     def decode_unclamped(self, codes: Tensor) -> Tensor:
-        """The decoder's raw output (B, 3, H, W) for codes (B, N); raises as `decode`, on a GPU waits for the codes."""
+        """The decoder's output (B, 3, H, W) for codes (B, N); raises as `decode`, which synchronizes on a GPU."""
         return self._decode(checked_codes(codes, self.image_seq_len, self.codebook_size - 1))
 
     def fast_decoder(self) -> nn.Module:
-        """`decode_unclamped` as a module that shares no parameters with this one: it may be cast to another precision,
-        in which its output then is, or laid out in memory in another way. Here it is the same network."""
+        """`decode_unclamped` as a module with parameters of its own, which may be cast to another precision or memory
+        format. To be overridden where there is a faster form."""
         return PlainDecoder(self)
 
     def no_images(self, purpose: str) -> InputError:
-        """To be raised where `purpose`, for the message, wants images of a tokenizer without."""
+        """The error for `purpose`, which needs images, where there are none."""
         return InputError(
-            f"{purpose}: wants images, and model.vq_model.model_type={self.model_type} knows codes alone; images are "
-            "encoded and decoded by the tokenizer that the codes are from, outside of this program"
+            f"{purpose}: needs images, and model.vq_model.model_type={self.model_type} has codes only; encode and "
+            "decode images with the tokenizer of the codes, outside of this program"
         )
 
     def sha256(self) -> str:
-        """Hash of names, shapes and values of the weights, whatever file they came from."""
+        """Hash of names, shapes and values of the weights."""
         return weights_sha256(self)
 
 
@@ -196,9 +202,9 @@ class TrainableTokenizer(Tokenizer):
         """Unclamped reconstructions (B, 3, H, W) of images (B, 3, H, W) in [0, 1], and the quantizer's losses."""
 
     @abstractmethod
-    def set_vectors(self, codes: Tensor, features: Tensor) -> None:
-        """Put features (K, Z) in place of the codebook vectors of codes (K,), in place."""
+    def set_vectors(self, codes: Tensor, latents: Tensor) -> None:
+        """Replace the codebook vectors of codes (K,) by latents (K, Z), in place."""
 
     @abstractmethod
     def no_weight_decay(self) -> set[str]:
-        """Parameters that decay would harm: the codebook (norms and biases are one-dimensional and never decay)."""
+        """Names of parameters without weight decay: the codebook (1-D ones never decay)."""

@@ -1,7 +1,7 @@
 """VQGAN+ and MaskBit's tokenizer (https://arxiv.org/abs/2409.16211): one network without attention, two quantizers.
 
 `model.vq_model.quantizer_type`: `lookup` has a codebook (published: 4,096 codes of width 64); of `lookup-free` a code's
-bits are the signs of the features' channels, V = 2^Z (published: 10 to 18 bits), and the codebook is computed.
+bits are the signs of the latents' channels, V = 2^Z (published: 10 to 18 bits), and the codebook is computed.
 
 Legend: B images, H x W pixels, L levels (each but the last halves the size), h = H / 2^(L-1), w likewise,
 N = h * w codes per image in raster order, V codebook size, Z width of a codebook vector.
@@ -18,16 +18,16 @@ from modeling.tokenizers.conv_tokenizer import ConvTokenizer
 from modeling.tokenizers.maskgit_layers import res_blocks
 from modeling.tokenizers.vector_quantizer import SignQuantizer, VectorQuantizer
 from utils.errors import InputError
-from utils.schema import VQModelConfig
+from utils.schema import ConvTokenizerConfig, VQPlusConfig
 
 
 def level(in_channels: int, out_channels: int, count: int, name: str, resize: nn.Module) -> nn.Sequential:
-    """Residual blocks, then what changes the size."""
+    """Residual blocks, then a change of size."""
     return nn.Sequential(OrderedDict({"res_blocks": res_blocks(in_channels, out_channels, count), name: resize}))
 
 
-def encoder(config: VQModelConfig) -> nn.Sequential:
-    """Images (B, 3, H, W) in [0, 1] -> features (B, Z, h, w)."""
+def encoder(config: ConvTokenizerConfig) -> nn.Sequential:
+    """Images (B, 3, H, W) in [0, 1] -> latents (B, Z, h, w)."""
     widths, count = [config.hidden_channels * multiple for multiple in config.channel_mult], config.num_res_blocks
     inputs, resizes = [config.hidden_channels, *widths], [*map(DownsampleConv, widths[:-1]), nn.Identity()]
     down = [level(inputs[i], widths[i], count, "down_conv", resizes[i]) for i in range(len(widths))]
@@ -42,7 +42,7 @@ def encoder(config: VQModelConfig) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
 
 
-def decoder(config: VQModelConfig) -> nn.Sequential:
+def decoder(config: ConvTokenizerConfig) -> nn.Sequential:
     """Codebook vectors (B, Z, h, w) -> images (B, 3, H, W), not clamped. up[0] has the lowest resolution."""
     widths = [config.hidden_channels * multiple for multiple in reversed(config.channel_mult)]
     inputs, resizes = [widths[0], *widths], [*map(UpsampleConv, widths[:-1]), nn.Identity()]
@@ -61,16 +61,12 @@ def decoder(config: VQModelConfig) -> nn.Sequential:
 class VQPlus(ConvTokenizer):
     """Images in [0, 1] <-> codes in raster order."""
 
-    own_keys = ("quantizer_type",)
+    config_class = VQPlusConfig
     name = "VQGAN+ or MaskBit"
     level_key = "encoder.down.{}.res_blocks.{}.conv2.weight"
     mid_key = "encoder.mid.res_blocks.0.norm1.weight"
 
-    def __init__(self, config: VQModelConfig) -> None:
-        """
-        Raises:
-            InputError: sizes that do not fit together.
-        """
+    def __init__(self, config: VQPlusConfig) -> None:
         super().__init__(config)
         self.encoder = encoder(config)
         self.decoder = decoder(config)
@@ -110,8 +106,8 @@ def _are_all_vectors(vectors: Tensor) -> bool:
     if vectors.ndim != 2:
         return False
     count, bits = vectors.shape
-    return count == 2**bits and torch.equal(vectors.float(), SignQuantizer(bits).vectors(torch.arange(count)))
+    return count == 2**bits and torch.equal(vectors.float(), SignQuantizer(bits).lookup(torch.arange(count)))
 
 
-# What published look-up free files hold besides the weights, and whether it is that.
+# Entries of published lookup-free files besides the weights, with their checks.
 COMPUTED = {"quantize.bits_to_indices": _are_bits, "quantize.codebook": _are_all_vectors}

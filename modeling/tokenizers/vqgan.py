@@ -1,7 +1,7 @@
-"""The convolutional network of taming's VQGAN (https://arxiv.org/abs/2012.09841), which LlamaGen's tokenizer has too.
+"""The convolutional network of taming's VQGAN (https://arxiv.org/abs/2012.09841) and of LlamaGen's tokenizer.
 
-Residual blocks with attention at the lowest resolution, and 1x1 convolutions before and after the look-up. The
-published files name the same modules in two ways (`Names`), and these names are public API.
+Residual blocks with attention at the lowest resolution, and 1x1 convolutions before and after the lookup. The published
+files name the same modules in two ways (`Names`); these names never change.
 
 Legend: B images, C channels, H x W pixels, L levels (each but the last halves the size), h = H / 2^(L-1), w likewise,
 Z width of a codebook vector.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from modeling.tokenizers.conv_layers import DownsampleConv, UpsampleConv, conv3x3, group_norm
 from modeling.tokenizers.conv_tokenizer import CodebookTokenizer
 from modeling.tokenizers.vector_quantizer import VectorQuantizer
-from utils.schema import VQModelConfig
+from utils.schema import VQGANConfig
 
 
 class Names(NamedTuple):
@@ -65,7 +65,7 @@ class Attention(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks, at the lowest resolution each with attention behind it; then a change of size."""
+    """Residual blocks, each followed by attention at the lowest resolution, then a change of size."""
 
     def __init__(
         self, widths: list[int], has_attention: bool, block_name: str, resize_name: str, resize: nn.Module
@@ -91,7 +91,7 @@ def mid(channels: int, names: Names) -> nn.Sequential:
     return nn.Sequential(OrderedDict(zip(names.mid, modules, strict=True)))
 
 
-def encoder(config: VQModelConfig, names: Names) -> nn.Sequential:
+def encoder(config: VQGANConfig, names: Names) -> nn.Sequential:
     """Images (B, 3, H, W) in [-1, 1] -> (B, z_channels, h, w)."""
     widths = [config.hidden_channels * multiple for multiple in config.channel_mult]
     inputs, last = [config.hidden_channels, *widths], len(widths) - 1
@@ -109,7 +109,7 @@ def encoder(config: VQModelConfig, names: Names) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
 
 
-def decoder(config: VQModelConfig, names: Names) -> nn.Sequential:
+def decoder(config: VQGANConfig, names: Names) -> nn.Sequential:
     """(B, z_channels, h, w) -> images (B, 3, H, W) in [-1, 1], not clamped. Each level has a block more than the
     encoder's."""
     widths = [config.hidden_channels * multiple for multiple in reversed(config.channel_mult)]
@@ -130,17 +130,13 @@ def decoder(config: VQModelConfig, names: Names) -> nn.Sequential:
 
 
 class VQGAN(CodebookTokenizer):
-    """Images in [0, 1], between them and the network in [-1, 1], <-> codes in raster order."""
+    """Images in [0, 1] (the network's range is [-1, 1]) <-> codes in raster order."""
 
-    own_keys = ("z_channels",)
+    config_class = VQGANConfig
     names: ClassVar[Names]
     quantizer: ClassVar[type[VectorQuantizer]] = VectorQuantizer
 
-    def __init__(self, config: VQModelConfig) -> None:
-        """
-        Raises:
-            InputError: sizes that do not fit together.
-        """
+    def __init__(self, config: VQGANConfig) -> None:
         super().__init__(config)
         self.encoder = encoder(config, self.names)
         self.decoder = decoder(config, self.names)
@@ -152,8 +148,8 @@ class VQGAN(CodebookTokenizer):
     def _sizes(cls, state: dict[str, Tensor]) -> dict[str, Any]:
         return {**super()._sizes(state), "z_channels": len(state["post_quant_conv.weight"])}
 
-    def feature_grid(self, images: Tensor) -> Tensor:
+    def encode_grid(self, images: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(2 * images - 1))
 
-    def images_of(self, vectors: Tensor) -> Tensor:
+    def decode_grid(self, vectors: Tensor) -> Tensor:
         return (self.decoder(self.post_quant_conv(vectors)) + 1) / 2

@@ -26,7 +26,7 @@ from einops import rearrange
 from torch import Tensor
 
 from modeling.blocks import Block
-from modeling.noise import add_noise
+from modeling.perturbation import perturb
 from modeling.rear import ReAR
 from modeling.sampling.generate import guidance_schedule, guide, sample_codes
 from modeling.tokenizers.tokenizer import Tokenizer
@@ -94,7 +94,7 @@ def published_loss(
         block_function: `published_block`, or a compiled one.
     """
     generator, codes = config.model.generator, batch["codes"]
-    context, mask = add_noise(codes, batch["uniforms"], max_ratio, config.model)
+    context, mask = perturb(codes, batch["perturbation_uniforms"], max_ratio, config.model)
     targets = tokenizer.codebook_lookup(codes)  # (B, N, Z)
     labels = batch["class_labels"][batch["class_rows"]]  # (B,)
     with autocast(config.training, codes.device):

@@ -62,11 +62,10 @@ def measure(folder: Path, lines: int, arguments: argparse.Namespace) -> Figures:
     generate(jsonl, lines, sizes)
     figures = in_fresh_processes(1, convert, jsonl, store, sizes, lines)[0]
     compare_items(jsonl, store, lines)
-    workload = (arguments.batch, arguments.batches)
-    ranks = in_fresh_processes(arguments.ranks, read_batches, open_store, store, *workload)
+    ranks = in_fresh_processes(arguments.ranks, read_batches, open_store, store, arguments.batch, arguments.batches)
     figures |= {key: statistics.median(rank[key] for rank in ranks) for key in ranks[0]}
     if jsonl.stat().st_size + PUBLISHED_OVERHEAD * lines < MEMORY_SHARE * free_memory():
-        found = in_fresh_processes(1, read_batches, open_published, jsonl, *workload)[0]
+        found = in_fresh_processes(1, read_batches, open_published, jsonl, arguments.batch, arguments.batches)[0]
         figures |= {f"{key}_published": value for key, value in found.items()} | {"lines_published": lines}
     else:
         print(f"{lines} lines: the published way would need more than {MEMORY_SHARE:.0%} of the free memory")

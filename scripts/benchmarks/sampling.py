@@ -20,8 +20,7 @@ from torch import nn
 
 from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler
-from modeling.sampling.image_inputs import image_inputs, image_orders
-from modeling.sampling.image_sampler import ImageSampler
+from modeling.sampling.image_sampler import ImageSampler, image_inputs, image_orders
 from modeling.tokenizers.registry import build_tokenizer
 from scripts.benchmarks.baselines import BASELINES, generate_published
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
@@ -125,18 +124,19 @@ def measure(
     model: ReAR, config: GeneratorConfig, batch: int, arguments: argparse.Namespace, limits: dict[str, float]
 ) -> dict[str, Any]:
     """One setting: times of all ways, cold start, memory, and shares of the ceilings."""
-    inputs = image_inputs(range(batch), model, seed=0)
-    labels, uniforms = (values.to(device()) for values in inputs)
+    labels, uniforms = image_inputs(range(batch), model, seed=0)
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     sampler = default_sampler(model, config, arguments.compile)
-    seconds(partial(sampler, *inputs))
+    seconds(partial(sampler, labels, uniforms))
     cold_start, memory = time.perf_counter() - start, peak_memory_mb()
     orders = image_orders(range(batch), config.image_seq_len, SamplingConfig(order="random"))
-    in_orders = partial(default_sampler(model, config, arguments.compile), *inputs, orders=orders)
+    in_orders = partial(default_sampler(model, config, arguments.compile), labels, uniforms, orders=orders)
     in_orders()
-    functions: dict[str, Callable[[], object]] = {"ours": partial(sampler, *inputs), "random_orders": in_orders}
+    ours = partial(sampler, labels, uniforms)
+    functions: dict[str, Callable[[], object]] = {"ours": ours, "random_orders": in_orders}
+    labels, uniforms = labels.to(device()), uniforms.to(device())
     functions |= {name: partial(baseline, model, labels, uniforms, config) for name, baseline in BASELINES.items()}
     # Warm-up of the baselines; without a cache a run is so long that its warm-up is one of its repeats.
     generate_published(model, labels, uniforms, config, cached=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.training_batches import drop_class_labels, with_distinct_labels
-from modeling.noise import num_noise_uniforms
+from modeling.perturbation import num_perturbation_uniforms
 from modeling.rear import ReAR
 from modeling.tokenizers.registry import build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
@@ -145,7 +145,7 @@ def made_up_batch(model: ReAR, config: Config) -> dict[str, Tensor]:
     size, generator = config.training.per_gpu_batch_size, config.model.generator
     labels = drop_class_labels(torch.randint(model.num_classes, (size,)), torch.rand(size), generator)
     batch = {"codes": torch.randint(model.codebook_size, (size, model.image_seq_len)), "class_labels": labels}
-    batch["uniforms"] = sample_uniforms(0, 0, range(size), num_noise_uniforms(model.image_seq_len))
+    batch["perturbation_uniforms"] = sample_uniforms(0, 0, range(size), num_perturbation_uniforms(model.image_seq_len))
     return {name: values.to(device()) for name, values in with_distinct_labels(batch).items()}
 
 
@@ -201,9 +201,9 @@ def check_equal(model: ReAR, tokenizer: Tokenizer, batch: dict[str, Tensor], con
     Raises:
         InputError: loss or gradients differ from the published ones, in float32 and without dropout.
     """
-    inputs = (model, tokenizer, batch, MAX_RATIO, at_precision(config, "no"))
-    loss, gradients = loss_and_gradients(model, partial(our_loss, *inputs))
-    expected_loss, expected = loss_and_gradients(model, partial(published, *inputs))
+    exact = at_precision(config, "no")
+    loss, gradients = loss_and_gradients(model, lambda: our_loss(model, tokenizer, batch, MAX_RATIO, exact))
+    expected_loss, expected = loss_and_gradients(model, lambda: published(model, tokenizer, batch, MAX_RATIO, exact))
     if not abs(loss - expected_loss) <= MAX_LOSS_DIFFERENCE * abs(expected_loss):
         raise InputError(f"loss: found {loss:.8g}, expected {expected_loss:.8g} of the published network")
     whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm().item()

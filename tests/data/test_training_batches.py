@@ -38,7 +38,7 @@ def test_a_sample_has_the_random_numbers_of_its_place_in_the_global_batch(
         places = labels.argsort(stable=True)  # of the same class side by side, so that a rank has few of them
         labels = torch.where(drops[:, 0] < 0.5, 5, labels)
         assert torch.equal(torch.cat([batch["index"] for batch in batches_of_step]), index[places])
-        assert torch.equal(torch.cat([batch["uniforms"] for batch in batches_of_step]), uniforms[places])
+        assert torch.equal(torch.cat([batch["perturbation_uniforms"] for batch in batches_of_step]), uniforms[places])
         orders = sample_uniforms(9, step, range(size), 17, Stream.TRAINING_ORDERS)
         assert torch.equal(torch.cat([batch["order_uniforms"] for batch in batches_of_step]), orders[places])
         found = [batch["class_labels"][batch["class_rows"]] for batch in batches_of_step]

@@ -11,8 +11,8 @@ from data import validation_data
 from data.codes.token_store import TokenStore
 from data.images.reading import ImageDataset
 from data.validation_data import ValidationPixels, open_validation_data, validation_batches
+from evaluation.validator import ValidationTokens
 from modeling.loading import load_tokenizer
-from modeling.validation import ValidationTokens
 from scripts import pretokenize
 from tests.conftest import make_noise_images
 from utils.config import load_config
@@ -52,7 +52,7 @@ def read(config: Config) -> ValidationTokens:
     tokenizer = load_tokenizer(config)
     dataset = open_validation_data(config, tokenizer.sha256())
     assert dataset is not None
-    return ValidationTokens.of(validation_batches(dataset, config, ALONE), len(dataset), tokenizer, ALONE)
+    return ValidationTokens.gather(validation_batches(dataset, config, ALONE), len(dataset), tokenizer, ALONE)
 
 
 def test_none_where_none_is_asked_for(tiny_arguments: list[str], images: Path, codes: str) -> None:

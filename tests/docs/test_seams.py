@@ -20,7 +20,7 @@ PLACE = re.compile(r"# (?P<file>[\w/]+\.py), (?P<how>new|at the end|below|in pla
 # By row of the table: the section of the page that has its example, if there is one.
 SECTIONS = {
     "loss term": "A new loss term",
-    "noise of the context": "Another noise of the context",
+    "perturbation of the context": "Another perturbation of the context",
     "tokenizer": "Another tokenizer",
     "order of the codes": "Another order of the codes",
     "metric": "Another metric",
@@ -57,6 +57,7 @@ import numpy as np
 from modeling.tokenizers.registry import build_tokenizer
 from scripts import inspect_codes, pretokenize, reconstruct, sample_imagenet_rear, train_rear
 from tests.conftest import make_noise_images
+from tests.script_config import script_config
 from utils.config import load_config
 from utils.files.weights import save_weights
 
@@ -76,7 +77,7 @@ def test_the_scripts_take_the_tokenizer(tiny_arguments, tmp_path):
     ]
 
     def run(script, name, *more):
-        script.main(load_config([*arguments, f"experiment.output_dir={tmp_path / name}", *more]))
+        script.main(script_config(script, [*arguments, f"experiment.output_dir={tmp_path / name}", *more]))
 
     config = load_config([*arguments, "experiment.output_dir=unused"])
     save_weights(build_tokenizer(config.model.vq_model).state_dict(), tmp_path / "colours.safetensors")
@@ -95,7 +96,7 @@ IN_THE_COPY = (
         "tests/test_architecture.py",
         "tests/scripts/test_count_parameters.py",
     ),
-    *("tests/modeling/test_losses.py", "tests/modeling/test_noise.py", "tests/utils/test_optim.py"),
+    *("tests/modeling/test_losses.py", "tests/modeling/test_perturbation.py", "tests/utils/test_optim.py"),
     "tests/scripts/test_train_rear.py::test_a_run_ends_when_the_validation_loss_stalls",
     *("tests/modeling/tokenizers/test_conformance.py::test_every_tokenizer_conforms", "tests/utils/test_schedules.py"),
     "tests/modeling/tokenizers/test_conformance.py::test_sizes_are_read_from_the_weights",

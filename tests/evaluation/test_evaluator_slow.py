@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.collect import collect
-from evaluation.evaluator import adm_metrics
-from evaluation.inputs import POOL_DIM, SPATIAL_DIM, open_input
+from evaluation import evaluator
+from evaluation.inputs import POOL_DIM, SPATIAL_DIM
 from tests.evaluation.made_up import StubExtractor, blocky_images
 from utils.distributed import DistributedContext
 from utils.files.npz import write_npz
@@ -89,28 +88,11 @@ def peak_memory_gb() -> float:
 
 def full_size(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    ctx, cpu = DistributedContext(0, 1, torch.device("cpu")), torch.device("cpu")
-    extractor = StubExtractor(POOL_DIM, SPATIAL_DIM, 1008)
-    opened = [open_input(folder / f"{name}.npz", verify=True) for name in ("reference", "samples")]
+    evaluator.load_extractor = lambda *_: StubExtractor(POOL_DIM, SPATIAL_DIM, 1008)
     start = time.monotonic()
-    sums = [
-        collect(npz.images, extractor, ctx, batch_size=64, title="full size", keep_as=torch.float16) for npz in opened
-    ]
-    collected = time.monotonic()
-    metrics = adm_metrics(
-        reference=opened[0],
-        reference_sums=sums[0],
-        samples=opened[1],
-        sample_sums=sums[1],
-        ctx=ctx,
-        device=cpu,
-    )
-    figures = {
-        "metrics": metrics,
-        "collect_s": collected - start,
-        "metric_half_s": time.monotonic() - collected,
-        "peak_gb": peak_memory_gb(),
-    }
+    compare = evaluator.Evaluator(folder / "reference.npz", DistributedContext(0, 1, torch.device("cpu")))
+    report = compare(compare.open(folder / "samples.npz"))
+    figures = {"metrics": report["metrics"], "seconds": time.monotonic() - start, "peak_gb": peak_memory_gb()}
     (folder / "figures.json").write_text(json.dumps(figures))
 
 

@@ -120,7 +120,7 @@ def test_a_model_without_finite_numbers_has_no_distance(
     [
         (["experiment.eval_samples=1"], r"experiment\.eval_samples=1: expected 0 or at least 2"),
         (["experiment.eval_samples=8", "experiment.eval_every=0"], r"eval_samples=8: expected experiment\.eval_every"),
-        (["experiment.eval_samples=8"], r"eval_samples=8: expected images to compare with in dataset\.params\.eval_sh"),
+        (["experiment.eval_samples=8"], r"eval_samples=8: expected .*dataset\.params\.eval_shards_path_or_url"),
     ],
 )
 def test_samples_that_cannot_be_compared_are_one_line(tiny_arguments: list[str], more: list[str], message: str) -> None:

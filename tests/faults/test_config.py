@@ -11,12 +11,12 @@ from tests.faults.runs import launch_environment
 ROOT = Path(__file__).parents[2]
 WRONG = {
     "unknown key": ("training: {sed: 1}", "unknown key 'training.sed'; did you mean 'training.seed'"),
-    "wrong type": ("training: {seed: abc}", "training.seed=abc: expected a whole number"),
+    "wrong type": ("training: {seed: abc}", "training.seed=abc: expected int"),
     "missing": ("training: {seed: 1}", "experiment.output_dir: missing value"),
     "duplicate": ("training: {seed: 1}\ntraining: {seed: 2}", "line 2: found duplicate key training"),
     "inconsistent": (
         "experiment: {eval_samples: 8, eval_every: 5}",
-        "experiment.eval_samples=8: expected images to compare with in dataset.params.eval_shards_path_or_url",
+        "experiment.eval_samples=8: expected images in dataset.params.eval_shards_path_or_url",
     ),
     "batch": (
         "training: {global_batch_size: 100, per_gpu_batch_size: 8}",

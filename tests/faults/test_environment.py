@@ -14,7 +14,7 @@ from tests.processes import WAIT_S, start_script
 from utils.config import load_config
 from utils.distributed import DistributedContext, ignored_launcher_settings, launch_environment
 from utils.errors import InputError
-from utils.run import reporter, run_environment
+from utils.run import run_environment
 from utils.run.metrics_file import MetricsFile, read_metrics
 from utils.run.status import EXIT_PREEMPTED, Status, StatusFile, read_status, write_status
 
@@ -80,17 +80,6 @@ def test_a_folder_in_the_place_of_a_file_fails_in_one_line_and_in_the_status(run
     assert run.output().splitlines()[-1].startswith("error: ")
     assert "config.yaml: Is a directory" in run.output()
     assert "Traceback" not in run.output()
-
-
-def test_curves_and_grids_that_cannot_be_written_cost_no_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*arguments: object) -> None:
-        raise OSError(28, "No space left on device", "picture.png")
-
-    monkeypatch.setattr(reporter, "save_training_curves", full)
-    monkeypatch.setattr(train_rear, "save_sample_grid", full)
-    assert train_rear.main(load_config([*run.arguments, "training.stop_steps=2"])) == "completed"
-    for what in ("samples at step 2", "training curves"):
-        assert f"{what}: picture.png: No space left on device; training continues without" in run.log()
 
 
 def test_metrics_wait_for_room_on_the_disk(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_samples_remember_the_step_of_their_weights(
     record.write_text(json.dumps({key: there[key] for key in ("bytes", "provenance")}))  # no step, as in old records
     sample(tiny_arguments, run / "model.safetensors", tmp_path / "final")
     assert "final.npz: already made" in capsys.readouterr().out
-    with pytest.raises(InputError, match=r"final\.json: does not tell 'step'"):
+    with pytest.raises(InputError, match=r"final\.json: found no 'step'"):
         find_step(tmp_path / "final.npz", run)
 
 

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.faults.runs import Run, assert_equal_runs
 from utils.config import load_config
-from utils.config_checks import ConfigError, accumulation_steps, check_training
+from utils.config_checks import accumulation_steps, check_training
 from utils.errors import InputError
+from utils.keys import ConfigError
 from utils.run.checkpoint import Resumable, load_optimizers
 from utils.run.manifest import MANIFEST_FILE, read_manifest
 from utils.run.metrics_file import read_metrics
@@ -201,6 +202,11 @@ def test_final_weights_are_of_no_use_to_their_own_run(oracle: Run, tmp_path: Pat
         find_start(run.folder, str(own))
     elsewhere = find_start(run.folder, str(oracle.folder / "model.safetensors"))
     assert elsewhere.back_up == tuple(run.folder / name for name in ("checkpoint-8", "checkpoint-12", own.name))
+
+
+def test_resume_false_does_not_overwrite_a_run(oracle: Run) -> None:
+    with pytest.raises(InputError, match=r"experiment\.resume=false: .* already holds checkpoint-12"):
+        find_start(oracle.folder, "false")
 
 
 def test_a_typo_in_resume_is_an_error(tmp_path: Path) -> None:

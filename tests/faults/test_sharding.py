@@ -15,11 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.validation_data import ValidationPixels
 from evaluation.sample_distance import SampleDistance
+from evaluation.validator import save_sample_grid
 from modeling.loading import load_generator, load_tokenizer
-from modeling.sampling.sample_grid import exact_samples, save_sample_grid
+from modeling.sampling.image_sampler import exact_samples
 from tests.conftest import make_noise_images
+from tests.evaluation.test_validator import random_model
 from tests.faults.runs import NO_DROPOUT, Run, assert_equal_runs
-from tests.modeling.test_validation import random_model
 from tests.processes import run_ranks
 from utils.config import load_config
 from utils.distributed import DistributedContext, init_distributed

@@ -6,22 +6,31 @@ import inspect
 
 import pytest
 
+from modeling import blocks
 from modeling.sampling import cached_decoding, generate, step_graph
 
-IN_THE_LOOP = {"replay", "_step", "fill_modulations", "bucket_end"}  # of `CodeSampler._sample`
+IN_THE_LOOP = {"replay", "next_codes", "fill_modulations", "bucket_end"}  # of `CodeSampler._sample`
 # What those call, in a graph or between two; the test says so when a new function is called from there.
 REACHED = IN_THE_LOOP | {
+    "_write",
     "after_attention",
     "attend",
     "before_attention",
-    "choose_codes",
     "decode_one_token",
     "filter_logits",
+    "fold_norm",
     "forward_position",
+    "gather_rows",
     "guide",
+    "merge_heads",
+    "mlp",
+    "modulate",
+    "modulation",
     "on_gpu",
-    "position_embeddings",
     "sample_codes",
+    "sample_next_codes",
+    "split_heads",
+    "update",
 }
 WAIT = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero", "unique", "masked_select", "bincount"}
 FROM_THE_HOST = {"tensor", "as_tensor", "from_numpy", "pin_memory"}
@@ -30,7 +39,7 @@ BUILTINS = {"print", "float", "int", "bool"}  # called with a tensor they wait
 
 def functions() -> dict[str, ast.FunctionDef]:
     """Functions of the modules and methods of their classes."""
-    trees = [ast.parse(inspect.getsource(module)) for module in (cached_decoding, generate, step_graph)]
+    trees = [ast.parse(inspect.getsource(module)) for module in (blocks, cached_decoding, generate, step_graph)]
     bodies = [part.body for tree in trees for part in (tree, *tree.body) if isinstance(part, ast.Module | ast.ClassDef)]
     return {node.name: node for body in bodies for node in body if isinstance(node, ast.FunctionDef)}
 

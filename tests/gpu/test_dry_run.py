@@ -2,7 +2,7 @@
 surprising precision.
 
 Not covered, as there is no GPU: the backward pass and activation checkpointing, streams, events, capture of graphs,
-`torch.compile`, which kernel is chosen and what it computes; and what waits by design: `DecodingState.begin`, checks of
+`torch.compile`, which kernel is chosen and what it computes; and what waits by design: `DecodingState.start`, checks of
 values, reading results.
 """
 
@@ -19,16 +19,16 @@ from evaluation.features import EfficientNetLite0
 from evaluation.inception import Inception
 from evaluation.metrics import Moments, ScoreSums
 from evaluation.precision_recall import manifold_radii, precision_recall
-from modeling.noise import num_noise_uniforms
+from evaluation.validator import ValidationTokens, batch_sums
+from modeling.perturbation import num_perturbation_uniforms
 from modeling.rear import ReAR
 from modeling.sampling import cached_decoding
-from modeling.sampling.cached_decoding import DecodingState, StepFunctions, prefill
-from modeling.sampling.generate import CodeSampler, choose_codes
-from modeling.sampling.image_decoder import ImageDecoder
+from modeling.sampling.cached_decoding import DecodingState, prefill
+from modeling.sampling.generate import CodeSampler, sample_next_codes
+from modeling.sampling.image_sampler import ImageDecoder
 from modeling.tokenizers.registry import build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.training_step import training_step
-from modeling.validation import ValidationTokens, _sums
 from tests.evaluation.made_up import inception_shapes
 from tests.gpu.fake_gpu import FakeGpu, Watch
 from utils.distributed import DistributedContext
@@ -57,7 +57,11 @@ def train(
 ) -> Watch:
     with gpu:
         batch = {"image": zeros(B, 3, 32, 32)} if from_images else {"codes": zeros(B, N, dtype=torch.int32)}
-        batch |= {"class_labels": integers(U), "class_rows": integers(B), "uniforms": zeros(B, num_noise_uniforms(N))}
+        batch |= {
+            "class_labels": integers(U),
+            "class_rows": integers(B),
+            "perturbation_uniforms": zeros(B, num_perturbation_uniforms(N)),
+        }
         batch["order_uniforms"] = zeros(B, 1 + N)
         with Watch(BF16, F32) as watch:
             terms = training_step(model, tokenizer, batch, 0.5, config, order_ratio)
@@ -94,35 +98,32 @@ def test_the_outputs_of_the_model_under_autocast(gpu: FakeGpu, model: ReAR) -> N
     assert streams == [F32, F32]
 
 
-def sampler(
-    gpu: FakeGpu, model: ReAR, config: Config, dtype: torch.dtype, with_places: bool = False
-) -> tuple[CodeSampler, DecodingState]:
-    """As after `begin` with two distinct labels."""
+def sampler(gpu: FakeGpu, model: ReAR, config: Config, dtype: torch.dtype) -> tuple[CodeSampler, DecodingState]:
+    """As after `start` with two distinct labels."""
     with gpu, torch.inference_mode():
         sample = CodeSampler(model.eval(), config.model.generator, dtype)
-        state = DecodingState(sample.weights, B, guided=sample.guidance_scale != 1, with_places=with_places)
+        state = DecodingState(sample.model, B, sample.guided, dtype)
         state.distinct_labels = integers(2)
     return sample, state
 
 
 def decode(gpu: FakeGpu, state: DecodingState, masked: bool) -> tuple[Tensor, Watch]:
-    with gpu, torch.inference_mode(), Watch(F32, state.weights.dtype) as watch:
-        return cached_decoding.decode_one_token(state, 32, masked, StepFunctions()), watch
+    with gpu, torch.inference_mode(), Watch(F32, state.dtype) as watch:
+        return cached_decoding.decode_one_token(state, 32, masked), watch
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-@pytest.mark.parametrize("with_places", [False, True])
 class TestSampling:
     def test_modulations_and_prefill(
-        self, gpu: FakeGpu, model: ReAR, config: Config, dtype: torch.dtype, guidance_scale: float, with_places: bool
+        self, gpu: FakeGpu, model: ReAR, config: Config, dtype: torch.dtype, guidance_scale: float
     ) -> None:
         config.model.generator.guidance_scale = guidance_scale
-        _, state = sampler(gpu, model, config, dtype, with_places)
+        _, state = sampler(gpu, model, config, dtype)
         with gpu, torch.inference_mode(), Watch(F32, dtype) as watch:
             for first in (0, 32, 64):
                 state.fill_modulations(first)
-            hidden = prefill(state, StepFunctions())
+            hidden = prefill(state)
         assert hidden.dtype == F32
         assert watch.products == {dtype}
 
@@ -134,17 +135,16 @@ class TestSampling:
         config: Config,
         dtype: torch.dtype,
         guidance_scale: float,
-        with_places: bool,
         masked: bool,
     ) -> None:
         config.model.generator.guidance_scale = guidance_scale
-        sample, state = sampler(gpu, model, config, dtype, with_places)
+        sample, state = sampler(gpu, model, config, dtype)
         hidden, watch = decode(gpu, state, masked)
         assert hidden.dtype == F32
         assert watch.products == {dtype}
-        assert state.layers[0].keys.dtype == state.layers[0].values.dtype == dtype
+        assert state.caches[0].keys.dtype == state.caches[0].values.dtype == dtype
         with gpu, torch.inference_mode(), Watch(F32, F64) as watch:  # float64 in the cumulative sum
-            choose_codes(hidden, state, sample.scales, config.model.generator)
+            sample_next_codes(hidden, state, sample.scales, config.model.generator)
         assert watch.products == {F32}
         with gpu, torch.inference_mode(), Watch(F32):
             assert state.codes_in_raster_order().shape == (B, N)
@@ -196,7 +196,7 @@ def test_means_of_the_log(
     """Of what a training step measures, with and without the metrics that are ratios."""
     with gpu:
         batch = {"codes": integers(B, N), "class_labels": integers(U), "class_rows": integers(B)}
-        batch["uniforms"] = zeros(B, num_noise_uniforms(N))
+        batch["perturbation_uniforms"] = zeros(B, num_perturbation_uniforms(N))
         measured = training_step(model, tokenizer, batch, 0.5, config).metrics
         means = IntervalMeans(ctx)
         with Watch(F32, F64):
@@ -209,7 +209,7 @@ def test_held_out_losses(gpu: FakeGpu, model: ReAR) -> None:
     with gpu, torch.no_grad(), torch.autocast("cuda", BF16):
         codes = zeros(B, N, dtype=torch.int32)
         with Watch(BF16, F32, F64) as watch:
-            sums = _sums(model.eval(), ValidationTokens(codes, codes, integers(B)), slice(0, 2))
+            sums = batch_sums(model.eval(), ValidationTokens(codes, codes, integers(B)), slice(0, 2))
     assert (sums.dtype, tuple(sums.shape)) == (F64, (N + 2,))
     assert watch.products == {BF16}
 

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from modeling.rear import ReAR
 from modeling.sampling import cached_decoding
+from modeling.sampling.cached_decoding import KVCache
 from modeling.tokenizers.tokenizer import Tokenizer
 from tests.gpu.fake_gpu import FakeGpu
 from tests.gpu.test_dry_run import decode, sampler, train
@@ -30,23 +31,22 @@ def plant(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, found: str, fa
     ("name", "found", "fault"),
     [
         ("decode_one_token", "state.position - 2", "(state.position - 2).cpu()"),
-        ("forward_position", "state.head.index_select(0, rows)", "state.head[[0] * len(x)]"),  # an index from the host
+        ("forward_position", "rows)[:, 0]", "rows)[[0] * len(x), 0]"),  # an index from the host
         ("forward_position", "% BUCKET", "% BUCKET * torch.tensor(1)"),
-        ("position_embeddings", "state.position)", "state.position + state.position.item())"),
-        ("position_embeddings", "state.position + i", "(state.position + i).cpu()"),
+        ("decode_one_token", "state.position)", "state.position + state.position.item())"),
         ("forward_position", "if masked:", "if masked and position < end:"),  # asks for a value
-        ("forward_position", "F.layer_norm(x,", "F.layer_norm(x.double(),"),
+        ("forward_position", "modulate(x,", "modulate(x.double(),"),
         ("forward_position", "device=x.device", "device='cpu'"),
-        ("forward_position", "dtype=state.weights.dtype", "dtype=torch.float32"),
+        ("forward_position", "dtype=state.dtype", "dtype=torch.float32"),
         ("attend", "mask, scale", "mask.clone().pin_memory(), scale"),
     ],
 )
 def test_a_fault_in_the_decode_step_is_found(
     gpu: FakeGpu, config: Config, model: ReAR, monkeypatch: pytest.MonkeyPatch, name: str, found: str, fault: str
 ) -> None:
-    _, state = sampler(gpu, model, config, torch.bfloat16, with_places="+ i" in found)
+    _, state = sampler(gpu, model, config, torch.bfloat16)
     decode(gpu, state, masked=True)
-    plant(monkeypatch, cached_decoding, name, found, fault)
+    plant(monkeypatch, KVCache if name == "attend" else cached_decoding, name, found, fault)
     with pytest.raises((AssertionError, DataDependentOutputException)):
         decode(gpu, state, masked=True)
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from data import loading, training_batches
 from data.loading import Batch
 from data.training_batches import TrainingBatches, open_training_data
-from modeling.noise import num_noise_uniforms
+from modeling.perturbation import num_perturbation_uniforms
 from modeling.rear import ReAR
 from tests.conftest import make_noise_images
 from tests.gpu.fake_gpu import FakeGpu, Watch
@@ -37,7 +37,8 @@ class Pinning(DataLoader):
         self.pins = pin_memory
 
     def __iter__(self) -> Any:
-        return (message.pin_memory() if self.pins else message for message in super().__iter__())
+        for batch in super().__iter__():
+            yield {name: values.pin_memory() for name, values in batch.items()} if self.pins else batch
 
 
 class Copies(TorchDispatchMode):
@@ -82,7 +83,9 @@ def to_gpu(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tiny_arguments: list[s
             config.dataset.params.train_shards_path_or_url = str(make_noise_images(tmp_path / "images", 4, 20, 24))
             config.dataset.params.pretokenization = None
         dataset = open_training_data(config, "", verify=False)
-        return next(TrainingBatches(dataset, config, CUDA, 1, range(1), 0, lambda: False, num_noise_uniforms(16)))
+        return next(
+            TrainingBatches(dataset, config, CUDA, 1, range(1), 0, lambda: False, num_perturbation_uniforms(16))
+        )
 
     monkeypatch.setattr(loading, "DataLoader", Pinning)
     monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
@@ -93,7 +96,13 @@ def to_gpu(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tiny_arguments: list[s
 @pytest.mark.parametrize("form", ["codes", "images"])
 def test_batches_are_pinned_and_nothing_waits_for_their_copies(to_gpu: Any, form: str) -> None:
     batch = to_gpu(form)
-    assert batch.keys() == {"class_labels", "class_rows", "index", "uniforms", "codes" if form == "codes" else "image"}
+    assert batch.keys() == {
+        "class_labels",
+        "class_rows",
+        "index",
+        "perturbation_uniforms",
+        "codes" if form == "codes" else "image",
+    }
     assert {tensor.device.type for tensor in batch.values()} == {"cuda"}
 
 
@@ -101,7 +110,7 @@ def test_batches_are_pinned_and_nothing_waits_for_their_copies(to_gpu: Any, form
     ("place", "name", "found", "fault"),
     [
         (loading, "on_device", "non_blocking=True", "non_blocking=False"),
-        (loading._Message, "pin_memory", "values.pin_memory()", "values"),
+        (loading.Batches, "__init__", "pin_memory=pin_memory", "pin_memory=False"),
         (TrainingBatches, "__init__", "on_gpu, stop_requested", "False, stop_requested"),
     ],
 )

@@ -6,17 +6,16 @@ from typing import Any
 import pytest
 import torch
 
+from evaluation.validator import save_sample_grid
 from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler, generate
-from modeling.sampling.image_decoder import ImageDecoder
-from modeling.sampling.image_inputs import indices_of_classes
-from modeling.sampling.sample_grid import exact_samples, save_sample_grid
+from modeling.sampling.image_sampler import ImageDecoder, exact_samples, indices_of_classes
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from tests.modeling.tokenizers.test_conformance import SIZES
 from utils.config import load_config
-from utils.config_checks import ConfigError
 from utils.errors import NonFiniteError
 from utils.images import to_uint8
+from utils.keys import ConfigError
 from utils.randomness import image_uniforms
 from utils.schema import ModelConfig
 
@@ -124,7 +123,7 @@ def test_orders(tiny_model: ReAR, tiny_config: ModelConfig, orders: torch.Tensor
 
 def test_orders_that_the_model_was_not_trained_for(tiny_model: ReAR, tiny_config: ModelConfig) -> None:
     orders = torch.arange(16).flip(0).expand(2, -1)
-    with pytest.raises(ValueError, match=r"code 15 before code 0 in image 0: .* as model\.generator\.order=raster"):
+    with pytest.raises(ValueError, match=r"found code 15 before code 0, .* model\.generator\.order=raster"):
         generate(tiny_model, LABELS, UNIFORMS, tiny_config.generator, orders)
     with pytest.raises(
         ConfigError, match=r"sampling\.order=random: expected raster, as model\.generator\.order=raster"
@@ -139,15 +138,15 @@ ALL, CODES = torch.ones(2, 16, dtype=torch.bool), torch.zeros(2, 16, dtype=torch
 @pytest.mark.parametrize(
     ("codes", "mask", "message"),
     [
-        (None, ALL, r"known_codes in a NoneType: expected \(2, 16\), integers from 0 to 23"),
-        (CODES, None, r"known_mask in a NoneType: expected \(2, 16\), bool"),
-        (CODES, ALL.float(), "known_mask of torch.float32"),
-        (CODES[:, 1:], ALL, r"known_codes .* shape \(2, 15\)"),
-        (CODES + 24, ALL, "known_codes with 24"),
-        (CODES.float(), ALL, "known_codes of torch.float32"),
+        (None, ALL, r"conditioning_codes in a NoneType: expected \(2, 16\), integers from 0 to 23"),
+        (CODES, None, r"conditioning_mask in a NoneType: expected \(2, 16\), bool"),
+        (CODES, ALL.float(), "conditioning_mask of torch.float32"),
+        (CODES[:, 1:], ALL, r"conditioning_codes .* shape \(2, 15\)"),
+        (CODES + 24, ALL, "conditioning_codes with 24"),
+        (CODES.float(), ALL, "conditioning_codes of torch.float32"),
     ],
 )
-def test_known_codes(tiny_model: ReAR, tiny_config: ModelConfig, codes: Any, mask: Any, message: str) -> None:
+def test_conditioning_codes(tiny_model: ReAR, tiny_config: ModelConfig, codes: Any, mask: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(tiny_model, LABELS, UNIFORMS, tiny_config.generator, None, codes, mask)
 
@@ -239,7 +238,7 @@ def test_pixels_and_features_that_are_not_finite(tokenizer: MaskGitVQ) -> None:
     with pytest.raises(NonFiniteError, match="pixels of a batch are not finite"):
         to_uint8(tokenizer.decode(codes))
     tokenizer.encoder.conv_out.bias[0] = torch.inf
-    with pytest.raises(NonFiniteError, match="the tokenizer's features are not finite"):
+    with pytest.raises(NonFiniteError, match="the tokenizer's latents are not finite"):
         tokenizer.encode(torch.rand(2, 3, 32, 32))
 
 

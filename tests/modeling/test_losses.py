@@ -4,7 +4,6 @@ import torch.nn.functional as F
 
 from modeling import losses
 from modeling.losses import alignment_loss, cosine_to_codes, next_token_loss, rear_loss, token_losses
-from modeling.rear import ReAROutput
 from utils.schema import GeneratorConfig
 
 
@@ -53,18 +52,18 @@ def test_rear_loss_puts_the_terms_together() -> None:
     mask = torch.zeros(2, 4, dtype=torch.bool)
     mask[:, :2] = True
     config = GeneratorConfig(transition_alignment_weight=0.5)
-    terms = rear_loss(ReAROutput(logits, vectors, -vectors), codes, vectors, mask, config)
+    terms = rear_loss(logits, vectors, -vectors, codes, vectors, mask, config)
     torch.testing.assert_close(
         terms.metrics["train/proj_loss"], torch.tensor(-0.5 + 1.0)
     )  # encode at clean positions only
     torch.testing.assert_close(terms.loss, next_token_loss(logits, codes) + 0.25)
-    encode_cos = terms.metrics["train/encode_cos"]
-    torch.testing.assert_close(encode_cos.total / encode_cos.number, torch.tensor(1.0))  # of clean positions alone
+    total, count = terms.metrics["train/encode_cos"]
+    torch.testing.assert_close(total / count, torch.tensor(1.0))  # of clean positions alone
     torch.testing.assert_close(terms.metrics["train/decode_cos"], torch.tensor(-1.0))
     config.mask_perturbed_encode = False
-    terms = rear_loss(ReAROutput(logits, vectors, -vectors), codes, vectors, mask, config)
+    terms = rear_loss(logits, vectors, -vectors, codes, vectors, mask, config)
     torch.testing.assert_close(terms.metrics["train/proj_loss"], torch.tensor(0.0))
-    plain = rear_loss(ReAROutput(logits, None, None), codes, vectors, mask, config)
+    plain = rear_loss(logits, None, None, codes, vectors, mask, config)
     assert torch.equal(plain.loss, next_token_loss(logits, codes))
     assert not any(getattr(value, "requires_grad", False) for value in terms.metrics.values())
     assert torch.equal(terms.metrics["train/loss"], terms.loss)

@@ -12,12 +12,12 @@ from omegaconf import OmegaConf
 
 from modeling.loading import load_generator, load_tokenizer
 from modeling.losses import next_token_loss
-from modeling.noise import perturbation_ratio, random_order_ratio
-from modeling.orders import ORDERS, random_orders, training_orders
+from modeling.orders import ORDERS, num_order_uniforms, random_order_ratio, random_orders, training_orders
+from modeling.perturbation import perturbation_ratio
 from modeling.rear import ReAR
-from modeling.sampling.cached_decoding import DecoderWeights, DecodingState, StepFunctions, decode_one_token, prefill
+from modeling.sampling.cached_decoding import DecodingState, decode_one_token, prefill
 from modeling.sampling.generate import guidance_schedule
-from modeling.training_step import num_order_uniforms, training_step
+from modeling.training_step import training_step
 from utils.config import load_config
 from utils.config_checks import accumulation_steps
 from utils.files.weights import load_state_dict
@@ -72,8 +72,8 @@ def test_cached_decoding_gives_the_published_logits_of_every_step(order: str) ->
     scales = guidance_schedule(generator.guidance_scale, generator.guidance_scale_pow, 16)
     torch.testing.assert_close(torch.tensor(scales), expected["cfg_per_step"], atol=1e-5, rtol=0)
     with torch.no_grad():
-        state = DecodingState(DecoderWeights(model, torch.float32), 5, guided=True, with_places=order == "random")
-        state.begin(labels, torch.zeros(ids.shape), orders)
+        state = DecodingState(model, 5, guided=True)
+        state.start(labels, torch.zeros(ids.shape), orders if order == "random" else None)
         state.codes.copy_(ids if order == "raster" else ids.gather(1, orders))
         if order == "random":
             assert torch.equal(state.codes_in_raster_order(), ids)
@@ -81,16 +81,15 @@ def test_cached_decoding_gives_the_published_logits_of_every_step(order: str) ->
             uncond_logits = model(ids, torch.full_like(labels, 10), orders).logits
         state.fill_modulations(0)
         for k in range(16):
-            functions = StepFunctions()
-            hidden = prefill(state, functions) if k == 0 else decode_one_token(state, k + 2, False, functions)
+            hidden = prefill(state) if k == 0 else decode_one_token(state, end=k + 2, masked=False)
             state.position.add_(1)
             cond, uncond = model.lm_head(hidden).chunk(2)
             close(cond, cond_logits[:, k])
             close(uncond, uncond_logits[:, k])
 
 
-def test_a_training_step_with_orders_noise_and_regularization() -> None:
-    """Of uniforms that give the noise and the orders of the fixture."""
+def test_a_training_step_with_orders_perturbation_and_regularization() -> None:
+    """With uniforms that give the perturbation and the orders of the fixture."""
     model_config, expected = published("rar_tiny_regularized")
     config = Config(model=model_config)
     config.training.mixed_precision = "no"
@@ -99,13 +98,15 @@ def test_a_training_step_with_orders_noise_and_regularization() -> None:
     model = ReAR(config.model).eval()
     model.load_state_dict(load_state_dict(FIXTURES / "rar_tiny_regularized.safetensors"), strict=True)
     ids, mask, orders = (expected[name] for name in ("ids", "perturb_mask", "orders"))
-    places = torch.arange(16).expand(5, -1) / 16
+    positions = torch.arange(16).expand(5, -1) / 16
     batch = {
         "codes": ids,
         "class_labels": expected["labels"],
         "class_rows": torch.arange(5),
-        "uniforms": torch.cat([torch.ones(5, 1), 0.9 - 0.9 * mask.float(), (expected["noisy_ids"] + 0.5) / 64], dim=1),
-        "order_uniforms": torch.cat([torch.zeros(5, 1), torch.zeros(5, 16).scatter(1, orders, places)], dim=1),
+        "perturbation_uniforms": torch.cat(
+            [torch.ones(5, 1), 0.9 - 0.9 * mask.float(), (expected["noisy_ids"] + 0.5) / 64], dim=1
+        ),
+        "order_uniforms": torch.cat([torch.zeros(5, 1), torch.zeros(5, 16).scatter(1, orders, positions)], dim=1),
     }
     assert torch.equal(training_orders(batch["order_uniforms"], 0.1, generator), orders)
     output = model(expected["noisy_ids"], expected["labels"], orders)
@@ -139,7 +140,11 @@ def test_at_ratio_0_nothing_is_other_than_in_raster_order(tiny_arguments: list[s
     config = load_config([*tiny_arguments, "experiment.output_dir=unused", f"model.generator.order={order}"])
     torch.manual_seed(0)
     model, tokenizer = ReAR(config.model).eval(), load_tokenizer(config)
-    batch = {"codes": torch.randint(24, (4, 16)), "class_labels": torch.arange(4), "uniforms": torch.rand(4, 33)}
+    batch = {
+        "codes": torch.randint(24, (4, 16)),
+        "class_labels": torch.arange(4),
+        "perturbation_uniforms": torch.rand(4, 33),
+    }
     batch["class_rows"] = torch.arange(4)
     losses = [
         training_step(model, tokenizer, batch, 0.5, config),

@@ -44,7 +44,7 @@ def test_every_tokenizer(name: str, tmp_path: Path) -> None:
     tokenizer: Tokenizer = build_tokenizer(SIZES[name])
     tokenizer.save_pretrained(tmp_path)
     check_equal(tokenizer, TOKENIZERS[SIZES[name].model_type].from_pretrained(tmp_path))
-    load_config([f"config={tmp_path / 'config.json'}", "experiment.output_dir=unused"], reads=[])
+    load_config([f"config={tmp_path / 'config.json'}", "experiment.output_dir=unused"], reads={})
 
 
 def test_of_another_class(tiny_model: ReAR, tmp_path: Path) -> None:

@@ -9,16 +9,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from modeling.losses import rear_loss
-from modeling.rear import ReAR
-from modeling.sampling.cached_decoding import (
-    BUCKET,
-    DecoderWeights,
-    DecodingState,
-    StepFunctions,
-    decode_one_token,
-    prefill,
-)
+from modeling.losses import LossTerms, rear_loss
+from modeling.rear import ReAR, ReAROutput
+from modeling.sampling.cached_decoding import BUCKET, DecodingState, decode_one_token, prefill
 from modeling.sampling.generate import guidance_schedule, guide
 from utils.schema import ModelConfig
 
@@ -49,12 +42,24 @@ def close(actual: torch.Tensor, wanted: torch.Tensor, atol: float = 1e-4) -> Non
     torch.testing.assert_close(actual, wanted, atol=atol, rtol=0, check_dtype=False)
 
 
-def test_noisy_forward_and_losses(model: ReAR, config: ModelConfig, expected: dict) -> None:
+def losses(output: ReAROutput, expected: dict, perturbation_mask: torch.Tensor, config: ModelConfig) -> LossTerms:
+    return rear_loss(
+        logits=output.logits,
+        encode_z=output.encode_z,
+        decode_z=output.decode_z,
+        codes=expected["ids"],
+        codebook_vectors=expected["features"],
+        perturbation_mask=perturbation_mask,
+        config=config.generator,
+    )
+
+
+def test_perturbed_forward_and_losses(model: ReAR, config: ModelConfig, expected: dict) -> None:
     output = model(expected["noisy_ids"], expected["labels"])
     close(output.logits, expected["logits_noisy"][:, :-1])
     close(output.encode_z, expected["encode_z_noisy"][:, 2:])
     close(output.decode_z, expected["decode_z_noisy"][:, 1:-1])
-    terms = rear_loss(output, expected["ids"], expected["features"], expected["perturb_mask"], config.generator)
+    terms = losses(output, expected, expected["perturb_mask"], config)
     close(terms.metrics["train/ar_loss"], expected["ar_loss_noisy"].squeeze())
     close(terms.metrics["train/proj_loss"], expected["proj_loss_noisy"].squeeze())
     close(terms.metrics["train/correct_tokens"], expected["correct_noisy"].squeeze())
@@ -64,7 +69,7 @@ def test_clean_forward_and_losses(model: ReAR, config: ModelConfig, expected: di
     output = model(expected["ids"], expected["labels"])
     close(output.logits, expected["logits_clean"][:, :-1])
     nothing = torch.zeros_like(expected["perturb_mask"])
-    terms = rear_loss(output, expected["ids"], expected["features"], nothing, config.generator)
+    terms = losses(output, expected, nothing, config)
     close(terms.metrics["train/ar_loss"], expected["ar_loss_clean"].squeeze())
     close(terms.metrics["train/proj_loss"], expected["proj_loss_clean"].squeeze())
 
@@ -72,7 +77,7 @@ def test_clean_forward_and_losses(model: ReAR, config: ModelConfig, expected: di
 def test_gradient_norms(model: ReAR, config: ModelConfig, expected: dict) -> None:
     model.zero_grad()
     output = model(expected["noisy_ids"], expected["labels"])
-    rear_loss(output, expected["ids"], expected["features"], expected["perturb_mask"], config.generator).loss.backward()
+    losses(output, expected, expected["perturb_mask"], config).loss.backward()
     names = np.load(FIXTURES / "rear_tiny.npz")["grad_norm_names"]
     parameters = dict(model.named_parameters())
     assert sorted(parameters) == sorted(str(name) for name in names)
@@ -87,15 +92,13 @@ def test_cached_and_guided_logits(model: ReAR, expected: dict) -> None:
     scales = guidance_schedule(float(expected["guidance_scale"]), float(expected["guidance_scale_pow"]), steps)
     close(torch.tensor(scales), expected["cfg_per_step"], atol=1e-6)
     with torch.no_grad():
-        state = DecodingState(DecoderWeights(model, torch.float32), len(labels), guided=True)
-        state.begin(labels, torch.zeros(ids.shape))
+        state = DecodingState(model, len(labels), guided=True)
+        state.start(labels, torch.zeros(ids.shape))
         state.codes.copy_(ids)
         for k in range(steps):
             if (k + 1) % BUCKET == 0 or k == 0:
                 state.fill_modulations(0 if k == 0 else k + 1)
-            hidden = (
-                prefill(state, StepFunctions()) if k == 0 else decode_one_token(state, k + 2, False, StepFunctions())
-            )
+            hidden = prefill(state) if k == 0 else decode_one_token(state, end=k + 2, masked=False)
             state.position.add_(1)
             cond, uncond = model.lm_head(hidden).chunk(2)
             close(cond, expected["cond_logits"][:, k])

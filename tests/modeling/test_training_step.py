@@ -6,20 +6,20 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from modeling.loading import load_tokenizer
 from modeling.losses import alignment_loss, cosine_to_codes, next_token_loss
-from modeling.noise import num_noise_uniforms, switch_codes
+from modeling.perturbation import num_perturbation_uniforms, switch_codes
 from modeling.rear import ReAR, ReAROutput
 from modeling.training_step import compile_blocks, training_step
 from utils.config import load_config
 
 
-def test_a_training_step_noises_the_context_and_keeps_targets_and_embeddings_clean(tiny_arguments: list[str]) -> None:
+def test_a_training_step_perturbs_the_context_and_keeps_targets_and_embeddings_clean(tiny_arguments: list[str]) -> None:
     config = load_config([*tiny_arguments, "experiment.output_dir=unused"])
     tokenizer = load_tokenizer(config)
     generator = torch.Generator().manual_seed(0)
     codes, labels = torch.randint(24, (6, 16), generator=generator), torch.tensor([2, 4])
     logits, z = torch.randn(6, 16, 24, generator=generator), torch.randn(6, 16, 8, generator=generator)
     batch = {"codes": codes, "class_labels": labels, "class_rows": torch.tensor([0, 1, 1, 0, 1, 0])}
-    batch["uniforms"] = torch.rand(6, 33, generator=generator)
+    batch["perturbation_uniforms"] = torch.rand(6, 33, generator=generator)
     fed = []
 
     def model(context: torch.Tensor, class_labels: torch.Tensor, orders: None, class_rows: torch.Tensor) -> ReAROutput:
@@ -27,7 +27,7 @@ def test_a_training_step_noises_the_context_and_keeps_targets_and_embeddings_cle
         return ReAROutput(logits, z, -z)
 
     terms = training_step(model, tokenizer, batch, 0.9, config)
-    context, mask = switch_codes(codes, batch["uniforms"], 0.9, 24)
+    context, mask = switch_codes(codes, batch["perturbation_uniforms"], 0.9, 24)
     assert torch.equal(fed[0], context)
     assert 0.1 < (context != codes).float().mean() < 0.9
     assert fed[1:] == [batch["class_labels"], batch["class_rows"]]
@@ -41,7 +41,11 @@ def test_images_train_as_their_codes_do(tiny_arguments: list[str]) -> None:
     config = load_config([*tiny_arguments, "experiment.output_dir=unused"])
     tokenizer, model = load_tokenizer(config), ReAR(config.model).eval()
     images, labels = torch.rand(4, 3, 16, 16), torch.arange(4)
-    others = {"class_labels": labels, "class_rows": labels, "uniforms": torch.rand(4, num_noise_uniforms(16))}
+    others = {
+        "class_labels": labels,
+        "class_rows": labels,
+        "perturbation_uniforms": torch.rand(4, num_perturbation_uniforms(16)),
+    }
     of_images, of_codes = (
         training_step(model, tokenizer, batch | others, 0.5, config)
         for batch in ({"image": images}, {"codes": tokenizer.encode(images)})
@@ -67,7 +71,7 @@ def test_compiled_blocks_compute_the_same(tiny_arguments: list[str]) -> None:
         for rows in ([0, 1, 1, 0, 1, 0], [0, 1, 2, 3, 1, 0]):
             codes, rows = torch.arange(96).view(6, 16) % 24, torch.tensor(rows)
             batch = {"codes": codes, "class_labels": torch.arange(len(rows.unique())), "class_rows": rows}
-            batch["uniforms"] = torch.rand(6, 33, generator=torch.Generator().manual_seed(0))
+            batch["perturbation_uniforms"] = torch.rand(6, 33, generator=torch.Generator().manual_seed(0))
             training_step(model, tokenizer, batch, 0.5, config).loss.backward()
             results.append([parameter.grad.clone() for parameter in model.parameters()])
             model.zero_grad()

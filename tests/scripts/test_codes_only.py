@@ -3,7 +3,6 @@
 import json
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,6 +26,7 @@ from tests.conftest import make_noise_images
 from tests.docs.pages import fences
 from tests.docs.test_commands import split
 from tests.processes import ROOT, run_script
+from tests.script_config import script_config
 from utils.config import load_config
 from utils.errors import InputError
 from utils.images import to_uint8
@@ -138,7 +138,7 @@ def test_codes_and_images_of_one_name_are_refused(
 
 def test_sampled_codes_are_counted_and_trained_on(sampled: Path, arguments: list[str], tmp_path: Path, capsys) -> None:
     on_samples = [*arguments, f"dataset.params.pretokenization={sampled}", f"experiment.output_dir={tmp_path / 'x'}"]
-    inspect_codes.main(load_config(on_samples))
+    inspect_codes.main(script_config(inspect_codes, on_samples))
     printed = capsys.readouterr().out
     assert "codes per sample: 16, without a grid" in printed
     assert f"look at {tmp_path / 'x'}/statistics.png" in printed
@@ -162,11 +162,12 @@ def test_what_wants_images_is_refused(sampled: Path, arguments: list[str], run: 
         (sample_imagenet_rear, "sampling.save_png=true", f"experiment.generator_checkpoint={run}"),
         (sweep_guidance, f"sweep.reference={tmp_path / 'x.npz'}"),
         (complete_images, f"completion.inputs={images}"),
-        (SimpleNamespace(main=DemoModel), f"experiment.generator_checkpoint={run}"),
     ]
     for script, *more in refused:
-        with pytest.raises(InputError, match=r"wants images, and .*model_type=codes_only knows codes alone"):
-            script.main(load_config([*arguments, *more]))
+        with pytest.raises(InputError, match="model_type=codes_only"):
+            script.main(script_config(script, [*arguments, *more]))
+    with pytest.raises(InputError, match="model_type=codes_only"):
+        DemoModel(load_config([*arguments, f"experiment.generator_checkpoint={run}"]), max_images=1)
     with pytest.raises(InputError, match=r"x\.tokens: codes, expected an npz of images"):
         open_input(sampled, verify=False)
     left = {path.name for path in tmp_path.rglob("*") if path.is_file() and images not in path.parents}
@@ -228,7 +229,7 @@ def test_the_page_as_typed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for command in block.splitlines():
         _, words = split(command)
         script = import_module(words[1].removesuffix(".py").replace("/", "."))
-        script.main(load_config([*words[2:], *few]))
+        script.main(script_config(script, [*words[2:], *few]))
     samples = TokenStore(codes.with_name("samples.tokens"))
     assert (len(samples), samples.meta.image_seq_len, samples.meta.codebook_size) == (12, 64, 512)
     convert_tokens.main([str(samples.path), "samples.jsonl"])

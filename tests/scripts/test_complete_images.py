@@ -11,8 +11,9 @@ from PIL import Image
 from modeling.loading import load_tokenizer
 from modeling.rear import ReAR
 from modeling.sampling.generate import generate
-from modeling.sampling.inpainting import in_region
+from modeling.sampling.inpainting import region_mask
 from scripts import complete_images
+from tests.script_config import script_config
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.weights import save_weights
@@ -45,7 +46,7 @@ def arguments(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactor
 
 
 def run(arguments: list[str], output_dir: Path, *more: str) -> dict[str, np.ndarray]:
-    complete_images.main(load_config([*arguments, f"experiment.output_dir={output_dir}", *more]))
+    complete_images.main(script_config(complete_images, [*arguments, f"experiment.output_dir={output_dir}", *more]))
     with np.load(output_dir / "completions.npz") as file, np.load(output_dir / "inputs.npz") as inputs:
         return {"inputs": inputs["arr_0"], "images": file["arr_0"], "which": file["arr_1"], "kept": file["kept"]}
 
@@ -55,7 +56,7 @@ def run(arguments: list[str], output_dir: Path, *more: str) -> dict[str, np.ndar
 def test_files(arguments: list[str], tmp_path: Path, batch_size: int, label: int | None) -> None:
     more = [f"completion.class_label={'null' if label is None else label}", f"sampling.per_gpu_batch_size={batch_size}"]
     arrays = run(arguments, tmp_path / "out", *more)
-    config = load_config([*arguments, "experiment.output_dir=unused", *more])
+    config = script_config(complete_images, [*arguments, "experiment.output_dir=unused", *more])
     assert arrays["kept"].tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
     assert arrays["which"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
     assert arrays["inputs"].shape == (5, 16, 16, 3)
@@ -86,9 +87,12 @@ def test_any_part_stays_with_models_of_any_order(
 ) -> None:
     seen = []
     original = complete_images.complete
-    monkeypatch.setattr(
-        complete_images, "complete", lambda *given: seen.append((given[0], original(*given))) or seen[0][1]
-    )
+
+    def complete(codes: torch.Tensor, *given: object, **more: object) -> torch.Tensor:
+        seen.append((codes, original(codes, *given, **more)))
+        return seen[0][1]
+
+    monkeypatch.setattr(complete_images, "complete", complete)
     if keep == "picture":
         Image.fromarray(np.kron(np.eye(4), np.full((9, 9), 255)).astype(np.uint8)).save(tmp_path / "mask.png")
         keep = str(tmp_path / "mask.png")
@@ -111,13 +115,13 @@ def test_annealed_models_are_told_apart(arguments: list[str], tmp_path: Path, ca
 
 def test_the_regions() -> None:
     def text(name: str, share: float) -> list[str]:
-        return ["".join(".#"[kept] for kept in row) for row in in_region(name, share, 4, 4).astype(int)]
+        return ["".join(".#"[kept] for kept in row) for row in region_mask(name, share, 4, 4).astype(int)]
 
     assert text("top", 0.25) == ["####", "....", "....", "...."]
     assert text("left", 0.5) == ["##..", "##..", "##..", "##.."]
     assert text("center", 0.5) == ["....", ".##.", ".##.", "...."]
     assert text("border", 0.5) == ["####", "#..#", "#..#", "####"]
-    assert in_region("center", 0.25, 16, 16).sum() == in_region("border", 0.75, 16, 16).size - 16 * 15 == 16
+    assert region_mask("center", 0.25, 16, 16).sum() == region_mask("border", 0.75, 16, 16).size - 16 * 15 == 16
 
 
 def test_completions_do_not_depend_on_how_many_there_are(arguments: list[str], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from modeling.sampling.image_sampler import ImageSampler
 from scripts import complete_images, reconstruct
 from scripts.demo_model import MAX_BYTES, DemoModel, Settings, names_of_classes, read_upload
 from tests.conftest import make_noise_images
+from tests.script_config import script_config
 from utils.config import load_config
 from utils.errors import InputError, NonFiniteError
 from utils.files.weights import save_weights
@@ -41,13 +42,13 @@ def demo_arguments(config: Config, folder: Path) -> list[str]:
     return [
         f"experiment.generator_checkpoint={folder / 'model.safetensors'}",
         f"dataset.params.eval_shards_path_or_url={make_noise_images(folder / 'images', 6, 20, 24)}",
-        *("experiment.output_dir=unused", "model.generator.order=random", "demo.max_images=5"),
+        *("experiment.output_dir=unused", "model.generator.order=random"),
     ]
 
 
 @pytest.fixture(scope="module")
 def model(arguments: list[str]) -> DemoModel:
-    return DemoModel(load_config(arguments))
+    return DemoModel(load_config(arguments), max_images=5)
 
 
 def validation_image(model: DemoModel, index: int = 0) -> np.ndarray:
@@ -78,13 +79,14 @@ def test_completions_are_those_of_the_script(
         "inputs": model.config.dataset.params.eval_shards_path_or_url,
     }
     complete_images.main(
-        load_config(
+        script_config(
+            complete_images,
             [
                 *arguments,
                 *(f"model.generator.{name}={value}" for name, value in SETTINGS._asdict().items()),
                 *(f"completion.{name}={value}" for name, value in completion.items()),
                 *("sampling.seed=9", f"experiment.output_dir={tmp_path}"),
-            ]
+            ],
         )
     )
     image = validation_image(model)
@@ -135,7 +137,7 @@ def test_the_page_does_without_validation_images(arguments: list[str], capsys: p
 
 
 def test_weights_that_compute_no_numbers_are_an_input_error(arguments: list[str]) -> None:
-    model = DemoModel(load_config(arguments))
+    model = DemoModel(load_config(arguments), max_images=5)
     with torch.no_grad():
         model.model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(NonFiniteError):

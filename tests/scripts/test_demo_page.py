@@ -35,12 +35,12 @@ OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 @pytest.fixture(scope="module")
 def arguments(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     config = load_config([*tiny_arguments, "experiment.output_dir=unused"])
-    return [*tiny_arguments, *demo_arguments(config, tmp_path_factory.mktemp("demo_page"))]
+    return [*tiny_arguments, *demo_arguments(config, tmp_path_factory.mktemp("demo_page")), "demo.max_images=5"]
 
 
 @pytest.fixture(scope="module")
 def model(arguments: list[str]) -> DemoModel:
-    return DemoModel(load_config(arguments))
+    return DemoModel(load_config(arguments), max_images=5)
 
 
 @pytest.fixture(scope="module")

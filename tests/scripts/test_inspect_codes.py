@@ -11,6 +11,7 @@ from data.codes.code_statistics import CodeStatistics
 from data.codes.token_writer import StoreMeta, new_token_store
 from modeling.loading import load_tokenizer
 from scripts import inspect_codes
+from tests.script_config import script_config
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.weights import weights_sha256
@@ -34,7 +35,7 @@ def arguments(tiny_arguments: list[str], tmp_path: Path) -> list[str]:
 
 
 def test_grid_and_statistics(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    inspect_codes.main(load_config([*arguments, "inspection.rows=[0,29,29]"]))
+    inspect_codes.main(script_config(inspect_codes, [*arguments, "inspection.rows=[0,29,29]"]))
     out = capsys.readouterr().out
     figures = json.loads((tmp_path / "out/statistics.json").read_text())
     assert all(f"{name}: {value}" in out for name, value in figures.items())
@@ -50,7 +51,7 @@ def test_grid_and_statistics(arguments: list[str], tmp_path: Path, capsys: pytes
 
 
 def test_random_rows(arguments: list[str], tmp_path: Path) -> None:
-    config = load_config([*arguments, "inspection.num_images=100"])
+    config = script_config(inspect_codes, [*arguments, "inspection.num_images=100"])
     inspect_codes.main(config)
     assert Image.open(tmp_path / "out/codes.png").height == 4 * (16 + CAPTION_HEIGHT + GRID_GAP) - GRID_GAP
 
@@ -79,7 +80,7 @@ def test_captions_are_below_their_images() -> None:
 )
 def test_errors(arguments: list[str], override: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        inspect_codes.main(load_config([*arguments, override]))
+        inspect_codes.main(script_config(inspect_codes, [*arguments, override]))
 
 
 def test_codes_of_another_tokenizer(arguments: list[str], tmp_path: Path) -> None:
@@ -87,6 +88,6 @@ def test_codes_of_another_tokenizer(arguments: list[str], tmp_path: Path) -> Non
     record = json.loads(meta.read_text())
     meta.write_text(json.dumps({**record, "tokenizer_sha256": "0" * 64}))
     with pytest.raises(InputError, match=r"codes\.tokens: made by a tokenizer of sha256 0000.*tokenizer_checkpoint"):
-        inspect_codes.main(load_config(arguments))
+        inspect_codes.main(script_config(inspect_codes, arguments))
     meta.write_text(json.dumps({**record, "tokenizer_sha256": None}))
-    inspect_codes.main(load_config(arguments))
+    inspect_codes.main(script_config(inspect_codes, arguments))

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
-from modeling.tokenizers.registry import build_tokenizer, tokenizer_sizes
+from modeling.tokenizers.registry import build_tokenizer, config_from_state_dict
 from scripts import (
     inspect_codes,
     make_config,
@@ -18,6 +18,7 @@ from scripts import (
     train_rear,
     train_tokenizer,
 )
+from tests.script_config import script_config
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.weights import load_state_dict, save_weights
@@ -39,9 +40,9 @@ def shards_of(tmp_path: Path, classes: int, images: int = 4, *options: str) -> P
 
 @pytest.mark.parametrize("sizes", [SIZES, VQModelConfig(hidden_channels=32)])
 def test_sizes_of_a_tokenizer_are_read_from_its_weights(sizes: VQModelConfig) -> None:
-    assert tokenizer_sizes(MaskGitVQ(sizes).state_dict()) == sizes
+    assert config_from_state_dict(MaskGitVQ(sizes).state_dict()) == sizes
     with pytest.raises(InputError, match=r"weights without 'quantize\.embedding\.weight'"):
-        tokenizer_sizes({})
+        config_from_state_dict({})
 
 
 @pytest.mark.parametrize("classes", [1, 1100])
@@ -83,10 +84,10 @@ def test_from_a_folder_to_samples(tmp_path: Path) -> None:
     shards, own = shards_of(tmp_path, 2, 6, "--heldout", "0.4"), tmp_path / "own"
     make_config.main([str(shards), str(own), "--resolution", "32", "--no-flip"])
     small = ["training.max_train_steps=2", "training.per_gpu_batch_size=4", "lr_scheduler.params.warmup_steps=1"]
-    train_tokenizer.main(load_config([f"config={own / 'tokenizer.yaml'}", *small]))
+    train_tokenizer.main(script_config(train_tokenizer, [f"config={own / 'tokenizer.yaml'}", *small]))
     arguments = [f"config={own / 'rear.yaml'}", *small]
     pretokenize.main(load_config(arguments))
-    inspect_codes.main(load_config([*arguments, f"experiment.output_dir={own / 'codes'}"]))
+    inspect_codes.main(script_config(inspect_codes, [*arguments, f"experiment.output_dir={own / 'codes'}"]))
     train_rear.main(load_config(arguments))
     weights = f"experiment.generator_checkpoint={own / 'rear'}"
     sample_imagenet_rear.main(load_config([*arguments, weights, f"experiment.output_dir={own / 'samples'}"]))

@@ -9,8 +9,10 @@ import torch
 from modeling.tokenizers.registry import build_tokenizer
 from scripts import inspect_codes, pretokenize, reconstruct, sample_imagenet_rear, train_rear
 from tests.conftest import make_noise_images
+from tests.script_config import script_config
 from utils.config import load_config
 from utils.files.weights import save_weights
+from utils.schema import Config
 
 RELEASED = """
 experiment: {project: rear, name: rear-l-vqplus, output_dir: rear_l_vqplus, max_train_examples: 1_281_167,
@@ -63,13 +65,13 @@ def test_from_images_to_samples(released: Path, tmp_path: Path, quantizer: tuple
     ]
     arguments = [f"config={released}", *SMALL, *quantizer, *paths]
 
-    def config(name: str, *more: str) -> train_rear.Config:
+    def config(name: str, *more: str) -> Config:
         return load_config([*arguments, f"experiment.output_dir={tmp_path / name}", *more])
 
     torch.manual_seed(0)
     save_weights(build_tokenizer(config("x").model.vq_model).state_dict(), tmp_path / "tokenizer.safetensors")
     pretokenize.main(config("x"))
-    inspect_codes.main(config("codes"))
+    inspect_codes.main(script_config(inspect_codes, [*arguments, f"experiment.output_dir={tmp_path / 'codes'}"]))
     assert train_rear.main(config("run")) == "completed"
     sample_imagenet_rear.main(config("samples", f"experiment.generator_checkpoint={tmp_path / 'run'}"))
     assert np.load(tmp_path / "samples.npz")["arr_0"].shape == (4, 16, 16, 3)

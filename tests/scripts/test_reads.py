@@ -11,10 +11,17 @@ from PIL import Image
 from modeling.rear import ReAR
 from scripts.demo_model import DemoModel, Settings, read_upload
 from tests.evaluation.made_up import StubExtractor
+from tests.script_config import script_config, type_of_config
 from utils.config import load_config
 from utils.files.weights import save_weights
-from utils.keys import KEYS, keys_under
+from utils.keys import keys_of, select
+from utils.schema import Config
 
+SCRIPTS = [
+    import_module(f"scripts.{path.stem}")
+    for path in sorted(Path(__file__).parents[2].glob("scripts/*.py"))
+    if "\nREADS = " in path.read_text()
+]
 PROJECT = ("scripts", "modeling", "data", "evaluation", "utils")  # not dataclasses.asdict, which reads everything
 UNREAD = {
     "model.vq_model.model_type",  # train_tokenizer.py trains one kind only
@@ -28,7 +35,8 @@ UNREAD = {
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The keys that the project's code reads from a config."""
-    names = {(key.section, key.name.rsplit(".", 1)[-1]): key.name for key in KEYS.values()}
+    keys = {name: key for script in SCRIPTS for name, key in keys_of(type_of_config(script)).items()}
+    names = {(key.section, name.rsplit(".", 1)[-1]): name for name, key in keys.items()}
     found = set()
 
     def read(section: object, name: str) -> object:
@@ -37,7 +45,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> set[str]:
             found.add(names[type(section), name])
         return object.__getattribute__(section, name)
 
-    for section in {key.section for key in KEYS.values()}:
+    for section in {key.section for key in keys.values()}:
         monkeypatch.setattr(section, "__getattribute__", read)
     return found
 
@@ -60,8 +68,10 @@ def arguments(tiny_arguments: list[str], tmp_path: Path) -> list[str]:
     ]
 
 
-def check(script: str, recorded: set[str], unread: set[str] = UNREAD) -> None:
-    said = {key.name for key in keys_under(import_module(f"scripts.{script}").READS)}
+def check(name: str, recorded: set[str], unread: set[str] = UNREAD) -> None:
+    script = import_module(f"scripts.{name}")
+    keys = keys_of(type_of_config(script))
+    said = {key.name for key in select(keys, script.READS)}
     assert recorded - said == set(), "read, but not in READS"
     assert said - recorded - unread == set(), "in READS, but not read"
 
@@ -76,9 +86,10 @@ def check(script: str, recorded: set[str], unread: set[str] = UNREAD) -> None:
     ],
 )
 def test_reads(script: str, more: str, arguments: list[str], recorded: set[str], tmp_path: Path) -> None:
-    config = load_config([*arguments, more.format(folder=tmp_path)])
+    module = import_module(f"scripts.{script}")
+    config = script_config(module, [*arguments, more.format(folder=tmp_path)])
     recorded.clear()  # of what the checks read
-    import_module(f"scripts.{script}").main(config)
+    module.main(config)
     if script == "reconstruct":  # it crops in the centre and never flips, whatever these say
         recorded -= {"dataset.preprocessing.random_crop", "dataset.preprocessing.random_flip"}
     check(script, recorded)
@@ -106,23 +117,23 @@ def test_training_and_sampling_read(
     recorded.clear()
     sample.main(sampling)
     check("sample_imagenet_rear", recorded, UNREAD | of_training)  # which enter the fingerprint of the samples
-    completing = load_config([*arguments, *weights, f"completion.inputs={tmp_path / 'images'}"])
+    completing = script_config(complete, [*arguments, *weights, f"completion.inputs={tmp_path / 'images'}"])
     recorded.clear()
     complete.main(completing)
     recorded -= {"dataset.preprocessing.random_crop", "dataset.preprocessing.random_flip"}  # as in reconstruct
     check("complete_images", recorded, UNREAD | of_training)
     np.savez(tmp_path / "reference.npz", arr_0=np.zeros((4, 16, 16, 3), np.uint8))
     more = [f"sweep.reference={tmp_path / 'reference.npz'}", f"experiment.output_dir={tmp_path / 'sweep'}"]
-    sweeping = load_config([*arguments, *weights, *more])
-    recorded.clear()
     sweep = import_module("scripts.sweep_guidance")
+    sweeping = script_config(sweep, [*arguments, *weights, *more])
+    recorded.clear()
     monkeypatch.setattr(sweep, "find_extractor", lambda device, needed_by: ("fid", StubExtractor()))
     sweep.main(sweeping)
     check("sweep_guidance", recorded, UNREAD | of_training)
 
 
 def test_the_demo_reads(arguments: list[str], recorded: set[str], tmp_path: Path) -> None:
-    """A visitor in the place of the page."""
+    """A visitor instead of the page."""
     pytest.importorskip("gradio")
     config = load_config([*arguments, f"experiment.generator_checkpoint={tmp_path / 'model.safetensors'}"])
     save_weights(ReAR(config.model).state_dict(), tmp_path / "model.safetensors")
@@ -135,8 +146,7 @@ def test_the_demo_reads(arguments: list[str], recorded: set[str], tmp_path: Path
     model.complete(image, model.kept_region("top"), None, 1, 0, settings)
     model.reconstruct(image)
     recorded -= {"dataset.preprocessing.random_crop", "dataset.preprocessing.random_flip"}  # as in reconstruct
-    set_by_the_page = {f"completion.{name}" for name in ("keep", "num_completions", "class_label")}
-    recorded -= {*set_by_the_page, "sampling.per_gpu_batch_size"}
-    of_training = {key.name for key in keys_under(["model"])} - recorded
-    read_by_main = {"demo.host", "demo.port", "training.enable_tf32"}
+    recorded.discard("sampling.per_gpu_batch_size")  # set by the page
+    of_training = {key.name for key in select(keys_of(Config), {"model": "all"})} - recorded
+    read_by_main = {"demo.host", "demo.port", "demo.max_images", "training.enable_tf32"}
     check("demo", recorded, UNREAD | of_training | read_by_main)

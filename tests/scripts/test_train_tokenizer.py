@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from modeling.loading import load_tokenizer
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
 from scripts import train_tokenizer
 from tests.processes import run_script
-from utils.config import load_config
+from tests.script_config import script_config
 from utils.distributed import DistributedContext
 from utils.errors import InputError
 from utils.files.weights import load_state_dict
@@ -52,9 +53,13 @@ def arguments(tiny_arguments: list[str], images: Path, output_dir: Path, *more: 
     ]
 
 
+def config_of(*given: Any) -> train_tokenizer.TrainTokenizerConfig:
+    return script_config(train_tokenizer, arguments(*given))
+
+
 def test_training_run(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    config = load_config(arguments(tiny_arguments, images, run))
+    config = config_of(tiny_arguments, images, run)
     train_tokenizer.main(config)
     rows = read_metrics(run / "metrics.jsonl")
     losses = [row["train/l1"] for row in rows if "train/l1" in row]
@@ -65,7 +70,7 @@ def test_training_run(tiny_arguments: list[str], images: Path, tmp_path: Path) -
     figures = json.loads((run / "metrics.json").read_text())
     assert (figures["step"], figures["images"]) == (30, 16)
     assert figures["psnr"] > 10
-    assert load_config([f"config={run / 'config.yaml'}"]) == config
+    assert script_config(train_tokenizer, [f"config={run / 'config.yaml'}"]) == config
     assert Image.open(run / "reconstructions.png").size == (16 * 18 - 2, 2 * 18 - 2)
     weights = load_state_dict(run / "tokenizer.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float16}
@@ -77,7 +82,7 @@ def test_another_tokenizer_is_trained(tiny_arguments: list[str], images: Path, t
     """Its codebook vectors have unit length, and the entropy term enters the loss."""
     more = ["model.vq_model.model_type=llamagen_vq", "model.vq_model.z_channels=8", "vq_training.entropy_weight=0.1"]
     more.append("training.max_train_steps=6")
-    config = load_config(arguments(tiny_arguments, images, tmp_path / "run", *more))
+    config = config_of(tiny_arguments, images, tmp_path / "run", *more)
     train_tokenizer.main(config)
     rows = [row for row in read_metrics(tmp_path / "run/metrics.jsonl") if "train/loss" in row]
     assert rows[-1]["train/l1"] < 0.9 * rows[0]["train/l1"]
@@ -92,14 +97,14 @@ def test_another_tokenizer_is_trained(tiny_arguments: list[str], images: Path, t
 
 def test_training_goes_on_from_given_weights(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     first = tmp_path / "first"
-    train_tokenizer.main(load_config(arguments(tiny_arguments, images, first)))
+    train_tokenizer.main(config_of(tiny_arguments, images, first))
     more = [f"vq_training.init_from={first / 'tokenizer.safetensors'}", "training.max_train_steps=1"]
-    train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / "second", *more)))
+    train_tokenizer.main(config_of(tiny_arguments, images, tmp_path / "second", *more))
     rows = [read_metrics(tmp_path / name / "metrics.jsonl") for name in ("first", "second")]
     assert rows[1][0]["train/l1"] < 0.7 * rows[0][0]["train/l1"]
     absent = arguments(tiny_arguments, images, tmp_path / "third", "vq_training.init_from=absent.safetensors")
     with pytest.raises(InputError, match=r"absent\.safetensors: no such weights file"):
-        train_tokenizer.main(load_config(absent))
+        train_tokenizer.main(script_config(train_tokenizer, absent))
 
 
 def test_a_full_disk_costs_figures_on_the_way_but_not_the_run(
@@ -115,10 +120,10 @@ def test_a_full_disk_costs_figures_on_the_way_but_not_the_run(
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
         monkeypatch.setattr(train_tokenizer, "write_png", write)
-        return train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / name, *more)))
+        return train_tokenizer.main(config_of(tiny_arguments, images, tmp_path / name, *more))
 
     assert run("first", 1) == "completed"
-    assert "weights and figures of step 1: " in (tmp_path / "first/log.txt").read_text()
+    assert "weights and metrics of step 1: " in (tmp_path / "first/log.txt").read_text()
     with pytest.raises(OSError, match="No space left"):
         run("last", 2)
 
@@ -127,21 +132,20 @@ def test_same_seed_same_weights(tiny_arguments: list[str], images: Path, tmp_pat
     weights = []
     for name in ("a", "b"):
         train_tokenizer.main(
-            load_config(arguments(tiny_arguments, images, tmp_path / name, "training.max_train_steps=3"))
+            script_config(
+                train_tokenizer, arguments(tiny_arguments, images, tmp_path / name, "training.max_train_steps=3")
+            )
         )
         weights.append((tmp_path / name / "tokenizer.safetensors").read_bytes())
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("fault", ["save.begin.8", "save.discriminator.8"])
-def test_a_killed_run_continues_bit_for_bit(
-    tiny_arguments: list[str], images: Path, tmp_path: Path, fault: str
-) -> None:
-    """Before a save and in the middle of it, with codes revived and the discriminator updated before and after."""
+def test_a_run_killed_in_a_save_continues_bit_for_bit(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+    """With codes revived and the discriminator updated before and after."""
     more = ["vq_training.adversarial_weight=0.5", "training.max_train_steps=12", "experiment.save_every=4"]
-    train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / "whole", *more)))
+    train_tokenizer.main(config_of(tiny_arguments, images, tmp_path / "whole", *more))
     command = arguments(tiny_arguments, images, tmp_path / "killed", *more)
-    assert run_script([SCRIPT, *command], tmp_path, REAR_FAULT=fault).returncode == -signal.SIGKILL
+    assert run_script([SCRIPT, *command], tmp_path, REAR_FAULT="save.discriminator.8").returncode == -signal.SIGKILL
     assert read_metrics(tmp_path / "killed/metrics.jsonl")[-1]["step"] >= 6
     again = run_script([SCRIPT, *command], tmp_path)
     assert again.returncode == 0, again.stderr
@@ -158,9 +162,9 @@ def test_a_killed_run_continues_bit_for_bit(
 def test_two_processes_train_as_one_does(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     more = ["vq_training.adversarial_weight=0.5", "training.max_train_steps=6", "vq_training.revive_every=100"]
     init = tmp_path / "init"  # without it, the codes would be set to features of the first half of the batch alone
-    train_tokenizer.main(load_config(arguments(tiny_arguments, images, init, "training.max_train_steps=1")))
+    train_tokenizer.main(config_of(tiny_arguments, images, init, "training.max_train_steps=1"))
     more.append(f"vq_training.init_from={init / 'tokenizer.safetensors'}")
-    train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / "one", *more)))
+    train_tokenizer.main(config_of(tiny_arguments, images, tmp_path / "one", *more))
     command = arguments(tiny_arguments, images, tmp_path / "two", *more, "training.per_gpu_batch_size=4")
     result = run_script([SCRIPT, *command], tmp_path, processes=2)
     assert result.returncode == 0, result.stderr
@@ -172,20 +176,20 @@ def test_two_processes_train_as_one_does(tiny_arguments: list[str], images: Path
 def test_adversarial_training(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     """The discriminator learns, its judgement enters the tokenizer's loss, and its weights are not exported."""
     weight = ["vq_training.adversarial_weight=0.5", "training.max_train_steps=20"]
-    train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / "run", *weight)))
+    train_tokenizer.main(config_of(tiny_arguments, images, tmp_path / "run", *weight))
     rows = [row for row in read_metrics(tmp_path / "run" / "metrics.jsonl") if "train/loss" in row]
     assert rows[0]["train/discriminator"] == pytest.approx(1, abs=0.2)
     assert rows[-1]["train/discriminator"] < 0.9 * rows[0]["train/discriminator"]
     assert not any("heads" in key for key in load_state_dict(tmp_path / "run" / "tokenizer.safetensors"))
     plain = arguments(tiny_arguments, images, tmp_path / "plain", "training.max_train_steps=1")
-    train_tokenizer.main(load_config(plain))
+    train_tokenizer.main(script_config(train_tokenizer, plain))
     without = read_metrics(tmp_path / "plain" / "metrics.jsonl")[0]
     assert "train/generator" not in without
     assert rows[0]["train/loss"] == pytest.approx(without["train/loss"] + 0.5 * rows[0]["train/generator"], rel=1e-5)
 
 
 def test_replaced_codes_are_features(tiny_arguments: list[str], images: Path) -> None:
-    config = load_config(arguments(tiny_arguments, images, Path("unused")))
+    config = config_of(tiny_arguments, images, Path("unused"))
     tokenizer = MaskGitVQ(config.model.vq_model)
     before = tokenizer.quantize.embedding.weight.detach().clone()
     batch = torch.rand(4, 3, 16, 16)
@@ -212,5 +216,5 @@ def test_replaced_codes_are_features(tiny_arguments: list[str], images: Path) ->
 )
 def test_input_errors(tiny_arguments: list[str], images: Path, tmp_path: Path, argument: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        train_tokenizer.main(load_config(arguments(tiny_arguments, images, tmp_path / "run", argument)))
+        train_tokenizer.main(config_of(tiny_arguments, images, tmp_path / "run", argument))
     assert not (tmp_path / "run").exists()

@@ -199,7 +199,9 @@ def test_a_picture_that_cannot_be_drawn_costs_no_training(
     tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
     def fail(*arguments: object) -> None:
-        raise ValueError("nothing to draw with")
+        raise (
+            OSError(28, "No space left on device", "picture.png") if failing == "save_sample_grid" else ValueError("x")
+        )
 
     if failing == "damaged metrics":
         (tmp_path / "metrics.jsonl").write_text("{}\n[]\n")

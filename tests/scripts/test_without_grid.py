@@ -16,6 +16,7 @@ from modeling.tokenizers.registry import build_tokenizer
 from scripts import inspect_codes, make_config, make_shards, pretokenize, reconstruct, sample_imagenet_rear, train_rear
 from scripts.demo_model import DemoModel, Settings
 from tests.conftest import make_noise_images
+from tests.script_config import script_config
 from utils.config import load_config, to_yaml
 from utils.errors import InputError
 from utils.files.weights import save_weights
@@ -61,7 +62,7 @@ def test_from_images_to_scores(arguments: list[str], tmp_path: Path, capsys: pyt
     pretokenize.main(load_config([*arguments, "experiment.output_dir=unused"]))
     store = TokenStore(Path(arguments[2].partition("=")[2]))
     assert (store.meta.image_seq_len, store.meta.grid_size, len(store)) == (9, None, 12)
-    inspect_codes.main(load_config([*arguments, f"experiment.output_dir={tmp_path / 'codes'}"]))
+    inspect_codes.main(script_config(inspect_codes, [*arguments, f"experiment.output_dir={tmp_path / 'codes'}"]))
     assert "codes per sample: 9, without a grid" in capsys.readouterr().out
     assert (tmp_path / "codes/codes.png").is_file()
     held_out = ("experiment.eval_every=2", "experiment.eval_samples=2", "experiment.generate_every=2")

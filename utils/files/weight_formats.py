@@ -39,10 +39,14 @@ def read_contents(path: Path) -> Any:
         with path.open("rb") as file, warnings.catch_warnings():  # given a path, torch.load looks at the suffix
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # the unpickler raises errors of many types where bytes are damaged
         problem = f"refused: damaged, cut off or not written by torch.save; {EXPECTED}"
         if found := re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error)):
-            problem = f"refused: found an object of {found[1]}, which could run code; save the tensors alone"
+            problem = (
+                f"refused: found {found[1]}, expected tensors, since other objects can run code; save the tensors alone"
+            )
         raise InputError(f"{path}: {problem}") from error
 
 

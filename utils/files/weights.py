@@ -1,4 +1,4 @@
-"""Weights: read finite tensors whatever trainer saved them, load them strictly, hash them.
+"""Weights: read finite tensors that any trainer saved, load them strictly, hash them.
 
 Known wrappers of trainers are removed where that is unambiguous, and reported in one line: one name above the state
 dict (`{"state_dict": ...}`), or one prefix of all keys (`module.`). Anything else is an error.

@@ -44,20 +44,17 @@ class Reporter:
         self._wandb = WandbRun(config, self.output_dir)
         self._warned: set[str] = set()
 
-    def begin(self, step: int, facts: dict[str, Any], notes: list[str]) -> None:
+    def begin(self, step: int, facts: dict[str, Any]) -> None:
         """
         Args:
             step: steps done before this start.
             facts: of the launch, for wandb.
-            notes: lines for the log.
         """
         if not self.is_rank0:
             return
         self._metrics.begin(step)
         self._wandb.start(step, facts)
         self._status.now.url = self._wandb.url
-        for line in notes:
-            self.logger.info(line)
         if self._wandb.url is not None:
             self.logger.info(f"wandb: {self._wandb.url}")
         if self._wandb.sync_command is not None:

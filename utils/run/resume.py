@@ -8,8 +8,7 @@ from utils.config import flat
 from utils.errors import InputError
 from utils.files.hub import SCHEME
 from utils.files.weights import load_state_dict, read_record
-from utils.keys import KEYS
-from utils.marks import MAY_CHANGE, SILENT
+from utils.keys import MAY_CHANGE, SILENT, keys_of
 from utils.run.checkpoint import (
     EMA,
     MODEL,
@@ -172,9 +171,10 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
     if start.checkpoint is None or start.weights_only:
         return []
     manifest = read_manifest(Path(start.checkpoint))
+    keys = keys_of(type(config))
     changes = _differences(manifest.provenance.config, asdict(config))
     model_changes = [
-        line for key, line in changes.items() if key.startswith("model.") and MAY_CHANGE not in KEYS[key].marks
+        line for key, line in changes.items() if key.startswith("model.") and not keys[key].has(MAY_CHANGE)
     ]
     if model_changes:
         raise InputError(f"{start.checkpoint}: written by another model: {'; '.join(model_changes)}")
@@ -197,7 +197,7 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
             "per_gpu_batch_size * gradient_accumulation_steps * processes; keep the product, or set "
             "training.allow_batch_change=true"
         )
-    notices = [line for key, line in changes.items() if SILENT not in KEYS[key].marks]
+    notices = [line for key, line in changes.items() if not keys[key].has(SILENT)]
     if manifest.provenance.code_hash != provenance.code_hash:
         notices.append("the code has changed")
     notices += _differences(manifest.versions, versions()).values()

@@ -108,7 +108,7 @@ class WandbRun:
 
     @contextmanager
     def _errors_warn(self, what: str) -> Iterator[None]:
-        """One warning per run, whatever wandb raises: training is worth more than its mirror."""
+        """Turn any error of wandb into a warning, once per run."""
         try:
             yield
         except Exception as error:

@@ -1,24 +1,4 @@
-"""One start of a training run: everything around the steps that a script computes.
-
-with launch(config) as launched:
-    dataset, provenance = launched.open_data(...)
-    ...                                             # model, optimizer
-    run = TrainingRun(launched, provenance, ...)     # loads the checkpoint
-    with run.begin():                                # from here on the run folder changes
-        for step in run.steps():
-            batch = run.next_batch(batches)
-            ...                                     # loss, gradients
-            if run.update_is_finite([loss, grad_norm]):
-                optimizer.step()
-                run.add_metrics([metrics], grad_norm)
-            run.end_step()
-            if run.triggers.log:
-                run.log_interval({"train/lr": lr})
-            if run.triggers.save:
-                run.save()
-        if run.finish():
-            run.export("model")
-"""
+"""One start of a training run: everything around the steps that a script computes (scripts/train_rear.py)."""
 
 import gc
 import shutil
@@ -98,7 +78,7 @@ class TrainingRun:
         self._num_samples = num_samples
         self._memory_hint = memory_hint
         self._resumable = Resumable(modules, optimizers)
-        self._notes = launched.notes + load_start(start, self._resumable)
+        self._notes = [*launched.notes, *load_start(start, self._resumable)]
         self.state = starting_state(start, config, launched.global_batch_size)
         self.triggers = StepTriggers(config.experiment, self.state, last_step(config.training))
         self._memory = memory_estimate(
@@ -163,28 +143,27 @@ class TrainingRun:
             self._reporter.finish(EXIT_STATUS.get(self.status, 1), preempted=self.status == "preempted")
 
     def _write_beginning(self) -> None:
-        first, last = self.state.global_step, self.triggers.last_step
-        processes, global_batch_size = self.ctx.size, self._launched.global_batch_size
         facts = {
-            "processes": processes,
-            "global_batch_size": global_batch_size,
+            "processes": self.ctx.size,
+            "global_batch_size": self._launched.global_batch_size,
             "samples": self._num_samples,
             "parameters": self._memory.parameters,
         }
-        notes = [
-            *self._notes,
-            f"{self._num_samples} samples, {global_batch_size} per step on {processes} processes, "
-            f"steps {first} to {last}",
-            str(self._memory),
-        ]
         if self.ctx.is_rank0:
             before = read_status_or_none(self.output_dir)
-            if before is not None and before.status == "running":
-                notes.insert(0, f"the start before this one was killed at step {before.step} or later")
             self._status.write()
             prepare_run_folder(self.config)
             back_up(self._launched.start)
-            self._reporter.begin(first, facts | self.record(), notes)
+            self._reporter.begin(self.state.global_step, facts | self.record())
+            if before is not None and before.status == "running":
+                self.note(f"the start before this one was killed at step {before.step} or later")
+            for line in self._notes:
+                self.note(line)
+            self.note(
+                f"{self._num_samples} samples, {self._launched.global_batch_size} per step on {self.ctx.size} "
+                f"processes, steps {self.state.global_step} to {self.triggers.last_step}"
+            )
+            self.note(str(self._memory))
             self._warn_of_full_disk()
             self._status.write()
         self.ctx.barrier()  # without a limit: wandb may take a while to answer
@@ -255,12 +234,8 @@ class TrainingRun:
         raise TrainingError(f"step {self.state.global_step}: {reason}; {last_good}")
 
     def add_metrics(self, micro_batches: Sequence[Mapping[str, Metric]], grad_norm: Tensor) -> None:
-        """Add a step that is finite to the means of the next log line.
-
-        Args:
-            micro_batches: by name in the log, scalars or (sum, count), without gradients.
-            grad_norm: before clipping, equal on all ranks.
-        """
+        """Add a step that is finite, by name in the log, to the means of the next log line. `grad_norm`: before
+        clipping."""
         self._metrics.means.add(micro_batches, grad_norm)
 
     def end_step(self) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from data.images.blue_marble import REGIONS, TILE, build_shards, read_picture
 from data.images.image_source import ImageSource
@@ -77,12 +76,10 @@ def test_the_same_bytes_again(folder: Path, tmp_path: Path) -> None:
     names = sorted(path.name for path in folder.iterdir())
     shards = ["heldout-000000.tar", *(f"train-{i:06d}.tar" for i in range(3))]
     indices = [name.replace(".tar", ".index.npz") for name in shards]
-    assert names == sorted(["classes.json", "classes.png", "shards.json", *shards, *indices])
+    assert names == sorted(["classes.json", "shards.json", *shards, *indices])
     assert sorted(json.loads((folder / "shards.json").read_text())) == shards
     for name in names:
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes(), name
-    with Image.open(folder / "classes.png") as sheet:
-        assert sheet.size == (16 * TILE, len(REGIONS) * TILE)
 
 
 def test_script_leaves_a_complete_folder_alone(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Random folders: each file is an image of the source, left out with a notice, or named in one line."""
+"""Random folders: each file is an image of the source, skipped with a notice, or named in one line."""
 
 import io
 import os
@@ -94,8 +94,8 @@ def test_every_file_is_read_counted_or_named(tmp_path: Path, capsys: pytest.Capt
             assert str(root) in refusal
             continue
         opened += 1
-        left_out = [int(count) for count in re.findall(r": left out (\d+) files: ", notices)]
-        assert len(source) + sum(left_out) == visible, notices
+        skipped = [int(count) for count in re.findall(r": skipped (\d+) files ", notices)]
+        assert len(source) + sum(skipped) == visible, notices
         for index in range(len(source)):
             sample, refusal = refusal_of(lambda: source[index])  # noqa: B023
             if sample is None:

@@ -37,9 +37,8 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.Ca
         (root / name).write_text("no image")
     assert len(ImageFolder(root)) == 1
     said = capsys.readouterr().err
-    assert said.startswith(f"notice: {root}: left out 4 files: 2 txt (no image, such as a/")
-    assert "1 mp4 (no image, such as a/film.mp4)" in said
-    assert "1 png (next to the class folders, such as loose.png)" in said
+    assert f"{root}: skipped 3 files (no image), such as a/" in said
+    assert f"{root}: skipped 1 files (next to the class folders), such as loose.png" in said
 
 
 def test_names_with_a_dot_first_are_no_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -49,13 +48,11 @@ def test_names_with_a_dot_first_are_no_images(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().err == ""
 
 
-def test_folders_that_are_numbers_are_in_the_order_of_numbers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_folders_that_are_numbers_are_in_the_order_of_numbers(tmp_path: Path) -> None:
     root = fill(tmp_path, *(f"{i}/1.png" for i in range(12)))
     assert ImageFolder(root).class_names == list(map(str, range(12)))
-    assert capsys.readouterr().err == ""
     fill(root, "other/1.png")
     assert ImageFolder(root).class_names[:3] == ["0", "1", "10"]
-    assert "sorted as text, as not all are numbers: 0, 1, 10, 11" in capsys.readouterr().err
 
 
 def test_any_bytes_as_names(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

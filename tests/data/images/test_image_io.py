@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images.image_io import ImageDecoding, ImageIssue
+from data.images.image_io import ImageDecoding
 
 RAMP = np.linspace(0, 65535, 256 * 16).reshape(16, 256)
 
@@ -17,10 +17,10 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return stream.getvalue()
 
 
-def pixels(encoded_image: bytes, **rule: object) -> tuple[np.ndarray, ImageIssue]:
-    image, issues = ImageDecoding(**rule).decode(encoded_image)
+def pixels(encoded_image: bytes, **rule: object) -> np.ndarray:
+    image = ImageDecoding(**rule).decode(encoded_image)
     assert image.mode == "RGB"
-    return np.asarray(image), issues
+    return np.asarray(image)
 
 
 @pytest.fixture
@@ -34,9 +34,8 @@ def noise() -> Image.Image:
 )
 def test_ordinary_images_are_as_pillow_converts_them(noise: Image.Image, mode: str, kind: str) -> None:
     content = encoded(noise.convert(mode), kind)
-    found, issues = pixels(content, background="black", exif_orientation=True)
+    found = pixels(content, background="black", exif_orientation=True)
     np.testing.assert_array_equal(found, np.asarray(Image.open(io.BytesIO(content)).convert("RGB")))
-    assert issues == ImageIssue(0)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
@@ -44,10 +43,9 @@ def test_deep_grey_is_scaled(kind: str) -> None:
     deep = RAMP.astype(np.uint16)
     header = f"P5 {deep.shape[1]} {deep.shape[0]} 65535\n".encode()  # by hand: not every Pillow writes it
     image = header + deep.astype(">u2").tobytes() if kind == "PPM" else encoded(Image.fromarray(deep), kind)
-    found, issues = pixels(image)
+    found = pixels(image)
     assert 126 < found.mean() < 129
     assert (found.min(), found.max()) == (0, 255)
-    assert issues == ImageIssue.SIXTEEN_BITS
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.float32])
@@ -76,37 +74,32 @@ def test_transparency_lies_on_the_background(background: str, value: int) -> Non
         "16-bit grey": (encoded(deep, transparency=777), (201, 201, 201)),
     }
     for name, (content, colour) in files.items():
-        found, issues = pixels(content, background=background)
-        assert issues & ImageIssue.TRANSPARENT, name
+        found = pixels(content, background=background)
         assert (found[:, :4] == value).all(), name
         assert (found[:, 4:] == colour).all(), name
 
 
 def test_an_opaque_alpha_channel_changes_nothing(noise: Image.Image) -> None:
-    found, issues = pixels(encoded(noise.convert("RGBA")))
+    found = pixels(encoded(noise.convert("RGBA")))
     np.testing.assert_array_equal(found, np.asarray(noise))
-    assert issues == ImageIssue(0)
 
 
 def test_orientation(noise: Image.Image) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     content = encoded(noise, "PNG", exif=exif)
-    found, issues = pixels(content)
+    found = pixels(content)
     np.testing.assert_array_equal(found, np.asarray(noise))
-    assert issues == ImageIssue.NOT_ROTATED
-    found, issues = pixels(content, exif_orientation=True)
+    found = pixels(content, exif_orientation=True)
     np.testing.assert_array_equal(found, np.rot90(np.asarray(noise), -1))
-    assert issues == ImageIssue.ROTATED
 
 
 def test_a_damaged_exif_entry_does_no_harm(noise: Image.Image) -> None:
     content = encoded(noise, "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
-    assert pixels(content, exif_orientation=True)[1] == ImageIssue(0)
+    np.testing.assert_array_equal(pixels(content, exif_orientation=True), np.asarray(Image.open(io.BytesIO(content))))
 
 
 def test_the_first_of_several_frames(noise: Image.Image) -> None:
     content = encoded(noise, "TIFF", save_all=True, append_images=[Image.new("RGB", noise.size)])
-    found, issues = pixels(content)
+    found = pixels(content)
     np.testing.assert_array_equal(found, np.asarray(noise))
-    assert issues == ImageIssue.SEVERAL_FRAMES

@@ -17,8 +17,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from evaluation.inception import Inception
-from evaluation.metrics import frechet_distance
-from evaluation.moments import Moments, ScoreSums
+from evaluation.metrics import Moments, ScoreSums, frechet_distance
 from evaluation.precision_recall import precision_recall
 from modeling.losses import LossTerms, rear_loss
 from modeling.rear import ReAR
@@ -161,7 +160,7 @@ def test_evaluator(report: Report, tmp_path: Path) -> None:
     moments = [Moments(reference.shape[1], DEVICE) for _ in range(2)]
     moments[0].update(reference)
     moments[1].update(samples)
-    fid = frechet_distance(*moments[0].mean_and_covariance(), *moments[1].mean_and_covariance())
+    fid = frechet_distance(moments[0].gaussian(), moments[1].gaussian())
     report.at_most(f"FID {PUBLISHED}, relative", abs(fid / expected["fid"].item() - 1), 1e-6)
     log_probs = (samples.double() @ softmax_weights().to(DEVICE).double()).log_softmax(1)
     score = ScoreSums(len(samples), log_probs.shape[1], DEVICE)
@@ -212,7 +211,7 @@ def decoding_logits(
     try:
         sampler = CodeSampler(model, config, dtype)
         uniforms = torch.zeros(codes.shape)
-        sampler(labels.long().cpu(), uniforms, known_codes=codes.long().cpu(), known_mask=given)
+        sampler(labels.long().cpu(), uniforms, conditioning_codes=codes.long().cpu(), conditioning_mask=given)
     finally:
         hook.remove()
     return torch.stack(logits, dim=1)

@@ -11,8 +11,7 @@ from torch import Tensor
 from modeling.loading import load_tokenizer
 from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler
-from modeling.sampling.image_decoder import ImageDecoder
-from modeling.sampling.image_inputs import image_inputs
+from modeling.sampling.image_sampler import ImageDecoder, image_inputs
 from scripts.benchmarks.measure import seconds
 from scripts.benchmarks.rounding_ties import BFLOAT16_GAP, FLOAT32_GAP, largest_gap
 from tests.gpu.checks.conftest import Report

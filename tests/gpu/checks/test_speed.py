@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modeling.sampling.image_decoder import ImageDecoder
+from modeling.sampling.image_sampler import ImageDecoder
 from modeling.tokenizers.registry import build_tokenizer
 from scripts.benchmarks.measure import ceilings, interleaved, peak_memory_mb
 from tests.gpu.checks.conftest import Report

@@ -7,7 +7,7 @@ from modeling.sampling.step_graph import StepGraphs
 
 
 class Graph:
-    """In the place of a CUDA graph."""
+    """In place of a CUDA graph."""
 
 
 def test_graphs_are_dropped_when_the_device_has_run_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,22 +1,22 @@
 """What every tokenizer must keep to, whatever its network; a new one adds its line to SIZES."""
 
 import copy
-import typing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from modeling.sampling.image_decoder import ImageDecoder
-from modeling.tokenizers.registry import TOKENIZERS, build_tokenizer, code_shape, tokenizer_sizes
+from modeling.sampling.image_sampler import ImageDecoder
+from modeling.tokenizers.registry import TOKENIZERS, build_tokenizer, code_shape, config_from_state_dict
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.weights import save_weights
 from utils.images import to_uint8
-from utils.schema import VQModelConfig
+from utils.keys import keys_of
+from utils.schema import TokenizerConfig, VQModelConfig
 
 SMALL = VQModelConfig(
     codebook_size=32, token_size=8, resolution=32, hidden_channels=12, channel_mult=[1, 2, 3], num_res_blocks=1
@@ -49,19 +49,19 @@ SIZES = {
 class ToyTokenizer(Tokenizer):
     """The codebook holds colours; a code is the colour nearest to the mean of its 4 x 4 pixels."""
 
-    def __init__(self, config: VQModelConfig) -> None:
+    def __init__(self, config: TokenizerConfig) -> None:
         super().__init__(config)
         self.colours = nn.Parameter(torch.rand(config.codebook_size, 3))
 
-    @classmethod
-    def code_shape_of(cls, config: VQModelConfig) -> tuple[int, ...]:
-        return config.resolution // 4, config.resolution // 4
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        return self.resolution // 4, self.resolution // 4
 
     @classmethod
-    def sizes_of(cls, state: dict[str, Tensor]) -> VQModelConfig:
+    def config_from_state_dict(cls, state: dict[str, Tensor]) -> TokenizerConfig:
         if [*state] != ["colours"]:
             raise InputError("no tokenizer of colours")
-        return VQModelConfig(codebook_size=len(state["colours"]), token_size=3)
+        return TokenizerConfig(codebook_size=len(state["colours"]), token_size=3)
 
     @property
     def decoder_activations(self) -> int:
@@ -82,9 +82,9 @@ class ToyTokenizer(Tokenizer):
 
 
 class WithoutGrid(ToyTokenizer):
-    @classmethod
-    def code_shape_of(cls, config: VQModelConfig) -> tuple[int, ...]:
-        return ((config.resolution // 4) ** 2,)
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        return ((self.resolution // 4) ** 2,)
 
 
 class EmbedsTheNextCode(ToyTokenizer):
@@ -110,7 +110,7 @@ class SharesItsWeights(ToyTokenizer):
         return self.decode_unclamped(codes)
 
 
-TOY_SIZES = VQModelConfig(codebook_size=16, token_size=3, resolution=12)
+TOY_SIZES = TokenizerConfig(codebook_size=16, token_size=3, resolution=12)
 
 
 def check_all(tokenizer: Tokenizer) -> None:
@@ -137,7 +137,7 @@ def check_vectors(tokenizer: Tokenizer) -> None:
 def check_refusals(tokenizer: Tokenizer) -> None:
     images = torch.rand(1, 3, tokenizer.resolution, tokenizer.resolution)
     for refused in (lambda: tokenizer.encode(images), lambda: tokenizer.decode(random_codes(tokenizer, 1))):
-        with pytest.raises(InputError, match="knows codes alone"):
+        with pytest.raises(InputError, match="model_type=codes_only"):
             refused()
 
 
@@ -245,11 +245,12 @@ def test_every_tokenizer_conforms(sizes: VQModelConfig) -> None:
     check_all(tokenizer)
     assert (tokenizer.codebook_size, tokenizer.codebook_dim) == (sizes.codebook_size, sizes.token_size)
     assert tokenizer.code_shape == code_shape(sizes)
+    assert type(tokenizer.config) is tokenizer.config_class
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_sizes_are_read_from_the_weights(sizes: VQModelConfig) -> None:
-    found = tokenizer_sizes(build_tokenizer(sizes).state_dict())
+    found = config_from_state_dict(build_tokenizer(sizes).state_dict())
     assert replace(found, resolution=sizes.resolution) == sizes
 
 
@@ -275,16 +276,16 @@ def test_a_broken_tokenizer_does_not(tokenizer_class: type[Tokenizer]) -> None:
 
 def test_the_table_enters_everything_that_goes_by_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TOKENIZERS, "toy", ToyTokenizer)
-    config = replace(TOY_SIZES, model_type="toy")
+    config = VQModelConfig(**asdict(replace(TOY_SIZES, model_type="toy")))
     toy = build_tokenizer(config)
     assert isinstance(toy, ToyTokenizer)
     assert code_shape(config) == toy.code_shape == (3, 3)
-    assert tokenizer_sizes(toy.state_dict()).model_type == "toy"
+    assert config_from_state_dict(toy.state_dict()).model_type == "toy"
 
 
 def test_the_config_names_the_tokenizers_of_the_table() -> None:
     for model_type in TOKENIZERS:
         config = load_config(["experiment.output_dir=unused", f"model.vq_model.model_type={model_type}"])
         assert config.model.vq_model.model_type == model_type
-    choices = typing.get_args(VQModelConfig.__annotations__["model_type"])
+    choices = keys_of(VQModelConfig)["model_type"].choices
     assert set(choices) == set(TOKENIZERS) == {sizes.model_type for sizes in SIZES.values()}

@@ -11,7 +11,7 @@ from torch import Tensor
 from modeling.loading import load_tokenizer
 from modeling.tokenizers import conv_layers
 from modeling.tokenizers.conv_tokenizer import ConvTokenizer
-from modeling.tokenizers.registry import build_tokenizer, tokenizer_sizes
+from modeling.tokenizers.registry import build_tokenizer, config_from_state_dict
 from modeling.tokenizers.tokenizer import TrainableTokenizer
 from modeling.tokenizers.vector_quantizer import SignQuantizer, entropy_loss
 from tests.modeling.tokenizers.made_up import formula_weight
@@ -86,7 +86,7 @@ def check(published: Published, images: Tensor, every: int, channels: slice) -> 
     """Encoder, codes, embeddings, decoder. Known are `channels` of the features and every `every`th row and column."""
     tokenizer, expected = published.tokenizer, published.expected
     close = {"atol": 1e-4, "rtol": 0}
-    grid = tokenizer.feature_grid(images)
+    grid = tokenizer.encode_grid(images)
     torch.testing.assert_close(grid[:, channels], expected["features"], **close)
     codes = tokenizer.encode(images)
     certain = expected["margins"] > 1e-4
@@ -145,7 +145,7 @@ def test_keys_of_published_files(name: str) -> None:
         tokenizer = build_tokenizer(FULL[name])
         found = {key: tuple(value.shape) for key, value in tokenizer.state_dict().items()}
         assert found | NOT_WEIGHTS.get(name, {}) == wanted
-        assert tokenizer_sizes({key: torch.empty(shape) for key, shape in wanted.items()}) == FULL[name]
+        assert config_from_state_dict({key: torch.empty(shape) for key, shape in wanted.items()}) == FULL[name]
 
 
 def test_llamagen_f8_has_more_codes() -> None:
@@ -153,7 +153,7 @@ def test_llamagen_f8_has_more_codes() -> None:
     with torch.device("meta"):
         tokenizer = build_tokenizer(sizes)
     assert tokenizer.code_shape == (32, 32)
-    assert tokenizer_sizes(tokenizer.state_dict()) == sizes
+    assert config_from_state_dict(tokenizer.state_dict()) == sizes
 
 
 def small(name: str) -> VQModelConfig:
@@ -210,7 +210,7 @@ def test_bits_of_codes() -> None:
     features[0, 1, 0], features[0, 2, 17], features[0, 0, 5] = 0.1, 0.1, 0.0
     assert quantizer.nearest(features).tolist() == [[0, 1, 2**17]]
     everything = torch.arange(2**18)[None]
-    vectors = quantizer.vectors(everything)
+    vectors = quantizer.lookup(everything)
     assert vectors.abs().eq(1).all()
     assert torch.equal(quantizer.nearest(vectors), everything)
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from modeling.tokenizers import conv_layers, titok
-from modeling.tokenizers.registry import tokenizer_sizes
+from modeling.tokenizers.registry import config_from_state_dict
 from modeling.tokenizers.titok import TiTokVQ
 from tests.modeling.tokenizers.made_up import formula_images, set_formula_weights
 from utils.errors import InputError
@@ -75,7 +75,7 @@ def test_tiny(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         logits = model.decoder(model.codebook_lookup(expected["decode_ids"]))
         torch.testing.assert_close(logits, expected["pixel_code_logits"], atol=1e-4, rtol=0)
     torch.testing.assert_close(model.fast_decoder()(expected["codes"]), expected["reconstruction"], atol=1e-4, rtol=0)
-    assert tokenizer_sizes(state) == config
+    assert config_from_state_dict(state) == config
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -87,7 +87,7 @@ def test_keys_of_the_published_files(name: str) -> None:
     lines = (FIXTURES / f"titok/keys_{name}.txt").read_text().splitlines()
     wanted = {key: tuple(map(int, numbers)) for key, *numbers in map(str.split, lines)}
     assert shapes == wanted
-    assert tokenizer_sizes(model.state_dict()) == config
+    assert config_from_state_dict(model.state_dict()) == config
 
 
 @pytest.mark.slow  # most of the time goes into drawing the weights

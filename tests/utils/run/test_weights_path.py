@@ -11,14 +11,14 @@ from utils.files.weights import load_state_dict, save_weights
 from utils.run.checkpoint import write_checkpoint
 from utils.run.manifest import Provenance, TrainingState
 from utils.run.resume import find_start
-from utils.run.snapshot import Snapshot
 from utils.run.weights_path import PUBLISHED_FILES, find_run_folder, find_weights, resolve_path
 
 STATE = {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}
 
 
 def write_run(folder: Path, step: int = 4) -> Path:
-    snapshot = Snapshot({"model": STATE, "ema": STATE}, {"optimizer": {"state": {}, "param_groups": []}})
+    optimizer = {"state": {}, "param_groups": []}
+    snapshot = {"model.safetensors": STATE, "ema.safetensors": STATE, "optimizer.bin": optimizer}
     return write_checkpoint(folder, TrainingState(step, 16, 16 * step), Provenance(), snapshot)
 
 
@@ -95,7 +95,7 @@ def test_a_run_that_starts_from_the_hub_resumes_its_own_checkpoints(
     source = "hf://someone/model/w.safetensors"
     start = find_start(tmp_path / "run", source)
     assert (start.checkpoint, start.weights_only, start.back_up) == (str(published), True, ())
-    snapshot = Snapshot({"model": STATE}, {})
+    snapshot = {"model.safetensors": STATE}
     state = TrainingState(4, 16, 64, started_from=source)
     own = write_checkpoint(tmp_path / "run", state, Provenance(), snapshot)
     start = find_start(tmp_path / "run", source)

@@ -1,4 +1,4 @@
-"""Held-out losses against a loop over the codes, and what they must not depend on or change."""
+"""Validation losses against a loop over the codes, and what they must not depend on or change."""
 
 from pathlib import Path
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from data.validation_data import open_validation_data, validation_batches
-from modeling.loading import load_tokenizer
-from modeling.rear import ReAR
-from modeling.validation import (
+from evaluation.validator import (
     ValidationLosses,
     ValidationTokens,
     draw_loss_by_position,
-    replace_some,
+    perturbed,
     validation_losses,
 )
+from modeling.loading import load_tokenizer
+from modeling.rear import ReAR
 from tests.conftest import make_noise_images
 from tests.processes import run_ranks
 from utils.config import load_config
@@ -41,19 +41,19 @@ def random_model(config: Config) -> ReAR:
     return model.train()
 
 
-def random_heldout(count: int) -> ValidationTokens:
+def random_tokens(count: int) -> ValidationTokens:
     random = torch.Generator().manual_seed(1)
     codes = torch.randint(24, (count, 16), generator=random, dtype=torch.int32)
-    return ValidationTokens(codes, replace_some(codes, 24), torch.randint(5, (count,), generator=random))
+    return ValidationTokens(codes, perturbed(codes, 24), torch.randint(5, (count,), generator=random))
 
 
 def test_a_loop_over_samples_and_positions_gives_the_same(tiny_arguments: list[str]) -> None:
-    config, validation = load(tiny_arguments), random_heldout(11)
+    config, validation = load(tiny_arguments), random_tokens(11)
     model = random_model(config)
     result = validation_losses(model, validation, config, ALONE)
     model.eval()
-    clean, noisy, correct = torch.zeros(11, 16), torch.zeros(11, 16), 0
-    for losses, contexts in ((clean, validation.codes), (noisy, validation.noisy_codes)):
+    clean, perturbed_context, correct = torch.zeros(11, 16), torch.zeros(11, 16), 0
+    for losses, contexts in ((clean, validation.codes), (perturbed_context, validation.perturbed_codes)):
         for i, (context, label) in enumerate(zip(contexts, validation.class_labels, strict=True)):
             with torch.no_grad():
                 logits = model(context[None], label[None]).logits[0]
@@ -61,16 +61,16 @@ def test_a_loop_over_samples_and_positions_gives_the_same(tiny_arguments: list[s
                 losses[i, position] = logits[position].logsumexp(0) - logits[position, code]
                 correct += int(losses is clean and logits[position].argmax() == code)
     assert result.ar_loss == pytest.approx(clean.double().mean().item(), abs=1e-6)
-    assert result.ar_loss_noisy == pytest.approx(noisy.double().mean().item(), abs=1e-6)
-    assert abs(result.ar_loss - result.ar_loss_noisy) > 1e-3
+    assert result.ar_loss_perturbed == pytest.approx(perturbed_context.double().mean().item(), abs=1e-6)
+    assert abs(result.ar_loss - result.ar_loss_perturbed) > 1e-3
     assert result.correct_tokens == pytest.approx(correct / (11 * 16), abs=1e-12)
     np.testing.assert_allclose(result.by_position, clean.double().mean(0), atol=2e-6)
-    values = [result.ar_loss, result.correct_tokens, result.ar_loss_noisy]
+    values = [result.ar_loss, result.correct_tokens, result.ar_loss_perturbed]
     assert result.metrics == dict(zip(("val/ar_loss", "val/correct_tokens", "val/ar_loss_noisy"), values, strict=True))
 
 
 def test_training_goes_on_as_if_nothing_had_been_computed(tiny_arguments: list[str]) -> None:
-    config, validation = load(tiny_arguments), random_heldout(6)
+    config, validation = load(tiny_arguments), random_tokens(6)
     model, state = random_model(config), torch.get_rng_state()
     of_training = validation_losses(model, validation, config, ALONE)
     assert all(module.training for module in model.modules())
@@ -84,7 +84,7 @@ def test_training_goes_on_as_if_nothing_had_been_computed(tiny_arguments: list[s
 
 
 def test_the_precision_is_that_of_training(tiny_arguments: list[str]) -> None:
-    validation, losses = random_heldout(6), []
+    validation, losses = random_tokens(6), []
     for precision in ("no", "bf16"):
         config = load(tiny_arguments, f"training.mixed_precision={precision}")
         losses.append(validation_losses(random_model(config), validation, config, ALONE).ar_loss)
@@ -94,15 +94,15 @@ def test_the_precision_is_that_of_training(tiny_arguments: list[str]) -> None:
 
 def test_a_tenth_of_the_context_is_replaced_always_in_the_same_way() -> None:
     codes = torch.randint(512, (5000, 64), dtype=torch.int32, generator=torch.manual_seed(0))
-    noisy = replace_some(codes, 512)
-    shares = (noisy != codes).double().mean(1)
+    changed = perturbed(codes, 512)
+    shares = (changed != codes).double().mean(1)
     assert abs(shares.mean() - 0.1 * 511 / 512) < 0.002
     assert shares.std() < 0.05  # no ratio of its own for each row
-    assert noisy.dtype == torch.int32
-    assert noisy.min() >= 0
-    assert noisy.max() < 512
-    assert torch.equal(replace_some(codes[:100], 512), noisy[:100])
-    assert not torch.equal(replace_some(codes[1:101], 512)[:99], noisy[1:100])
+    assert changed.dtype == torch.int32
+    assert changed.min() >= 0
+    assert changed.max() < 512
+    assert torch.equal(perturbed(codes[:100], 512), changed[:100])
+    assert not torch.equal(perturbed(codes[1:101], 512)[:99], changed[1:100])
 
 
 def compute(arguments: list[str], output: Path, ctx: DistributedContext, fsdp: bool = False) -> ValidationLosses:
@@ -110,12 +110,12 @@ def compute(arguments: list[str], output: Path, ctx: DistributedContext, fsdp: b
     config = load(arguments, "model.generator.transition_alignment=false")  # DDP wants all parameters in the loss
     tokenizer, model = load_tokenizer(config), random_model(config)
     dataset = open_validation_data(config, tokenizer.sha256())
-    validation = ValidationTokens.of(validation_batches(dataset, config, ctx), len(dataset), tokenizer, ctx)
+    validation = ValidationTokens.gather(validation_batches(dataset, config, ctx), len(dataset), tokenizer, ctx)
     parallel = parallelize(model, model.blocks, ctx, TrainingConfig(fsdp=fsdp, mixed_precision="no"))
     for _ in range(2):  # training goes on in between
         losses = validation_losses(parallel, validation, config, ctx)
         parallel(validation.codes[:4], validation.class_labels[:4]).logits.mean().backward()
-    arrays = {"codes": validation.codes, "noisy": validation.noisy_codes, "labels": validation.class_labels}
+    arrays = {"codes": validation.codes, "perturbed": validation.perturbed_codes, "labels": validation.class_labels}
     np.savez(f"{output}.{ctx.rank}.npz", losses=[*losses.metrics.values(), *losses.by_position], **arrays)
     return losses
 
@@ -163,7 +163,7 @@ def test_samples_that_cannot_be_read_are_left_out(tiny_arguments: list[str]) -> 
         index = torch.tensor(rows)
         return {"index": index, "class_labels": index % 5, "image": images[index], "readable": index != 2}
 
-    validation = ValidationTokens.of([batch(3, 4), batch(0, 1, 2)], 5, tokenizer, ALONE)
+    validation = ValidationTokens.gather([batch(3, 4), batch(0, 1, 2)], 5, tokenizer, ALONE)
     assert validation.class_labels.tolist() == [0, 1, 3, 4]
     assert torch.equal(validation.codes.long(), tokenizer.encode(images)[[0, 1, 3, 4]])
 
