@@ -48,7 +48,7 @@ from modeling.rear import ReAR
 from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.training_step import compile_blocks, training_step
 from utils.errors import input_errors_exit
-from utils.optim import MovingAverage, build_optimizer, set_learning_rate
+from utils.optim import MovingAverage, build_optimizers, describe_optimizers, set_learning_rate
 from utils.randomness import dropout_seed
 from utils.run.estimates import training_cost
 from utils.run.launch import launch
@@ -93,7 +93,8 @@ def main(config: Config) -> str:
         if ema and training.fsdp:
             parallelize(ema.module, ema.module.blocks, ctx, training)
         launched.notes += compile_blocks(model, config, ctx.device)
-        optimizer = build_optimizer(model, config)
+        optimizers = build_optimizers(model, config)
+        launched.notes.append(describe_optimizers(optimizers))
         evaluated = ema.module if ema else model  # validation, samples and exported weights are the EMA's
 
         run = TrainingRun(
@@ -101,7 +102,7 @@ def main(config: Config) -> str:
             provenance,
             num_samples=len(dataset),
             modules={"model": model, "ema": ema.module} if ema else {"model": model},
-            optimizers={"optimizer": (model, optimizer)},
+            optimizers={name: (model, optimizer) for name, optimizer in optimizers.items()},
             cost=training_cost(model, config, slices=ctx.size * launched.micro_steps),
             memory_hint=MEMORY_HINT,
         )
@@ -124,7 +125,7 @@ def main(config: Config) -> str:
             # The training loop
             parallel.train()
             for step in run.steps():
-                lr = set_learning_rate(optimizer, step, config)
+                lr = set_learning_rate(optimizers, step, config)
                 max_ratio = perturbation_ratio(step, generator)
                 order_ratio = random_order_ratio(step, generator)
                 losses, metrics = [], []
@@ -140,11 +141,12 @@ def main(config: Config) -> str:
                     metrics.append(terms.metrics)
                 grad_norm = clip_gradients(model, training.max_grad_norm)
                 if run.update_is_finite([*losses, grad_norm]):
-                    optimizer.step()
+                    for optimizer in optimizers.values():
+                        optimizer.step()
                     if ema:
                         ema.update(model)
                     run.add_metrics(metrics, grad_norm)
-                optimizer.zero_grad(set_to_none=True)
+                model.zero_grad(set_to_none=True)
                 run.end_step()
 
                 if run.triggers.log:

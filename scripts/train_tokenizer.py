@@ -85,7 +85,7 @@ from utils.files.atomic import write_text
 from utils.files.hub import local_file
 from utils.files.weights import save_weights
 from utils.images import make_grid, to_uint8, write_png
-from utils.optim import build_optimizer, set_learning_rate
+from utils.optim import build_optimizers, describe_optimizers, set_learning_rate
 from utils.precision import autocast
 from utils.randomness import dropout_seed
 from utils.run.launch import launch
@@ -118,7 +118,8 @@ def main(config: TrainTokenizerConfig) -> str:
             tokenizer.load_weights(local_file(vq_training.init_from))
         tokenizer.to(device)
         features = PerceptualFeatures().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = build_optimizer(tokenizer, config)
+        optimizers = build_optimizers(tokenizer, config)
+        launched.notes.append(describe_optimizers(optimizers))
         discriminator = FeatureDiscriminator(features.feature_channels).to(device)
         discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), betas=(0.5, 0.99))
         usage = CodeUsage(tokenizer.codebook_size).to(device)
@@ -129,7 +130,7 @@ def main(config: TrainTokenizerConfig) -> str:
             num_samples=len(train_set),
             modules={"model": tokenizer, "discriminator": discriminator, "code_usage": usage},
             optimizers={
-                "optimizer": (tokenizer, optimizer),
+                **{name: (tokenizer, optimizer) for name, optimizer in optimizers.items()},
                 "discriminator_optimizer": (discriminator, discriminator_optimizer),
             },
             memory_hint="a smaller training.per_gpu_batch_size",
@@ -147,7 +148,7 @@ def main(config: TrainTokenizerConfig) -> str:
 
             # The training loop
             for step in run.steps():
-                lr = set_learning_rate(optimizer, step, config)
+                lr = set_learning_rate(optimizers, step, config)
                 torch.manual_seed(dropout_seed(training.seed, step, 0, rank=0))  # for the features drawn below
                 images = run.next_batch(batches)["image"]
                 if step == 0 and vq_training.init_from is None:
@@ -158,9 +159,10 @@ def main(config: TrainTokenizerConfig) -> str:
                 grad_norm = torch.nn.utils.clip_grad_norm_(tokenizer.parameters(), training.max_grad_norm)
                 is_finite = run.update_is_finite([terms["train/loss"].detach(), grad_norm])
                 if is_finite:
-                    optimizer.step()
+                    for optimizer in optimizers.values():
+                        optimizer.step()
                     run.add_metrics([{name: value.detach() for name, value in terms.items()}], grad_norm)
-                optimizer.zero_grad(set_to_none=True)
+                tokenizer.zero_grad(set_to_none=True)
                 if "train/discriminator" in terms:
                     discriminator_optimizer.zero_grad(set_to_none=True)  # removes gradients of the generator's loss
                     terms["train/discriminator"].backward()

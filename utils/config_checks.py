@@ -1,6 +1,7 @@
 """Checks of a config beyond the types of its values: ranges, derived sizes, keys that do not fit together."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -80,6 +81,13 @@ def check_combinations(config: Config) -> None:
         experiment.init_from is None or experiment.resume in ("auto", "true", "false"),
         f"experiment.init_from={experiment.init_from}: expected null, since experiment.resume is a path",
     )
+    for group in config.optimizer.param_groups:
+        try:
+            re.compile(group.pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"optimizer.param_groups: pattern {group.pattern!r}: expected a regular expression: {error}"
+            ) from error
     profiled_steps(config.training)
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache, cached_property
@@ -109,22 +109,30 @@ class Key:
         return annotation in getattr(self.hint, "__metadata__", ())
 
     def read(self, given: Any) -> Any:
-        """The value that is given by a file or the command line (None, a text, a list of texts) or from Python.
+        """The value that is given by a file or the command line (None, a text, a list of texts or mappings) or from
+        Python.
 
         Raises:
             ConfigError: this key cannot have it.
         """
+        self._check_names(given)
         for interpret in (self._word, _number, _boolean):
-            plain = [interpret(one) for one in given] if isinstance(given, list) else interpret(given)
             with suppress(ValidationError):
-                value = convert(plain, self.hint)
-                if all(
-                    math.isfinite(one) for one in (value if isinstance(value, list) else [value]) if type(one) is float
-                ):
+                value = convert(_map_values(interpret, given), self.hint)
+                if _is_finite(value):
                     return value
         found = "null" if given is None else str(given).replace("'", "")
         near = did_you_mean(difflib.get_close_matches(found, self.choices, 1, 0.3))
         raise ConfigError(f"{self.name}={found}: expected {self.allowed}{near}")
+
+    def _check_names(self, given: Any) -> None:
+        """Of a list of mappings; msgspec accepts unknown names."""
+        items = [one.item_type for one in self.types if isinstance(one, inspect.ListType)]
+        known = [field.name for item in items if isinstance(item, inspect.DataclassType) for field in item.fields]
+        mappings = [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
+        for name in (name for mapping in mappings for name in mapping if name not in known):
+            near = did_you_mean(difflib.get_close_matches(str(name), known, 1, 0.3))
+            raise ConfigError(f"{self.name}: unknown name {name!r}, expected {', '.join(known)}{near}")
 
     def _word(self, given: Any) -> Any:
         """Choices and words are meant in lower or upper case, and by their synonyms in YAML."""
@@ -132,6 +140,23 @@ class Key:
             return given
         synonyms = next((group for group in BOOLEANS if given.lower() in group), (given.lower(),))
         return next((word for word in (given.lower(), *synonyms) if word in self.choices or word in self.words), given)
+
+
+def _map_values(interpret: Callable[[Any], Any], given: Any) -> Any:
+    """Interpret a text, or the texts in a list or mapping."""
+    if isinstance(given, list):
+        return [_map_values(interpret, one) for one in given]
+    if isinstance(given, dict):
+        return {name: _map_values(interpret, one) for name, one in given.items()}
+    return interpret(given)
+
+
+def _is_finite(value: Any) -> bool:
+    if is_dataclass(value):
+        return _is_finite([*vars(value).values()])
+    if isinstance(value, list):
+        return all(_is_finite(one) for one in value)
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _number(given: Any) -> Any:
@@ -153,6 +178,10 @@ def _describe(info: inspect.Type) -> str:
             return "true | false"
         case inspect.ListType():
             return f"{'non-empty ' if info.min_length else ''}list of {_describe(info.item_type)}"
+        case inspect.UnionType():
+            return " | ".join(map(_describe, info.types))
+        case inspect.DataclassType():
+            return f"{{{', '.join(f'{one.name}: {_describe(one.type)}' for one in info.fields)}}}"
         case inspect.IntType() | inspect.FloatType():
             bounds = {">=": info.ge, ">": info.gt, "<=": info.le, "<": info.lt}
             limits = ", ".join(f"{sign} {bound}" for sign, bound in bounds.items() if bound is not None)

@@ -5,15 +5,17 @@ A new schedule is a function like `cosine`, a line in `SCHEDULES`, and its name 
 """
 
 import math
-from collections.abc import Callable
+from typing import Protocol
 
 from utils.schema import Config
 
-# (step, peak, warmup_steps, max_steps, end_lr) -> learning rate of the update after `step` updates
-Schedule = Callable[[int, float, int, int, float], float]
+
+class Schedule(Protocol):
+    def __call__(self, step: int, *, peak: float, warmup_steps: int, max_steps: int, end_lr: float) -> float:
+        """The learning rate of the update after `step` updates."""
 
 
-def cosine(step: int, peak: float, warmup_steps: int, max_steps: int, end_lr: float) -> float:
+def cosine(step: int, *, peak: float, warmup_steps: int, max_steps: int, end_lr: float) -> float:
     """Linear warm-up from 0 to `peak`, then half a cosine down to `end_lr` at `max_steps`."""
     if step < warmup_steps:
         return peak * step / warmup_steps
@@ -25,7 +27,7 @@ SCHEDULES: dict[str, Schedule] = {"cosine": cosine}
 
 
 def schedule_warnings(config: Config) -> list[str]:
-    """A line for each schedule that does not end within the run, as when a published recipe runs for a few steps."""
+    """A line for each schedule that ends after the run, as when a published recipe runs for a few steps."""
     generator, end = config.model.generator, config.training.max_train_steps
     steps = {"lr_scheduler.params.warmup_steps": config.lr_scheduler.params.warmup_steps}
     if generator.perturb_mode != "none":

@@ -231,12 +231,26 @@ class OptimizerParams:
     beta1: FractionBelow1 = key(0.9, "AdamW's beta1")
     beta2: FractionBelow1 = key(0.96, "AdamW's beta2")
     weight_decay: NonNegativeFloat = key(0.03, "not on biases, norms, embeddings and 1-D parameters")
+    momentum: FractionBelow1 = key(0.95, "Muon's momentum")
+
+
+@dataclass
+class ParamGroupConfig:
+    pattern: str  # regular expression, searched for in the names of parameters
+    lr_factor: NonNegativeFloat = 1.0  # learning rate as a multiple of the schedule's
+    weight_decay: NonNegativeFloat | None = None  # None: as without the group
 
 
 @dataclass
 class OptimizerConfig:
-    name: Literal["adamw"] = key("adamw", "adamw: decoupled weight decay")
+    name: Literal["adamw", "muon"] = key(
+        "adamw",
+        "adamw: decoupled weight decay; muon: Muon for the blocks' matrices, AdamW for the rest (torch >= 2.9)",
+    )
     params: OptimizerParams = section(OptimizerParams)
+    param_groups: list[ParamGroupConfig] = key(
+        [], "learning rate and weight decay of parameters by name; the first pattern found in a name decides"
+    )
 
 
 @dataclass

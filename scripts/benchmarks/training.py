@@ -26,7 +26,7 @@ from scripts.benchmarks.baselines import published_block, published_loss
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
 from utils.config import Config, load_config
 from utils.errors import InputError
-from utils.optim import build_optimizer, set_learning_rate
+from utils.optim import build_optimizers, set_learning_rate
 from utils.precision import matmul_precision
 from utils.randomness import sample_uniforms
 from utils.run.sharding import clip_gradients
@@ -161,22 +161,23 @@ class Steps:
     ) -> None:
         self.model, self.config = model.train(), config
         self.step = 0
-        self.optimizer = build_optimizer(model, config)
-        for group in self.optimizer.param_groups:
+        self.optimizers = build_optimizers(model, config)
+        for group in self.optimizers["optimizer"].param_groups:
             group["fused"] = group["fused"] if fused else None  # None: torch's default, which is not fused
         self._inputs = (model, tokenizer, batch, MAX_RATIO, config)
         self._loss = loss
 
     def take(self, count: int = 1) -> None:
         for _ in range(count):
-            set_learning_rate(self.optimizer, self.step, self.config)
+            set_learning_rate(self.optimizers, self.step, self.config)
             loss = self._loss(*self._inputs)
             loss.backward()
             norm = clip_gradients(self.model, self.config.training.max_grad_norm)
             if not math.isfinite((loss.detach() + norm).item()):  # training waits for this too
                 raise InputError(f"step {self.step}: loss or gradient not finite")
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers.values():
+                optimizer.step()
+            self.model.zero_grad(set_to_none=True)
             self.step += 1
 
     def count_flops(self, loss: Loss) -> float:

@@ -115,9 +115,9 @@ class Run:
         newest = checkpoint_folders(self.folder)[-1]
         tensors = {f"final {key}": value for key, value in load_file(self.folder / "model.safetensors").items()}
         tensors |= load_file(newest / "model.safetensors")
-        optimizer = torch.load(newest / "optimizer.bin", weights_only=True)
-        for name, state in optimizer["state"].items():
-            tensors |= {f"{name} {key}": value for key, value in state.items()}
+        for path in newest.glob("*.bin"):
+            for name, state in torch.load(path, weights_only=True)["state"].items():
+                tensors |= {f"{name} {key}": value for key, value in state.items()}
         return tensors
 
 

@@ -15,6 +15,7 @@ from utils.errors import InputError
 from utils.keys import ConfigError
 from utils.run.checkpoint import Resumable, load_optimizers
 from utils.run.manifest import MANIFEST_FILE, read_manifest
+from utils.run.metrics_file import read_metrics
 from utils.run.resume import find_start
 from utils.run.weights_path import find_weights
 
@@ -316,3 +317,26 @@ def test_an_ema_may_start_in_the_middle_of_a_run(oracle: Run, tmp_path: Path) ->
     run.completed("training.max_train_steps=13", "training.use_ema=true")
     assert "checkpoint-12 has no EMA: it starts from the weights of this step" in run.log()
     assert (run.folder / "checkpoint-13/ema.safetensors").is_file()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_a_run_with_muon_and_parameter_groups_learns_and_resumes_exactly(
+    tiny_arguments: list[str], tmp_path: Path
+) -> None:
+    groups = "optimizer.param_groups=[{pattern: embed, lr_factor: 0.5, weight_decay: 0.1}, {pattern: fc, lr_factor: 2}]"
+    arguments = [*tiny_arguments, "optimizer.name=muon", groups, "training.max_train_steps=20"]
+    whole = Run(arguments, tmp_path / "whole").completed()
+    losses = [row["train/loss"] for row in read_metrics(whole.folder / "metrics.jsonl")]
+    assert losses[-1] < losses[0] - 0.1
+    assert (whole.folder / "checkpoint-20/muon.bin").is_file()
+    parts = Run(arguments, tmp_path / "parts")
+    parts.completed("training.stop_steps=9")
+    parts.completed()
+    assert_equal_runs(parts, whole)
+
+    assert parts("optimizer.name=adamw") == [1]
+    assert "optimizer.name=adamw, was muon" in parts.output()
+    weights = parts.folder / "checkpoint-20/model.safetensors"
+    Run(arguments, tmp_path / "other").completed(
+        f"experiment.resume={weights}", "optimizer.name=adamw", "training.max_train_steps=1"
+    )

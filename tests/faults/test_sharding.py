@@ -59,6 +59,15 @@ def test_one_process_has_nothing_to_shard() -> None:
 
 
 @ON_CPU
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_is_not_sharded(pair_arguments: list[str], tmp_path: Path) -> None:
+    run = Run([*pair_arguments, "training.fsdp=true", "optimizer.name=muon"], tmp_path / "run")
+    assert run(processes=2) == [1, 1]
+    assert "optimizer.name=muon: found training.fsdp=true, expected false" in run.output()
+    assert not run.folder.exists()
+
+
+@ON_CPU
 def test_sharded_training_resumes_and_equals_replicated_training(
     pair_arguments: list[str], plain_oracle: Run, tmp_path: Path
 ) -> None:
@@ -137,7 +146,8 @@ def test_ema_samples_and_validation_losses_are_those_of_replicated_training(
 @pytest.mark.parametrize(("micro_steps", "share"), [(1, 0.25), (2, 1)])
 def test_the_estimate_has_whole_gradients_under_accumulation(micro_steps: int, share: float) -> None:
     module = torch.nn.Linear(3, 5)
-    estimate = memory_estimate({"model": module}, trained=[module], shards=4, micro_steps=micro_steps)
+    optimizer = torch.optim.AdamW(module.parameters())
+    estimate = memory_estimate({"model": module}, optimizers=[optimizer], shards=4, micro_steps=micro_steps)
     assert estimate.bytes_by_kind == {"weights": 20, "gradients": 80 * share, "optimizer": 40}
 
 

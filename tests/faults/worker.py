@@ -64,15 +64,15 @@ def observe() -> None:
 
     training_run.fault_point, train_rear.training_step = fault_point, training_step
     if "TEST_SHARDS" in os.environ:
-        original_optimizer = train_rear.build_optimizer
+        original_optimizers = train_rear.build_optimizers
 
-        def build_optimizer(model, config):
+        def build_optimizers(model, config):
             parameters = list(model.parameters())
             local = sum(p.to_local().numel() for p in parameters)
             print(f"{sum(p.numel() for p in parameters)} parameters, {local} of them here", flush=True)
-            return original_optimizer(model, config)
+            return original_optimizers(model, config)
 
-        train_rear.build_optimizer = build_optimizer
+        train_rear.build_optimizers = build_optimizers
     if "TEST_SIGNAL_IN_SAVE" in os.environ:
         original_manifest = checkpoint.write_manifest
 

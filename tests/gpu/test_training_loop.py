@@ -21,7 +21,7 @@ from tests.gpu.fake_gpu import FakeGpu, Watch
 from tests.gpu.test_faults import plant
 from utils.config import load_config
 from utils.distributed import DistributedContext
-from utils.optim import MovingAverage, build_optimizer
+from utils.optim import MovingAverage, build_optimizers
 from utils.run.sharding import clip_gradients
 from utils.run.training_run import flags_of_any_rank
 from utils.schema import Config
@@ -133,7 +133,8 @@ def test_the_host_reads_once(gpu: FakeGpu, model: ReAR, config: Config, monkeypa
     with gpu:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer, ema = build_optimizer(model, config), MovingAverage(model, 0.99)
+        optimizer = build_optimizers(model, config)["optimizer"]
+        ema = MovingAverage(model, 0.99)
         loss = torch.zeros((), device="cuda")
         monkeypatch.setattr(FakeTensor, "tolist", tolist)
         with Watch(torch.float32):

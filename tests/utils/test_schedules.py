@@ -1,3 +1,4 @@
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -7,14 +8,14 @@ from utils.schema import LRSchedulerConfig
 
 
 def test_learning_rate_of_the_published_recipe() -> None:
-    rate = lambda step: cosine(step, 4e-4, 62_500, 250_000, 1e-5)  # noqa: E731
+    rate = partial(cosine, peak=4e-4, warmup_steps=62_500, max_steps=250_000, end_lr=1e-5)
     assert rate(0) == 0
     assert rate(31_250) == pytest.approx(2e-4)
     assert rate(62_500) == pytest.approx(4e-4)
     assert rate(156_250) == pytest.approx((4e-4 + 1e-5) / 2)
     assert rate(250_000) == pytest.approx(1e-5)
     assert rate(300_000) == pytest.approx(1e-5)
-    assert cosine(0, 1e-3, 0, 10, 0) == 1e-3
+    assert cosine(0, peak=1e-3, warmup_steps=0, max_steps=10, end_lr=0) == 1e-3
 
 
 def test_the_config_names_the_schedules_of_the_table() -> None:

@@ -5,12 +5,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from utils.precision import in_bf16
 from utils.schema import Config
 
 GIB = 2**30
-ADAM_MOMENTS = 2  # each as large as the parameters
+MOMENTS = {"Muon": 1}  # by optimizer, each as large as the parameters
+ADAM_MOMENTS = 2
 # Bytes that the backward pass needs of a position in a block, per hidden size and per MLP width, counted with torch's
 # saved_tensors_hooks, with dropout; the key says whether matrix products are in bf16.
 BLOCK_BYTES = {True: (80, 6), False: (112, 12)}
@@ -89,7 +91,7 @@ class MemoryEstimate:
 
 def memory_estimate(
     modules: Mapping[str, nn.Module],
-    trained: Iterable[nn.Module],
+    optimizers: Iterable[Optimizer],
     shards: int = 1,
     activation_bytes: float | None = None,
     micro_steps: int = 1,
@@ -97,14 +99,17 @@ def memory_estimate(
     """
     Args:
         modules: by name, as in a checkpoint, with the model as `model`; sharded or not.
-        trained: those with an optimizer.
+        optimizers: of their parameters.
         shards: processes that each module is sharded over.
         activation_bytes: of a micro-batch; None: unknown.
         micro_steps: with more than one, each process keeps whole gradients between them.
     """
     sizes = {name: _num_bytes(module.state_dict().values()) for name, module in modules.items()}
-    gradients = sum(_num_bytes(module.parameters()) for module in trained)
-    moments = ADAM_MOMENTS * gradients
+    gradients = moments = 0
+    for optimizer in optimizers:
+        updated = _num_bytes(parameter for group in optimizer.param_groups for parameter in group["params"])
+        gradients += updated
+        moments += updated * MOMENTS.get(type(optimizer).__name__, ADAM_MOMENTS)
     by_kind = {
         "weights": sizes["model"] / shards,
         "gradients": gradients / (shards if micro_steps == 1 else 1),

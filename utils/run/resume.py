@@ -165,7 +165,8 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
         A line for the log for each other difference.
 
     Raises:
-        InputError: another model, data or tokenizer, or another global batch without `training.allow_batch_change`.
+        InputError: another model, optimizer, data or tokenizer, or another global batch without
+            `training.allow_batch_change`.
     """
     if start.checkpoint is None or start.weights_only:
         return []
@@ -177,6 +178,11 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
     ]
     if model_changes:
         raise InputError(f"{start.checkpoint}: written by another model: {'; '.join(model_changes)}")
+    if "optimizer.name" in changes:
+        raise InputError(
+            f"{start.checkpoint}: {changes['optimizer.name']}: the optimizer state is of another kind; keep the "
+            f"optimizer, or start from the weights with experiment.resume={start.checkpoint}/{MODEL}.safetensors"
+        )
     if manifest.provenance.data_hash != provenance.data_hash:
         raise InputError(
             f"{start.checkpoint}: written on other training data: found hash {provenance.data_hash[:12]}..., expected "

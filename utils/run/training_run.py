@@ -83,7 +83,7 @@ class TrainingRun:
         self.triggers = StepTriggers(config.experiment, self.state, last_step(config.training))
         self._memory = memory_estimate(
             modules,
-            trained=[module for module, _ in optimizers.values()],
+            optimizers=[optimizer for _, optimizer in optimizers.values()],
             shards=ctx.size if self._resumable.is_sharded else 1,
             activation_bytes=cost.activation_bytes * config.training.per_gpu_batch_size if cost else None,
             micro_steps=launched.micro_steps,
