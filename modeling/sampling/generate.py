@@ -126,8 +126,12 @@ class CodeSampler:
     ) -> None:
         if other := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
             raise ValueError(f"model in {other.pop()}: expected torch.float32; sampling rounds it to its own `dtype`")
-        self.model, self.dtype, self.compile_mode, self.notice = model, dtype, compile_mode, notice
-        self.steps, self.device = model.image_seq_len, model.cls_token.device
+        self.model = model
+        self.dtype = dtype
+        self.compile_mode = compile_mode
+        self.notice = notice
+        self.steps = model.image_seq_len
+        self.device = model.cls_token.device
         self.scales = torch.empty(self.steps, device=self.device)  # (N,)
         self.graphs: StepGraphs | None = None
         self.state: DecodingState | None = None
@@ -149,7 +153,8 @@ class CodeSampler:
         captured = self.guided, config.randomize_temperature, config.top_k, config.top_p
         if captured != self._captured:
             self._free()
-        self.config, self._captured = config, captured
+        self.config = config
+        self._captured = captured
 
     @torch.inference_mode()
     def __call__(

@@ -37,14 +37,17 @@ def inpaint(
     Raises:
         ValueError: given codes that a model in raster order cannot be conditioned on.
     """
-    (n, length), sampling, completion = codes.shape, config.sampling, config.completion
-    generator, label = config.model.generator, completion.class_label
+    n, length = codes.shape
+    sampling = config.sampling
+    generator = config.model.generator
+    label = config.completion.class_label
     if label is None:
         label = sampler.model.null_class
         generator = replace(generator, guidance_scale=1.0)  # guidance would compare the null class with itself
     sampler.configure(generator)
 
-    images, num_completions = list(range(n)), completion.num_completions
+    images = list(range(n))
+    num_completions = config.completion.num_completions
     seeds = range(sampling.seed, sampling.seed + num_completions)
     uniforms = torch.stack([image_uniforms(seed, images, length) for seed in seeds], dim=1)  # (n, K, N)
     orders = None

@@ -85,9 +85,9 @@ def test_any_part_stays_with_models_of_any_order(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str, order: str
 ) -> None:
     seen = []
-    original = complete_images.complete
+    original = complete_images.inpaint
     monkeypatch.setattr(
-        complete_images, "complete", lambda *given: seen.append((given[0], original(*given))) or seen[0][1]
+        complete_images, "inpaint", lambda *given: seen.append((given[0], original(*given))) or seen[0][1]
     )
     if keep == "picture":
         Image.fromarray(np.kron(np.eye(4), np.full((9, 9), 255)).astype(np.uint8)).save(tmp_path / "mask.png")
