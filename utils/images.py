@@ -1,4 +1,4 @@
-"""Float images to bytes and back, grids of them, and grids to files."""
+"""Float images to bytes and back, grids of images, PNG files."""
 
 import math
 from pathlib import Path
@@ -22,7 +22,7 @@ def to_uint8(images: Tensor, rule: str = "truncate") -> np.ndarray:
         NonFiniteError: pixels that are NaN or infinite, which as bytes would be black or white.
     """
     if not images.isfinite().all():
-        raise NonFiniteError("the pixels of a batch are not finite: the weights that made them are of no use")
+        raise NonFiniteError("the pixels of a batch are not finite: the weights are damaged")
     return to_byte_tensor(images, rule).cpu().numpy()
 
 
@@ -49,12 +49,12 @@ def to_byte_tensor(images: Tensor, rule: str = "truncate") -> Tensor:
 def to_float(images: Tensor) -> Tensor:
     """Bytes (B, H, W, 3) as float32 (B, 3, H, W) in [0, 1], the nearest numbers to byte / 255; on their device."""
     values = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    # CUDA would multiply by the reciprocal of a number, which rounds otherwise; by a tensor it divides.
+    # CUDA multiplies by the reciprocal of a Python number, which rounds differently; it divides by a tensor.
     return values.div_(torch.full((), 255.0, device=images.device))
 
 
 def make_grid(images: np.ndarray, columns: int) -> Image.Image:
-    """Images (B, H, W, 3) uint8 side by side, row after row, on white."""
+    """Images (B, H, W, 3) uint8 in rows on white."""
     count, height, width, _ = images.shape
     rows = math.ceil(count / columns)
     step_y, step_x = height + GRID_GAP, width + GRID_GAP
@@ -80,12 +80,12 @@ def save_grid(images: np.ndarray, path: str | Path, columns: int | None = None) 
     """Write images (B, H, W, 3) uint8 as one PNG picture.
 
     Args:
-        columns: None: about as many as rows.
+        columns: None: a square grid.
     """
     write_png(Path(path), make_grid(images, columns or math.ceil(len(images) ** 0.5)))
 
 
 def write_png(path: Path, image: Image.Image) -> None:
-    """The file appears when it is complete."""
+    """Atomic."""
     with atomic_file(path) as partial:
         image.save(partial, format="png")

@@ -114,25 +114,16 @@ class DecodingState:
         images: B of every batch.
         guided: with an unconditional sequence for each image.
         dtype: of the blocks' matrix products and the cache.
-        compiled: each half of a block is compiled, once for all blocks.
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        model: ReAR,
-        images: int,
-        guided: bool,
-        dtype: torch.dtype = torch.float32,
-        compiled: bool = False,
-    ) -> None:
+    def __init__(self, model: ReAR, images: int, guided: bool, dtype: torch.dtype = torch.float32) -> None:
         self.model = model
         self.guided = guided
         self.dtype = dtype
         self.blocks = [decoding_copy(cast(Block, block), dtype) for block in model.blocks]
         self.final_layer = decoding_copy(model.adaln_before_head, dtype)
-        self.before_attention = torch.compile(Block.before_attention) if compiled else Block.before_attention
-        self.after_attention = torch.compile(Block.after_attention) if compiled else Block.after_attention
+        self.set_compiled(False)
 
         device = model.cls_token.device
         steps = model.image_seq_len
@@ -157,12 +148,13 @@ class DecodingState:
         self.codes = torch.zeros_like(self.orders)  # x1 .. xN
         self.conditioning = torch.zeros_like(self.orders)  # given codes in place of sampled ones; -1: none
 
+    def set_compiled(self, compiled: bool) -> None:
+        """Each half of a block is compiled once, for all blocks and positions: its arguments have the same shapes."""
+        self.before_attention = torch.compile(Block.before_attention) if compiled else Block.before_attention
+        self.after_attention = torch.compile(Block.after_attention) if compiled else Block.after_attention
+
     def start(
-        self,
-        class_labels: Tensor,
-        uniforms: Tensor,
-        orders: Tensor | None = None,
-        conditioning: Tensor | None = None,
+        self, class_labels: Tensor, uniforms: Tensor, orders: Tensor | None = None, conditioning: Tensor | None = None
     ) -> None:
         """Begin a batch. Waits for the GPU, in `unique`.
 

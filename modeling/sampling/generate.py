@@ -230,24 +230,24 @@ class CodeSampler:
     def _prepare(self, images: int) -> DecodingState:
         """Allocate for batches of this size; compile and capture if asked for."""
         self._free()  # before the next state is allocated
-        if not compiles(self.compile_mode, self.device):
-            return DecodingState(self.model, images, self.guided, self.dtype)
-        try:
-            state = DecodingState(self.model, images, self.guided, self.dtype, compiled=True)
-            self.graphs = self._warm_up(state)
-            return state
-        except Exception as error:  # compilers, kernels and captures raise errors of many kinds
-            if self.compile_mode == "on":
-                raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-        self.notice(f"sampling.compile=auto: the step runs without a graph, since compiling it failed: {reason}")
-        self.compile_mode = "off"
-        return DecodingState(self.model, images, self.guided, self.dtype)
+        state = DecodingState(self.model, images, self.guided, self.dtype)
+        if compiles(self.compile_mode, self.device):
+            try:
+                self.graphs = self._compile(state)
+            except Exception as error:  # compilers, kernels and captures raise errors of many kinds
+                if self.compile_mode == "on":
+                    raise
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                self.notice(f"sampling.compile=auto: runs without a graph, since compiling the step failed: {reason}")
+                self.compile_mode = "off"
+                state.set_compiled(False)
+        return state
 
-    def _warm_up(self, state: DecodingState) -> StepGraphs | None:
-        """Compile, and on a GPU capture, the step of a state."""
-        ends = sorted({bucket_end(position) for position in range(2, self.steps + 1)})
+    def _compile(self, state: DecodingState) -> StepGraphs | None:
+        """Compile the step of a state by running it, and on a GPU capture it."""
+        state.set_compiled(True)
         state.position.fill_(2)
+        ends = sorted({bucket_end(position) for position in range(2, self.steps + 1)})
         if on_gpu(self.device):
             return StepGraphs(partial(next_codes, state, self.scales, self.config, masked=True), ends)
         if ends:
