@@ -35,7 +35,8 @@ class MicroBatch(list[SampleIndex]):
 
     def __init__(self, sample_indices: Iterable[SampleIndex], step: int, slots: np.ndarray) -> None:
         super().__init__(sample_indices)
-        self.step, self.slots = step, slots
+        self.step = step
+        self.slots = slots
 
 
 class GlobalBatchSampler(Sampler[list[SampleIndex]]):
@@ -64,10 +65,15 @@ class GlobalBatchSampler(Sampler[list[SampleIndex]]):
     ) -> None:
         assert 0 < num_samples < 2**32
         assert 0 <= rank < world_size
-        self.num_samples, self.seed, self.class_ids = num_samples, seed, class_ids
-        self.micro_batch_size, self.micro_steps = per_gpu_batch_size, gradient_accumulation_steps
-        self.rank, self.world_size = rank, world_size
-        self.first_step, self.last_step = first_step, last_step
+        self.num_samples = num_samples
+        self.seed = seed
+        self.class_ids = class_ids
+        self.micro_batch_size = per_gpu_batch_size
+        self.micro_steps = gradient_accumulation_steps
+        self.rank = rank
+        self.world_size = world_size
+        self.first_step = first_step
+        self.last_step = last_step
         self.global_batch_size = per_gpu_batch_size * gradient_accumulation_steps * world_size
         self.samples_seen = first_step * self.global_batch_size if samples_seen is None else samples_seen
 

@@ -9,7 +9,8 @@ def draw_loss_by_position(by_position: np.ndarray, code_shape: tuple[int, ...], 
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
     from matplotlib.figure import Figure
 
-    mean, has_grid = by_position.mean(), len(code_shape) == 2
+    mean = by_position.mean()
+    has_grid = len(code_shape) == 2
     figure = Figure(figsize=(9.6 if has_grid else 5.6, 3.8), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(f"validation loss by position, step {step}: mean {mean:.3f} nats per code", fontsize="medium")

@@ -162,7 +162,9 @@ class Validator:
     """Validation losses and, for `experiment.eval_samples` > 0, a distance of samples to validation images."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, ctx: DistributedContext, data: TrainingSet) -> None:
-        self.config, self.tokenizer, self.ctx = config, tokenizer, ctx
+        self.config = config
+        self.tokenizer = tokenizer
+        self.ctx = ctx
         self.tokens = ValidationTokens.gather(validation_batches(data, config, ctx), len(data), tokenizer, ctx)
         self.distance: SampleDistance | None = None
         num_samples = config.experiment.eval_samples

@@ -201,7 +201,8 @@ class RobustEmbedding(nn.Module):
             if name not in modules:
                 near = ", ".join(get_close_matches(name, modules, n=3, cutoff=0.0))
                 raise ValueError(f"no module {name!r} in {type(model).__name__}; similar names: {near}")
-        self.prefix, self.last_code = prefix, last_code
+        self.prefix = prefix
+        self.last_code = last_code
         reads = {"encode": slice(prefix, None), "decode": slice(prefix - 1, -1 if last_code else None)}
         self._hooks = [
             model.register_forward_pre_hook(self._begin),
@@ -234,9 +235,11 @@ class RobustEmbedding(nn.Module):
                 "no projections: expected attach(), then a forward pass of the model in training mode since the last "
                 "loss()"
             )
-        encode_z, decode_z = self._projected.pop("encode"), self._projected.pop("decode")
+        encode_z = self._projected.pop("encode")
+        decode_z = self._projected.pop("decode")
         encoded = codes.shape[1] - (not self.last_code)
-        found, expected = (len(encode_z), self.prefix + encode_z.shape[1]), (len(codes), self.prefix + encoded)
+        found = len(encode_z), self.prefix + encode_z.shape[1]
+        expected = len(codes), self.prefix + encoded
         if found != expected:
             raise ValueError(
                 f"the encode block saw (B, T) = {found}, expected {expected}: {self.prefix} of prefix + {encoded} codes"
@@ -250,7 +253,8 @@ class RobustEmbedding(nn.Module):
 
     def _begin(self, model: nn.Module, inputs: Any) -> None:
         self._projected.clear()
-        self._in_forward, self._with_gradients = True, torch.is_grad_enabled()
+        self._in_forward = True
+        self._with_gradients = torch.is_grad_enabled()
 
     def _end(self, model: nn.Module, inputs: Any, output: Any) -> None:
         self._in_forward = False

@@ -1,4 +1,4 @@
-"""Float images to bytes and back, grids of them, and grids to files."""
+"""Float images to bytes and back, grids of images, PNG files."""
 
 import math
 from pathlib import Path
@@ -19,7 +19,7 @@ def to_uint8(images: Tensor, rule: str = "truncate") -> np.ndarray:
     """`to_byte_tensor` as an array; raises NonFiniteError for NaN or infinite pixels, which would become black or
     white."""
     if not images.isfinite().all():
-        raise NonFiniteError("the pixels of a batch are not finite: the weights that made them are of no use")
+        raise NonFiniteError("the pixels of a batch are not finite: the weights are damaged")
     return to_byte_tensor(images, rule).cpu().numpy()
 
 
@@ -43,12 +43,12 @@ def to_byte_tensor(images: Tensor, rule: str = "truncate") -> Tensor:
 def to_float(images: Tensor) -> Tensor:
     """Bytes (B, H, W, 3) as float32 (B, 3, H, W) in [0, 1], the nearest numbers to byte / 255; on their device."""
     values = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-    # CUDA multiplies by the reciprocal of a number, which rounds differently; it divides by a tensor.
+    # CUDA multiplies by the reciprocal of a Python number, which rounds differently; it divides by a tensor.
     return values.div_(torch.full((), 255.0, device=images.device))
 
 
 def make_grid(images: np.ndarray, columns: int) -> Image.Image:
-    """Images (B, H, W, 3) uint8 side by side, row after row, on white."""
+    """Images (B, H, W, 3) uint8 in rows on white."""
     count, height, width, _ = images.shape
     rows = math.ceil(count / columns)
     step_y, step_x = height + GRID_GAP, width + GRID_GAP

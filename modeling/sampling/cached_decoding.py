@@ -114,27 +114,20 @@ class DecodingState:
         images: B of every batch.
         guided: with an unconditional sequence for each image.
         dtype: of the blocks' matrix products and the cache.
-        compiled: each half of a block is compiled, once for all blocks.
     """
 
     @torch.no_grad()
-    def __init__(
-        self,
-        model: ReAR,
-        images: int,
-        guided: bool,
-        dtype: torch.dtype = torch.float32,
-        compiled: bool = False,
-    ) -> None:
-        self.model, self.guided, self.dtype = model, guided, dtype
+    def __init__(self, model: ReAR, images: int, guided: bool, dtype: torch.dtype = torch.float32) -> None:
+        self.model = model
+        self.guided = guided
+        self.dtype = dtype
         self.blocks = [decoding_copy(cast(Block, block), dtype) for block in model.blocks]
         self.final_layer = decoding_copy(model.adaln_before_head, dtype)
-        self.before_attention, self.after_attention = Block.before_attention, Block.after_attention
-        if compiled:
-            self.before_attention = torch.compile(Block.before_attention)
-            self.after_attention = torch.compile(Block.after_attention)
+        self.set_compiled(False)
 
-        device, steps, hidden_size = model.cls_token.device, model.image_seq_len, model.cls_token.shape[2]
+        device = model.cls_token.device
+        steps = model.image_seq_len
+        hidden_size = model.cls_token.shape[2]
         sequences = 2 * images if guided else images
         length = math.ceil((steps + 1) / BUCKET) * BUCKET
         heads = model.config.generator.num_attention_heads
@@ -155,12 +148,13 @@ class DecodingState:
         self.codes = torch.zeros_like(self.orders)  # x1 .. xN
         self.conditioning = torch.zeros_like(self.orders)  # given codes in place of sampled ones; -1: none
 
+    def set_compiled(self, compiled: bool) -> None:
+        """Each half of a block is compiled once, for all blocks and positions: its arguments have the same shapes."""
+        self.before_attention = torch.compile(Block.before_attention) if compiled else Block.before_attention
+        self.after_attention = torch.compile(Block.after_attention) if compiled else Block.after_attention
+
     def start(
-        self,
-        class_labels: Tensor,
-        uniforms: Tensor,
-        orders: Tensor | None = None,
-        conditioning: Tensor | None = None,
+        self, class_labels: Tensor, uniforms: Tensor, orders: Tensor | None = None, conditioning: Tensor | None = None
     ) -> None:
         """Begin a batch. Waits for the GPU, in `unique`.
 
@@ -229,12 +223,14 @@ def decode_one_token(state: DecodingState, end: int, masked: bool) -> Tensor:
     """
     codes = state.codes.index_select(1, state.position - 2)[:, 0]  # (B,)
     x = state.model.embeddings(codes) + state.position_embeddings.index_select(1, state.position)[:, 0]  # (B, D)
-    return forward_position(state, torch.cat([x, x]) if state.guided else x, end, masked)
+    x = torch.cat([x, x]) if state.guided else x  # (S, D)
+    return forward_position(state, x, end, masked)
 
 
 def forward_position(state: DecodingState, x: Tensor, end: int, masked: bool) -> Tensor:
     """The head's input (S, D) from the input x (S, D) at `state.position`."""
-    position, x = state.position, x[:, None]  # (S, 1, D)
+    position = state.position
+    x = x[:, None]  # (S, 1, D)
     rows = state.label_rows + position % BUCKET * state.max_labels  # (S,)
     mask = None
     if masked:  # (1, 1, 1, end)

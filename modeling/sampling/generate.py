@@ -126,8 +126,12 @@ class CodeSampler:
     ) -> None:
         if other := {parameter.dtype for parameter in model.parameters()} - {torch.float32}:
             raise ValueError(f"model in {other.pop()}: expected torch.float32; sampling rounds it to its own `dtype`")
-        self.model, self.dtype, self.compile_mode, self.notice = model, dtype, compile_mode, notice
-        self.steps, self.device = model.image_seq_len, model.cls_token.device
+        self.model = model
+        self.dtype = dtype
+        self.compile_mode = compile_mode
+        self.notice = notice
+        self.steps = model.image_seq_len
+        self.device = model.cls_token.device
         self.scales = torch.empty(self.steps, device=self.device)  # (N,)
         self.graphs: StepGraphs | None = None
         self.state: DecodingState | None = None
@@ -149,7 +153,8 @@ class CodeSampler:
         captured = self.guided, config.randomize_temperature, config.top_k, config.top_p
         if captured != self._captured:
             self._free()
-        self.config, self._captured = config, captured
+        self.config = config
+        self._captured = captured
 
     @torch.inference_mode()
     def __call__(
@@ -225,24 +230,24 @@ class CodeSampler:
     def _prepare(self, images: int) -> DecodingState:
         """Allocate for batches of this size; compile and capture if asked for."""
         self._free()  # before the next state is allocated
-        if not compiles(self.compile_mode, self.device):
-            return DecodingState(self.model, images, self.guided, self.dtype)
-        try:
-            state = DecodingState(self.model, images, self.guided, self.dtype, compiled=True)
-            self.graphs = self._warm_up(state)
-            return state
-        except Exception as error:  # compilers, kernels and captures raise errors of many kinds
-            if self.compile_mode == "on":
-                raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-        self.notice(f"sampling.compile=auto: the step runs without a graph, since compiling it failed: {reason}")
-        self.compile_mode = "off"
-        return DecodingState(self.model, images, self.guided, self.dtype)
+        state = DecodingState(self.model, images, self.guided, self.dtype)
+        if compiles(self.compile_mode, self.device):
+            try:
+                self.graphs = self._compile(state)
+            except Exception as error:  # compilers, kernels and captures raise errors of many kinds
+                if self.compile_mode == "on":
+                    raise
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                self.notice(f"sampling.compile=auto: runs without a graph, since compiling the step failed: {reason}")
+                self.compile_mode = "off"
+                state.set_compiled(False)
+        return state
 
-    def _warm_up(self, state: DecodingState) -> StepGraphs | None:
-        """Compile, and on a GPU capture, the step of a state."""
-        ends = sorted({bucket_end(position) for position in range(2, self.steps + 1)})
+    def _compile(self, state: DecodingState) -> StepGraphs | None:
+        """Compile the step of a state by running it, and on a GPU capture it."""
+        state.set_compiled(True)
         state.position.fill_(2)
+        ends = sorted({bucket_end(position) for position in range(2, self.steps + 1)})
         if on_gpu(self.device):
             return StepGraphs(partial(next_codes, state, self.scales, self.config, masked=True), ends)
         if ends:

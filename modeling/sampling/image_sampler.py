@@ -106,8 +106,11 @@ class ImageSampler:
             raise ValueError(
                 f"tokenizer: found (codes per image, codebook size) {found}, expected the model's {expected}"
             )
-        self.model, self.sampling, self.batch_size = model, config.sampling, batch_size
-        on_gpu, precision = model.cls_token.device.type == "cuda", self.sampling.mixed_precision
+        self.model = model
+        self.sampling = config.sampling
+        self.batch_size = batch_size
+        on_gpu = model.cls_token.device.type == "cuda"
+        precision = self.sampling.mixed_precision
         reduced = not exact and (precision == "bf16" or (precision == "auto" and on_gpu))
         self.sampler = CodeSampler(
             model,
@@ -208,7 +211,8 @@ class ImageDecoder:
         self.codebook_size = tokenizer.codebook_size
         self.exact = tokenizer.fast_decoder().float()
         self.decoder = self.exact
-        self.stream, self.chunk_size = None, 1
+        self.stream = None
+        self.chunk_size = 1
         if dtype != torch.float32:
             self.decoder = tokenizer.fast_decoder().to(dtype)
         device = next(tokenizer.parameters()).device
@@ -240,7 +244,8 @@ class ImageDecoder:
         Raises:
             NonFiniteError: codes that `CodeSampler` could not sample, or pixels that are not finite in float32.
         """
-        finite, images = pending.wait(), pending.images
+        finite = pending.wait()
+        images = pending.images
         if not pending.codes_valid:
             raise NonFiniteError(LOGITS_NOT_FINITE)
         if not finite and self.decoder is not self.exact:

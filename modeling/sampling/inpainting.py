@@ -44,7 +44,9 @@ def inpaint(
     Raises:
         ValueError: given codes that a model in raster order cannot be conditioned on.
     """
-    (n, length), sampling, generator = codes.shape, config.sampling, config.model.generator
+    n, length = codes.shape
+    sampling = config.sampling
+    generator = config.model.generator
     if class_label is None:
         class_label = sampler.model.null_class
         generator = replace(generator, guidance_scale=1.0)  # guidance would compare the null class with itself

@@ -86,13 +86,13 @@ def test_any_region_can_be_kept_with_models_of_any_order(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: str, order: str
 ) -> None:
     seen = []
-    original = complete_images.complete
+    original = complete_images.inpaint
 
-    def complete(codes: torch.Tensor, *given: object, **more: object) -> torch.Tensor:
+    def inpaint(codes: torch.Tensor, *given: object, **more: object) -> torch.Tensor:
         seen.append((codes, original(codes, *given, **more)))
         return seen[0][1]
 
-    monkeypatch.setattr(complete_images, "complete", complete)
+    monkeypatch.setattr(complete_images, "inpaint", inpaint)
     if keep == "picture":
         Image.fromarray(np.kron(np.eye(4), np.full((9, 9), 255)).astype(np.uint8)).save(tmp_path / "mask.png")
         keep = str(tmp_path / "mask.png")

@@ -240,17 +240,18 @@ def test_what_is_compiled_where() -> None:
     assert [generate_module.compiles(mode, cuda) for mode in ("auto", "on", "off")] == [True, True, False]
 
 
-def test_each_half_of_a_block_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_half_of_a_block_is_compiled_once(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     """Once for all layers and positions; all but the generation of code, which needs a compiler."""
     model, config = random_model(32, 3, 4, 40)
     labels, uniforms = torch.tensor([0, 1, 1]), image_uniforms(0, [0, 1, 2], 40)
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
-    sample = CodeSampler(model, config, compile_mode="on")
+    sample = CodeSampler(model, config, dtype, compile_mode="on")
     for _ in range(2):
         compiled = sample(labels, uniforms)
-    assert torch.equal(compiled, generate(model, labels, uniforms, config))
+    assert torch.equal(compiled, CodeSampler(model, config, dtype)(labels, uniforms))
     assert counter.frame_count == 2
 
 
