@@ -17,8 +17,9 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 import numpy as np
+from omegaconf import OmegaConf
 
-from utils.config import read_yaml
+from utils.config import flat
 from utils.console import markdown_table
 from utils.errors import InputError, input_errors_exit
 from utils.run.curves import NOT_DRAWN, Points, draw_curve, panel_grid, points_of, save_figure
@@ -67,7 +68,8 @@ def load_run(path: Path, label: str) -> Run:
     if not any(row.keys() - set(NOT_DRAWN) for row in rows):
         raise InputError(f"{metrics}: holds no metrics yet")
     config = metrics.with_name("config.yaml")
-    return Run(label, rows, read_yaml(config) if config.is_file() else None)
+    values = dict(flat(OmegaConf.to_container(OmegaConf.load(config)))) if config.is_file() else None
+    return Run(label, rows, values)
 
 
 def draw(runs: list[Run], x: str, output: Path) -> None:
