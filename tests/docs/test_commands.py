@@ -51,9 +51,17 @@ def split(command: str) -> tuple[dict[str, str], list[str]]:
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_fenced_block_is_checked(page: Path) -> None:
     """Here the commands; in test_seams.py the examples of extending.md, in test_export_model.py those of python.md."""
-    assert {language for language, _ in fences(page)} <= {"bash", "python"}
+    assert {language for language, _ in fences(page)} <= {"bash", "python", "yaml"}
     assert page.name in ("extending.md", "python.md") or "python" not in dict(fences(page))
     assert page.read_text().count("```") == 2 * len(fences(page))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_yaml_blocks_are_configs(page: Path, tmp_path: Path) -> None:
+    for language, text in fences(page):
+        if language == "yaml":
+            (tmp_path / "block.yaml").write_text(text)
+            load_config([f"config={tmp_path / 'block.yaml'}", "experiment.output_dir=unused"])
 
 
 def test_the_two_commands_of_the_readme() -> None:

@@ -88,7 +88,13 @@ def test_folder(tmp_path: Path) -> None:
 
 def test_loader_workers(shards: Path) -> None:
     source = open_images(str(shards / "a-*.tar"))
-    dataset = ImageDataset(source, training_transform(PreprocessingConfig(8, 8, False, False)), seed=0)
+    dataset = ImageDataset(
+        source,
+        training_transform(
+            PreprocessingConfig(resize_shorter_edge=8, crop_size=8, random_crop=False, random_flip=False)
+        ),
+        seed=0,
+    )
     batches = [list(range(len(dataset)))[i : i + 4] for i in range(0, len(dataset), 4)]
     sent = pickle.loads(pickle.dumps(dataset))  # as to a worker that is spawned
     for batch, expected in zip(Batches(sent, batches, 2), Batches(dataset, batches, 0), strict=True):
@@ -103,7 +109,11 @@ def test_loader_workers(shards: Path) -> None:
 )
 def test_shared_memory_of_a_batch_is_its_bytes(shards: Path, transform: Callable, per_image: int) -> None:
     """As floats they were 4 times as many, as ten crops 35 times."""
-    dataset = ImageDataset(open_images(str(shards / "a-*.tar")), transform(PreprocessingConfig(16, 16)), seed=0)
+    dataset = ImageDataset(
+        open_images(str(shards / "a-*.tar")),
+        transform(PreprocessingConfig(resize_shorter_edge=16, crop_size=16)),
+        seed=0,
+    )
     images = next(Batches(dataset, [[0, 1, 2, 3]], 1))["image"]
     assert images.is_shared()
     assert images.untyped_storage().nbytes() == 4 * per_image
@@ -114,7 +124,9 @@ def test_augmentation_is_keyed_by_pass_and_index(tmp_path: Path) -> None:
     noise = [encode(Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8))) for _ in range(2)]
     write_shard(tmp_path / "a.tar", [{"__key__": str(i), "png": noise[0], "cls": "0"} for i in range(2)])
     source = open_images(str(tmp_path / "a.tar"))
-    transform = training_transform(PreprocessingConfig(40, 8, True, True))
+    transform = training_transform(
+        PreprocessingConfig(resize_shorter_edge=40, crop_size=8, random_crop=True, random_flip=True)
+    )
     dataset, other_seed = ImageDataset(source, transform, seed=1), ImageDataset(source, transform, seed=2)
     image = lambda data, item: data[item]["image"].numpy().tobytes()  # noqa: E731
     assert image(dataset, 1) == image(dataset, 1) == image(dataset, SampleIndex(1, 0))
@@ -268,7 +280,9 @@ def test_a_linked_member_is_refused(tmp_path: Path) -> None:
 def test_unreadable_images_are_skipped_up_to_a_fraction(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     samples = [{"__key__": str(i), "png": encode(picture(i)) if i != 1 else b"broken", "cls": str(i)} for i in range(4)]
     source = open_images(str(write_shard(tmp_path / "a.tar", samples)))
-    transform = training_transform(PreprocessingConfig(8, 8, False, False))
+    transform = training_transform(
+        PreprocessingConfig(resize_shorter_edge=8, crop_size=8, random_crop=False, random_flip=False)
+    )
     dataset = ImageDataset(source, transform, seed=0, max_bad_fraction=0.25)
     for _ in range(2):
         batch = default_collate([dataset[i] for i in range(4)])

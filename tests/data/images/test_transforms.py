@@ -58,29 +58,35 @@ def test_ten_crop_is_torchvisions_to_the_bit(size: int) -> None:
     image = noise(50, 40)
     whole = adm_center_crop(image, int(1.1 * size))
     expected = torch.stack([F.to_tensor(crop) for crop in F.ten_crop(whole, size)])
-    crops = crops_of(image, PreprocessingConfig(32, size, pretokenize_crops="ten_crop"))
+    crops = crops_of(image, PreprocessingConfig(resize_shorter_edge=32, crop_size=size, pretokenize_crops="ten_crop"))
     assert crops.is_contiguous()
     assert torch.equal(crops, expected)
 
 
 def test_center_flip() -> None:
     image = noise(50, 40)
-    both = crops_of(image, PreprocessingConfig(36, 32, pretokenize_crops="center_flip"))
+    both = crops_of(image, PreprocessingConfig(resize_shorter_edge=36, crop_size=32, pretokenize_crops="center_flip"))
     assert torch.equal(both[0], F.to_tensor(adm_center_crop(image, 32, 36)))
     assert torch.equal(both[1], both[0].flip(-1))
-    assert torch.equal(crops_of(image, PreprocessingConfig(36, 32, pretokenize_crops="center")), both[:1])
+    assert torch.equal(
+        crops_of(image, PreprocessingConfig(resize_shorter_edge=36, crop_size=32, pretokenize_crops="center")), both[:1]
+    )
 
 
 def test_training_transform_of_a_fitting_tile_is_the_identity() -> None:
     image = noise(64, 64)
-    result = training_transform(PreprocessingConfig(64, 64, False, False))(image, np.zeros(NUM_DRAWS))
+    result = training_transform(
+        PreprocessingConfig(resize_shorter_edge=64, crop_size=64, random_crop=False, random_flip=False)
+    )(image, np.zeros(NUM_DRAWS))
     np.testing.assert_array_equal(result, np.asarray(image))
 
 
 def test_random_crop_and_flip_are_uniform() -> None:
     grey = Image.fromarray(np.arange(12, dtype=np.uint8).reshape(3, 4))  # 4 wide, 3 high; values are positions
     image = grey.convert("RGB")
-    transform = training_transform(PreprocessingConfig(3, 2, True, True))
+    transform = training_transform(
+        PreprocessingConfig(resize_shorter_edge=3, crop_size=2, random_crop=True, random_flip=True)
+    )
     rng = np.random.default_rng(0)
     seen = {}
     for _ in range(1200):
@@ -93,4 +99,4 @@ def test_random_crop_and_flip_are_uniform() -> None:
 
 def test_crop_larger_than_the_image_is_refused() -> None:
     with pytest.raises(InputError, match=r"crop_size=64: expected at most resize_shorter_edge=32"):
-        training_transform(PreprocessingConfig(32, 64))
+        training_transform(PreprocessingConfig(resize_shorter_edge=32, crop_size=64))
