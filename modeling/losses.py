@@ -4,13 +4,15 @@ Legend: B images, N codes per image, V codebook size, Z width of a codebook vect
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from modeling.robust_embedding import alignment_loss, cosine_to_codes
-from utils.schema import GeneratorConfig
+
+if TYPE_CHECKING:  # the losses need torch only
+    from utils.schema import GeneratorConfig
 
 LOGITS_AT_ONCE = 2**22  # in float32
 Metric = Tensor | tuple[Tensor, Tensor]  # a mean over the batch, or (sum, count) of a mean over part of it; scalars
@@ -65,7 +67,7 @@ def rear_loss(
     codes: Tensor,
     codebook_vectors: Tensor,
     perturbation_mask: Tensor,
-    config: GeneratorConfig,
+    config: "GeneratorConfig",
 ) -> LossTerms:
     """Cross-entropy + transition_alignment_weight * (encode + decode alignment).
 
