@@ -167,8 +167,8 @@ def test_what_wants_images_is_refused(sampled: Path, arguments: list[str], run: 
         with pytest.raises(InputError, match="model_type=codes_only"):
             script.main(script_config(script, [*arguments, *more]))
     with pytest.raises(InputError, match="model_type=codes_only"):
-        DemoModel(load_config([*arguments, f"experiment.generator_checkpoint={run}"]), max_images=1)
-    with pytest.raises(InputError, match=r"x\.tokens: codes, expected an npz of images"):
+        DemoModel(load_config([*arguments, f"experiment.generator_checkpoint={run}"]))
+    with pytest.raises(InputError, match=r"x\.tokens: found codes, expected an npz of images"):
         open_input(sampled, verify=False)
     left = {path.name for path in tmp_path.rglob("*") if path.is_file() and images not in path.parents}
     assert left <= {".lock"}

@@ -48,7 +48,7 @@ def demo_arguments(config: Config, folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(arguments: list[str]) -> DemoModel:
-    return DemoModel(load_config(arguments), max_images=5)
+    return DemoModel(load_config(arguments))
 
 
 def validation_image(model: DemoModel, index: int = 0) -> np.ndarray:
@@ -137,7 +137,7 @@ def test_the_page_does_without_validation_images(arguments: list[str], capsys: p
 
 
 def test_weights_that_compute_no_numbers_are_an_input_error(arguments: list[str]) -> None:
-    model = DemoModel(load_config(arguments), max_images=5)
+    model = DemoModel(load_config(arguments))
     with torch.no_grad():
         model.model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(NonFiniteError):
@@ -206,7 +206,7 @@ def test_names_of_classes(arguments: list[str], tmp_path: Path) -> None:
 
 def test_clicks_are_processed_one_at_a_time(model: DemoModel) -> None:
     pytest.importorskip("gradio")
-    page = import_module("scripts.demo").build_page(model)
+    page = import_module("scripts.demo").build_page(model, max_images=4)
     assert {(click.concurrency_id, click.concurrency_limit) for click in page.fns.values()} == {("model", 1)}
 
 

@@ -40,7 +40,7 @@ def arguments(tiny_arguments: list[str], tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def model(arguments: list[str]) -> DemoModel:
-    return DemoModel(load_config(arguments), max_images=5)
+    return DemoModel(load_config(arguments))
 
 
 @pytest.fixture(scope="module")

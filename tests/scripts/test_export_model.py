@@ -115,7 +115,7 @@ def test_the_lines_of_the_card_and_of_the_page_run(exported: Path, monkeypatch: 
 
 def test_an_export_is_whole_and_stays(run: Path, exported: Path, tmp_path: Path) -> None:
     again = export(run, exported)
-    assert (again.returncode, again.stdout) == (0, f"{exported}: made from the same already\n")
+    assert (again.returncode, again.stdout) == (0, f"{exported}: already exported from the same weights and config\n")
     other = export(run, exported, "--license", "mit")
     assert other.returncode == 1
     assert other.stderr == (

@@ -140,7 +140,7 @@ def test_the_demo_reads(arguments: list[str], recorded: set[str], tmp_path: Path
     demo = import_module("scripts.demo")
     recorded.clear()
     model, settings = DemoModel(config), Settings(1.0, 1.0, 0, 1.0)
-    demo.build_page(model)
+    demo.build_page(model, max_images=4)
     image = read_upload(tmp_path / "images/cat/0.png", config.dataset.preprocessing)
     model.sample(0, 1, 0, settings)
     model.complete(image, model.kept_region("top"), None, 1, 0, settings)

@@ -191,7 +191,15 @@ def backward(model: ReAR, config: ModelConfig, expected: dict[str, Tensor], bf16
     model.zero_grad()
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=bf16):
         output = model(expected["noisy_ids"], expected["labels"])
-    terms = rear_loss(output, expected["ids"], expected["features"], expected["perturb_mask"], config.generator)
+    terms = rear_loss(
+        logits=output.logits,
+        encode_z=output.encode_z,
+        decode_z=output.decode_z,
+        codes=expected["ids"],
+        codebook_vectors=expected["features"],
+        perturbation_mask=expected["perturb_mask"],
+        config=config.generator,
+    )
     terms.loss.backward()
     return output.logits, terms
 
