@@ -110,8 +110,8 @@ class ImageSampler:
         self.sampling = config.sampling
         self.batch_size = batch_size
         on_gpu = model.cls_token.device.type == "cuda"
-        precision = self.sampling.mixed_precision
-        reduced = not exact and (precision == "bf16" or (precision == "auto" and on_gpu))
+        precision = "no" if exact else self.sampling.mixed_precision
+        reduced = precision == "bf16" or (precision == "auto" and on_gpu)
         self.sampler = CodeSampler(
             model,
             config.model.generator,

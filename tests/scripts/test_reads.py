@@ -28,6 +28,9 @@ UNREAD = {
     "model.vq_model.num_latent_tokens",  # others follow it
     *(f"experiment.{name}" for name in ("project", "name", "entity", "group", "tags")),  # with wandb
     "training.allow_batch_change",  # with another batch
+    "optimizer.params.momentum",  # with Muon
+    "dataset.params.max_bad_fraction",  # with on_bad_sample=skip
+    "training.max_nonfinite_steps",  # after a step that is not finite
     "experiment.allow_other_tokenizer",  # with another tokenizer
 }
 
