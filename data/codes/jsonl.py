@@ -1,5 +1,7 @@
 """The published format of tokenized images: a line `{"class_id": 3, "tokens": [1, 2, ...]}` per image."""
 
+import json
+import re
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,8 +129,22 @@ class LineParser:
                 raise ValueError("empty line") from error
             if "truncated" in str(error) and not line.endswith(b"\n"):
                 raise ValueError("truncated, the file ends inside it") from error
-            raise ValueError(str(error)) from error
+            raise ValueError(f"{error}{_found(line, str(error))}") from error
         return record.class_id, record.tokens
+
+
+def _found(line: bytes, problem: str) -> str:
+    """What the line holds at the path that msgspec names, such as `$.tokens[15]`."""
+    path = re.search(r"`\$\.(\w+)(?:\[(\d+)\])?`$", problem)
+    if path is None:
+        return ""
+    try:
+        value = json.loads(line)[path[1]]
+    except ValueError:  # an integer with thousands of digits
+        return ""
+    if path[2]:
+        value = value[int(path[2])]
+    return f", found {f'{len(value)} values' if isinstance(value, list) else repr(value)}"
 
 
 def format_lines(class_ids: np.ndarray, codes: np.ndarray) -> bytes:

@@ -83,7 +83,7 @@ def test_a_kept_sampler_prepares_only_what_it_must(
 
 @pytest.mark.parametrize("order", ["random", "annealed"])
 def test_random_orders(tiny_model: ReAR, tokenizer: Tokenizer, order: Any) -> None:
-    with pytest.raises(ValueError, match=r"expected raster order, .* as model.generator.order=raster"):
+    with pytest.raises(ValueError, match=r"expected raster order, as model.generator.order=raster"):
         generate_images(tiny_model, tokenizer, [0, 1], order="random")
     tiny_model.config.generator.order = order
     config = Config(model=tiny_model.config, sampling=SamplingConfig(order="random"))
@@ -120,5 +120,5 @@ def test_a_sampler_of_another_model(tiny_model: ReAR, tokenizer: Tokenizer) -> N
 
 def test_a_tokenizer_of_other_codes(tiny_model: ReAR) -> None:
     other = build_tokenizer(SIZES["maskgit_vq"])
-    with pytest.raises(ValueError, match=r"tokenizer of \(64, 32\) codes \(of an image, in all\): expected \(16, 24\)"):
+    with pytest.raises(ValueError, match=r"\(64, 32\), expected the model's \(16, 24\)"):
         generate_images(tiny_model, other, [0])
