@@ -14,6 +14,7 @@ from tests.docs.pages import ROOT
 EXAMPLES = [ROOT / "docs/examples/plain_gpt.py", ROOT / "docs/examples/llama.py"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_the_loss_of_another_code_base_falls(path: Path) -> None:
     lines = path.read_text().splitlines()

@@ -172,6 +172,7 @@ def test_an_example_touches_the_files_of_its_row_and_no_others(
     assert touched[1][kind] == {name for name in rows()[kind] if not name.startswith("docs/")}
 
 
+@pytest.mark.slow
 def test_the_examples_work(touched: tuple[Path, dict[str, set[str]]]) -> None:
     root = touched[0]
     (root / "tests/test_toys.py").write_text(TOYS_TEST)

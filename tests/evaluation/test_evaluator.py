@@ -111,6 +111,7 @@ def test_printed_lines_are_those_of_the_original(
     assert "warning: N = 110 samples, published numbers use 50000" in err
 
 
+@pytest.mark.slow
 def test_the_same_pair_is_not_computed_again(
     files: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

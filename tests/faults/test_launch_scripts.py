@@ -68,6 +68,7 @@ class Job:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_slurm_job_saves_before_its_time_limit_and_requeues_itself(pair: Run, tmp_path: Path) -> None:
     job = Job(pair, tmp_path)

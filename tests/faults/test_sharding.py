@@ -84,6 +84,7 @@ def test_sharded_training_resumes_and_equals_replicated_training(
     assert_equal_runs(parts, whole)
 
 
+@pytest.mark.slow
 @ON_CPU
 def test_a_run_moves_between_sharded_and_replicated(
     pair_arguments: list[str], plain_oracle: Run, tmp_path: Path
@@ -101,6 +102,7 @@ def test_a_run_moves_between_sharded_and_replicated(
     assert_close(run, plain_oracle)
 
 
+@pytest.mark.slow
 @ON_CPU
 def test_ema_samples_and_validation_losses_are_those_of_replicated_training(
     pair_arguments: list[str], tiny_config_file: Path, tmp_path: Path

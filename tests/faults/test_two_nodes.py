@@ -49,6 +49,7 @@ class TwoNodes:
         return "".join(Path(self.output(rank)).read_text() for rank in range(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["agent", "node"])
 def test_losing_an_agent_or_a_node_ends_the_other_and_both_continue(pair: Run, plain_oracle: Run, lost: str) -> None:
     nodes = TwoNodes(pair)

@@ -75,6 +75,7 @@ def test_training(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
                 benchmark.main(["training", *small, "--repeats", "1"])
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_data(capsys: pytest.CaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ["--tokens", "16", "--batch", "4", "--batches", "3", "--ranks", "2", "--folder", str(tmp_path)]

@@ -80,6 +80,7 @@ def check(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     check_row.main()
 
 
+@pytest.mark.slow
 def test_a_wrong_row_fails_and_the_right_one_passes(
     write_rows: WriteRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

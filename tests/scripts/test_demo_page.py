@@ -28,7 +28,10 @@ from utils.config import load_config
 
 MISSING = [name for name in ("gradio", "selenium") if find_spec(name) is None]
 MISSING += [program for program in ("chromium", "chromedriver") if shutil.which(program) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the test of the demo page needs {', '.join(MISSING)}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"the test of the demo page needs {', '.join(MISSING)}"),
+]
 OFFLINE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 
 

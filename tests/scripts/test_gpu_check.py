@@ -104,6 +104,7 @@ def test_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert skipped(tmp_path) - {("two-ranks", "FSDP2")} == NEED_A_GPU  # torch 2.6 has FSDP2 on GPUs only
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_what_fails_does_not_end_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing, ending = tmp_path / "test_failing.py", tmp_path / "test_ending.py"

@@ -37,7 +37,12 @@ def test_the_scripts_are_found() -> None:
     assert len(WITH_CONFIG) >= 6
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def slow_unless_config(script: Path) -> object:
+    """Scripts without a config import torch before they answer --help."""
+    return pytest.param(script, marks=[] if script in WITH_CONFIG else [pytest.mark.slow], id=script.name)
+
+
+@pytest.mark.parametrize("script", map(slow_unless_config, SCRIPTS))
 def test_help_says_what_it_does_and_how_it_is_launched(script: Path, tmp_path: Path) -> None:
     result = run(sys.executable, script, "--help", cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -66,6 +66,7 @@ def test_training_and_sampling_by_hand(project: Path) -> None:
     assert np.load(project / "rear_l.npz")["arr_0"].shape == (37, 16, 16, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_the_bash_scripts_train_sample_and_score(project: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (37, 16, 16, 3), np.uint8)

@@ -53,6 +53,7 @@ def quickstart(out: Path) -> Iterator[subprocess.Popen]:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_killed_quick_start_resumes_and_writes_its_table_and_picture(tmp_path: Path) -> None:
     out = tmp_path / "quickstart"
     codes = out / "train.tokens"

@@ -140,6 +140,7 @@ def test_same_seed_same_weights(tiny_arguments: list[str], images: Path, tmp_pat
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_a_save_continues_bit_for_bit(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     """With codes revived and the discriminator updated before and after."""
     more = ["vq_training.adversarial_weight=0.5", "training.max_train_steps=12", "experiment.save_every=4"]
@@ -158,6 +159,7 @@ def test_a_run_killed_in_a_save_continues_bit_for_bit(tiny_arguments: list[str],
     assert ours == theirs
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_two_processes_train_as_one_does(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     more = ["vq_training.adversarial_weight=0.5", "training.max_train_steps=6", "vq_training.revive_every=100"]
@@ -173,6 +175,7 @@ def test_two_processes_train_as_one_does(tiny_arguments: list[str], images: Path
         assert [row[name] for row in two[:3]] == pytest.approx([row[name] for row in one[:3]], abs=1e-3), name
 
 
+@pytest.mark.slow
 def test_adversarial_training(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     """The discriminator learns, its judgement enters the tokenizer's loss, and its weights are not exported."""
     weight = ["vq_training.adversarial_weight=0.5", "training.max_train_steps=20"]

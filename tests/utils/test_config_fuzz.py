@@ -10,7 +10,7 @@ from utils.keys import ConfigError, keys_of
 from utils.schema import Config
 
 KEYS = keys_of(Config)
-LINES = {"command line": 2000, "file": 400}
+LINES = {"command line": 400, "file": 100}
 ODD = (
     *("", " ", "#", "exp #2", "2026_11_25", "0123", "010", "12:30", "1:30", "1e5", "1_000", "0x10", "0b1", "+5", ".5"),
     *("nan", "inf", "-inf", "-1", "0", "1", "1.0", "2", "18446744073709551615", "1e400", "-0", "00", "1e-400"),
