@@ -42,7 +42,7 @@ def slow_unless_config(script: Path) -> object:
     return pytest.param(script, marks=[] if script in WITH_CONFIG else [pytest.mark.slow], id=script.name)
 
 
-@pytest.mark.parametrize("script", map(slow_unless_config, SCRIPTS))
+@pytest.mark.parametrize("script", [slow_unless_config(script) for script in SCRIPTS])
 def test_help_says_what_it_does_and_how_it_is_launched(script: Path, tmp_path: Path) -> None:
     result = run(sys.executable, script, "--help", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
