@@ -75,18 +75,18 @@ def test_a_run_that_was_moved_gets_them_too(files: dict[str, Path], monkeypatch:
 @pytest.mark.parametrize("problem", ["no run", "no record", "no step", "other file", "other run"])
 def test_no_feature_is_computed_if_the_step_is_not_recorded(files: dict[str, Path], problem: str) -> None:
     run, samples = files["run"], files["samples"]
-    told, size = samples.with_suffix(".json"), samples.stat().st_size
+    record_file, size = samples.with_suffix(".json"), samples.stat().st_size
     expected = {
         "no run": f"--log-to {run}: found no metrics.jsonl, expected the folder of a training run",
-        "no record": f"{told}: missing; --log-to needs the sampler's record, which states the step",
-        "no step": f"{told}: found no 'step'; sample again from",
-        "other file": f"{told}: describes a file of 7 bytes, found {size} in {samples}",
+        "no record": f"{record_file}: missing; --log-to needs the sampler's record, which states the step",
+        "no step": f"{record_file}: found no 'step'; sample again from",
+        "other file": f"{record_file}: describes a file of 7 bytes, found {size} in {samples}",
         "other run": f"--log-to {run}: the weights of {samples} are from another run, {run.with_name('other')}",
     }[problem]
     if problem == "no run":
         (run / "metrics.jsonl").unlink()
     elif problem == "no record":
-        told.unlink()
+        record_file.unlink()
     elif problem == "other run":
         other = run.with_name("other")
         (other / "checkpoint-40").mkdir(parents=True)

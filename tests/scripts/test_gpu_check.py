@@ -72,7 +72,7 @@ def run_command(out: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.multiprocess
 def test_the_command_writes_a_table(tmp_path: Path) -> None:
-    kept = tmp_path / "out/work/metrics.jsonl"
+    kept = tmp_path / "out" / "work" / "metrics.jsonl"
     kept.parent.mkdir(parents=True)
     kept.write_text("of a run")
     result = run_command(tmp_path / "out", "--parts", "model", "graphs", "batches")
