@@ -1,7 +1,6 @@
 """What the demo computes, against the scripts that do the same; uploads. The page in a browser: test_demo_page.py."""
 
 import os
-import sys
 import zlib
 from dataclasses import replace
 from importlib import import_module
@@ -14,7 +13,7 @@ from PIL import Image
 
 from modeling.rear import ReAR
 from modeling.sampling.image_sampler import ImageSampler
-from scripts import complete_images, reconstruct
+from scripts import complete_images, demo, reconstruct
 from scripts.demo_model import MAX_BYTES, DemoModel, Settings, names_of_classes, read_upload
 from tests.conftest import make_noise_images
 from tests.script_config import script_config
@@ -206,12 +205,11 @@ def test_names_of_classes(arguments: list[str], tmp_path: Path) -> None:
 
 def test_clicks_are_processed_one_at_a_time(model: DemoModel) -> None:
     pytest.importorskip("gradio")
-    page = import_module("scripts.demo").build_page(model, max_images=4)
+    page = import_module("scripts.demo_page").build_page(model, max_images=4)
     assert {(click.concurrency_id, click.concurrency_limit) for click in page.fns.values()} == {("model", 1)}
 
 
 def test_without_gradio_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    monkeypatch.delitem(sys.modules, "scripts.demo", raising=False)
-    with pytest.raises(SystemExit, match=r"pip install -r requirements-demo\.txt"):
-        import_module("scripts.demo")
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install -r requirements-demo\.txt"):
+        demo.main(script_config(demo, ["experiment.output_dir=unused"]))
