@@ -4,7 +4,6 @@ Legend: B samples, N codes each, H x W pixels.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from tqdm import tqdm
@@ -13,7 +12,7 @@ from data.codes.token_store import TokenStore
 from data.images.image_io import ImageDecoding
 from data.images.notices import check_unreadable
 from data.images.reading import CroppedImages, ImageDataset, allowed_bad_fraction, evenly_spaced, open_images
-from data.images.transforms import training_transform
+from data.images.transforms import center_crop_transform
 from data.loading import Batch, Batches, on_device
 from data.training_batches import TrainingSet, check_tokenizer, open_codes, training_classes
 from utils.distributed import DistributedContext
@@ -67,7 +66,7 @@ def open_center_crops(config: Config, num_classes: int | None = None) -> ImageDa
     params, preprocessing = config.dataset.params, config.dataset.preprocessing
     if params.eval_shards_path_or_url is None:
         raise InputError("dataset.params.eval_shards_path_or_url: missing; give tar shards or a folder per class")
-    transform = training_transform(replace(preprocessing, random_crop=False, random_flip=False))
+    transform = center_crop_transform(preprocessing)
     source = open_images(params.eval_shards_path_or_url, num_classes, ImageDecoding.of(preprocessing))
     return ImageDataset(source, transform, seed=0, max_bad_fraction=allowed_bad_fraction(params))
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data.images.image_io import COLOURS, ImageDecoding
 from data.images.image_source import ImageSource
 from data.images.reading import CroppedImages, ImageDataset, evenly_spaced, open_images
-from data.images.transforms import training_transform
+from data.images.transforms import center_crop_transform
 from evaluation.collect import Images, collect
 from evaluation.evaluator import add_feature_options, load_extractor, positive
 from evaluation.features import Extractor
@@ -143,10 +143,8 @@ def main() -> None:
         source = ctx.rank0_first(open_source, args.source, args.output, verify=ctx.is_rank0, decoding=decoding)
         with ctx.locked(args.output):
             ctx.broadcast_from_rank0(record_provenance, args.output, provenance_of(source, extractor, args))
-            crop = PreprocessingConfig(
-                resize_shorter_edge=args.resolution, crop_size=args.resolution, random_crop=False, random_flip=False
-            )
-            dataset = ImageDataset(source, training_transform(crop), seed=0)
+            preprocessing = PreprocessingConfig(resize_shorter_edge=args.resolution, crop_size=args.resolution)
+            dataset = ImageDataset(source, center_crop_transform(preprocessing), seed=0)
             count = min(len(dataset), args.max_images)
             ctx.print_on_rank0(f"weights: {extractor.weights_name}, sha256 {extractor.weights_sha256}")
             write_reference(

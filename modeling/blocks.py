@@ -33,9 +33,9 @@ class GatherRows(torch.autograd.Function):
         (rows,) = ctx.saved_tensors
         # Not F.one_hot: it would recompile a compiled block for each U. In grad's dtype and without autocast: a
         # compiled block runs its backward pass under the autocast of the forward pass.
-        members = (rows[:, None] == torch.arange(ctx.num_rows, device=rows.device)).to(grad.dtype)  # (B, U)
+        one_hot = (rows[:, None] == torch.arange(ctx.num_rows, device=rows.device)).to(grad.dtype)  # (B, U)
         with torch.autocast(grad.device.type, enabled=False):
-            return (members.mT @ grad.flatten(1)).unflatten(1, grad.shape[1:]), None
+            return (one_hot.mT @ grad.flatten(1)).unflatten(1, grad.shape[1:]), None
 
 
 def gather_rows(table: Tensor, rows: Tensor | None) -> Tensor:
@@ -48,7 +48,7 @@ def gather_rows(table: Tensor, rows: Tensor | None) -> Tensor:
 
 
 class BlockModulation(NamedTuple):
-    """adaLN outputs of a block, (U, t, D) each, with the norms' affine parameters folded in; scale includes the 1."""
+    """adaLN outputs of a block, (U, t, D) each, with the norms' affine parameters folded in; `scale_*` is 1 + scale."""
 
     shift_attn: Tensor
     scale_attn: Tensor
@@ -73,7 +73,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, rows: Tensor | None) -> Te
 
 
 def adaln_linear(hidden_size: int, outputs: int) -> nn.Sequential:
-    """Linear D -> outputs * D. The SiLU is part of `condition`; the Identity keeps the key `adaLN_modulation.1`."""
+    """Linear D -> outputs * D. `ReAR.condition` applies the SiLU; the Identity keeps the key `adaLN_modulation.1`."""
     return nn.Sequential(nn.Identity(), nn.Linear(hidden_size, outputs * hidden_size))
 
 
@@ -156,7 +156,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """The modulated norm before the head, without affine parameters; its chunks are (scale, shift)."""
+    """The modulated norm before the head, without affine parameters. Its adaLN output is (scale, shift)."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

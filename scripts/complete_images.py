@@ -55,7 +55,6 @@ class CompleteImagesConfig(Config):
 if __name__ == "__main__":  # a wrong config ends here, before the slow imports
     CONFIG = load_config_or_exit(CompleteImagesConfig, __doc__, READS)
 
-import dataclasses
 import hashlib
 import re
 from typing import Any
@@ -69,12 +68,12 @@ from tqdm import tqdm
 from data.images.image_folder import PlainFolder, is_plain
 from data.images.image_io import ImageDecoding
 from data.images.reading import ImageDataset, open_images
-from data.images.transforms import training_transform
+from data.images.transforms import center_crop_transform
 from evaluation.reconstruction import psnr_of_part
 from modeling.loading import load_generator, load_tokenizer
 from modeling.orders import conditioning_first
 from modeling.rear import ReAR
-from modeling.sampling.generate import CodeSampler
+from modeling.sampling.generate import SAMPLING_KEYS, CodeSampler
 from modeling.sampling.image_sampler import ImageDecoder
 from modeling.sampling.inpainting import inpaint, region_mask
 from modeling.tokenizers.tokenizer import Tokenizer
@@ -226,7 +225,7 @@ def read_inputs(config: CompleteImagesConfig) -> np.ndarray:
     decoding = ImageDecoding.of(preprocessing)
     source = PlainFolder(path) if is_plain(path) else open_images(str(path), decoding=decoding)
     source.decoding = decoding
-    transform = training_transform(dataclasses.replace(preprocessing, random_crop=False, random_flip=False))
+    transform = center_crop_transform(preprocessing)
     dataset = ImageDataset(source, transform, seed=0)
     images = []
     for index in tqdm(range(min(len(source), config.completion.num_images)), "inputs", unit="image"):
@@ -239,12 +238,11 @@ def provenance_of(
 ) -> dict[str, Any]:
     """Everything that the completions depend on."""
     generator, sampling, completion = config.model.generator, config.sampling, config.completion
-    keys = ("order", "randomize_temperature", "guidance_scale", "guidance_scale_pow", "top_k", "top_p")
     return {
         "sha256 of the inputs": hashlib.sha256(pixels.tobytes()).hexdigest(),
         "conditioning mask": "".join(str(int(kept)) for kept in mask),
         **{f"completion.{key}": getattr(completion, key) for key in ("num_completions", "class_label")},
-        **{f"model.generator.{key}": getattr(generator, key) for key in keys},
+        **{f"model.generator.{key}": getattr(generator, key) for key in ("order", *SAMPLING_KEYS)},
         **{f"sampling.{key}": getattr(sampling, key) for key in ("seed", "order", "uint8_rule")},
         "sha256 of experiment.generator_checkpoint": weights_sha256(model),
         "sha256 of experiment.tokenizer_checkpoint": tokenizer.sha256(),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.images.image_io import ImageDecoding
 from data.images.reading import ImageDataset
-from data.images.transforms import NUM_DRAWS, training_transform
+from data.images.transforms import NUM_DRAWS, center_crop_transform
 from data.training_batches import training_classes
 from data.validation_data import open_validation_images
 from evaluation.reconstruction import ReconstructionMetrics
@@ -189,5 +189,5 @@ def read_upload(path: Path, preprocessing: PreprocessingConfig) -> np.ndarray:
         raise InputError(f"{path.name}: found no picture that can be read, expected {', '.join(FORMATS)}") from error
     if picture is None:
         raise InputError(f"{path.name}: found too many pixels, expected at most {MAX_PIXELS}")
-    center_crop = training_transform(replace(preprocessing, random_crop=False, random_flip=False))
+    center_crop = center_crop_transform(preprocessing)
     return center_crop(picture, np.zeros(NUM_DRAWS)).numpy()

@@ -28,6 +28,7 @@ from data.training_batches import training_classes
 from modeling.loading import CLASSES_FILE, REFERENCE_FILE, TOKENIZER, load_generator, load_tokenizer
 from modeling.model_card import CARD_FILE, model_card
 from modeling.rear import ReAR
+from modeling.sampling.generate import SAMPLING_KEYS
 from modeling.sampling.generate_images import generate_images
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, load_config
@@ -47,7 +48,6 @@ from utils.run.weights_path import TrainedWeights, find_generator_weights, find_
 
 EXPORT_FILE, SAMPLES_FILE = "export.json", "samples.png"
 COLUMNS = 8  # of samples.png
-SAMPLING_KEYS = ("guidance_scale", "guidance_scale_pow", "randomize_temperature", "top_k", "top_p")
 TRAINING_KEYS = ("order", "perturb_mode", "perturb_ratio_max", "randomness_anneal_end", "transition_alignment_weight")
 LOADING = """from modeling.loading import load_pretrained
 from modeling.sampling.generate_images import generate_images

@@ -8,6 +8,7 @@ RAR: ADM centre crop to 1.1 times the size, then five crops and their mirror ima
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -42,6 +43,11 @@ def training_transform(preprocessing: PreprocessingConfig) -> Transform:
     """Resize, random or centre crop, random flip: an image to uint8 (crop_size, crop_size, 3)."""
     _check_sizes(preprocessing)
     return partial(_training_crop, preprocessing=preprocessing)  # unlike an inner function, it can be pickled
+
+
+def center_crop_transform(preprocessing: PreprocessingConfig) -> Transform:
+    """`training_transform` without randomness, for validation: a centre crop, never mirrored."""
+    return training_transform(replace(preprocessing, random_crop=False, random_flip=False))
 
 
 def pretokenize_transform(preprocessing: PreprocessingConfig) -> Transform:

@@ -150,8 +150,9 @@ class DecodingState:
 
     def set_compiled(self, compiled: bool) -> None:
         """Each half of a block is compiled once, for all blocks and positions: its arguments have the same shapes."""
-        self.before_attention = torch.compile(Block.before_attention) if compiled else Block.before_attention
-        self.after_attention = torch.compile(Block.after_attention) if compiled else Block.after_attention
+        block = type(self.blocks[0])
+        self.before_attention = torch.compile(block.before_attention) if compiled else block.before_attention
+        self.after_attention = torch.compile(block.after_attention) if compiled else block.after_attention
 
     def start(
         self, class_labels: Tensor, uniforms: Tensor, orders: Tensor | None = None, conditioning: Tensor | None = None

@@ -26,6 +26,10 @@ from utils.config_checks import check_ranges
 from utils.errors import NonFiniteError
 from utils.schema import GeneratorConfig
 
+# Keys of `model.generator` that samples depend on besides the order; those of guidance may change between batches.
+GUIDANCE_KEYS = ("guidance_scale", "guidance_scale_pow")
+FILTER_KEYS = ("randomize_temperature", "top_k", "top_p")
+SAMPLING_KEYS = (*GUIDANCE_KEYS, *FILTER_KEYS)
 LOGITS_NOT_FINITE = "the generator's logits are not finite: its weights are damaged or do not belong to this config"
 
 
@@ -39,7 +43,7 @@ def guidance_schedule(guidance_scale: float, guidance_scale_pow: float, steps: i
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float | Tensor) -> Tensor:
-    """Classifier-free guidance on two equally shaped tensors of logits, or of what logits depend on linearly."""
+    """Classifier-free guidance on two equally shaped tensors of logits, or of inputs of the linear head."""
     return uncond + scale * (cond - uncond)
 
 
@@ -51,7 +55,7 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     if top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True)
         probabilities = ordered.softmax(dim=-1)
-        outside = probabilities.cumsum(dim=-1) - probabilities >= top_p  # mass of the likelier codes alone
+        outside = probabilities.cumsum(dim=-1) - probabilities >= top_p  # total probability of the higher-ranked codes
         logits = logits.masked_fill(outside.scatter(1, order, outside), -math.inf)
     return logits
 
@@ -64,8 +68,8 @@ def sample_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
         uniforms: (B,) in [0, 1).
 
     Returns:
-        (B,) int64; V, which is no code, where the logits are no distribution (NaN, or infinite): all comparisons with
-        NaN fail, and the search ends behind the last code.
+        (B,) int64; V, out of range, where logits are NaN or infinite: all comparisons with NaN fail, so that
+        the search ends behind the last code.
     """
     # float64, so that uniform * total < total holds after rounding: the found code exists and has probability > 0.
     cumulative = logits.softmax(dim=-1).double().cumsum(dim=-1)  # (B, V)
@@ -73,7 +77,7 @@ def sample_codes(logits: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def sample_next_codes(hidden: Tensor, state: DecodingState, scales: Tensor, config: GeneratorConfig) -> None:
-    """Sample from the head's input (S, D) into `state.codes`, where none are given, and advance `state.position`.
+    """Sample from the head's input (S, D) into `state.codes`, except conditioning codes; advance `state.position`.
 
     Guidance is applied to the head's input instead of the logits. Both are linear, so the result is the same, and the
     head runs on B rows instead of 2 B.
@@ -82,15 +86,15 @@ def sample_next_codes(hidden: Tensor, state: DecodingState, scales: Tensor, conf
         scales: (N,) guidance of each code.
         config: temperature, top-k and top-p.
     """
-    k = state.position - 1  # (1,) which code
+    k = state.position - 1  # (1,) index of the code to sample
     if state.guided:
         cond, uncond = hidden.chunk(2)
         hidden = guide(cond, uncond, scales.index_select(0, k))  # (B, D)
     logits = state.model.lm_head(hidden) / config.randomize_temperature  # (B, V)
     logits = filter_logits(logits, config.top_k, config.top_p)
     codes = sample_codes(logits, state.uniforms.index_select(1, k)[:, 0])  # (B,)
-    given = state.conditioning.index_select(1, k)[:, 0]
-    codes = torch.where(given < 0, codes, given)
+    conditioning = state.conditioning.index_select(1, k)[:, 0]
+    codes = torch.where(conditioning < 0, codes, conditioning)
     state.codes.index_copy_(1, k, codes[:, None])
     state.position.add_(1)
 
@@ -135,7 +139,7 @@ class CodeSampler:
         self.scales = torch.empty(self.steps, device=self.device)  # (N,)
         self.graphs: StepGraphs | None = None
         self.state: DecodingState | None = None
-        self._captured: tuple[bool, float, int, float] | None = None  # the settings that graphs hold
+        self._captured: tuple[object, ...] | None = None  # settings that are constants in the captured graphs
         self.configure(config)
 
     @torch.inference_mode()
@@ -150,7 +154,7 @@ class CodeSampler:
         guidance_scale = config.guidance_scale or 1.0  # 0 is 1 in the published code
         self.scales.copy_(torch.tensor(guidance_schedule(guidance_scale, config.guidance_scale_pow, self.steps)))
         self.guided = guidance_scale != 1
-        captured = self.guided, config.randomize_temperature, config.top_k, config.top_p
+        captured = self.guided, *(getattr(config, key) for key in FILTER_KEYS)
         if captured != self._captured:
             self._free()
         self.config = config
@@ -174,14 +178,14 @@ class CodeSampler:
             uniforms: (B, N) random numbers in [0, 1), one row per image (`utils.randomness.image_uniforms`): an image
                 depends on its own row only, not on the batch it is in.
             on_step: called after each position, for a progress bar.
-            orders: (B, N) as in `ReAR.forward`; for models that `config.order` says are trained so.
+            orders: (B, N) as in `ReAR.forward`; needs a model trained with a `config.order` other than raster.
             conditioning_codes: (B, N) in raster order, read where `conditioning_mask` is true.
             conditioning_mask: (B, N) bool, true where a code is given. Given codes stay and come first in the order of
                 their image, the others are sampled conditioned on them (inpainting). A model in raster order needs them
                 to be the first codes of the image.
 
         Returns:
-            (B, N) int64 codes in raster order; a GPU may still be computing them. V where logits were not finite:
+            (B, N) int64 codes in raster order, computed asynchronously on a GPU. V where logits were not finite:
             `ImageDecoder`, `PassThroughDecoder` and `generate` raise then.
 
         Raises:
@@ -268,7 +272,7 @@ def bucket_end(position: int) -> int:
     return (position // BUCKET + 1) * BUCKET
 
 
-def are_codes(codes: Tensor, codebook_size: int) -> Tensor:
+def codes_in_range(codes: Tensor, codebook_size: int) -> Tensor:
     """() bool on the codes' device: all are from 0 to V - 1."""
     return ((codes >= 0) & (codes < codebook_size)).all()
 
@@ -294,6 +298,6 @@ def generate(
         conditioning_codes=conditioning_codes,
         conditioning_mask=conditioning_mask,
     )
-    if not are_codes(codes, model.codebook_size):
+    if not codes_in_range(codes, model.codebook_size):
         raise NonFiniteError(LOGITS_NOT_FINITE)
     return codes

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modeling.orders import ORDERS
 from modeling.rear import ReAR
-from modeling.sampling.generate import LOGITS_NOT_FINITE, CodeSampler, are_codes
+from modeling.sampling.generate import LOGITS_NOT_FINITE, CodeSampler, codes_in_range
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.errors import NonFiniteError
 from utils.images import to_byte_tensor
@@ -264,7 +264,7 @@ class ImageDecoder:
                 images = decoder(chunk)  # (b, 3, H, W)
                 finite.append(images.isfinite().all())
                 chunks.append(to_byte_tensor(images, self.uint8_rule))
-        return torch.cat(chunks), torch.stack(finite).all(), are_codes(codes, self.codebook_size)
+        return torch.cat(chunks), torch.stack(finite).all(), codes_in_range(codes, self.codebook_size)
 
 
 class PassThroughDecoder:
@@ -282,6 +282,6 @@ class PassThroughDecoder:
         Raises:
             NonFiniteError: codes that `CodeSampler` could not sample.
         """
-        if not are_codes(codes, self.codebook_size):
+        if not codes_in_range(codes, self.codebook_size):
             raise NonFiniteError(LOGITS_NOT_FINITE)
         return codes.cpu().numpy().astype(np.uint16)

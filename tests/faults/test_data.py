@@ -107,7 +107,7 @@ def test_row_22_a_changed_jsonl_is_converted_again_and_is_other_data(
     assert run_on(run, path) == [1]
     store = TokenStore(path.with_suffix(".tokens"))
     assert store.codes[0].tolist() == json.loads(lines[1])["tokens"]
-    message = f"written on other training data: found hash {store.fingerprint[:12]}..., expected {before[:12]}..."
+    message = f"trained on other data: found hash {store.fingerprint[:12]}..., expected {before[:12]}..."
     assert message in run.output()
 
 

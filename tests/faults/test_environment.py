@@ -61,7 +61,7 @@ def test_a_killed_run_starts_at_once_and_says_so(run: Run, oracle: Run) -> None:
     assert run(REAR_FAULT="step.6") == [-signal.SIGKILL]
     assert (run.folder / ".lock").exists()
     run.completed()
-    assert "the start before this one was killed at step 6 or later" in run.log()
+    assert "the previous launch was killed at step 6 or later" in run.log()
     assert_equal_runs(run, oracle)
 
 

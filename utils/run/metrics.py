@@ -58,14 +58,14 @@ class IntervalMeans:
         self._largest_norm = torch.maximum(self._largest_norm, grad_norm)
         self.has_steps = True
 
-    def reduce(self, of_rank: Sequence[float]) -> tuple[dict[str, float], list[list[float]]]:
+    def reduce(self, rank_values: Sequence[float]) -> tuple[dict[str, float], list[list[float]]]:
         """Reduce and reset the sums, in one reduction and one wait for the device. All ranks call it.
 
-        `of_rank` has K more numbers of this rank. Returns the means over micro-batches, steps and ranks (NaN without a
-        finite step) with the largest gradient norm, and the K numbers of every rank (size x K).
+        `rank_values` are K host values. Returns the means over micro-batches, steps and ranks (NaN without a finite
+        step) with the largest gradient norm, and the K values of every rank (size x K).
         """
-        numbers = torch.zeros(self.ctx.size, len(of_rank), dtype=torch.float64)
-        numbers[self.ctx.rank] = torch.tensor(of_rank, dtype=torch.float64)
+        numbers = torch.zeros(self.ctx.size, len(rank_values), dtype=torch.float64)
+        numbers[self.ctx.rank] = torch.tensor(rank_values, dtype=torch.float64)
         summed = self.ctx.all_reduce_sum(torch.cat([self._sums.flatten(), numbers.flatten().to(self.ctx.device)]))
         largest_norm = self._largest_norm.double()[None]
         on_host = torch.cat([summed, largest_norm]).cpu()
@@ -79,11 +79,11 @@ class IntervalMeans:
 
 
 class TrainingMetrics:
-    """Measurements between two log lines. Host times equal device times, since the check for finite losses waits for
-    the device once per step. The first step after a start, which compiles and allocates, is not counted.
+    """Measurements between two log lines. Wall-clock times are those of the device, since the check for finite losses
+    synchronizes once per step. The first step after a launch, which compiles and allocates, is not counted.
 
     Args:
-        skipped_images, trained_s: of earlier starts.
+        skipped_images, trained_s: of earlier launches.
         flops_per_image: of forward and backward pass, for perf/mfu_pct; None: unknown.
     """
 
@@ -123,12 +123,12 @@ class TrainingMetrics:
 
     @property
     def trained_s(self) -> float:
-        """Seconds of training, pauses and earlier starts included."""
+        """Seconds of training, with pauses and earlier launches."""
         return self._trained_before + time.perf_counter() - self._started
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Mean of this start, pauses included; None before the second step is done."""
+        """Mean of this launch, with pauses; None before the second step is done."""
         if self._steps_done < 2:
             return None
         return (time.perf_counter() - self._first_step_done) / (self._steps_done - 1)
@@ -160,7 +160,7 @@ class TrainingMetrics:
                 self._paused_s += time.perf_counter() - started
 
     def skipped_images(self) -> int:
-        """Unreadable images that all ranks and starts have left out. All ranks call it."""
+        """Unreadable images that all ranks and launches have left out. All ranks call it."""
         return self._skipped_before + int(self.ctx.all_reduce_sum(torch.tensor(self._skipped_here)))
 
     def log_line(self) -> dict[str, float]:
@@ -187,7 +187,7 @@ class TrainingMetrics:
         return line
 
     def _memory_of_rank(self) -> tuple[float, float]:
-        """Peak bytes in use and repeated allocations since the last call."""
+        """Peak bytes in use, and CUDA allocator retries since the last call."""
         if not self.on_gpu:
             return 0.0, 0.0
         statistics = torch.cuda.memory_stats(self.ctx.device)

@@ -53,7 +53,8 @@ def find_start(output_dir: Path, resume: str) -> Start:
             that a run from this path has written to `output_dir` take precedence, so that the same command resumes.
 
     Raises:
-        InputError: a rule above is broken, every checkpoint is damaged, or the one that a path names is.
+        InputError: no checkpoint where there must be one, or one where there must be none; every checkpoint is damaged,
+            or the one that a path names.
     """
     if resume not in WORDS:
         return _start_from_path(output_dir, resume)
@@ -119,7 +120,7 @@ def _start_from_weights(output_dir: Path, resume: str) -> Start:
     back_up = [path for path in checkpoint_folders(output_dir) if path.resolve() != Path(resume).resolve()]
     if final.is_file():
         back_up.append(final)
-    notice = f"{weights}: found no {MANIFEST_FILE}, so weights only; optimizer, step and data order start anew"
+    notice = f"{weights}: no {MANIFEST_FILE} there: only the weights are loaded; training starts at step 0"
     return Start(str(weights), weights_only=True, notices=(notice, *_describe(back_up)), back_up=tuple(back_up))
 
 
@@ -142,11 +143,11 @@ def _identity(resume: str) -> str:
 
 
 def _describe(back_up: list[Path]) -> list[str]:
-    return [f"{path.name} is backed up with the suffix .aside" for path in back_up]
+    return [f"{path.name} is renamed to {path.name}.aside" for path in back_up]
 
 
 def back_up(start: Start) -> None:
-    """Rename what must neither be taken for the newest state nor be lost: `checkpoint-<step>.aside`."""
+    """Rename damaged or later checkpoints to `checkpoint-<step>.aside`, so that nothing loads them."""
     for path in start.back_up:
         target = path.with_name(f"{path.name}.aside")
         number = 1
@@ -159,10 +160,10 @@ def back_up(start: Start) -> None:
 def check_same_run(start: Start, config: Config, provenance: Provenance, global_batch_size: int) -> list[str]:
     """Compare with the run that wrote the checkpoint, before anything is loaded.
 
-    Which keys may differ is annotated in the schema.
+    Keys annotated as MAY_CHANGE or SILENT in the schema may differ.
 
     Returns:
-        A line for the log for each other difference.
+        A line for the log for each allowed difference.
 
     Raises:
         InputError: another model, optimizer, data or tokenizer, or another global batch without
@@ -180,12 +181,12 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
         raise InputError(f"{start.checkpoint}: written by another model: {'; '.join(model_changes)}")
     if "optimizer.name" in changes:
         raise InputError(
-            f"{start.checkpoint}: {changes['optimizer.name']}: the optimizer state is of another kind; keep the "
+            f"{start.checkpoint}: {changes['optimizer.name']}: the saved state belongs to another optimizer; keep the "
             f"optimizer, or start from the weights with experiment.resume={start.checkpoint}/{MODEL}.safetensors"
         )
     if manifest.provenance.data_hash != provenance.data_hash:
         raise InputError(
-            f"{start.checkpoint}: written on other training data: found hash {provenance.data_hash[:12]}..., expected "
+            f"{start.checkpoint}: trained on other data: found hash {provenance.data_hash[:12]}..., expected "
             f"{manifest.provenance.data_hash[:12]}...; use another experiment.output_dir, or the data of that run"
         )
     trained_with = manifest.provenance.tokenizer_sha256

@@ -1,4 +1,4 @@
-"""One start of a training run: everything around the steps that a script computes (scripts/train_rear.py)."""
+"""One launch of a training run: checkpoints, logging, signals and status around the steps of a script."""
 
 import gc
 import shutil
@@ -39,15 +39,15 @@ ROOM_FOR = 2  # checkpoints; with less disk space there is a warning
 
 
 class TrainingRun:
-    """All ranks call all methods, in the same order; `note`, `warn` and `stop` any of them.
+    """All methods are collective, except `note`, `warn`, `stop` and `stop_requested`, which any rank may call.
 
     Args:
-        num_samples: of the training data.
+        num_samples: size of the training data.
         modules: what checkpoints hold, by file name: parameters and buffers. `model` and, if there is one, `ema` can
             also be loaded from weights without a checkpoint.
         optimizers: by file name, each with the module that it updates.
         memory_hint: what to change when memory runs out, for the message.
-        cost: of an image; None: unknown.
+        cost: FLOPs and activation bytes of an image; None: unknown.
 
     Attributes:
         state: steps and samples done.
@@ -135,7 +135,7 @@ class TrainingRun:
                     except StoppedWaitingError:
                         if self.ctx.size > 1:  # the other ranks cannot know
                             raise
-                        self.finish()  # the step that waited has changed nothing
+                        self.finish()  # the interrupted step made no update
                     self.ctx.barrier()  # without a limit: rank 0 may still be writing
                     self._status.write()
                     self.note(f"{self._status.now}: {self.output_dir}")
@@ -156,7 +156,7 @@ class TrainingRun:
             back_up(self._launched.start)
             self._reporter.begin(self.state.global_step, facts | self.record())
             if before is not None and before.status == "running":
-                self.note(f"the start before this one was killed at step {before.step} or later")
+                self.note(f"the previous launch was killed at step {before.step} or later")
             for line in self._notes:
                 self.note(line)
             self.note(
@@ -187,14 +187,15 @@ class TrainingRun:
                     return
 
     def next_batch(self, batches: DataIterator[B]) -> B:
-        """Waiting for it is measured."""
+        """The next batch; the wait is logged as perf/data_wait_pct."""
         return self._metrics.next_batch(batches)
 
     def update_is_finite(self, values: Sequence[Tensor]) -> bool:
         """Whether losses and gradient norm of this step (scalars) are finite on all ranks; if not, no rank may update.
 
-        The step's only wait for the device. A fused optimizer could skip an update without it (`found_inf`), but EMA,
-        metrics and counts depend on the answer too. Ranks also agree here on whether to stop after this step.
+        The step's only synchronization with the device. A fused optimizer could skip an update without it
+        (`found_inf`), but EMA, metrics and counts depend on the answer too. Ranks also agree here on
+        whether to stop after this step.
 
         Raises:
             TrainingError: too many steps in a row that are not finite, or too many failed saves.
@@ -234,8 +235,7 @@ class TrainingRun:
         raise TrainingError(f"step {self.state.global_step}: {reason}; {last_good}")
 
     def add_metrics(self, micro_batches: Sequence[Mapping[str, Metric]], grad_norm: Tensor) -> None:
-        """Add a step that is finite, by name in the log, to the means of the next log line. `grad_norm`: before
-        clipping."""
+        """Add the metrics of a finite step, by name in the log, to the interval means; `grad_norm` before clipping."""
         self._metrics.means.add(micro_batches, grad_norm)
 
     def end_step(self) -> None:
@@ -265,7 +265,7 @@ class TrainingRun:
         self._reporter.warn(self.state.global_step, title, text)
 
     def pause(self) -> AbstractContextManager[None]:
-        """Around work between two steps, which is no training time: it is logged as perf/pause_s."""
+        """Work between two steps: excluded from the step time, logged as perf/pause_s."""
         return self._metrics.pause()
 
     def draw(self, name: str, make: Callable[[], Image.Image]) -> None:
@@ -284,7 +284,7 @@ class TrainingRun:
             self._reporter.draw_curves()
 
     def stop_requested(self) -> bool:
-        """A stop signal has reached this process; for what waits within a step."""
+        """A stop signal has reached this process; for code that blocks within a step."""
         return self._signals.requested()
 
     def stop(self, reason: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from modeling.blocks import Block, modulate
 from modeling.orders import random_orders
 from modeling.rear import ReAR
 from modeling.sampling import cached_decoding
@@ -98,6 +99,24 @@ def test_cached_decoding_equals_recomputation(shape: tuple[int, ...]) -> None:
         fast = sample(labels, uniforms)
         assert torch.equal(fast, recompute(model, labels, uniforms, config))
         assert len(fast.unique()) > 5
+
+
+class ParallelBlock(Block):
+    """Attention and MLP both read the block's input."""
+
+    def after_attention(self, x, attended, modulation, rows):
+        hidden = self.mlp(modulate(x, modulation.shift_mlp, modulation.scale_mlp, rows))
+        return x + self.attn.merge_heads(attended) + hidden
+
+
+@pytest.mark.parametrize("compile_mode", ["off", "on"])
+def test_another_block_is_decoded_as_it_is_trained(compile_mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr("modeling.rear.Block", ParallelBlock)
+    model, config = random_model(32, 2, 4, 16)
+    labels, uniforms = torch.tensor([0, 1, 6, 6, 3]), image_uniforms(0, list(range(5)), 16)
+    sample = CodeSampler(model, config, compile_mode=compile_mode)
+    assert torch.equal(sample(labels, uniforms), recompute(model, labels, uniforms, config))
 
 
 @pytest.mark.usefixtures("device_code")
