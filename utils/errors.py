@@ -33,6 +33,18 @@ class TrainingError(RuntimeError):
 
 
 @contextmanager
+def errors_name(path: object) -> Iterator[None]:
+    """Add `path` to an OSError inside that names no file: reading, writing and flushing an open file raise such."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.strerror = error.strerror or first_line(error)  # numpy's have neither number nor name
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def input_errors_exit() -> Iterator[None]:
     """Around a script's main: print errors that the user can fix as one line on stderr and exit with status 1.
 
@@ -61,6 +73,8 @@ def environment_error(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return ": ".join([*names, error.strerror or first_line(error)])
+    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
+        return f"{error.object}: no file can have this name in the encoding {error.encoding}; set PYTHONUTF8=1"
     if is_out_of_memory(error):
         return f"out of memory: {first_line(error)}; a smaller batch needs less"
     return None
