@@ -1,5 +1,6 @@
 """Errors that a user can fix become one line; bugs keep their traceback and ask for a report."""
 
+import codecs
 import os
 import signal
 import sys
@@ -73,11 +74,17 @@ def environment_error(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return ": ".join([*names, error.strerror or first_line(error)])
-    if isinstance(error, UnicodeEncodeError) and error.encoding == sys.getfilesystemencoding():
-        return f"{error.object}: no file can have this name in the encoding {error.encoding}; set PYTHONUTF8=1"
+    if isinstance(error, UnicodeEncodeError) and is_codec_of_names(error.encoding):
+        return f"{error.object}: cannot be the name of a file in the locale's {error.encoding}; set PYTHONUTF8=1"
     if is_out_of_memory(error):
         return f"out of memory: {first_line(error)}; a smaller batch needs less"
     return None
+
+
+def is_codec_of_names(encoding: str) -> bool:
+    """Whether names of files have this encoding, which follows from the locale; never UTF-8, which has all letters."""
+    name = codecs.lookup(encoding).name
+    return name == codecs.lookup(sys.getfilesystemencoding()).name != "utf-8"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
