@@ -8,16 +8,17 @@ import errno
 import os
 import resource
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing.connection import wait
+from multiprocessing.connection import Listener, wait
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from utils.errors import InputError, TrainingError
+from utils.errors import InputError, TrainingError, environment_error
 from utils.images import to_float
 from utils.processes import num_cpus
 from utils.run.signals import StoppedWaitingError, end_with_parent_only
@@ -62,6 +63,7 @@ class Batches(Iterator[Batch]):
             num_workers = default_workers(dataset.workers)  # type: ignore[attr-defined]
         if num_workers:
             _check_open_files(num_workers)
+            _check_sockets()
         self._stop_requested = stop_requested
         self._stop_seen_at: float | None = None
         loader = DataLoader(
@@ -145,10 +147,10 @@ class _ErrorsAsValues(Dataset):
         except InputError as error:
             return error
         except (OSError, RuntimeError) as error:
-            hint = _hint(error)
-            if hint is None:
+            line = _hint(error) or (environment_error(error) if isinstance(error, OSError) else None)
+            if line is None:
                 raise
-            return InputError(hint)
+            return InputError(line)
 
 
 def default_workers(wanted: int) -> int:
@@ -173,6 +175,17 @@ def _check_open_files(num_workers: int) -> None:
     needed = len(os.listdir("/proc/self/fd")) + FILES + FILES_PER_WORKER * num_workers
     if limit != resource.RLIM_INFINITY and limit < needed:
         raise InputError(OPEN_FILES)
+
+
+def _check_sockets() -> None:
+    """Bind a socket as the workers do when they send their first batch: if it failed there, the batch would be lost."""
+    try:
+        Listener(family="AF_UNIX").close()
+    except OSError as error:
+        raise InputError(
+            f"TMPDIR={tempfile.gettempdir()}: data workers cannot have a socket there ({error}); set TMPDIR to a short "
+            "path on a local disk, such as /tmp"
+        ) from error
 
 
 def _hint(error: Exception) -> str | None:

@@ -1,6 +1,7 @@
 """The training data of a config and its batches."""
 
 import difflib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,15 +12,15 @@ from torch.utils.data import Dataset
 from data.batch_sampler import GlobalBatchSampler, MicroBatch
 from data.codes.store_files import open_store
 from data.codes.token_store import TokenStore, open_tokens
-from data.images.image_folder import class_folders
+from data.images.image_folder import class_folders, class_name
 from data.images.image_io import ImageDecoding
-from data.images.image_source import printable
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.tar_shards import find_shards, has_shards, read_class_names
 from data.images.transforms import training_transform
 from data.loading import Batch, Batches, on_device, read_batch
 from utils.distributed import DistributedContext
 from utils.errors import InputError
+from utils.files.text import same_letters
 from utils.randomness import training_uniforms
 from utils.schema import Config, GeneratorConfig
 
@@ -74,8 +75,8 @@ def training_classes(config: Config) -> tuple[list[str], str] | None:
     """Class names of the training data in the order of their ids, and their source; None: the data have no names."""
     params = config.dataset.params
     images, codes = params.train_shards_path_or_url, params.pretokenization
-    if images is not None and Path(images).is_dir():
-        return list(map(printable, class_folders(Path(images)))), images
+    if images is not None and os.path.isdir(images):
+        return list(map(class_name, class_folders(Path(images)))), images
     if images is not None and has_shards(images):
         names = read_class_names(find_shards(images))
         if names is not None:
@@ -101,7 +102,7 @@ def asked_classes(config: Config) -> list[int]:
     known = {name: class_id for class_id, name in enumerate(names[:num_classes])}
     class_ids: list[int] = []
     for word in asked:
-        class_id = int(word) if word.isdecimal() else known.get(word, num_classes)
+        class_id = int(word) if word.isdecimal() else known.get(same_letters(word), num_classes)
         if class_id >= num_classes:
             near = difflib.get_close_matches(word, names, 1, 0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""

@@ -43,6 +43,7 @@ from evaluation.report import (
 from evaluation.run_log import find_step, log_scores
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, input_errors_exit
+from utils.files.text import user_path
 
 BACKENDS = ("inception", "efficientnet_lite0")
 
@@ -171,20 +172,24 @@ def positive(text: str) -> int:
 
 def add_feature_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that computes features."""
-    parser.add_argument("--inception", type=Path, help="Inception weights; by default those in torch hub's cache")
+    parser.add_argument("--inception", type=user_path, help="Inception weights; by default those in torch hub's cache")
     parser.add_argument("--batch-size", type=positive, default=64, help="images per process and batch")
     parser.add_argument("--device", type=torch.device, choices=[torch.device("cpu"), torch.device("cuda")])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reference", type=Path, help="npz of reference images")
-    parser.add_argument("samples", type=Path, nargs="+", help="npz of generated images; several share the reference")
+    parser.add_argument("reference", type=user_path, help="npz of reference images")
+    parser.add_argument(
+        "samples", type=user_path, nargs="+", help="npz of generated images; several share the reference"
+    )
     parser.add_argument("--backend", choices=BACKENDS, default="inception")
     parser.add_argument(
         "--distance", choices=tuple(FEATURE_DTYPES), default=USUAL_DISTANCE, help="of precision and recall"
     )
-    parser.add_argument("--log-to", type=Path, metavar="RUN", help="run folder whose metrics.jsonl gets the numbers")
+    parser.add_argument(
+        "--log-to", type=user_path, metavar="RUN", help="run folder whose metrics.jsonl gets the numbers"
+    )
     add_feature_options(parser)
     args = parser.parse_args()
     with init_distributed() as ctx:

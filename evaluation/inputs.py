@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.errors import InputError
+from utils.errors import InputError, errors_name
 from utils.files.hashing import file_sha256
 from utils.files.json_file import read_json
 from utils.files.npz import StoredImages, locate_images
@@ -42,7 +42,7 @@ def open_input(path: Path, verify: bool) -> Npz:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with errors_name(path), zipfile.ZipFile(path) as archive:
             damaged = archive.testzip() if verify else None
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} differs from its CRC")
@@ -57,7 +57,7 @@ def open_input(path: Path, verify: bool) -> Npz:
 
 def _read_statistics(path: Path) -> dict[str, np.ndarray] | None:
     statistics = {}
-    with np.load(path) as arrays:
+    with errors_name(path), np.load(path) as arrays:
         missing = [key for key in STATISTICS if key not in arrays]
         if len(missing) == len(STATISTICS):
             return None

@@ -11,6 +11,7 @@ This file is a script: it joins `data` and `evaluation`, which do not import eac
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ from utils.errors import InputError, input_errors_exit
 from utils.files.hashing import file_sha256
 from utils.files.npz import StoredImages, write_npz
 from utils.files.provenance import is_made, write_record
+from utils.files.text import user_path
 from utils.run.run_environment import code_facts
 from utils.schema import PreprocessingConfig
 
@@ -126,8 +128,8 @@ def _chunks(images: Images) -> Iterator[np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="folder, shards or npz")
-    parser.add_argument("output", type=Path, help="npz to write")
+    parser.add_argument("source", type=os.path.expanduser, help="folder, shards or npz")
+    parser.add_argument("output", type=user_path, help="npz to write")
     parser.add_argument("--resolution", type=positive, default=256, help="of the crops, in pixels")
     parser.add_argument("--max-images", type=positive, default=10_000, help="in arr_0")
     parser.add_argument("--background", choices=COLOURS, default="white", help="of transparent images, default white")

@@ -34,6 +34,7 @@ from utils.files.atomic import write_text
 from utils.files.hub import SCHEME
 from utils.files.json_file import read_json
 from utils.files.provenance import provenance_in
+from utils.files.text import read_text, user_path
 from utils.run.run_environment import describe_environment
 from utils.run.weights_path import find_weights
 from utils.schema import Config
@@ -96,7 +97,7 @@ class Content(msgspec.Struct, forbid_unknown_fields=True):
 def read(path: Path) -> Content:
     """Raises InputError for an unknown key, or a missing or wrong value."""
     try:
-        return msgspec.convert(yaml.safe_load(path.read_text()), Content)
+        return msgspec.convert(yaml.safe_load(read_text(path)), Content)
     except (yaml.YAMLError, msgspec.ValidationError) as error:
         raise InputError(f"{path}: {first_line(error)}") from error
 
@@ -169,8 +170,10 @@ def compare(name: str, row: Row, config: Config, samples: Path, reference: str) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("row", help="name of a row")
-    parser.add_argument("--samples", type=Path, metavar="NPZ", help="samples that the evaluator has scored")
-    parser.add_argument("--rows", type=Path, default=ROOT / "configs/published_results.yaml", help="the file of rows")
+    parser.add_argument("--samples", type=user_path, metavar="NPZ", help="samples that the evaluator has scored")
+    parser.add_argument(
+        "--rows", type=user_path, default=ROOT / "configs/published_results.yaml", help="the file of rows"
+    )
     parser.add_argument("--checkpoint", help="instead of the row's, if it is stored elsewhere")
     parser.add_argument("--reference", help="instead of the file's, if it is stored elsewhere")
     args = parser.parse_args()

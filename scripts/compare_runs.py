@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from utils.config import flat
 from utils.console import markdown_table
 from utils.errors import InputError, input_errors_exit
+from utils.files.text import user_path
 from utils.run.curves import NOT_DRAWN, Points, draw_curve, panel_grid, points_of, save_figure
 from utils.run.metrics_file import read_metrics
 
@@ -130,8 +131,10 @@ def config_differences(runs: list[Run]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder or metrics.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the picture (default: %(default)s)")
+    parser.add_argument("runs", type=user_path, nargs="+", metavar="RUN", help="run folder or metrics.jsonl")
+    parser.add_argument(
+        "--output", type=user_path, default=Path("compare.png"), help="the picture (default: %(default)s)"
+    )
     parser.add_argument("--labels", nargs="+", help="names of the runs (default: those of their folders)")
     parser.add_argument("--x", choices=("step", "epoch"), default="step", help="horizontal axis (default: %(default)s)")
     with input_errors_exit():

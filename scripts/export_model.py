@@ -15,6 +15,7 @@ uploaded; log in with `hf auth login` before, or set HF_TOKEN.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -33,11 +34,12 @@ from modeling.sampling.generate_images import generate_images
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, load_config
 from utils.errors import InputError, input_errors_exit
-from utils.files.atomic import atomic_folder
+from utils.files.atomic import atomic_folder, write_text
 from utils.files.hashing import hash_of
 from utils.files.hub import SCHEME, upload_folder
 from utils.files.lock import only_writer
 from utils.files.provenance import is_made, write_record
+from utils.files.text import user_path
 from utils.files.weights import weights_sha256
 from utils.images import make_captioned_grid, write_png
 from utils.run.checkpoint import EMA
@@ -114,13 +116,13 @@ def export(config: Config, folder: Path, options: argparse.Namespace) -> None:
     )
     with atomic_folder(folder) as partial:
         model.write_files(partial, {**weights.record, "tokenizer_sha256": tokenizer.sha256()})
-        (partial / CARD_FILE).write_text(card)
+        write_text(partial / CARD_FILE, card)
         if options.tokenizer == "weights":
             tokenizer.write_files(partial / TOKENIZER)
         else:
             write_reference(partial / TOKENIZER, tokenizer, config.experiment.tokenizer_checkpoint)
         if names is not None:
-            (partial / CLASSES_FILE).write_text(json.dumps(names, indent=1, ensure_ascii=False) + "\n")
+            write_text(partial / CLASSES_FILE, json.dumps(names, indent=1, ensure_ascii=False) + "\n")
         if labels:
             draw_samples(partial / SAMPLES_FILE, model, tokenizer, labels, names)
         figures = {key: weights.record.get(key) for key in ("step", "data", "code")}
@@ -134,7 +136,7 @@ def write_reference(folder: Path, tokenizer: Tokenizer, source: str) -> None:
     tokenizer.write_config(folder)
     name = source if source.startswith(SCHEME) else Path(source).name  # without folders of this machine
     reference = {"file": name, "sha256 of the weights": tokenizer.sha256()}
-    (folder / REFERENCE_FILE).write_text(json.dumps(reference, indent=1) + "\n")
+    write_text(folder / REFERENCE_FILE, json.dumps(reference, indent=1) + "\n")
 
 
 def class_names_of(config: Config) -> list[str] | None:
@@ -198,8 +200,8 @@ def run_metrics(weights: TrainedWeights) -> dict[str, str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="run folder, checkpoint or weights file")
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="output folder; must not exist")
+    parser.add_argument("run", metavar="RUN", type=os.path.expanduser, help="run folder, checkpoint or weights file")
+    parser.add_argument("folder", metavar="FOLDER", type=user_path, help="output folder; must not exist")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="of the config; config=FILE.yaml replaces it")
     parser.add_argument("--license", help="of the weights, a Hub identifier (default: none is stated)")
     parser.add_argument("--samples", type=int, default=16, help="images in samples.png (default: %(default)s; 0: none)")

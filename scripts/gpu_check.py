@@ -35,6 +35,7 @@ from utils.config import ROOT
 from utils.console import markdown_table
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
+from utils.files.text import user_path
 
 TOTAL_S = 600
 CHECKS = "tests/gpu/checks"
@@ -64,7 +65,7 @@ Row = dict[str, Any]  # part, result, what, found, expected of a comparison; par
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", type=Path, default=Path("outputs/gpu_check"), metavar="OUT")
+    parser.add_argument("out", nargs="?", type=user_path, default=Path("outputs/gpu_check"), metavar="OUT")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these, and environment")
     arguments = parser.parse_args(argv)
     if find_spec("pytest") is None:
@@ -114,7 +115,7 @@ def run_part(part: str, work: Path, log: Path, seconds_left: float) -> list[Row]
     command = [sys.executable, "-m", "pytest", test, "-m", "gpu", "-s", "-p", "no:cacheprovider"]
     command += [f"--junitxml={results}", f"--basetemp={work}"]
     devices = {"TESTS_ON_GPU": "1", "GPU_CHECKS_ON_CPU": "1"}  # on the CPU only if there is no GPU
-    with log.open("w") as output:
+    with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | devices, stdout=output, stderr=output, start_new_session=True
         )

@@ -17,6 +17,7 @@ writes only the indices, next to the shards.
 """
 
 import argparse
+import os
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -31,6 +32,7 @@ from data.images.shard_writer import HELDOUT_PREFIX, index_shards, is_written, p
 from data.images.tar_shards import find_shards
 from utils.errors import InputError, input_errors_exit
 from utils.files.lock import only_writer
+from utils.files.text import read_text, same_letters, user_path
 from utils.processes import num_cpus
 
 SAMPLES_PER_SHARD = 5064  # 253 shards of ImageNet's training images
@@ -74,13 +76,15 @@ def pack(arguments: argparse.Namespace) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, nargs="?", help="folder with a sub-folder per class")
-    parser.add_argument("output", type=Path, nargs="?", help="output folder")
-    parser.add_argument("--index", metavar="SHARDS", help="instead of source and output: shards to index")
+    parser.add_argument("source", type=user_path, nargs="?", help="folder with a sub-folder per class")
+    parser.add_argument("output", type=user_path, nargs="?", help="output folder")
+    parser.add_argument(
+        "--index", type=os.path.expanduser, metavar="SHARDS", help="instead of source and output: shards to index"
+    )
     parser.add_argument("--prefix", default="train", help="prefix of the shard names, default %(default)s")
     parser.add_argument("--samples-per-shard", type=int, default=SAMPLES_PER_SHARD, help="default %(default)s")
     parser.add_argument("--heldout", type=float, default=0.0, help="share of each class, below 1; default none")
-    parser.add_argument("--class-names", type=Path, help="text file of lines `folder name` with class names")
+    parser.add_argument("--class-names", type=user_path, help="text file of lines `folder name` with class names")
     parser.add_argument("--processes", type=int, default=num_cpus(), help="default: all CPUs, here %(default)s")
     arguments = parser.parse_args(argv)
     if (arguments.output is None) == (arguments.index is None) or (arguments.index and arguments.source):
@@ -95,10 +99,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def read_titles(path: Path, folders: list[str]) -> list[str]:
     """Names of the class folders from lines such as `n01440764 tench, Tinca tinca`; raises InputError for a missing
     file, or a folder without a line."""
-    try:
-        lines = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from error
+    lines = [line.split(maxsplit=1) for line in same_letters(read_text(path)).splitlines() if line.strip()]
     titles = {line[0]: line[-1].strip() for line in lines}
     unnamed = [folder for folder in folders if folder not in titles]
     if unnamed:

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from utils.config_checks import check_agreement, check_combinations, check_ranges, codes_per_image
 from utils.errors import first_line, input_errors_exit
 from utils.files.atomic import write_text
+from utils.files.text import user_path
 from utils.keys import MISSING, ConfigError, Key, did_you_mean, format_keys, is_in, keys_of, select
 from utils.schema import GRID, Config
 
@@ -80,7 +81,7 @@ def load_config_as(config_class: type[C], argv: Sequence[str], reads: dict[str, 
     for name, key in keys.items():
         section, _, leaf = name.rpartition(".")
         value = _read(key, resolved[name], sources) if name in sources else resolved[name]
-        setattr(attrgetter(section)(config), leaf, value)
+        setattr(attrgetter(section)(config), leaf, os.path.expanduser(value) if isinstance(value, str) else value)
     missing = [name for name in keys if attrgetter(name)(config) == MISSING]
     if missing:
         raise ConfigError(f"{missing[0]}: missing value; give it in the YAML file or as {missing[0]}=...")
@@ -143,10 +144,10 @@ def given_values(argv: Sequence[str], keys: dict[str, Key]) -> Iterator[tuple[st
     if len(paths) > 1:
         raise ConfigError(f"command line: config= is given {len(paths)} times, expected once")
     for path in paths:
-        yield from ((path, name, value) for name, value in read_yaml(Path(path).expanduser()).items())
+        yield from ((path, name, value) for name, value in read_yaml(user_path(path)).items())
     for name, _, text in pairs:
         if name in keys and keys[name].is_text and text != "null":
-            yield "command line", name, os.path.expanduser(text)  # literally
+            yield "command line", name, text  # literally
         elif name != "config":
             try:
                 values = flat({name: yaml.load(text, TextLoader)})
@@ -171,7 +172,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         near = difflib.get_close_matches(path.name, found, 1, 0.3)
         raise ConfigError(f"config={path}: no such file{did_you_mean([found[name] for name in near])}")
     try:
-        loaded = yaml.load(path.read_text("utf-8"), TextLoader)
+        loaded = yaml.load(path.read_text("utf-8-sig"), TextLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

@@ -48,7 +48,7 @@ def unbreakable_console() -> Iterator[None]:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     stdout, stderr = sys.stdout, sys.stderr
-    with open(os.devnull, "w") as devnull:
+    with open(os.devnull, "w", encoding="utf-8") as devnull:
         sys.stdout = Console(stdout or devnull)
         sys.stderr = Console(stderr or devnull)
         try:

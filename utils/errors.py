@@ -1,5 +1,6 @@
 """Errors that a user can fix become one line; bugs keep their traceback and ask for a report."""
 
+import codecs
 import os
 import signal
 import sys
@@ -33,6 +34,18 @@ class TrainingError(RuntimeError):
 
 
 @contextmanager
+def errors_name(path: object) -> Iterator[None]:
+    """Add `path` to an OSError inside that names no file: reading, writing and flushing an open file raise such."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.strerror = error.strerror or first_line(error)  # numpy's have neither number nor name
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def input_errors_exit() -> Iterator[None]:
     """Around a script's main: print errors that the user can fix as one line on stderr and exit with status 1.
 
@@ -61,9 +74,17 @@ def environment_error(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return ": ".join([*names, error.strerror or first_line(error)])
+    if isinstance(error, UnicodeEncodeError) and is_codec_of_names(error.encoding):
+        return f"{error.object}: cannot be the name of a file in the locale's {error.encoding}; set PYTHONUTF8=1"
     if is_out_of_memory(error):
         return f"out of memory: {first_line(error)}; a smaller batch needs less"
     return None
+
+
+def is_codec_of_names(encoding: str) -> bool:
+    """Whether names of files have this encoding, which follows from the locale; never UTF-8, which has all letters."""
+    name = codecs.lookup(encoding).name
+    return name == codecs.lookup(sys.getfilesystemencoding()).name != "utf-8"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -12,6 +12,8 @@ import numpy as np
 from utils.errors import InputError
 from utils.files.atomic import write_text
 from utils.files.hashing import hash_of
+from utils.files.json_file import read_json
+from utils.files.text import same_letters
 
 TOKENS_FILE, CLASS_IDS_FILE, META_FILE = "tokens.npy", "class_ids.npy", "meta.json"
 MAX_CODEBOOK_SIZE = 2**16  # of uint16
@@ -40,14 +42,16 @@ class StoreMeta:
         return hash_of({"sha256": self.sha256, "shape": shape, "codebook_size": self.codebook_size})
 
 
-def open_store(path: Path) -> tuple[StoreMeta, np.memmap, np.memmap]:
-    """Meta, codes (n, N) uint16 and class ids (n,) int32, memory-mapped; raises InputError without a good store."""
+def open_store(path: Path) -> tuple[StoreMeta, np.memmap, np.ndarray]:
+    """Meta, codes (n, N) uint16, memory-mapped, and class ids (n,) int32; raises InputError without a good store."""
     try:
-        meta = StoreMeta(**json.loads((path / META_FILE).read_text()))
+        meta = StoreMeta(**read_json(path / META_FILE))
         codes = np.load(path / TOKENS_FILE, mmap_mode="r")
-        class_ids = np.load(path / CLASS_IDS_FILE, mmap_mode="r")
-    except (OSError, ValueError, TypeError) as error:
+        class_ids = np.load(path / CLASS_IDS_FILE)
+    except (OSError, ValueError, TypeError, EOFError) as error:
         raise InputError(f"{path}: cannot be opened as a token store: {str(error).splitlines()[0]}") from error
+    if meta.class_names is not None:
+        meta.class_names = list(map(same_letters, meta.class_names))
     _check_shape(path / TOKENS_FILE, codes, (meta.num_samples, meta.image_seq_len))
     _check_shape(path / CLASS_IDS_FILE, class_ids, (meta.num_samples,))
     return meta, codes, class_ids

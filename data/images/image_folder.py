@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from data.images.image_io import has_image_name
-from data.images.image_source import ImageSource, printable, to_bytes, to_text
+from data.images.image_source import ImageSource, from_disk, on_disk, printable, to_bytes, to_text
 from data.images.notices import SkippedFiles
 from utils.errors import InputError
+from utils.files.text import same_letters
 
 
 class _Files(ImageSource):
@@ -21,7 +22,7 @@ class _Files(ImageSource):
         return printable(str(self.root / self.key(index)))
 
     def _read(self, index: int) -> bytes:
-        return (self.root / self.key(index)).read_bytes()
+        return (self.root / on_disk(self.key(index))).read_bytes()
 
 
 class ImageFolder(_Files):
@@ -41,7 +42,7 @@ class ImageFolder(_Files):
         self._folders = class_folders(root, skipped)
         files = [_image_paths(root, folder, skipped) for folder in self._folders]
         skipped.notify(str(root))
-        self.class_names = [printable(folder) for folder in self._folders]
+        self.class_names = [class_name(folder) for folder in self._folders]
         self._folder_of = np.repeat(np.arange(len(files), dtype=np.int32), [len(paths) for paths in files])
         self.class_ids = self._folder_of  # `name_classes` may replace it
         self._paths = np.array([to_bytes(path) for paths in files for path in paths])
@@ -57,7 +58,7 @@ class PlainFolder(_Files):
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        names = [path.name for path in root.iterdir() if not path.name.startswith(".")]
+        names = [from_disk(path.name) for path in root.iterdir() if not path.name.startswith(".")]
         self._names = sorted(name for name in names if has_image_name(name))
         if not self._names:
             raise InputError(f"{root}: found no image")
@@ -76,7 +77,7 @@ def class_folders(root: Path, skipped: SkippedFiles | None = None) -> list[str]:
     """Names of the sub-folders in the order of the class ids; files next to them go to `skipped`."""
     with os.scandir(root) as scan:
         entries = [entry for entry in scan if not entry.name.startswith(".")]
-    names = sorted(entry.name for entry in entries if entry.is_dir())
+    names = sorted(from_disk(entry.name) for entry in entries if entry.is_dir())
     if not names:
         hint = f"; for shards give {root / '*.tar'}" if next(root.glob("*.tar"), None) else ""
         raise InputError(f"{root}: found no sub-folder, expected one per class{hint}")
@@ -84,14 +85,19 @@ def class_folders(root: Path, skipped: SkippedFiles | None = None) -> list[str]:
         names.sort(key=int)
     for entry in entries:
         if skipped is not None and not entry.is_dir():
-            skipped.add(entry.name, "next to the class folders")
+            skipped.add(from_disk(entry.name), "next to the class folders")
     return names
+
+
+def class_name(folder: str) -> str:
+    """The name of the class of a folder; in NFC, so that copies of a data set on macOS and Linux have equal names."""
+    return same_letters(printable(folder))
 
 
 def _image_paths(root: Path, folder: str, skipped: SkippedFiles) -> list[str]:
     """Paths of the images in a class folder, relative to it, sorted."""
     paths = []
-    for path in _files(root / folder, "", (_identity(root),)):
+    for path in _files(root / on_disk(folder), "", (_identity(root),)):
         if has_image_name(path):
             paths.append(path)
         else:
@@ -111,9 +117,9 @@ def _files(folder: Path, prefix: str, parents: tuple[tuple[int, int], ...]) -> I
             if entry.name.startswith("."):
                 continue
             if entry.is_dir() and not has_image_name(entry.name):
-                yield from _files(folder / entry.name, f"{prefix}{entry.name}/", (*parents, identity))
+                yield from _files(folder / entry.name, f"{prefix}{from_disk(entry.name)}/", (*parents, identity))
             else:
-                yield prefix + entry.name
+                yield prefix + from_disk(entry.name)
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -103,6 +104,16 @@ def to_bytes(name: str) -> bytes:
 
 def to_text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
+
+
+def from_disk(name: str) -> str:
+    """A file name as the text of its bytes in UTF-8, whatever encoding the locale has."""
+    return to_text(os.fsencode(name))
+
+
+def on_disk(name: str) -> str:
+    """The file name whose text is `name`; the inverse of `from_disk`."""
+    return os.fsdecode(to_bytes(name))
 
 
 def printable(name: str) -> str:

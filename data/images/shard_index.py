@@ -63,7 +63,9 @@ def read_index(shard: Path) -> ShardIndex | None:
             expected = int(columns["shard_bytes"][0])
         if not len(index.keys) == len(index.class_ids) == len(index.offsets) == len(index.sizes) > 0:
             raise ValueError("columns of different lengths, or empty")
-    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: damaged ({error}); delete it or rewrite it: make_shards.py --index") from error
     found = shard.stat().st_size
     if found != expected:

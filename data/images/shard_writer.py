@@ -15,12 +15,13 @@ import numpy as np
 
 from data.images.image_folder import ImageFolder
 from data.images.shard_index import ShardIndex, write_index
-from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE, read_headers
+from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE, read_headers, read_names
 from utils.errors import InputError
 from utils.faults import fault_point
 from utils.files.atomic import atomic_file, publish, write_text
 from utils.files.chunk_files import ChunkFiles
 from utils.files.hashing import file_sha256
+from utils.files.json_file import read_json
 from utils.processes import in_processes
 from utils.randomness import Stream, permutation, philox
 
@@ -73,9 +74,9 @@ def is_written(output: Path, class_names: list[str], shards: list[Shard]) -> boo
     if not output.exists():
         return False
     try:
-        found = {name: record["samples"] for name, record in json.loads((output / COUNTS_FILE).read_text()).items()}
-        found_names = json.loads((output / CLASS_NAMES_FILE).read_text())
-    except (OSError, ValueError, TypeError):
+        found = {name: record["samples"] for name, record in read_json(output / COUNTS_FILE).items()}
+        found_names = read_names(output / CLASS_NAMES_FILE)
+    except (InputError, AttributeError, TypeError, KeyError):
         found, found_names = None, None
     if found != {shard.name: len(shard.indices) for shard in shards} or found_names != class_names:
         raise InputError(f"{output}: exists with other content; delete it or choose another name")
@@ -105,16 +106,15 @@ def write_shards(
     def write(chunk: range) -> None:
         shard = shards[chunk.start]
         with chunk_files.writing(chunk) as record:
-            record.write_text(json.dumps(write_shard(folder / shard.name, _samples(source, shard.indices, keys))))
+            content = json.dumps(write_shard(folder / shard.name, _samples(source, shard.indices, keys)))
+            record.write_text(content, encoding="utf-8")
 
     missing = chunk_files.missing()
     yield sum(sizes.values()) - sum(len(shards[chunk.start].indices) for chunk in missing)
     for chunk in in_processes(write, missing, processes):
         yield len(shards[chunk.start].indices)
     fault_point("join.begin", 0)
-    records = {
-        shards[chunk.start].name: json.loads(chunk_files.path(chunk).read_text()) for chunk in chunk_files.chunks
-    }
+    records = {shards[chunk.start].name: read_json(chunk_files.path(chunk)) for chunk in chunk_files.chunks}
     write_text(folder / COUNTS_FILE, json.dumps(records, indent=1) + "\n")
     write_text(folder / CLASS_NAMES_FILE, json.dumps(class_names) + "\n")
     fault_point("join.end", 0)
@@ -149,7 +149,7 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> dict[str, Any]:
     rows = []
     with (
         atomic_file(path) as partial,
-        tarfile.open(partial, mode="w", format=tarfile.PAX_FORMAT) as tar,
+        tarfile.open(partial, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar,
     ):
         for key, class_id, extension, encoded in samples:
             for suffix, content in ((".cls", str(class_id).encode()), (extension, encoded)):

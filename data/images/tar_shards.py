@@ -6,6 +6,7 @@ shard, else all tar headers are read.
 
 import fnmatch
 import glob
+import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from data.images.image_io import IMAGE_EXTENSIONS
 from data.images.image_source import ImageSource, printable, to_text
 from data.images.notices import SkippedFiles
 from data.images.shard_index import ShardIndex, index_path, read_index
-from utils.errors import InputError
+from utils.errors import InputError, errors_name
 from utils.files.hashing import hash_of
 from utils.files.json_file import read_json
+from utils.files.text import same_letters
 
 CLASS_NAMES_FILE = "classes.json"
 COUNTS_FILE = "shards.json"
@@ -68,25 +70,34 @@ class TarShards(ImageSource):
 
 def find_shards(pattern: str) -> list[Path]:
     """Files of a path, of "a-{000..252}.tar" or of a glob; raises InputError for a name without a file."""
+    folder, names = expand_braces(pattern)
     shards: list[Path] = []
-    for name in expand_braces(pattern):
-        found = [Path(path) for path in sorted(glob.glob(name)) if Path(path).is_file()]
+    for name in names:
+        found = [folder / path for path in sorted(glob.glob(name, root_dir=folder)) if (folder / path).is_file()]
         if not found:
-            nearest = next(parent for parent in Path(name).absolute().parents if parent.is_dir())
+            nearest = next(parent for parent in (folder / name).absolute().parents if parent.is_dir())
             tars = len(list(nearest.glob("*.tar")))
-            raise InputError(f"{name}: no such shard; the nearest folder is {nearest}, with {tars} .tar files")
+            raise InputError(f"{folder / name}: no such shard; the nearest folder is {nearest}, with {tars} .tar files")
         shards += found
     return shards
 
 
 def has_shards(pattern: str) -> bool:
-    return any(glob.glob(name) for name in expand_braces(pattern))
+    folder, names = expand_braces(pattern)
+    return any(glob.glob(name, root_dir=folder) for name in names)
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """The names of a pattern: three for "a-{00..02}.tar"."""
+def expand_braces(pattern: str) -> tuple[Path, list[str]]:
+    """The folder of a pattern, and the names in it: three for "a-{00..02}.tar", one for an existing file.
+
+    The longest part of the pattern that exists is the folder, so a folder `a[1]` is found by its name.
+    """
+    path = Path(pattern)
+    if os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
+        return path.parent, [glob.escape(path.name)]
+    folder = next(parent for parent in (path, *path.parents) if os.path.isdir(parent))
     try:
-        return list(braceexpand(pattern))
+        return folder, list(braceexpand(str(path.relative_to(folder))))
     except ValueError as error:
         raise InputError(f"{pattern}: expected balanced braces, as in train-{{000..252}}.tar") from error
 
@@ -98,7 +109,7 @@ def check_counts(pattern: str, found: dict[Path, ShardIndex]) -> list[str]:
     It maps a shard's name to its number of samples or to `{"samples": 1000, "bytes": 12345, "sha256": "..."}`. Returns
     sha256 of all shards in order; empty if any is not stated.
     """
-    names = [Path(name).name for name in expand_braces(pattern)]
+    names = [Path(name).name for name in expand_braces(pattern)[1]]
     hashes: dict[Path, str] = {}
     for folder in sorted({shard.parent for shard in found}):
         path = folder / COUNTS_FILE
@@ -143,7 +154,7 @@ def read_headers(shard: Path) -> ShardIndex:
     skipped = SkippedFiles()
     end = 0
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with errors_name(shard), tarfile.open(shard, "r:", encoding="utf-8") as tar:
             for member in tar:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 key, extension = _key_and_extension(member.name)
@@ -215,8 +226,8 @@ def read_class_names(shards: list[Path]) -> list[str] | None:
 
 
 def read_names(path: Path) -> list[str]:
-    """The JSON list of class names in a file."""
+    """The JSON list of class names in a file, in NFC."""
     names = read_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: found {str(names)[:40]}, expected a JSON list of class names")
-    return names
+    return list(map(same_letters, names))

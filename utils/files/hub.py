@@ -10,6 +10,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from utils.errors import InputError, first_line
+from utils.files.text import user_path
 from utils.files.weight_formats import is_index, shards_of
 
 SCHEME = "hf://"
@@ -50,7 +51,7 @@ def local_folder(source: str | Path, files: Sequence[str], **download: Any) -> P
 
     Raises InputError without such a folder or repository.
     """
-    path, name = Path(source).expanduser(), REPOSITORY.fullmatch(str(source))
+    path, name = user_path(str(source)), REPOSITORY.fullmatch(str(source))
     if path.is_dir():
         return path
     has_scheme = str(source).startswith(SCHEME)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from utils.errors import InputError
-from utils.files.atomic import atomic_file
+from utils.files.atomic import atomic_file, set_permissions
 from utils.files.weight_formats import is_index, read_contents, shards_of
 
 RECORD = "re-ar"  # key in the metadata of a safetensors file
@@ -128,9 +128,7 @@ def save_weights(state_dict: dict[str, Tensor], path: Path, record: dict[str, An
             save_file(state, partial, metadata)
         except SafetensorError as error:  # a full disk
             raise OSError(errno.EIO, str(error), str(path)) from error
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)
+        set_permissions(partial)
 
 
 def read_record(path: Path) -> dict[str, Any]:

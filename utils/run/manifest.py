@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from utils.errors import InputError
+from utils.files.atomic import write_text
 from utils.files.hashing import file_sha256, hash_of
 
 MANIFEST_FILE = "manifest.json"
@@ -83,7 +84,7 @@ def write_manifest(folder: Path, state: TrainingState, provenance: Provenance) -
     )
     content = asdict(manifest)
     content["sha256"] = hash_of(content)
-    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n")
+    write_text(folder / MANIFEST_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:

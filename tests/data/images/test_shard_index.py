@@ -39,7 +39,7 @@ def test_the_writer_records_what_the_headers_contain(shard: Path) -> None:
 
 
 def test_with_an_index_no_header_is_read(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("a shard was opened as a tar")
 
     monkeypatch.setattr(tarfile, "open", refuse)
