@@ -21,6 +21,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 from utils.config import load_config_or_exit
+from utils.config_checks import check_schedules
 from utils.keys import NonNegativeFloat, PositiveInt, key, section
 from utils.schema import Config
 
@@ -55,7 +56,7 @@ class TrainTokenizerConfig(Config):
 
 
 if __name__ == "__main__":  # a wrong config ends here, before the slow imports
-    CONFIG = load_config_or_exit(TrainTokenizerConfig, __doc__, READS)
+    CONFIG = load_config_or_exit(TrainTokenizerConfig, __doc__, READS, check=check_schedules)
 
 import json
 from contextlib import nullcontext
