@@ -56,7 +56,7 @@ from utils.run.sharding import accumulating, clip_gradients, parallelize, unshar
 from utils.run.status import EXIT_STATUS
 from utils.run.training_run import TrainingRun
 from utils.run.weights_path import find_weights
-from utils.schedules import schedule_warnings
+from utils.schedules import ema_warm_up, schedule_warnings
 
 MEMORY_HINT = (
     "a smaller training.per_gpu_batch_size (give training.global_batch_size, and the accumulation follows), "
@@ -108,6 +108,9 @@ def main(config: Config) -> str:
         )
         with run.begin():
             run.note(describe_length(config, launched.global_batch_size, len(dataset)))
+            if ema:
+                warm_at = run.state.ema_start + ema_warm_up(training.ema_decay)
+                run.note(f"EMA: its decay rises to training.ema_decay={training.ema_decay} until step {warm_at}")
             if warnings := schedule_warnings(config):
                 run.warn("schedule", "; ".join(warnings))
             batches = TrainingBatches(
@@ -144,7 +147,7 @@ def main(config: Config) -> str:
                     for optimizer in optimizers.values():
                         optimizer.step()
                     if ema:
-                        ema.update(model)
+                        ema.update(model, age=step - run.state.ema_start)
                     run.add_metrics(metrics, grad_norm)
                 model.zero_grad(set_to_none=True)
                 run.end_step()

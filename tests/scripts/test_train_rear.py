@@ -98,6 +98,16 @@ def test_a_resumed_run_with_an_ema_equals_an_uninterrupted_one(
     assert not torch.equal(raw["lm_head.weight"], final["lm_head.weight"])
 
 
+def test_the_ema_of_a_short_run_has_forgotten_its_initialization(tiny_arguments: list[str], tmp_path: Path) -> None:
+    steps = ["training.use_ema=true", "lr_scheduler.params.warmup_steps=0"]
+    run(tiny_arguments, tmp_path / "none", *steps, "training.max_train_steps=0")
+    run(tiny_arguments, tmp_path / "run", *steps)
+    files = ("none/model.safetensors", "run/checkpoint-40/model.safetensors", "run/model.safetensors")
+    initial, final, ema = (load_file(tmp_path / name)["lm_head.weight"] for name in files)
+    assert (ema - final).norm() < (initial - final).norm() / 3
+    assert "EMA: its decay rises to training.ema_decay=0.9999 until step 899" in (tmp_path / "run/log.txt").read_text()
+
+
 def test_accumulation_changes_no_loss(tiny_arguments: list[str], tmp_path: Path, seen_ids: list) -> None:
     steps = [*NO_DROPOUT, "training.max_train_steps=4"]
     one = run(tiny_arguments, tmp_path / "one", *steps)
@@ -146,8 +156,8 @@ def test_fine_tuning_starts_from_trained_weights_and_resumes(tiny_arguments: lis
     run(tiny_arguments, tmp_path / "first", "training.max_train_steps=3")
     trained = load_file(tmp_path / "first/model.safetensors")
     more = [f"experiment.init_from={tmp_path / 'first'}", "model.generator.condition_num_classes=7"]
-    run(tiny_arguments, tmp_path / "none", *more, "training.max_train_steps=0")
-    start = load_file(tmp_path / "none/model.safetensors")
+    run(tiny_arguments, tmp_path / "none", *more, "training.max_train_steps=0", "training.use_ema=true")
+    start = load_file(tmp_path / "none/model.safetensors")  # the EMA
     assert torch.equal(start["embeddings.weight"][:25], trained["embeddings.weight"][:25])
     assert torch.equal(start["lm_head.weight"], trained["lm_head.weight"])
     assert "with new rows for the classes" in (tmp_path / "none/log.txt").read_text()

@@ -3,7 +3,7 @@ from typing import get_args
 
 import pytest
 
-from utils.schedules import SCHEDULES, cosine
+from utils.schedules import SCHEDULES, cosine, ema_decay, ema_warm_up
 from utils.schema import LRSchedulerConfig
 
 
@@ -20,3 +20,12 @@ def test_learning_rate_of_the_published_recipe() -> None:
 
 def test_the_config_names_the_schedules_of_the_table() -> None:
     assert set(get_args(LRSchedulerConfig.__annotations__["scheduler"])) == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.05, 0.5, 0.999, 0.9999])
+def test_the_decay_of_an_ema_rises_to_that_of_the_config(decay: float) -> None:
+    warm = ema_warm_up(decay)
+    assert ema_decay(warm + 1, decay) == decay
+    assert warm == 0 or ema_decay(warm - 2, decay) < decay
+    assert ema_decay(0, decay) == min(decay, 0.1)
+    assert ema_decay(90, decay) == min(decay, 0.91)

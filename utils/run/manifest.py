@@ -25,6 +25,7 @@ class TrainingState:
     skipped_images: int = 0  # unreadable images that were left out, once per pass
     trained_s: float = 0.0  # seconds of training, pauses included
     started_from: str | None = None  # the path in experiment.resume=PATH that the run started from
+    ema_start: int = 0  # the step at which the EMA began
 
 
 class TrainingData(Protocol):

@@ -219,8 +219,11 @@ def starting_state(start: Start, config: Config, global_batch_size: int) -> Trai
     """
     resume = config.experiment.resume
     if start.checkpoint is not None and not start.weights_only:
-        state = read_manifest(Path(start.checkpoint)).state
+        manifest = read_manifest(Path(start.checkpoint))
+        state = manifest.state
         state.global_batch_size = global_batch_size
+        if f"{EMA}.safetensors" not in manifest.files:  # see `load_modules`
+            state.ema_start = state.global_step
     else:
         state = TrainingState(global_step=0, global_batch_size=global_batch_size, samples_seen=0)
     if resume not in WORDS:
