@@ -27,8 +27,8 @@ SCHEDULES: dict[str, Schedule] = {"cosine": cosine}
 
 
 def ema_decay(age: int, decay: float) -> float:
-    """Decay of the update of an EMA that began `age` steps before: it rises to `decay`, so that even a short run forgets
-    its initialization.
+    """Decay of the update of an EMA that began `age` steps before: it rises to `decay`, so that a short run forgets its
+    initialization.
 
     Source: RAR's and TiTok's trainer (https://github.com/bytedance/1d-tokenizer, modeling/modules/ema_model.py).
     """

@@ -45,12 +45,14 @@ class Provenance:
     data_hash: str = ""  # fingerprint of the training data
     code_hash: str = ""  # of the Python sources
     tokenizer_sha256: str | None = None  # of the weights of the generator's tokenizer; None: unknown
+    untrained_classes: list[int] | None = None  # ids of the classes without training samples; None: unknown
 
     def record(self, step: int) -> dict[str, Any]:
         """For a single weights file; without the config, whose folder names would make files of equal weights
         differ."""
         hashes = {"code": self.code_hash, "data": self.data_hash}
-        return {"step": step, "tokenizer_sha256": self.tokenizer_sha256, **hashes}
+        known = {"tokenizer_sha256": self.tokenizer_sha256, "untrained_classes": self.untrained_classes}
+        return {"step": step, **known, **hashes}
 
 
 @dataclass

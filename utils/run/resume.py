@@ -242,6 +242,25 @@ def last_step(training: TrainingConfig) -> int:
     return training.max_train_steps if training.stop_steps is None else training.stop_steps
 
 
+def untrained_classes(start: Start, without_samples: list[int]) -> list[int] | None:
+    """Classes that neither this run nor the one that it starts from has samples of; None: unknown, as the weights that
+    it starts from do not record theirs.
+
+    Args:
+        without_samples: classes without samples in the training data.
+    """
+    if start.checkpoint is None:
+        return without_samples
+    path = Path(start.checkpoint)
+    if start.weights_only:
+        before = read_record(path).get("untrained_classes")
+    else:
+        before = read_manifest(path).provenance.untrained_classes
+        if before is None:  # of an earlier version: the data are the same
+            before = without_samples
+    return None if before is None else [class_id for class_id in without_samples if class_id in before]
+
+
 def load_start(start: Start, resumable: Resumable) -> list[str]:
     """Load what the run starts from, in place and strictly. Weights alone are loaded into the model and its EMA.
 
