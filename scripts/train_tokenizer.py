@@ -60,6 +60,7 @@ if __name__ == "__main__":  # a wrong config ends here, before the slow imports
 
 import json
 from contextlib import nullcontext
+from copy import deepcopy
 
 import numpy as np
 import torch
@@ -296,9 +297,11 @@ def report(
     """Write the weights and, of the held-out images, metrics and a grid; returns the metrics for the log. On a full
     disk, only the last report ends the run."""
     step, folder = run.state.global_step, run.output_dir
-    metrics, grid = evaluate(tokenizer, validation_set, config)
     # float16 is half the size; `load_tokenizer` reads it back as float32
     weights = {key: value.half() for key, value in tokenizer.state_dict().items()}
+    rounded = deepcopy(tokenizer)
+    rounded.load_state_dict(weights)
+    metrics, grid = evaluate(rounded, validation_set, config)
     with nullcontext() if run.triggers.is_last else log_and_continue(run.logger, f"weights and metrics of step {step}"):
         save_weights(weights, folder / "tokenizer.safetensors", run.record())
         write_text(folder / "metrics.json", json.dumps({"step": step, **metrics}, indent=1) + "\n")
