@@ -112,7 +112,7 @@ def test_validation_classes_are_matched_by_name(tmp_path: Path) -> None:
 def test_shards_of_different_classes_are_refused(tmp_path: Path) -> None:
     for name, classes in (("x", "ab"), ("y", "ac")):
         make_shards.main(
-            [str(fill(tmp_path / name, *(f"{c}/1.png" for c in classes))), str(tmp_path / f"shards/{name}")]
+            [str(fill(tmp_path / name, *(f"{c}/{name}.png" for c in classes))), str(tmp_path / f"shards/{name}")]
         )
     with pytest.raises(InputError, match=r"y/classes\.json: found other class names than in .*x/classes\.json"):
         open_images(str(tmp_path / "shards/*/*.tar"))
