@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from data.images.image_io import IMAGE_EXTENSIONS
-from data.images.image_source import ImageSource, printable, to_text
+from data.images.image_source import ImageSource, is_ignored, printable, to_text
 from data.images.notices import SkippedFiles
 from data.images.shard_index import ShardIndex, index_path, read_index
 from utils.errors import InputError
@@ -165,7 +165,7 @@ def read_headers(shard: Path) -> ShardIndex:
             for member in tar:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 key, extension = _key_and_extension(member.name)
-                if member.isdir() or _is_hidden(member.name):
+                if member.isdir() or _is_ignored(member.name):
                     continue
                 if not member.isreg():
                     skipped.add(member.name, "a link")
@@ -209,8 +209,8 @@ def _key_and_extension(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, extension.lower()
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+def _is_ignored(name: str) -> bool:
+    return any(is_ignored(part) for part in name.split("/") if part not in (".", ".."))
 
 
 def _check_end(shard: Path, end: int, num_images: int) -> None:
