@@ -115,8 +115,8 @@ def sweep(config: SweepGuidanceConfig, tokenizer: Tokenizer, ctx: DistributedCon
     reference = ctx.rank0_first(open_reference, config, tokenizer.resolution, verify=ctx.is_rank0)
     classes, indices = ctx.broadcast_from_rank0(asked, config)
     asked_ids = None if config.sampling.class_labels is None else classes
-    weights = find_generator_weights(config, tokenizer.sha256(), ctx, asked_ids)
-    model = load_generator(weights.path, config.model)
+    path = find_generator_weights(config, tokenizer.sha256(), ctx, asked_ids).path
+    model = load_generator(path, config.model)
     distance, extractor = ctx.rank0_first(find_extractor, ctx.device, "sweep.reference")
     sampler_provenance = image_provenance(
         config, class_labels=classes, indices=indices, model=model, tokenizer=tokenizer, device=ctx.device

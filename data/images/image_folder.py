@@ -119,8 +119,8 @@ def _check_depth(folder: Path, paths: list[str], limit: int) -> None:
     nearest = min(paths, key=lambda path: path.count("/"))
     if nearest.count("/") > limit:
         raise InputError(
-            f"{printable(str(folder))}: found no image nearer than {printable(nearest)}, expected at most {limit} folders "
-            "between a class and its images; give the folder whose sub-folders are the classes"
+            f"{printable(str(folder))}: found no image nearer than {printable(nearest)}, expected at most {limit} "
+            "folders between a class and its images; give the folder whose sub-folders are the classes"
         )
 
 

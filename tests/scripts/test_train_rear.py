@@ -71,6 +71,24 @@ def test_training_learns_and_writes_its_run_folder(tiny_arguments: list[str], tm
     assert load_config([f"config={tmp_path / 'run/config.yaml'}"]).training.max_train_steps == 30
 
 
+def test_a_step_is_trained_at_the_ratios_of_its_number(
+    tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[float, float]] = []
+    original = train_rear.training_step
+
+    def recording(*arguments, max_ratio, order_ratio, **rest):
+        used.append((max_ratio, order_ratio))
+        return original(*arguments, max_ratio=max_ratio, order_ratio=order_ratio, **rest)
+
+    monkeypatch.setattr(train_rear, "training_step", recording)
+    steps = {"randomness_anneal_end": 4, "order_anneal_start": 1, "order_anneal_end": 3}
+    schedule = ["model.generator.order=annealed", *(f"model.generator.{name}={step}" for name, step in steps.items())]
+    rows = run(tiny_arguments, tmp_path / "run", *schedule, "training.max_train_steps=4")
+    assert used == [(1, 1), (0.75, 1), (0.5, 0.5), (0.25, 0)]
+    assert [(row["train/perturbation_ratio"], row["train/random_order_ratio"]) for row in rows] == used
+
+
 def test_plain_ar_has_the_cross_entropy_as_its_loss(tiny_arguments: list[str], tmp_path: Path) -> None:
     off = ["model.generator.perturb_mode=none", "model.generator.transition_alignment=false"]
     rows = run(tiny_arguments, tmp_path / "run", *off, "training.max_train_steps=2")
