@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -91,7 +92,7 @@ def training_classes(config: Config) -> tuple[list[str], str] | None:
 
 def asked_classes(config: Config) -> list[int]:
     """Class ids of `sampling.class_labels`, in that order; raises InputError for an empty list, a repeated or unknown
-    id, or a name that the training data do not have."""
+    id, or a name that none or several classes of the training data have."""
     asked, num_classes = config.sampling.class_labels, config.model.generator.condition_num_classes
     if asked is None:
         return list(range(num_classes))
@@ -99,21 +100,33 @@ def asked_classes(config: Config) -> list[int]:
     where = "the training data, which have no names"
     if not all(map(str.isdecimal, asked)):
         names, where = training_classes(config) or (names, where)
-    known = {name: class_id for class_id, name in enumerate(names[:num_classes])}
     class_ids: list[int] = []
     for word in asked:
-        class_id = int(word) if word.isdecimal() else known.get(same_letters(word), num_classes)
-        if class_id >= num_classes:
+        same = [same_letters(name) == same_letters(word) for name in names[:num_classes]]
+        named = [class_id for class_id, is_same in enumerate(same) if is_same]
+        found = [int(word)] if word.isdecimal() else named
+        if len(found) > 1:
+            raise InputError(
+                f"sampling.class_labels: found {word!r}, the name of the classes {found} of {where}; expected an id"
+            )
+        if not found or found[0] >= num_classes:
             near = difflib.get_close_matches(word, names, 1, 0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             expected = f"0 to {num_classes - 1} or the name of a class of {where}"
             raise InputError(f"sampling.class_labels: found {word!r}, expected {expected}{hint}")
-        if class_id in class_ids:
-            raise InputError(f"sampling.class_labels: found class {class_id} twice, expected each once")
-        class_ids.append(class_id)
+        if found[0] in class_ids:
+            raise InputError(f"sampling.class_labels: found class {found[0]} twice, expected each once")
+        class_ids += found
     if not class_ids:
         raise InputError("sampling.class_labels=[]: expected at least one class, or null for all")
     return class_ids
+
+
+def classes_without_samples(dataset: TrainingSet, num_classes: int) -> list[int]:
+    """Their ids, of 0 to `num_classes` - 1."""
+    has_samples = np.zeros(num_classes, dtype=bool)
+    has_samples[dataset.class_ids] = True
+    return np.flatnonzero(~has_samples).tolist()
 
 
 def check_tokenizer(store: TokenStore, tokenizer_sha256: str) -> None:

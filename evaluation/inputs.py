@@ -29,6 +29,7 @@ class Npz:
     images: StoredImages
     statistics: dict[str, np.ndarray] | None  # float64, by the keys of STATISTICS; None if the file has none
     sha256: str | None  # of the file; None if it was opened without `verify`
+    labels: np.ndarray | None = None  # (N,), arr_1; None if the file has none
 
 
 def open_input(path: Path, verify: bool) -> Npz:
@@ -48,11 +49,22 @@ def open_input(path: Path, verify: bool) -> Npz:
             raise zipfile.BadZipFile(f"{damaged} differs from its CRC")
         images = locate_images(path)
         statistics = _read_statistics(path)
+        labels = _read_labels(path, len(images))
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise InputError(f"{path}: damaged or not an npz file ({error})") from error
     if len(images) < MIN_IMAGES:
         raise InputError(f"{path}: arr_0 holds {len(images)} images, expected at least {MIN_IMAGES}")
-    return Npz(images=images, statistics=statistics, sha256=file_sha256(path, progress=True) if verify else None)
+    sha256 = file_sha256(path, progress=True) if verify else None
+    return Npz(images=images, statistics=statistics, sha256=sha256, labels=labels)
+
+
+def _read_labels(path: Path, num_images: int) -> np.ndarray | None:
+    with np.load(path) as arrays:
+        try:
+            labels = arrays["arr_1"]
+        except (KeyError, ValueError):  # none, or Python objects
+            return None
+    return labels if labels.shape == (num_images,) else None
 
 
 def _read_statistics(path: Path) -> dict[str, np.ndarray] | None:

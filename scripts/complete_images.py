@@ -212,7 +212,9 @@ def load_model(config: CompleteImagesConfig, tokenizer: Tokenizer) -> ReAR:
     label, num_classes = config.completion.class_label, config.model.generator.condition_num_classes
     if label is not None and label >= num_classes:
         raise InputError(f"completion.class_label={label}: expected 0 to {num_classes - 1}, or null for the null class")
-    return load_generator(find_generator_weights(config, tokenizer.sha256()).path, config.model)
+    asked = [] if label is None else [label]
+    weights = find_generator_weights(config, tokenizer.sha256(), asked_classes=asked)
+    return load_generator(weights.path, config.model)
 
 
 def read_inputs(config: CompleteImagesConfig) -> np.ndarray:

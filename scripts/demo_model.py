@@ -67,6 +67,8 @@ class DemoModel:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()
         self.classes, self.validation = names_of_classes(config), find_validation_images(config)
+        for class_id in self.weights.untrained_classes:
+            self.classes[class_id] += " (no training samples)"
         self.has_grid = len(tokenizer.code_shape) == 2
         self.any_order = config.model.generator.order != "raster"
         # A sampler has buffers, and on a GPU graphs, for one number of images.

@@ -33,7 +33,7 @@ from modeling.sampling.generate import SAMPLING_KEYS
 from modeling.sampling.generate_images import generate_images
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config, load_config
-from utils.errors import InputError, input_errors_exit
+from utils.errors import InputError, first_of, input_errors_exit
 from utils.files.atomic import atomic_folder, write_text
 from utils.files.hashing import hash_of
 from utils.files.hub import SCHEME, upload_folder
@@ -101,7 +101,10 @@ def export(config: Config, folder: Path, options: argparse.Namespace) -> None:
     model.to(device).eval()
     tokenizer.to(device)
     names = class_names_of(config)
-    labels = sample_labels(model.num_classes, options.samples) if options.samples > 0 and tokenizer.has_images else []
+    labels = []
+    if options.samples > 0 and tokenizer.has_images:
+        classes = [label for label in range(model.num_classes) if label not in weights.untrained_classes]
+        labels = sample_labels(classes, options.samples)
     card = model_card(
         config.experiment.name,
         loading=LOADING.format(
@@ -145,11 +148,11 @@ def class_names_of(config: Config) -> list[str] | None:
     return found[0][:count] if found is not None and len(found[0]) >= count else None
 
 
-def sample_labels(num_classes: int, count: int) -> list[int]:
-    """Labels of `count` images: up to `COLUMNS` classes over the whole range, repeated."""
-    columns = min(COLUMNS, count, num_classes)
-    classes = np.linspace(0, num_classes - 1, columns).round().astype(int).tolist()
-    return [classes[i % columns] for i in range(count)]
+def sample_labels(classes: list[int], count: int) -> list[int]:
+    """Labels of `count` images: up to `COLUMNS` of the classes over their whole range, repeated."""
+    columns = min(COLUMNS, count, len(classes))
+    chosen = np.linspace(0, len(classes) - 1, columns).round().astype(int).tolist()
+    return [classes[chosen[i % columns]] for i in range(count)]
 
 
 def draw_samples(path: Path, model: ReAR, tokenizer: Tokenizer, labels: list[int], names: list[str] | None) -> None:
@@ -178,6 +181,7 @@ def card_facts(model: ReAR, tokenizer: Tokenizer, weights: TrainedWeights, confi
             "training": f"{weights.step} of {config.training.max_train_steps} steps",
             "training settings": ", ".join(f"{key} {getattr(generator, key)}" for key in TRAINING_KEYS),
             "weights": "EMA" if is_ema else "of the last step",
+            "classes without training samples": first_of(weights.untrained_classes, 10) or "none recorded",
             "sha256 of the training data": weights.record.get("data"),
             "sha256 of the training code": weights.record.get("code"),
         }

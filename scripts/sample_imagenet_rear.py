@@ -81,7 +81,8 @@ def main(config: Config) -> None:
 def sample(config: Config, tokenizer: Tokenizer, output: Path, ctx: DistributedContext) -> None:
     sampling = config.sampling
     classes = ctx.broadcast_from_rank0(asked_classes, config)
-    weights = find_generator_weights(config, tokenizer.sha256(), ctx)
+    asked_ids = None if sampling.class_labels is None else classes
+    weights = find_generator_weights(config, tokenizer.sha256(), ctx, asked_ids)
     model = load_generator(weights.path, config.model)
     indices = asked_images(sampling, classes, model.num_classes)
     provenance = image_provenance(

@@ -114,7 +114,9 @@ def sweep(config: SweepGuidanceConfig, tokenizer: Tokenizer, ctx: DistributedCon
     output_dir, batch_size = Path(config.experiment.output_dir), config.sampling.per_gpu_batch_size
     reference = ctx.rank0_first(open_reference, config, tokenizer.resolution, verify=ctx.is_rank0)
     classes, indices = ctx.broadcast_from_rank0(asked, config)
-    model = load_generator(find_generator_weights(config, tokenizer.sha256(), ctx).path, config.model)
+    asked_ids = None if config.sampling.class_labels is None else classes
+    path = find_generator_weights(config, tokenizer.sha256(), ctx, asked_ids).path
+    model = load_generator(path, config.model)
     distance, extractor = ctx.rank0_first(find_extractor, ctx.device, "sweep.reference")
     sampler_provenance = image_provenance(
         config, class_labels=classes, indices=indices, model=model, tokenizer=tokenizer, device=ctx.device

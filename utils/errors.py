@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from utils.console import unbreakable_console
@@ -90,6 +90,11 @@ def is_codec_of_names(encoding: str) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether GPU or host memory is exhausted."""
     return type(error).__name__ in OUT_OF_MEMORY or (isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error))
+
+
+def first_of(items: Sequence[object], count: int = 3) -> str:
+    """The first items, for a message."""
+    return ", ".join(map(str, items[:count])) + (", ..." if len(items) > count else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -287,7 +287,7 @@ class TrainingConfig:
     enable_tf32: bool = key(True, "TF32 matrix products on NVIDIA GPUs")
     enable_wandb: Silent[bool] = key(True, "log to wandb too; metrics.jsonl is always written")
     use_ema: bool = key(False, "keep an exponential moving average of the weights and sample from it")
-    ema_decay: FractionBelow1 = key(0.9999, "decay of the EMA per step")
+    ema_decay: FractionBelow1 = key(0.9999, "decay of the EMA per step, to which it rises in 9 / (1 - ema_decay) steps")
     seed: Seed = key(42, "seed of initialization, data order and training noise")
     max_train_steps: NonNegativeInt = key(250_000, "length of the run and its schedules")
     max_grad_norm: PositiveFloat = key(1.0, "clip gradients to this norm; very large: never")

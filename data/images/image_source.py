@@ -12,6 +12,11 @@ from PIL import Image
 from data.images.image_io import ImageDecoding
 from utils.errors import InputError
 
+SYSTEM_FOLDERS = (
+    *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "__MACOSX", "lost+found"),
+    *("$RECYCLE.BIN", "System Volume Information"),
+)
+
 
 class ImageSource(ABC):
     """n images with class ids. `source[i]` is (PIL RGB image, class id). Sources can be pickled and forked.
@@ -95,6 +100,11 @@ class ImageSource(ABC):
         table = np.array([new_ids.get(name, -1) for name in self.class_names], dtype=np.int32)
         self.class_ids = table[self.class_ids]
         self.class_names = list(class_names)
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder is hidden, or a folder that a system or a NAS adds, which may hold thumbnails."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
 
 
 def to_bytes(name: str) -> bytes:

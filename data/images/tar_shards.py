@@ -8,6 +8,7 @@ import fnmatch
 import glob
 import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from data.images.image_io import IMAGE_EXTENSIONS
-from data.images.image_source import ImageSource, printable, to_text
+from data.images.image_source import ImageSource, is_ignored, printable, to_text
 from data.images.notices import SkippedFiles
 from data.images.shard_index import ShardIndex, index_path, read_index
 from utils.errors import InputError, errors_name
@@ -26,10 +27,12 @@ from utils.files.text import same_letters
 
 CLASS_NAMES_FILE = "classes.json"
 COUNTS_FILE = "shards.json"
+READ_BYTES = 2**20  # at once
 
 
 class TarShards(ImageSource):
-    """The samples of shards in their order. Raises InputError for missing or damaged shards and incomplete samples."""
+    """The samples of shards in their order. Raises InputError for missing or damaged shards, incomplete samples and two
+    samples of one key."""
 
     def __init__(self, pattern: str) -> None:
         self.shards = find_shards(pattern)
@@ -42,6 +45,18 @@ class TarShards(ImageSource):
         self._sizes = np.concatenate([index.sizes for index in indices.values()])
         self.class_ids = np.concatenate([index.class_ids for index in indices.values()])
         self.class_names = read_class_names(self.shards)
+        self._check_keys()
+
+    def _check_keys(self) -> None:
+        """Raise InputError for two samples of one key, as in a shard and its copy."""
+        order = np.argsort(self._keys, kind="stable")
+        repeated = np.flatnonzero(self._keys[order[1:]] == self._keys[order[:-1]])
+        if len(repeated):
+            first, second = order[repeated[0] : repeated[0] + 2].tolist()
+            raise InputError(
+                f"{self.location(second)}: found {len(repeated)} keys that other samples have too, such as "
+                f"{self.location(first)}; expected each key once: remove the copy or rename its samples"
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -79,6 +94,9 @@ def find_shards(pattern: str) -> list[Path]:
             tars = len(list(nearest.glob("*.tar")))
             raise InputError(f"{folder / name}: no such shard; the nearest folder is {nearest}, with {tars} .tar files")
         shards += found
+    repeated = next((shard for shard, count in Counter(shards).items() if count > 1), None)
+    if repeated is not None:
+        raise InputError(f"{pattern}: found {repeated} twice, expected each shard once")
     return shards
 
 
@@ -158,7 +176,7 @@ def read_headers(shard: Path) -> ShardIndex:
             for member in tar:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 key, extension = _key_and_extension(member.name)
-                if member.isdir() or _is_hidden(member.name):
+                if member.isdir() or _is_ignored(member.name):
                     continue
                 if not member.isreg():
                     skipped.add(member.name, "a link")
@@ -167,6 +185,8 @@ def read_headers(shard: Path) -> ShardIndex:
                         raise InputError(f"{shard}, sample {printable(key)!r}: found two images, expected one")
                     images[key] = member
                 elif extension == "cls":
+                    if key in class_ids:
+                        raise InputError(f"{shard}, sample {printable(key)!r}: found two class ids, expected one")
                     class_ids[key] = _read_class_id(shard, tar, member)
                 else:
                     skipped.add(member.name, "no image extension after the first dot")
@@ -200,16 +220,23 @@ def _key_and_extension(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, extension.lower()
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+def _is_ignored(name: str) -> bool:
+    return any(is_ignored(part) for part in name.split("/") if part not in (".", ".."))
 
 
 def _check_end(shard: Path, end: int, num_images: int) -> None:
-    """Raise InputError without an end mark: a tar cut between two members reads like a shorter one."""
+    """Raise InputError without an end mark, since a tar cut between two members reads like a shorter one, or for data
+    after it, which no reader would see, as in two tars joined by `cat`."""
     with shard.open("rb") as file:
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise InputError(f"{shard}: cut or damaged at byte {end}, after {num_images} images; expected an end mark")
+        while block := file.read(READ_BYTES):
+            if block.count(0) != len(block):
+                raise InputError(
+                    f"{shard}: found data after the end mark at byte {end}, after {num_images} images, expected zeros; "
+                    "join tars with `tar --concatenate`, not with cat"
+                )
 
 
 def read_class_names(shards: list[Path]) -> list[str] | None:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from tests.faults.test_resuming import flip_a_bit
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.weights import load_state_dict, save_weights
+from utils.run.manifest import read_manifest
+from utils.run.resume import Start, untrained_classes
 from utils.run.weights_path import find_weights
 
 STEPS = ["training.max_train_steps=12", "experiment.save_every=4"]
@@ -190,3 +193,32 @@ def test_a_store_of_ones_own_is_never_replaced(codes: Path) -> None:
 def test_a_record_does_not_change_the_tensors(run: Path) -> None:
     final, plain = load_state_dict(run / "model.safetensors"), load_file(run / "model.safetensors")
     assert all(torch.equal(final[key], plain[key]) for key in plain)
+
+
+def test_classes_without_training_samples_are_named(
+    tiny_arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seven = [*tiny_arguments, "model.generator.condition_num_classes=7"]
+    run, output = tmp_path / "run", tmp_path / "x"
+    train(seven, run, "training.max_train_steps=2", "lr_scheduler.params.warmup_steps=0")
+    assert "warning: classes: 2 of 7 classes have no training samples: 5, 6" in (run / "log.txt").read_text()
+    assert read_manifest(run / "checkpoint-2").provenance.untrained_classes == [5, 6]
+    assert "no training samples" not in capsys.readouterr().out
+    for weights in (run, run / "model.safetensors", run / "checkpoint-2"):
+        with pytest.raises(InputError, match=r"no training samples of classes 6, expected classes that the weights"):
+            sample(seven, weights, output, "sampling.class_labels=[1,6]")
+    assert [path.name for path in tmp_path.glob("x*")] == []
+    sample(seven, run, output, "sampling.class_labels=[4,1]")
+    assert "no training samples" not in capsys.readouterr().out
+    sample(seven, run, tmp_path / "all")
+    assert f"{run / 'model.safetensors'}: found no training samples of classes 5, 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("before", "expected"), [([5], [5]), ([], []), ([2, 5, 6], [5, 6]), (None, None), ("scratch", [5, 6])]
+)
+def test_classes_that_were_trained_before_stay_trained(tmp_path: Path, before: Any, expected: list[int] | None) -> None:
+    """Of a run that starts from weights which record `before`, on data without samples of classes 5 and 6."""
+    save_weights({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"untrained_classes": before})
+    start = Start() if before == "scratch" else Start(str(tmp_path / "x.safetensors"), weights_only=True)
+    assert untrained_classes(start, without_samples=[5, 6]) == expected

@@ -316,7 +316,12 @@ def test_an_ema_may_start_in_the_middle_of_a_run(oracle: Run, tmp_path: Path) ->
     run = copy_of(oracle, tmp_path / "run")
     run.completed("training.max_train_steps=13", "training.use_ema=true")
     assert "checkpoint-12 has no EMA: it starts from the weights of this step" in run.log()
-    assert (run.folder / "checkpoint-13/ema.safetensors").is_file()
+    start, end = (load_file(run.folder / f"checkpoint-{step}/model.safetensors") for step in (12, 13))
+    ema = load_file(run.folder / "checkpoint-13/ema.safetensors")
+    for key in ema:  # its age, not the step of the run, decides its decay
+        torch.testing.assert_close(ema[key], start[key].lerp(end[key], 0.9))
+    run.completed("training.max_train_steps=14", "training.use_ema=true")
+    assert [read_manifest(run.folder / f"checkpoint-{step}").state.ema_start for step in (13, 14)] == [12, 12]
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")

@@ -164,6 +164,18 @@ def test_a_bare_file_with_a_licence_and_a_reference(run: Path, exported: Path, t
     np.testing.assert_array_equal(preset, generate_images(*load_pretrained(exported), [1, 2], guidance_scale=2))
 
 
+def test_classes_without_training_samples_are_named_and_not_drawn(tmp_path: Path) -> None:
+    project = make_tiny_project(tmp_path)
+    overrides = [*TRAINING, "model.generator.condition_num_classes=7", f"experiment.output_dir={tmp_path / 'rear'}"]
+    train_rear.main(load_config([f"config={project}", *overrides]))
+    assert export(tmp_path / "rear", tmp_path / "tiles", "--samples", "7").returncode == 0
+    card = (tmp_path / "tiles/README.md").read_text()
+    assert re.search(r"classes without training samples \| 5, 6", card)
+    assert "class_labels=[0, 1, 2, 3, 4, 0, 1]" in card
+    with pytest.warns(UserWarning, match="no training samples of classes 5, 6"):
+        load_pretrained(tmp_path / "tiles")
+
+
 def test_a_checkpoint_that_is_not_the_ema(run: Path, tmp_path: Path) -> None:
     assert export(run / "checkpoint-3/model.safetensors", tmp_path / "x", "--samples", "0").returncode == 0
     assert "| weights | of the last step |" in (tmp_path / "x/README.md").read_text()

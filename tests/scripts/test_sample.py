@@ -16,7 +16,7 @@ from modeling.rear import ReAR
 from modeling.sampling.cached_decoding import DecodingState
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_sampler import ImageSampler
-from scripts import sample_imagenet_rear
+from scripts import make_shards, sample_imagenet_rear
 from tests.processes import ROOT, rank_environments, run_script, start_script
 from utils.config import load_config
 from utils.errors import InputError
@@ -182,6 +182,22 @@ def test_classes_by_name(tiny_arguments: list[str], checkpoint: Path, tmp_path: 
     message = r"class_labels: found 'dgo', expected 0 to 4 or .* of .*images; did you mean 'dog'"
     with pytest.raises(InputError, match=message):
         sample(tiny_arguments, checkpoint, tmp_path / "y", data, "sampling.class_labels=[dgo]")
+
+
+def test_a_name_of_two_classes_is_none(tiny_arguments: list[str], checkpoint: Path, tmp_path: Path) -> None:
+    """As "crane" among ImageNet's titles: bird and machine."""
+    data = tmp_path / "images"
+    for name in ("0", "1", "2"):
+        (data / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(data / name / "0.png")
+    (tmp_path / "titles.txt").write_text("0 crane\n1 2\n2 crane\n")
+    make_shards.main([str(data), str(tmp_path / "shards"), "--class-names", str(tmp_path / "titles.txt")])
+    arguments = [*tiny_arguments, f"dataset.params.train_shards_path_or_url={tmp_path / 'shards/*.tar'}"]
+    with pytest.raises(InputError, match=r"class_labels: found 'crane', the name of the classes \[0, 2\] of .*shards"):
+        sample(arguments, checkpoint, tmp_path / "x", "sampling.class_labels=[crane]")
+    assert not list(tmp_path.glob("x*"))
+    npz = sample(arguments, checkpoint, tmp_path / "x", "sampling.class_labels=[2]", "sampling.images_per_class=1")
+    assert np.load(npz)["arr_1"].tolist() == [2]
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from utils.errors import InputError
+from utils.errors import InputError, first_of
 from utils.files.atomic import atomic_file, set_permissions
 from utils.files.weight_formats import is_index, read_contents, shards_of
 
 RECORD = "re-ar"  # key in the metadata of a safetensors file
-NAMES_IN_ERRORS = 3
 # Names above a state dict and prefixes of its keys: DDP and AveragedModel (module), torch.compile (_orig_mod),
 # Lightning (state_dict, model). No key of this project's modules begins with one.
 WRAPPERS = ("state_dict", "model", "module", "_orig_mod", "ema", "generator")
@@ -54,12 +53,13 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], list[str]]:
     shards = shards_of(index)
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
-        raise InputError(f"{index}: {len(missing)} of {len(shards)} shards are missing ({_first(missing)})")
+        raise InputError(f"{index}: {len(missing)} of {len(shards)} shards are missing ({first_of(missing)})")
     for name, keys in shards.items():
         tensors, _ = _read_file(index.parent / name)
         if different := sorted(keys ^ tensors.keys()):
             raise InputError(
-                f"{index.parent / name}: {len(different)} keys differ from those in {index.name} ({_first(different)})"
+                f"{index.parent / name}: {len(different)} keys differ from those in {index.name} "
+                f"({first_of(different)})"
             )
         state |= tensors
     return state, [f"joined {len(shards)} shards"]
@@ -85,7 +85,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         raise InputError(f"{path}: damaged, found tensors of sha256 {found[:12]}..., expected {expected[:12]}...")
     bad = [key for key, value in contents.items() if value.dtype in FLOATS and not _is_finite(value)]
     if bad:
-        raise InputError(f"{path}: {len(bad)} of {len(contents)} tensors hold NaN or infinity ({_first(bad)})")
+        raise InputError(f"{path}: {len(bad)} of {len(contents)} tensors hold NaN or infinity ({first_of(bad)})")
     return contents, changes
 
 
@@ -166,7 +166,7 @@ def check_fits(module: nn.Module, state: dict[str, Tensor], source: object) -> N
         ],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(names)} {problem} ({_first(names)})" for problem, names in problems.items() if names)
+        found = "; ".join(f"{len(names)} {problem} ({first_of(names)})" for problem, names in problems.items() if names)
         raise InputError(f"{source}: does not fit {type(module).__name__} as configured: {found}")
 
 
@@ -181,10 +181,6 @@ def tensors_sha256(state: dict[str, Tensor]) -> str:
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:NAMES_IN_ERRORS]) + (", ..." if len(names) > NAMES_IN_ERRORS else "")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -26,6 +26,7 @@ class TrainingState:
     skipped_images: int = 0  # unreadable images that were left out, once per pass
     trained_s: float = 0.0  # seconds of training, pauses included
     started_from: str | None = None  # the path in experiment.resume=PATH that the run started from
+    ema_start: int = 0  # the step at which the EMA began
 
 
 class TrainingData(Protocol):
@@ -45,12 +46,14 @@ class Provenance:
     data_hash: str = ""  # fingerprint of the training data
     code_hash: str = ""  # of the Python sources
     tokenizer_sha256: str | None = None  # of the weights of the generator's tokenizer; None: unknown
+    untrained_classes: list[int] | None = None  # ids of the classes without training samples; None: unknown
 
     def record(self, step: int) -> dict[str, Any]:
         """For a single weights file; without the config, whose folder names would make files of equal weights
         differ."""
         hashes = {"code": self.code_hash, "data": self.data_hash}
-        return {"step": step, "tokenizer_sha256": self.tokenizer_sha256, **hashes}
+        known = {"tokenizer_sha256": self.tokenizer_sha256, "untrained_classes": self.untrained_classes}
+        return {"step": step, **known, **hashes}
 
 
 @dataclass

@@ -220,8 +220,11 @@ def starting_state(start: Start, config: Config, global_batch_size: int) -> Trai
     """
     resume = config.experiment.resume
     if start.checkpoint is not None and not start.weights_only:
-        state = read_manifest(Path(start.checkpoint)).state
+        manifest = read_manifest(Path(start.checkpoint))
+        state = manifest.state
         state.global_batch_size = global_batch_size
+        if f"{EMA}.safetensors" not in manifest.files:  # see `load_modules`
+            state.ema_start = state.global_step
     else:
         state = TrainingState(global_step=0, global_batch_size=global_batch_size, samples_seen=0)
     if resume not in WORDS:
@@ -238,6 +241,25 @@ def starting_state(start: Start, config: Config, global_batch_size: int) -> Trai
 def last_step(training: TrainingConfig) -> int:
     """The number of steps after which the run ends."""
     return training.max_train_steps if training.stop_steps is None else training.stop_steps
+
+
+def untrained_classes(start: Start, without_samples: list[int]) -> list[int] | None:
+    """Classes that neither this run nor the one that it starts from has samples of; None: unknown, as the weights that
+    it starts from do not record theirs.
+
+    Args:
+        without_samples: classes without samples in the training data.
+    """
+    if start.checkpoint is None:
+        return without_samples
+    path = Path(start.checkpoint)
+    if start.weights_only:
+        before = read_record(path).get("untrained_classes")
+    else:
+        before = read_manifest(path).provenance.untrained_classes
+        if before is None:  # of an earlier version: the data are the same
+            before = without_samples
+    return None if before is None else [class_id for class_id in without_samples if class_id in before]
 
 
 def load_start(start: Start, resumable: Resumable) -> list[str]:

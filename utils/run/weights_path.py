@@ -11,12 +11,13 @@
 A checkpoint and a run's final weights are compared with their sha256.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from utils.distributed import DistributedContext
-from utils.errors import InputError
+from utils.errors import InputError, first_of
 from utils.files.hashing import file_sha256
 from utils.files.hub import local_file
 from utils.files.weight_formats import INDEX_SUFFIX
@@ -64,6 +65,11 @@ class TrainedWeights:
         """Of the tokenizer of the training data; None: not recorded."""
         return self.record.get("tokenizer_sha256")
 
+    @property
+    def untrained_classes(self) -> list[int]:
+        """Ids of the classes that had no training samples; empty if that is not recorded."""
+        return self.record.get("untrained_classes") or []
+
 
 def resolve_path(source: str) -> ResolvedPath:
     """Resolve a path or `hf://OWNER/REPO/FILE`, which is downloaded; raises InputError unless the table above has a
@@ -103,21 +109,43 @@ def find_weights(source: str) -> TrainedWeights:
 
 
 def find_generator_weights(
-    config: Config, tokenizer_sha256: str, ctx: DistributedContext | None = None
+    config: Config,
+    tokenizer_sha256: str,
+    ctx: DistributedContext | None = None,
+    asked_classes: Sequence[int] | None = None,
 ) -> TrainedWeights:
     """The weights of `experiment.generator_checkpoint`, found by rank 0, which prints its choice. All ranks call it.
 
-    `tokenizer_sha256` is of the tokenizer that decodes the samples. Raises InputError for missing weights, or weights
-    trained with a different tokenizer.
+    Args:
+        tokenizer_sha256: of the tokenizer that decodes the samples.
+        asked_classes: ids of the classes that the user names; None: any class may be sampled, and rank 0 prints those
+            without training samples.
+
+    Raises:
+        InputError: missing weights, weights trained with a different tokenizer, or a named class without training
+            samples.
     """
     source = config.experiment.generator_checkpoint
     if source is None:
         raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
     weights = find_weights(source) if ctx is None else ctx.broadcast_from_rank0(lambda: find_weights(source))
-    for notice in weights.notices if ctx is None or ctx.is_rank0 else ():
-        print(notice)
     check_tokenizer(weights.tokenizer_sha256, tokenizer_sha256, weights.path, config.experiment)
+    notices = [*weights.notices, *_check_classes(weights, asked_classes)]
+    for notice in notices if ctx is None or ctx.is_rank0 else ():
+        print(notice)
     return weights
+
+
+def _check_classes(weights: TrainedWeights, asked: Sequence[int] | None) -> list[str]:
+    """Lines for the user about classes without training samples; raises InputError for one that is asked for."""
+    untrained = weights.untrained_classes
+    wrong = [class_id for class_id in asked or [] if class_id in untrained]
+    without = f"found no training samples of classes {first_of(wrong or untrained, 10)}"
+    if wrong:
+        raise InputError(f"{weights.path}: {without}, expected classes that the weights were trained on")
+    if untrained and asked is None:
+        return [f"{weights.path}: {without}; their images mean nothing (sampling.class_labels selects classes)"]
+    return []
 
 
 def check_tokenizer(trained_with: str | None, found: str | None, source: object, experiment: ExperimentConfig) -> None:
