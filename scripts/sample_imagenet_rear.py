@@ -80,8 +80,8 @@ def main(config: Config) -> None:
 
 def sample(config: Config, tokenizer: Tokenizer, output: Path, ctx: DistributedContext) -> None:
     sampling = config.sampling
-    classes = ctx.broadcast_from_rank0(asked_classes, config)
-    weights = find_generator_weights(config, tokenizer.sha256(), ctx)
+    weights, config = find_generator_weights(config, tokenizer.sha256(), ctx)
+    classes = ctx.broadcast_from_rank0(asked_classes, config, weights.class_names)
     model = load_generator(weights.path, config.model)
     indices = asked_images(sampling, classes, model.num_classes)
     provenance = image_provenance(
@@ -189,7 +189,7 @@ def pack(
             "arr_1": (labels.shape, np.int64, [labels]),
         },
     )
-    write_record(npz, provenance, figures={"bytes": npz.stat().st_size, **figures})
+    write_record(npz, provenance, figures=figures, files=[npz])
     chunk_files.remove()
     print(f"{len(labels)} images in {npz}")
 
@@ -209,7 +209,7 @@ def pack_codes(
     with new_token_store(store, meta) as writer:
         for chunk, codes in zip(chunk_files.chunks, chunk_files.load(), strict=True):
             writer.append(codes, labels[chunk.start : chunk.stop])
-    write_record(store, provenance, figures=figures)
+    write_record(store, provenance, figures=figures, files=sorted(store.iterdir()))
     chunk_files.remove()
     print(
         f"{len(labels)} samples in {store}: decode its tokens.npy, uint16 {len(labels), tokenizer.image_seq_len}, with "

@@ -7,6 +7,7 @@ shard, else all tar headers are read.
 import fnmatch
 import glob
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from data.images.image_source import ImageSource, printable, to_text
 from data.images.notices import SkippedFiles
 from data.images.shard_index import ShardIndex, index_path, read_index
 from utils.errors import InputError
-from utils.files.hashing import hash_of
+from utils.files.hashing import file_sha256, hash_of
 from utils.files.json_file import read_json
 
 CLASS_NAMES_FILE = "classes.json"
@@ -52,6 +53,12 @@ class TarShards(ImageSource):
 
     def location(self, index: int) -> str:
         return f"{self.shards[self._shard_of[index]]}, sample {printable(self.key(index))!r}"
+
+    def files(self) -> Iterator[Path]:
+        return iter(self.shards)
+
+    def has_stated_content(self) -> bool:
+        return [file_sha256(shard, progress=True) for shard in self.shards] == self._sha256
 
     def _read(self, index: int) -> bytes:
         # Opened for every image: processes share nothing, and thousands of shards need no open files.
