@@ -84,19 +84,8 @@ def is_written(output: Path, provenance: dict[str, Any]) -> bool:
     very end are deleted. Raises InputError if it holds something else."""
     if not is_made(output, provenance, output / PROVENANCE_FILE):
         return False
-    for name, record in read_json(output / COUNTS_FILE).items():
-        if _size(output / name) != record["bytes"]:
-            raise InputError(
-                f"{output / name}: expected {record['bytes']} bytes, found {_size(output / name)}; delete "
-                f"{output} or choose another name"
-            )
     shutil.rmtree(chunk_folder(output), ignore_errors=True)
     return True
-
-
-def _size(path: Path) -> int | None:
-    """In bytes; None: no such file."""
-    return path.stat().st_size if path.is_file() else None
 
 
 def chunk_folder(output: Path) -> Path:
@@ -134,7 +123,9 @@ def write_shards(
     }
     write_text(folder / COUNTS_FILE, json.dumps(records, indent=1) + "\n")
     write_text(folder / CLASS_NAMES_FILE, json.dumps(provenance["class names"]) + "\n")
-    write_record(output, provenance, folder / PROVENANCE_FILE)
+    files = [path for path in sorted(folder.iterdir()) if path.name != PROVENANCE_FILE]
+    sizes = {path.name: {"bytes": path.stat().st_size} for path in files}  # hashing would take long
+    write_record(output, provenance, folder / PROVENANCE_FILE, figures={"files": sizes})
     fault_point("join.end", 0)
     publish(folder, output)
     chunk_files.remove()
@@ -144,9 +135,10 @@ def _delete_records_of_damaged_shards(chunk_files: ChunkFiles, shards: list[Shar
     """A shard that lacks its index, or has not the recorded size, is written again."""
     for chunk in chunk_files.chunks:
         record, shard = chunk_files.path(chunk), folder / shards[chunk.start].name
-        if record.exists() and (
-            _size(shard) != json.loads(record.read_bytes())["bytes"] or _size(index_path(shard)) is None
-        ):
+        if not record.exists():
+            continue
+        size = shard.stat().st_size if shard.is_file() else None
+        if size != read_json(record)["bytes"] or not index_path(shard).is_file():
             record.unlink()
 
 

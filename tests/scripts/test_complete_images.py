@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling.loading import load_tokenizer
+from modeling.loading import load_generator, load_tokenizer
 from modeling.rear import ReAR
 from modeling.sampling.generate import generate
 from modeling.sampling.inpainting import region_mask
@@ -62,7 +62,7 @@ def test_files(arguments: list[str], tmp_path: Path, batch_size: int, label: int
     assert arrays["inputs"].shape == (5, 16, 16, 3)
 
     tokenizer = load_tokenizer(config)
-    model = complete_images.load_model(config, tokenizer).eval()
+    model = load_generator(Path(config.experiment.generator_checkpoint), config.model).eval()
     codes = tokenizer.encode(to_float(torch.from_numpy(arrays["inputs"])))
     mask = torch.from_numpy(arrays["kept"]).flatten().expand(5, -1)
     labels = torch.full((5,), model.null_class if label is None else label)

@@ -31,10 +31,10 @@ C = TypeVar("C", bound=Config)
 
 FINAL_FILE = "model.safetensors"  # in a run folder, when the run is complete
 KEPT_FILE = re.compile(r"(checkpoint-\d+/\w+|weights/\d+)\.safetensors")  # of a run, in its folder
-# Keys of model.generator that keep the values of the given config: sizes, which loading compares, and how to sample.
+# Keys of model.generator that keep the values of the given config: sizes, which loading compares, memory, sampling.
 NOT_FROM_TRAINING = (
     *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
-    *("image_seq_len", "condition_num_classes", "z_dim"),
+    *("image_seq_len", "condition_num_classes", "z_dim", "use_checkpoint"),
     *SAMPLING_NAMES,
 )
 NO_TOKENIZER = "records no tokenizer; whether it is the configured one is not compared"
