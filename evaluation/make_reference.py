@@ -60,6 +60,9 @@ class NpzSource(ImageSource):
     def location(self, index: int) -> str:
         return f"{self.images.path}, image {index}"
 
+    def files(self) -> Iterator[Path]:
+        yield self.images.path
+
     def _read(self, index: int) -> bytes:
         return self.images.read(index, index + 1).tobytes()
 

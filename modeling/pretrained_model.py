@@ -16,7 +16,7 @@ from modeling.model_card import CARD_FILE, model_card
 from utils.config import Config, load_config
 from utils.errors import InputError
 from utils.files.atomic import write_text
-from utils.files.hub import local_folder, upload_folder
+from utils.files.hub import local_folder, upload_files
 from utils.files.weights import load_state_dict, load_strict, save_weights, weights_sha256
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -75,7 +75,8 @@ class PretrainedModel(nn.Module):
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, repository)
-            return upload_folder(Path(folder), repository, private=private, token=token)
+            files = {path.name: path for path in Path(folder).iterdir()}
+            return upload_files(files, repository, private=private, token=token)
 
     def write_files(self, folder: Path, record: dict[str, Any] | None = None) -> None:
         """Write config.json and model.safetensors; `record` is the provenance kept with the weights."""

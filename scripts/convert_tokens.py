@@ -76,8 +76,12 @@ def to_store(jsonl: Path, store_path: Path, arguments: argparse.Namespace) -> in
     if is_conversion(store_path, jsonl, sizes, arguments.max_bad_fraction):
         meta = open_store(store_path)[0]
         different = differences(
-            found={"crops_per_image": meta.crops_per_image, "class_names": meta.class_names},
-            expected={"crops_per_image": arguments.crops_per_image, "class_names": names},
+            found={key: getattr(meta, key) for key in ("image_seq_len", "crops_per_image", "class_names")},
+            expected={
+                "image_seq_len": arguments.image_seq_len,
+                "crops_per_image": arguments.crops_per_image,
+                "class_names": names,
+            },
         )
         if different:
             raise InputError(f"{store_path}: exists with {different[0]}; delete it or choose another name")

@@ -17,7 +17,7 @@ from torch import Tensor
 from data.images.image_io import ImageDecoding
 from data.images.reading import ImageDataset
 from data.images.transforms import NUM_DRAWS, center_crop_transform
-from data.training_batches import training_classes
+from data.training_batches import known_classes
 from data.validation_data import open_validation_images
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.loading import class_names, load_generator, load_tokenizer
@@ -58,17 +58,19 @@ class DemoModel:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
         tokenizer = load_tokenizer(config)
         if not tokenizer.has_images:
             raise tokenizer.no_images("scripts/demo.py")
-        self.weights = find_generator_weights(config, tokenizer.sha256())
+        self.weights, self.config = find_generator_weights(config, tokenizer.sha256())
+        config = self.config
         model = load_generator(self.weights.path, config.model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()
-        self.classes, self.validation = names_of_classes(config), find_validation_images(config)
+        trained = self.weights.class_names
+        self.classes = names_of_classes(config, trained)
         for class_id in self.weights.untrained_classes:
             self.classes[class_id] += " (no training samples)"
+        self.validation = find_validation_images(config, trained)
         self.has_grid = len(tokenizer.code_shape) == 2
         self.any_order = config.model.generator.order != "raster"
         # A sampler has buffers, and on a GPU graphs, for one number of images.
@@ -150,11 +152,11 @@ class DemoModel:
         return images, self.tokenizer.encode(images)
 
 
-def names_of_classes(config: Config) -> list[str]:
-    """Each class's id and name, from the training data, an exported model or ImageNet."""
+def names_of_classes(config: Config, trained: list[str] | None) -> list[str]:
+    """Each class's id and name, from the weights, the training data, an exported model or ImageNet."""
     num_classes, folder = config.model.generator.condition_num_classes, config.experiment.generator_checkpoint
     names: list[str] = []
-    known = training_classes(config)
+    known = known_classes(config, trained)
     if known is not None:
         names = known[0]
     elif folder is not None and Path(folder).is_dir():
@@ -166,12 +168,12 @@ def names_of_classes(config: Config) -> list[str]:
     return [f"{i} {names[i] if i < len(names) else ''}".strip() for i in range(num_classes)]
 
 
-def find_validation_images(config: Config) -> ImageDataset | None:
+def find_validation_images(config: Config, trained: list[str] | None) -> ImageDataset | None:
     """The images of `dataset.params.eval_shards_path_or_url`; None without any."""
     if config.dataset.params.eval_shards_path_or_url is None:
         return None
     try:
-        return open_validation_images(config, config.model.generator.condition_num_classes)
+        return open_validation_images(config, config.model.generator.condition_num_classes, trained)
     except InputError as error:
         print(f"no validation images on the page: {error}")
         return None

@@ -9,7 +9,7 @@ class goes to separate shards. All CPUs are used; rerun the same command to resu
 
 Writes to OUTPUT, atomically: <prefix>-000000.tar ..., heldout-000000.tar ..., an index of each
 (<prefix>-000000.index.npz ...), which avoids reading all headers at each start, classes.json (names in the order of
-the class ids) and shards.json (samples, bytes and sha256 of each shard). For existing shards
+the class ids), shards.json (samples, bytes and sha256 of each shard) and provenance.json. For existing shards
 
     python scripts/make_shards.py --index "shards/imagenet-train-{000000..000252}.tar"
 
@@ -28,7 +28,14 @@ if __name__ == "__main__":
 from tqdm import tqdm
 
 from data.images.image_folder import ImageFolder
-from data.images.shard_writer import HELDOUT_PREFIX, index_shards, is_written, plan_shards, write_shards
+from data.images.shard_writer import (
+    HELDOUT_PREFIX,
+    index_shards,
+    is_written,
+    plan_shards,
+    provenance_of,
+    write_shards,
+)
 from data.images.tar_shards import find_shards
 from utils.errors import InputError, input_errors_exit
 from utils.files.lock import only_writer
@@ -58,12 +65,13 @@ def pack(arguments: argparse.Namespace) -> None:
     if arguments.class_names is not None:
         names = read_titles(arguments.class_names, source.class_names)
     shards = plan_shards(source, arguments.prefix, arguments.samples_per_shard, arguments.heldout)
-    if is_written(arguments.output, names, shards):
+    provenance = provenance_of(source, names, shards)
+    if is_written(arguments.output, provenance):
         print(f"{arguments.output}: is already complete")
         return
     with (
         tqdm(total=len(source), unit="image", smoothing=0) as progress,
-        closing(write_shards(source, names, shards, arguments.output, arguments.processes)) as written,
+        closing(write_shards(source, provenance, shards, arguments.output, arguments.processes)) as written,
     ):
         for count in written:
             progress.update(count)

@@ -36,6 +36,7 @@ if __name__ == "__main__":  # a wrong config ends here, before the slow imports
     CONFIG = load_config_or_exit(Config, __doc__, READS)
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -95,9 +96,11 @@ def pretokenize(
     chunk_folder = store_path.with_name(store_path.name + ".chunks")
     chunk_files = ChunkFiles(chunk_folder, num_items=len(images), chunk_size=chunk_size, suffix=".npy")
     meta = describe(config, tokenizer, images, crops, ctx.device)
+    recorded = TokenStore(store_path).meta.source_files if store_path.is_dir() else chunk_files.recorded("source_files")
+    meta.source_files = ctx.broadcast_from_rank0(lambda: files_fingerprint(source, recorded))
     missing: list[range] = []
     if store_path.is_dir():
-        check_finished(TokenStore(store_path), meta)
+        check_finished(TokenStore(store_path), meta, ctx)
     else:
         missing = chunk_files.open_on_all_ranks({**provenance_of(meta), "images per chunk": chunk_size}, ctx)
     started = time.perf_counter()
@@ -172,14 +175,25 @@ def describe(config: Config, tokenizer: Tokenizer, images: ImageDataset, crops: 
     )
 
 
+def files_fingerprint(source: ImageSource, recorded: str | None) -> str:
+    """`ImageSource.files_fingerprint`, or the recorded one if the files state their content, since copies have other
+    modification times."""
+    found = source.files_fingerprint
+    return recorded if recorded not in (None, found) and source.has_stated_content() else found
+
+
 def provenance_of(meta: StoreMeta) -> dict[str, Any]:
-    keys = ("image_seq_len", "codebook_size", "tokenizer_sha256", "source_sha256", "class_names")
+    keys = ("image_seq_len", "codebook_size", "tokenizer_sha256", "source_sha256", "source_files", "class_names")
     return {**{key: getattr(meta, key) for key in keys}, **(meta.settings or {})}
 
 
-def check_finished(store: TokenStore, meta: StoreMeta) -> None:
+def check_finished(store: TokenStore, meta: StoreMeta, ctx: DistributedContext) -> None:
     """Raise InputError if the existing store is not the one that this command would write."""
-    different = differences(found=provenance_of(store.meta), expected=provenance_of(meta))
+    expected = meta
+    if store.meta.source_files is None:  # of an earlier version
+        ctx.print_on_rank0(f"{store.path}: records no sizes and times of its images; only their names are compared")
+        expected = replace(meta, source_files=None)
+    different = differences(found=provenance_of(store.meta), expected=provenance_of(expected))
     if different:
         raise InputError(
             f"{store.path}: exists with another provenance: {different[0]}; delete it or write to another "

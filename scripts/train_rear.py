@@ -62,7 +62,7 @@ from utils.run.resume import untrained_classes
 from utils.run.sharding import accumulating, clip_gradients, parallelize, unsharded
 from utils.run.status import EXIT_STATUS
 from utils.run.training_run import TrainingRun
-from utils.run.weights_path import find_weights
+from utils.run.weights_path import NO_TOKENIZER, check_weights, find_weights
 from utils.schedules import ema_warm_up, schedule_warnings
 
 MEMORY_HINT = (
@@ -95,8 +95,12 @@ def main(config: Config) -> str:
         torch.manual_seed(training.seed)
         model = ReAR(config.model).to(ctx.device)
         if launched.is_new and experiment.init_from is not None:
-            init_from_weights(model, find_weights(experiment.init_from).path)
+            weights = find_weights(experiment.init_from)
+            check_weights(weights.record, tokenizer_sha256, config, weights.path)
+            init_from_weights(model, weights.path)
             launched.notes.append(f"starting from the weights of {experiment.init_from}, with new rows for the classes")
+            if weights.tokenizer_sha256 is None:
+                launched.notes.append(f"{weights.path}: {NO_TOKENIZER}")
         ema = MovingAverage(model, training.ema_decay) if training.use_ema else None
         parallel = parallelize(model, model.blocks, ctx, training)
         if ema and training.fsdp:

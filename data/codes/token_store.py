@@ -50,6 +50,10 @@ class TokenStore(Dataset):
         """Equal for equal samples in equal order, independent of their origin."""
         return self.meta.fingerprint
 
+    @property
+    def class_names(self) -> list[str] | None:
+        return self.meta.class_names
+
     def class_name(self, class_id: int) -> str:
         """The name, or the number if the store has no names."""
         return self.meta.class_names[class_id] if self.meta.class_names else str(class_id)

@@ -23,6 +23,9 @@ class _Files(ImageSource):
     def location(self, index: int) -> str:
         return printable(str(self.root / self.key(index)))
 
+    def files(self) -> Iterator[Path]:
+        return (self.root / self.key(index) for index in range(len(self)))
+
     def _read(self, index: int) -> bytes:
         return (self.root / on_disk(self.key(index))).read_bytes()
 

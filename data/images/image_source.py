@@ -4,7 +4,8 @@ import errno
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -38,6 +39,10 @@ class ImageSource(ABC):
     @abstractmethod
     def location(self, index: int) -> str:
         """File, and member if there is one, for error messages."""
+
+    @abstractmethod
+    def files(self) -> Iterator[Path]:
+        """The files that hold the images."""
 
     @abstractmethod
     def _read(self, index: int) -> bytes: ...
@@ -81,6 +86,34 @@ class ImageSource(ABC):
         for index in range(len(self)):
             digest.update(to_bytes(self.key(index)) + b"\0")
         return digest.hexdigest()
+
+    @property
+    def files_fingerprint(self) -> str:
+        """Hash of the sizes and modification times of the files: another one if an image was replaced under its name.
+        Cheap, since no file is read."""
+        digest = hashlib.sha256()
+        for file in self.files():
+            try:
+                status = file.stat()
+            except OSError:  # a broken link, which reading reports
+                digest.update(b"unreadable\n")
+            else:
+                digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def has_stated_content(self) -> bool:
+        """Whether the files state their sha256 and are as stated, which reads them all."""
+        return False
+
+    def check_class_ids(self, num_classes: int | None) -> None:
+        """Raise InputError, with file and sample, for a class id that is not below the numbers of classes and names."""
+        largest = int(self.class_ids.argmax())
+        for limit, meaning in ((num_classes, "num_classes"), (len(self.class_names or []) or None, "class names")):
+            if limit is not None and self.class_ids[largest] >= limit:
+                raise InputError(
+                    f"{self.location(largest)}: found class id {self.class_ids[largest]}, "
+                    f"expected less than {limit} ({meaning})"
+                )
 
     def name_classes(self, class_names: Sequence[str], origin: str) -> None:
         """Renumber the classes by their names' ids in `class_names`, which are from `origin`; no effect without names.

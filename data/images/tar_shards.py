@@ -9,6 +9,7 @@ import glob
 import os
 import tarfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from data.images.image_source import ImageSource, is_ignored, printable, to_text
 from data.images.notices import SkippedFiles
 from data.images.shard_index import ShardIndex, index_path, read_index
 from utils.errors import InputError, errors_name
-from utils.files.hashing import hash_of
+from utils.files.hashing import file_sha256, hash_of
 from utils.files.json_file import read_json
 from utils.files.text import same_letters
 
@@ -69,6 +70,12 @@ class TarShards(ImageSource):
 
     def location(self, index: int) -> str:
         return f"{self.shards[self._shard_of[index]]}, sample {printable(self.key(index))!r}"
+
+    def files(self) -> Iterator[Path]:
+        return iter(self.shards)
+
+    def has_stated_content(self) -> bool:
+        return [file_sha256(shard, progress=True) for shard in self.shards] == self._sha256
 
     def _read(self, index: int) -> bytes:
         # Opened for every image: processes share nothing, and thousands of shards need no open files.

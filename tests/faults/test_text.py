@@ -157,7 +157,7 @@ def test_accents_of_macos_and_linux_are_equal(tiny_arguments: list[str], tmp_pat
     assert np.unique(open_validation_data(config, "").class_ids).tolist() == [0, 1]
     for cafe in (NFC, NFD):
         config.sampling.class_labels = ["dog", cafe]
-        assert asked_classes(config) == [1, 0]
+        assert asked_classes(config, None) == [1, 0]
 
 
 @pytest.mark.parametrize("cafe", [NFC, NFD])
@@ -169,7 +169,7 @@ def test_the_names_of_a_store_are_compared_in_the_same_way(
     write_meta(store.path, store.meta)
     config = load_config([*tiny_arguments, f"dataset.params.pretokenization={store.path}", "experiment.output_dir=x"])
     config.sampling.class_labels = [NFD]
-    assert asked_classes(config) == [1]
+    assert asked_classes(config, None) == [1]
 
 
 def test_the_home_folder_in_a_file_and_on_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

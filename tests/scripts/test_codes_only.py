@@ -33,6 +33,7 @@ from tests.script_config import script_config
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.sample_chunks import SampleChunks
+from utils.files.weights import read_record
 from utils.images import to_uint8
 from utils.run.metrics_file import read_metrics
 
@@ -100,6 +101,7 @@ def test_sampled_codes_are_those_of_the_images(
     store.verify()
     assert (store.meta.num_samples, store.meta.codebook_size, store.meta.grid_size) == (37, 24, None)
     assert store.class_ids.tolist() == [i % 5 for i in range(37)]
+    assert store.meta.tokenizer_sha256 == read_record(run / "model.safetensors")["tokenizer_sha256"]
     whole = load_config(sampling_of(tokenizer_arguments, run, tmp_path / "y", "experiment.allow_other_tokenizer=true"))
     sample_imagenet_rear.main(whole)
     decoded = load_tokenizer(whole).decode(torch.from_numpy(store.codes.astype(np.int64)))

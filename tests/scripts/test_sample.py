@@ -284,6 +284,25 @@ def test_a_run_resumes_where_it_ended(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npz", "x.png", "x.yaml"]
 
 
+def test_a_damaged_chunk_is_made_again(
+    tiny_arguments: list[str], checkpoint: Path, npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4)
+        with pytest.raises(OSError, match="the disk is gone"):
+            sample(tiny_arguments, checkpoint, tmp_path / "x")
+    chunks = SampleChunks(tmp_path / "x.chunks", 37, 8)
+    damaged = [chunks.path(chunk) for chunk in chunks.chunks[1:4]]
+    content = damaged[0].read_bytes()
+    for path, now in zip(damaged, (content[:-40], b"", b"\0" * len(content)), strict=True):
+        path.write_bytes(now)
+    asked = interrupt_after(monkeypatch, 5)
+    assert sample(tiny_arguments, checkpoint, tmp_path / "x").read_bytes() == npz.read_bytes()
+    assert asked == chunks.chunks[1:]
+    printed = capsys.readouterr().out
+    assert all(f"{path}: damaged" in printed for path in damaged)
+
+
 def test_killed_while_packing(
     tiny_arguments: list[str], checkpoint: Path, npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -387,6 +406,15 @@ def test_what_is_complete_is_not_made_again(
     sample(tiny_arguments, checkpoint, tmp_path / "x", *few)
     assert (npz.stat().st_mtime_ns, asked) == (before, [])
     assert "x.npz: already made" in capsys.readouterr().out
+    (tmp_path / "x.images/000003.png").rename(tmp_path / "3.png")
+    with pytest.raises(InputError, match=r"x\.images: found 7 images, expected 8"):
+        sample(tiny_arguments, checkpoint, tmp_path / "x", *few)
+    (tmp_path / "3.png").rename(tmp_path / "x.images/000003.png")
+    content = npz.read_bytes()
+    npz.write_bytes(content[:-30] + bytes([content[-30] ^ 1]) + content[-29:])  # of the same size
+    with pytest.raises(InputError, match=r"x\.npz: exists, but .*x\.npz: found sha256 .*, expected"):
+        sample(tiny_arguments, checkpoint, tmp_path / "x", *few)
+    npz.write_bytes(content)
     with pytest.raises(InputError, match=r"x\.npz: .*sampling\.num_fid_samples: found 8"):
         sample(tiny_arguments, checkpoint, tmp_path / "x", "sampling.num_fid_samples=3", "sampling.save_png=true")
     npz.unlink()

@@ -2,11 +2,11 @@
 repositories also as `OWNER/REPO`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from utils.errors import InputError, first_line
@@ -66,10 +66,13 @@ def local_folder(source: str | Path, files: Sequence[str], **download: Any) -> P
         raise _not_available(source if has_scheme else f"{source}: no such folder", error) from error
 
 
-def upload_folder(folder: Path, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Upload the files of a folder to a model repository, which is created if needed; returns the URL of the commit.
+def upload_files(
+    files: Mapping[str, Path | bytes], repository: str, *, private: bool | None = None, token: str | None = None
+) -> str:
+    """Upload files to a model repository, which is created if needed; returns the URL of the commit.
 
     Args:
+        files: contents by name in the repository.
         private: of a new repository; None: the account's default.
         token: None: the token of `hf auth login` or HF_TOKEN.
 
@@ -78,7 +81,8 @@ def upload_folder(folder: Path, repository: str, *, private: bool | None = None,
     try:
         api = HfApi(token=token)
         api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload model"))
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        return str(api.create_commit(repository, operations, commit_message="Upload model"))
     except Exception as error:  # releases of huggingface_hub use different network libraries
         raise InputError(f"{repository}: upload failed: {first_line(error)}") from error
 
