@@ -53,7 +53,7 @@ LOADING = """from modeling.loading import load_pretrained
 from modeling.sampling.generate_images import generate_images
 from utils.images import save_grid
 
-model, tokenizer = load_pretrained("{source}"{tokenizer_weights})
+model, tokenizer = load_pretrained({source}{tokenizer_weights})
 images = generate_images(model, tokenizer, class_labels={labels}, seed=42)
 save_grid(images, "grid.png")"""
 
@@ -103,7 +103,7 @@ def export(config: Config, folder: Path, options: argparse.Namespace) -> None:
     card = model_card(
         config.experiment.name,
         loading=LOADING.format(
-            source=options.push or folder.name,
+            source=json.dumps(options.push or folder.name),
             tokenizer_weights=", tokenizer_weights=..." if options.tokenizer == "reference" else "",
             labels=sorted(set(labels)) or [0],
         ),

@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from utils.console import unbreakable_console
+from utils.console import printable_text, unbreakable_console
 
 REPORT = (
     "This is a bug in re-ar. Please report it with the lines above, the command and the config, where you got the "
@@ -21,7 +21,7 @@ class InputError(ValueError):
     """A user's input is wrong. The message, one line: file, key or index, what was found, what was expected."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message.replace("\n", "\\n"))  # file names and values may contain line ends
+        super().__init__(printable_text(message))  # file names and values may contain line ends and terminal codes
 
 
 class NonFiniteError(InputError):
