@@ -10,7 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from utils.run.curves import save_training_curves
+from utils.run.curves import draw_curve, panel_grid, plain_label, save_figure, save_training_curves
 
 Panels = dict[str, dict[str, np.ndarray]]  # by title: curves (2, points) by label
 
