@@ -139,5 +139,5 @@ if __name__ == "__main__":
     parser.add_argument("--labels", nargs="+", help="names of the runs (default: those of their folders)")
     parser.add_argument("--x", choices=("step", "epoch"), default="step", help="horizontal axis (default: %(default)s)")
     with input_errors_exit():
-        arguments = parser.parse_args()
+        arguments = parser.parse_intermixed_args()
         main(arguments.runs, arguments.labels, arguments.x, arguments.output)

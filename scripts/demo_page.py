@@ -135,8 +135,10 @@ def build_page(model: DemoModel, max_images: int) -> gr.Blocks:
             decoded, decibel = model.reconstruct(image)
             return image, background, image, decoded, f"PSNR {decibel:.2f} dB"
 
-        def choose_upload(path: str) -> tuple[Any, ...]:
+        def choose_upload(path: str | None) -> tuple[Any, ...]:
             with errors_shown():
+                if path is None:
+                    raise InputError("found no picture, expected one")
                 return choose(read_upload(Path(path), model.config.dataset.preprocessing))
 
         def choose_validation(index: int | None) -> tuple[Any, ...]:

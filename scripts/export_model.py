@@ -212,4 +212,4 @@ if __name__ == "__main__":
     parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hub to upload to; created if needed")
     parser.add_argument("--private", action="store_true", help="make a new repository of --push private")
     with input_errors_exit():
-        main(parser.parse_args())
+        main(parser.parse_intermixed_args())  # KEY=VALUE may follow an option

@@ -1,6 +1,8 @@
 """Errors that a user can fix become one line; bugs keep their traceback and ask for a report."""
 
+import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -15,6 +17,17 @@ REPORT = (
 )
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # by name: torch may not be imported
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"  # in torch's message
+PROCESSES = (
+    "too many processes or threads: raise the limit (ulimit -u, or that of the container) or lower "
+    "dataset.params.num_workers_per_gpu or --processes"
+)
+NO_COMPILER = re.compile(
+    r"No working C\+\+ compiler|Failed to find C compiler|Python\.h: No such file"
+)  # of torch, Triton
+INSTALL_COMPILER = (
+    "compile=on: found no working C++ compiler; install g++ and Python's headers, or leave out training.compile=on and "
+    "sampling.compile=on"
+)
 
 
 class InputError(ValueError):
@@ -36,8 +49,9 @@ class TrainingError(RuntimeError):
 def input_errors_exit() -> Iterator[None]:
     """Around a script's main: print errors that the user can fix as one line on stderr and exit with status 1.
 
-    These are InputError, TrainingError, OSError and out of memory. Ctrl-C ends at once. Any other exception is a bug
-    and ends with its traceback and a request for a report. Inside, a broken console raises nothing.
+    These are InputError, TrainingError, OSError, lack of memory or processes, and a missing compiler. Ctrl-C ends at
+    once. Any other exception is a bug and ends with its traceback and a request for a report. Inside, a broken console
+    raises nothing.
     """
     with unbreakable_console():
         try:
@@ -58,6 +72,10 @@ def environment_error(error: BaseException) -> str | None:
     """The line to print for an error that the user can fix; None for a bug."""
     if isinstance(error, InputError | TrainingError):
         return str(error)
+    if is_out_of_processes(error):
+        return PROCESSES
+    if isinstance(error, RuntimeError) and NO_COMPILER.search(str(error)):
+        return INSTALL_COMPILER
     if isinstance(error, OSError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return ": ".join([*names, error.strerror or first_line(error)])
@@ -69,6 +87,12 @@ def environment_error(error: BaseException) -> str | None:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether GPU or host memory is exhausted."""
     return type(error).__name__ in OUT_OF_MEMORY or (isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error))
+
+
+def is_out_of_processes(error: BaseException) -> bool:
+    """Whether no further process or thread can start."""
+    again = "can't start new thread" in str(error) or os.strerror(errno.EAGAIN) in str(error)
+    return again and isinstance(error, RuntimeError | OSError) and getattr(error, "filename", None) is None
 
 
 def first_line(error: BaseException) -> str:

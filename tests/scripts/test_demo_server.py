@@ -113,9 +113,9 @@ def test_wrong_values_are_one_line(server: Server, client: Any) -> None:
     for name, values, message in wrong:
         with pytest.raises(Exception) as error:  # noqa: PT011
             client.predict(*values, api_name=f"/{name}")
-        print(name, values, html.unescape(str(error.value)))
         assert message in html.unescape(str(error.value)), (name, values)
-    assert "Traceback" not in server.errors.read_text()
+    errors = server.errors.read_text()
+    assert "Traceback" not in errors, errors
 
 
 def upload(server: Server, size: int, **headers: str) -> int:

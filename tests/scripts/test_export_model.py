@@ -147,7 +147,7 @@ def test_a_bare_file_with_a_licence_and_a_reference(run: Path, exported: Path, t
     ]
     folder = tmp_path / "x"
     assert "found no config.yaml" in export(bare, folder, *options).stderr
-    assert export(bare, folder, *config, *options).returncode == 0
+    assert export(bare, folder, *options, *config).returncode == 0
     card = ModelCard.load(folder / "README.md")
     assert card.data.license == "cc-by-nc-4.0"
     assert "| training | not recorded in the weights |" in card.text
