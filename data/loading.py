@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from utils.errors import InputError, TrainingError, environment_error
+from utils.errors import PROCESSES, InputError, TrainingError, environment_error, is_out_of_processes
 from utils.images import to_float
 from utils.processes import num_cpus
 from utils.run.signals import StoppedWaitingError, end_with_parent_only
@@ -115,9 +115,10 @@ class Batches(Iterator[Batch]):
             if worker.exitcode == -signal.SIGBUS:
                 return TrainingError(SHARED_MEMORY)
             if worker.exitcode:
-                code = worker.exitcode
-                cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                return TrainingError(f"a data worker {cause}, {MEMORY}")
+                code, name = worker.exitcode, "a data worker"
+                if code > 0:  # libgomp ends a process that cannot start threads
+                    return TrainingError(f"{name} ended with exit code {code}; if no reason is above: {PROCESSES}")
+                return TrainingError(f"{name} was killed by {signal.Signals(-code).name}, {MEMORY}")
         hint = _hint(error)
         return error if hint is None else InputError(hint)
 
@@ -195,4 +196,4 @@ def _hint(error: Exception) -> str | None:
         return OPEN_FILES
     if number == errno.ENOSPC or "No space left on device" in text or "shared memory" in text:
         return SHARED_MEMORY
-    return None
+    return PROCESSES if is_out_of_processes(error) else None

@@ -191,7 +191,7 @@ def main() -> None:
         "--log-to", type=user_path, metavar="RUN", help="run folder whose metrics.jsonl gets the numbers"
     )
     add_feature_options(parser)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     with init_distributed() as ctx:
         steps: dict[Path, int] = {}
         if args.log_to:

@@ -40,6 +40,9 @@ def open_input(path: Path, verify: bool) -> Npz:
     """
     if path.suffix == ".tokens":  # written by the sampler for a tokenizer without images
         raise InputError(f"{path}: found codes, expected an npz of images; decode them with their tokenizer")
+    if path.is_dir():
+        pack = 'numpy.savez("samples.npz", arr_0=images), with images uint8 (N, H, W, 3)'
+        raise InputError(f"{path}: found a folder, expected an npz of images; pack the images with {pack}")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:

@@ -61,7 +61,12 @@ def class_names(source: str | Path, **download: Any) -> list[str] | None:
     """Class names of an exported model in the order of their ids; None: unknown. Raises InputError without a folder, or
     for a damaged file."""
     path = local_folder(source, FILES, **download) / CLASSES_FILE
-    return [str(name) for name in read_json(path)] if path.is_file() else None
+    if not path.is_file():
+        return None
+    names = read_json(path)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: found {str(names)[:40]}, expected a list of texts, the names of the classes")
+    return names
 
 
 def load_generator(path: Path, config: ModelConfig) -> ReAR:

@@ -19,11 +19,11 @@ if __name__ == "__main__":
 import numpy as np
 from omegaconf import OmegaConf
 
-from utils.config import flat
+from utils.config import flat, read_yaml
 from utils.console import markdown_table
 from utils.errors import InputError, input_errors_exit
 from utils.files.text import user_path
-from utils.run.curves import NOT_DRAWN, Points, draw_curve, panel_grid, points_of, save_figure
+from utils.run.curves import NOT_DRAWN, Points, draw_curve, panel_grid, plain_label, points_of, save_figure
 from utils.run.metrics_file import read_metrics
 
 PANELS = (
@@ -69,8 +69,10 @@ def load_run(path: Path, label: str) -> Run:
     if not any(row.keys() - set(NOT_DRAWN) for row in rows):
         raise InputError(f"{metrics}: holds no metrics yet")
     config = metrics.with_name("config.yaml")
-    values = dict(flat(OmegaConf.to_container(OmegaConf.load(config)))) if config.is_file() else None
-    return Run(label, rows, values)
+    if not config.is_file():
+        return Run(label, rows, None)
+    read_yaml(config)  # refuses what OmegaConf would expand without end
+    return Run(label, rows, dict(flat(OmegaConf.to_container(OmegaConf.load(config)))))
 
 
 def draw(runs: list[Run], x: str, output: Path) -> None:
@@ -79,10 +81,12 @@ def draw(runs: list[Run], x: str, output: Path) -> None:
     panels = [group for group in PANELS if set(group) & set(names)] or [(name,) for name in names]
     figure, grid = panel_grid(len(panels), COLUMNS, x)
     for axes, group in zip(grid, panels, strict=True):
-        axes.set_title(group[0] if len(group) == 1 else f"{group[0]}, validation dashed")
+        axes.set_title(plain_label(group[0] if len(group) == 1 else f"{group[0]}, validation dashed"))
         for name, line in zip(group, ("-", "--"), strict=False):
             for number, run in enumerate(runs):
-                draw_curve(axes, name, curve(run, name, x), label=run.label, color=f"C{number}", linestyle=line)
+                draw_curve(
+                    axes, name, curve(run, name, x), label=plain_label(run.label), color=f"C{number}", linestyle=line
+                )
     grid[0].legend()
     save_figure(figure, output)
 
@@ -138,5 +142,5 @@ if __name__ == "__main__":
     parser.add_argument("--labels", nargs="+", help="names of the runs (default: those of their folders)")
     parser.add_argument("--x", choices=("step", "epoch"), default="step", help="horizontal axis (default: %(default)s)")
     with input_errors_exit():
-        arguments = parser.parse_args()
+        arguments = parser.parse_intermixed_args()
         main(arguments.runs, arguments.labels, arguments.x, arguments.output)

@@ -61,7 +61,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -203,7 +203,7 @@ def read_mask(path: Path, rows: int, columns: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             grey = image.convert("L")
-    except (OSError, UnidentifiedImageError) as error:
+    except Exception as error:  # damaged files raise errors of many kinds
         raise InputError(
             f"completion.keep={path}: found no picture that can be read ({type(error).__name__})"
         ) from error

@@ -186,12 +186,13 @@ def read_upload(path: Path, preprocessing: PreprocessingConfig) -> np.ndarray:
         raise InputError(f"{path.name}: found {size} bytes, expected at most {MAX_BYTES}")
     encoded = path.read_bytes()
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            fits = image.width * image.height <= MAX_PIXELS  # known before any pixel is decoded
-        picture = ImageDecoding.of(preprocessing).decode(encoded) if fits else None
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:  # no pixel is decoded yet
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(f"found too many pixels, expected at most {MAX_PIXELS}")
+        picture = ImageDecoding.of(preprocessing).decode(encoded)
+    except InputError as error:
+        raise InputError(f"{path.name}: {error}") from error
     except Exception as error:  # damaged files raise errors of many kinds
         raise InputError(f"{path.name}: found no picture that can be read, expected {', '.join(FORMATS)}") from error
-    if picture is None:
-        raise InputError(f"{path.name}: found too many pixels, expected at most {MAX_PIXELS}")
     center_crop = center_crop_transform(preprocessing)
     return center_crop(picture, np.zeros(NUM_DRAWS)).numpy()

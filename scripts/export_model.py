@@ -65,7 +65,7 @@ LOADING = """from modeling.loading import load_pretrained
 from modeling.sampling.generate_images import generate_images
 from utils.images import save_grid
 
-model, tokenizer = load_pretrained("{source}"{tokenizer_weights})
+model, tokenizer = load_pretrained({source}{tokenizer_weights})
 images = generate_images(model, tokenizer, class_labels={labels}, seed=42)
 save_grid(images, "grid.png")"""
 
@@ -107,7 +107,7 @@ def export(config: Config, folder: Path, options: argparse.Namespace) -> str:
         return model_card(
             config.experiment.name,
             loading=LOADING.format(
-                source=source,
+                source=json.dumps(source),
                 tokenizer_weights=", tokenizer_weights=..." if options.tokenizer == "reference" else "",
                 labels=sorted(set(labels)) or [0],
             ),
@@ -249,4 +249,4 @@ if __name__ == "__main__":
     parser.add_argument("--push", metavar="OWNER/NAME", help="repository of the Hub to upload to; created if needed")
     parser.add_argument("--private", action="store_true", help="make a new repository of --push private")
     with input_errors_exit():
-        main(parser.parse_args())
+        main(parser.parse_intermixed_args())  # KEY=VALUE may follow an option

@@ -32,7 +32,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 from utils.config import ROOT
-from utils.console import markdown_table
+from utils.console import markdown_table, markdown_text
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.text import user_path
@@ -159,7 +159,7 @@ def page(device: str, on_gpu: bool, summary: str, comparisons: list[Row], figure
     measured = [cells(row["part"], row["name"], row["value"], row["goal"] if on_gpu else "") for row in figures]
     note = "" if on_gpu else "On a CPU all sizes are tiny, and the figures say nothing about a GPU.\n\n"
     return (
-        f"# {device}\n\n```bash\nbash scripts_bash/gpu_check.sh\n```\n\n{summary}\n\n"
+        f"# {markdown_text(device)}\n\n```bash\nbash scripts_bash/gpu_check.sh\n```\n\n{summary}\n\n"
         + markdown_table(["part", "result", "compared", "found", "expected"], compared)
         + f"\n\n{note}"
         + markdown_table(["part", "figure", "found", "goal for reAR-B on one H200 (stretch)"], measured)
@@ -168,8 +168,7 @@ def page(device: str, on_gpu: bool, summary: str, comparisons: list[Row], figure
 
 
 def cells(*values: object) -> list[str]:
-    texts = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
-    return [text.replace("|", "/") for text in texts]
+    return [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from data.images.notices import notify
 from data.images.reading import open_images
 from data.images.shard_writer import HELDOUT_PREFIX
 from modeling.tokenizers.registry import check_weights, code_shape, config_from_state_dict
-from utils.config import ROOT, load_config
+from utils.config import ROOT, load_config, read_yaml
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.hub import local_file
@@ -143,6 +143,7 @@ def balanced_count(images: ImageSource, num_classes: int) -> int:
 def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -> Config:
     """Write the settings over those of `base`, without derived sizes, and read them back, which checks them; raises
     InputError for sizes that do not fit."""
+    read_yaml(base)  # refuses what OmegaConf would expand without end
     merged = OmegaConf.load(base)
     for key, value in settings.items():
         OmegaConf.update(merged, key, value)

@@ -94,7 +94,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heldout", type=float, default=0.0, help="share of each class, below 1; default none")
     parser.add_argument("--class-names", type=user_path, help="text file of lines `folder name` with class names")
     parser.add_argument("--processes", type=int, default=num_cpus(), help="default: all CPUs, here %(default)s")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     if (arguments.output is None) == (arguments.index is None) or (arguments.index and arguments.source):
         parser.error("expected a source and an output, or --index SHARDS")
     if min(arguments.processes, arguments.samples_per_shard) < 1 or not 0 <= arguments.heldout < 1:

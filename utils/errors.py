@@ -1,14 +1,16 @@
 """Errors that a user can fix become one line; bugs keep their traceback and ask for a report."""
 
 import codecs
+import errno
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from utils.console import unbreakable_console
+from utils.console import printable_text, unbreakable_console
 
 REPORT = (
     "This is a bug in re-ar. Please report it with the lines above, the command and the config, where you got the "
@@ -16,13 +18,24 @@ REPORT = (
 )
 OUT_OF_MEMORY = ("MemoryError", "OutOfMemoryError")  # by name: torch may not be imported
 CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"  # in torch's message
+PROCESSES = (
+    "too many processes or threads: raise the limit (ulimit -u, or that of the container) or lower "
+    "dataset.params.num_workers_per_gpu or --processes"
+)
+NO_COMPILER = re.compile(
+    r"No working C\+\+ compiler|Failed to find C compiler|Python\.h: No such file"
+)  # of torch, Triton
+INSTALL_COMPILER = (
+    "compile=on: found no working C++ compiler; install g++ and Python's headers, or leave out training.compile=on and "
+    "sampling.compile=on"
+)
 
 
 class InputError(ValueError):
     """A user's input is wrong. The message, one line: file, key or index, what was found, what was expected."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message.replace("\n", "\\n"))  # file names and values may contain line ends
+        super().__init__(printable_text(message))  # file names and values may contain line ends and terminal codes
 
 
 class NonFiniteError(InputError):
@@ -49,8 +62,9 @@ def errors_name(path: object) -> Iterator[None]:
 def input_errors_exit() -> Iterator[None]:
     """Around a script's main: print errors that the user can fix as one line on stderr and exit with status 1.
 
-    These are InputError, TrainingError, OSError and out of memory. Ctrl-C ends at once. Any other exception is a bug
-    and ends with its traceback and a request for a report. Inside, a broken console raises nothing.
+    These are InputError, TrainingError, OSError, lack of memory or processes, and a missing compiler. Ctrl-C ends at
+    once. Any other exception is a bug and ends with its traceback and a request for a report. Inside, a broken console
+    raises nothing.
     """
     with unbreakable_console():
         try:
@@ -71,6 +85,10 @@ def environment_error(error: BaseException) -> str | None:
     """The line to print for an error that the user can fix; None for a bug."""
     if isinstance(error, InputError | TrainingError):
         return str(error)
+    if is_out_of_processes(error):
+        return PROCESSES
+    if isinstance(error, RuntimeError) and NO_COMPILER.search(str(error)):
+        return INSTALL_COMPILER
     if isinstance(error, OSError):
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return ": ".join([*names, error.strerror or first_line(error)])
@@ -90,6 +108,12 @@ def is_codec_of_names(encoding: str) -> bool:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether GPU or host memory is exhausted."""
     return type(error).__name__ in OUT_OF_MEMORY or (isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error))
+
+
+def is_out_of_processes(error: BaseException) -> bool:
+    """Whether no further process or thread can start."""
+    again = "can't start new thread" in str(error) or os.strerror(errno.EAGAIN) in str(error)
+    return again and isinstance(error, RuntimeError | OSError) and getattr(error, "filename", None) is None
 
 
 def first_of(items: Sequence[object], count: int = 3) -> str:

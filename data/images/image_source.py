@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from data.images.image_io import ImageDecoding
+from utils.console import printable_text
 from utils.errors import InputError
 
 SYSTEM_FOLDERS = (
@@ -161,5 +162,4 @@ def on_disk(name: str) -> str:
 
 def printable(name: str) -> str:
     """Escapes bytes that are not UTF-8 (\\xNN) and control characters such as line ends."""
-    text = to_bytes(name).decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return printable_text(to_bytes(name).decode("utf-8", "backslashreplace"))

@@ -151,6 +151,7 @@ def test_weights_that_compute_no_numbers_are_an_input_error(arguments: list[str]
         ("cut.jpg", "no picture that can be read"),
         ("wide.png", "too many pixels"),
         ("bomb.png", "no picture that can be read"),
+        ("strip.png", "found 1 x 250000 pixels, expected at most 100 times"),
         ("large.bmp", f"found {MAX_BYTES + 1} bytes"),
     ],
 )
@@ -161,6 +162,8 @@ def test_bad_uploads(model: DemoModel, tmp_path: Path, name: str, message: str) 
     elif name in ("wide.png", "bomb.png"):
         small.save(path)
         change_size(path, side=8000 if name == "wide.png" else 40_000)
+    elif name == "strip.png":
+        Image.new("1", (1, 250_000)).save(path)
     elif name == "cut.jpg":
         small.save(path)
         path.write_bytes(path.read_bytes()[:-300])

@@ -228,7 +228,7 @@ def test_a_bare_file_with_a_licence_and_a_reference(run: Path, exported: Path, t
     ]
     folder = tmp_path / "x"
     assert "found no config.yaml" in export(bare, folder, *options).stderr
-    assert export(bare, folder, *config, *options).returncode == 0
+    assert export(bare, folder, *options, *config).returncode == 0
     card = ModelCard.load(folder / "README.md")
     assert card.data.license == "cc-by-nc-4.0"
     assert "| training | not recorded in the weights |" in card.text
@@ -285,6 +285,8 @@ BROKEN = {
         (lambda text: text.replace('"hidden_size": 32', '"hidden_size": 64'), "model.safetensors: does not fit ReAR"),
         (lambda text: text[:200], "config.json, line "),
         (lambda text: "[1]", "config.json: expected a mapping of sections"),
+        (lambda text: text.replace('"top_k": 0', '"top_k": "${oc.env:HOME}"'), "config.json: model.generator.top_k=$"),
+        (lambda text: text[:-3] + ', "training": {"seed": 1}}', "config.json: found training.seed, expected only"),
         (None, ": found no config.json, expected a folder"),
     ],
     "model.safetensors": [
@@ -297,7 +299,11 @@ BROKEN = {
         (lambda text: text.replace("maskgit_vq", "titok"), "tokenizer/config.json: model.vq_model.vit_dec_patch")
     ],
     "tokenizer/model.safetensors": [(None, "tokenizer/model.safetensors: ")],
-    "classes.json": [(lambda text: text[:-4], "classes.json: found no JSON")],
+    "classes.json": [
+        (lambda text: text[:-4], "classes.json: found no JSON"),
+        (lambda text: "[" * 100_000, "classes.json: found no JSON"),
+        (lambda text: '{"cat": 0}', "classes.json: found {'cat': 0}, expected a list of texts"),
+    ],
 }
 
 

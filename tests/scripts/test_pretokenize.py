@@ -256,13 +256,17 @@ def test_a_typo_ends_before_the_slow_imports(tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("kind", ["no image", "strip"])
 def test_skip_leaves_bad_images_out(
-    tiny_arguments: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    tiny_arguments: list[str], images: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
 ) -> None:
     whole, some = tmp_path / "whole.tokens", tmp_path / "some.tokens"
     skip = ["dataset.params.on_bad_sample=skip", "dataset.params.num_workers_per_gpu=1"]
     pretokenize.main(load_config(arguments(tiny_arguments, images, whole)))
-    (images / "cat/2.png").write_bytes(b"broken")
+    if kind == "strip":
+        Image.new("1", (1, 250_000)).save(images / "cat/2.png")
+    else:
+        (images / "cat/2.png").write_bytes(b"broken")
     with pytest.raises(InputError, match=r"1 of 6 images cannot be decoded.*max_bad_fraction=0\.001: .*cat/2\.png"):
         pretokenize.main(load_config(arguments(tiny_arguments, images, some, *skip)))
     pretokenize.main(load_config(arguments(tiny_arguments, images, some, *skip, "dataset.params.max_bad_fraction=0.2")))

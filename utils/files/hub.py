@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 
 from utils.errors import InputError, first_line
 from utils.files.text import user_path
@@ -16,7 +16,6 @@ from utils.files.weight_formats import is_index, shards_of
 SCHEME = "hf://"
 FILE = re.compile(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
 REPOSITORY = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([^/]+))?")
-NOT_AVAILABLE = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
 
 
 def local_file(source: str) -> Path:
@@ -35,7 +34,9 @@ def local_file(source: str) -> Path:
         for shard in shards_of(path) if is_index(path) else ():
             hf_hub_download(repository, f"{folder}/{shard}".lstrip("/"), revision=revision)
         return path
-    except NOT_AVAILABLE as error:
+    except InputError:  # of the index
+        raise
+    except Exception as error:  # releases of huggingface_hub use different network libraries
         raise _not_available(source, error) from error
 
 
@@ -62,7 +63,7 @@ def local_folder(source: str | Path, files: Sequence[str], **download: Any) -> P
     options: dict[str, Any] = {"revision": name[2], "allow_patterns": [*files], **download}
     try:
         return Path(str(snapshot_download(name[1], **options)))
-    except NOT_AVAILABLE as error:
+    except Exception as error:
         raise _not_available(source if has_scheme else f"{source}: no such folder", error) from error
 
 
@@ -88,5 +89,6 @@ def upload_files(
 
 
 def _not_available(source: str | Path, error: Exception) -> InputError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return InputError(f"{source}: neither on the Hub nor in its cache: {' '.join(lines[:2])}")
+    reason = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error  # the Hub's own words
+    lines = [line.strip() for line in str(reason).splitlines() if line.strip() and "For more information" not in line]
+    return InputError(f"{source}: neither on the Hub nor in its cache: {' '.join(lines[:3])}")

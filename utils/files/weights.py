@@ -21,6 +21,13 @@ from utils.files.atomic import atomic_file, set_permissions
 from utils.files.weight_formats import is_index, read_contents, shards_of
 
 RECORD = "re-ar"  # key in the metadata of a safetensors file
+RECORD_TYPES = {
+    "step": int,
+    **dict.fromkeys(("tokenizer_sha256", "data", "code", "tensors_sha256"), str),
+    "class_names": list,
+    "untrained_classes": list,
+    "config": dict,
+}
 # Names above a state dict and prefixes of its keys: DDP and AveragedModel (module), torch.compile (_orig_mod),
 # Lightning (state_dict, model). No key of this project's modules begins with one.
 WRAPPERS = ("state_dict", "model", "module", "_orig_mod", "ema", "generator")
@@ -132,12 +139,21 @@ def save_weights(state_dict: dict[str, Tensor], path: Path, record: dict[str, An
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of `save_weights` in a file; empty without one."""
+    """The record of `save_weights` in a file; empty without one. Raises InputError for values of other types than
+    those of `RECORD_TYPES`, which a stranger's file may hold."""
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get(RECORD, "{}"))
-    except (OSError, SafetensorError, ValueError):  # `load_state_dict` reports them
+            text = (file.metadata() or {}).get(RECORD, "{}")
+    except (OSError, SafetensorError):  # `load_state_dict` reports them
         return {}
+    try:
+        record = json.loads(text)
+        wrong = [key for key, type in RECORD_TYPES.items() if not isinstance(record.get(key), type | None)]
+    except (ValueError, AttributeError, RecursionError):
+        wrong = [RECORD]
+    if wrong:
+        raise InputError(f"{path}: damaged, found no valid {wrong[0]} in its metadata")
+    return record
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
