@@ -23,4 +23,4 @@ ruff check .
 ruff format --check .
 mypy
 # Each process starts with half of the files in alphabetical order and steals tests from the other when it runs out.
-python -m pytest -m "not slow" -n 2 --dist worksteal "$@"
+exec python -m pytest -m "not slow" -n 2 --dist worksteal "$@"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from utils.console import unbreakable_console
+from utils.run.signals import end_on_sigterm
 
 REPORT = (
     "This is a bug in re-ar. Please report it with the lines above, the command and the config, where you got the "
@@ -37,8 +38,10 @@ def input_errors_exit() -> Iterator[None]:
     """Around a script's main: print errors that the user can fix as one line on stderr and exit with status 1.
 
     These are InputError, TrainingError, OSError and out of memory. Ctrl-C ends at once. Any other exception is a bug
-    and ends with its traceback and a request for a report. Inside, a broken console raises nothing.
+    and ends with its traceback and a request for a report. Inside, a broken console raises nothing. From here on,
+    SIGTERM ends the process, and so does the end of its launcher (see `end_on_sigterm`).
     """
+    end_on_sigterm()
     with unbreakable_console():
         try:
             yield

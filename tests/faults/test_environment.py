@@ -12,8 +12,9 @@ from scripts import train_rear
 from tests.faults.runs import Run, assert_equal_runs
 from tests.processes import WAIT_S, start_script
 from utils.config import load_config
-from utils.distributed import DistributedContext, ignored_launcher_settings, launch_environment
+from utils.distributed import DistributedContext
 from utils.errors import InputError
+from utils.launch_variables import ignored_launcher_settings, launch_environment
 from utils.run import run_environment
 from utils.run.metrics_file import MetricsFile, read_metrics
 from utils.run.status import EXIT_PREEMPTED, Status, StatusFile, read_status, write_status

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.processes import free_port
-from utils.distributed import DistributedContext, init_distributed, launch_environment
+from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, TrainingError
 from utils.files.lock import only_writer
 
