@@ -34,7 +34,7 @@ def assert_saved(run: Run) -> int:
 
 def test_the_time_limit_saves_and_requeues_and_scancel_saves_and_does_not(slurm: Slurm, pair: Run) -> None:
     job = slurm.train(pair, *LONG, options=("--time=2", "--signal=B:USR1@20"))
-    slurm.wait_for(job, "PENDING", restarts=1)
+    slurm.wait_for_requeue(job)
     step = assert_saved(pair)
     slurm.wait_for(job, "RUNNING", restarts=1)
     pair.wait_for_step(step + 3)
@@ -49,14 +49,14 @@ def test_the_time_limit_saves_and_requeues_and_scancel_saves_and_does_not(slurm:
 
 
 def test_a_signal_to_the_batch_shell_saves_and_the_next_job_completes(slurm: Slurm, pair: Run) -> None:
-    job = slurm.train(pair, "training.max_train_steps=300", "experiment.save_every=100000")
+    job = slurm.train(pair, "training.max_train_steps=60", "experiment.save_every=100000")
     pair.wait_for_step(5)
     slurm("scancel", "--signal=USR1", "--batch", job)
-    slurm.wait_for(job, "PENDING", restarts=1)
+    slurm.wait_for_requeue(job)
     step = assert_saved(pair)
     slurm.wait_for(job, "COMPLETED", restarts=1)
-    assert f"steps {step} to 300" in pair.log()
-    assert [row[0] for row in pair.curves()] == [*range(1, 301)]
+    assert f"steps {step} to 60" in pair.log()
+    assert [row[0] for row in pair.curves()] == [*range(1, 61)]
 
 
 @pytest.mark.parametrize("by", ["preemption", "scontrol"])
@@ -67,7 +67,7 @@ def test_preemption_and_requeue_save_and_start_again(slurm: Slurm, pair: Run, by
         slurm("scontrol", "requeue", job)
     else:
         slurm("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=true")
-    slurm.wait_for(job, "RUNNING", restarts=1)
+    slurm.wait_for_requeue(job)
     step = assert_saved(pair)
     pair.wait_for_step(step + 1)
     assert f"steps {step} to 100000" in pair.log()
