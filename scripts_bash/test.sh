@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, format, types and the test suite, in two processes. Arguments go to pytest:
 #   bash scripts_bash/test.sh -k config     (-n 0: in one process, for a debugger)
-#   bash scripts_bash/test.sh -m slow       the slow tests; installs gradio and, as root, Debian's Chromium for the demo page
+#   bash scripts_bash/test.sh -m slow       the slow tests; installs gradio and, as root, Debian's Chromium and SLURM
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from utils.errors import InputError, TrainingError
 from utils.files.lock import only_writer
 from utils.files.provenance import differences
-from utils.launch_variables import int_variable, launch_environment
+from utils.launch_variables import PORTS, int_variable, launch_environment
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -33,7 +33,6 @@ LAUNCH_TIMEOUT_S = 120  # until all ranks have arrived
 GROUP_TIMEOUT_S = 600  # after which a rank that does not answer in a reduction is considered dead
 NO_LIMIT = timedelta(days=30)
 REREAD_NUMBERS = timedelta(seconds=1)  # see `_meet`
-PORTS = range(2**16)
 GROUP_THREADS_S = 0.2  # see `_never_free`
 MAX_REPORTED = 3  # differences between ranks in an error message
 FLIGHT_RECORDER = {

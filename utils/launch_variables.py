@@ -4,7 +4,7 @@ import os
 
 from utils.errors import InputError
 
-NUMBERS, COUNTS = range(2**31), range(1, 2**31)
+NUMBERS, COUNTS, PORTS = range(2**31), range(1, 2**31), range(2**16)
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TASK_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")  # of srun and mpirun
 # Settings of accelerate that have no effect here: default, and the setting to use instead.

@@ -22,6 +22,7 @@ SlurmdPort={node_port}
 SlurmUser=root
 AuthType=auth/none
 CredType=cred/none
+AuthInfo=cred_expire=6
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -40,6 +41,9 @@ NodeName=node0 NodeHostname={host} NodeAddr=127.0.0.1 CPUs=4
 PartitionName=low Nodes=node0 Default=YES PriorityTier=1 GraceTime=60
 PartitionName=high Nodes=node0 PriorityTier=2 PreemptMode=off
 """
+
+# cred_expire: seconds until a requeued job may start again.
+
 
 class Slurm:
     def __init__(self, folder: Path) -> None:
@@ -94,11 +98,6 @@ class Slurm:
             return now["JobState"] in states and int(now["Restarts"]) >= restarts
 
         self.wait_until(is_there)
-
-    def wait_for_requeue(self, job: str) -> None:
-        """And start it now, not after SLURM's delay of two minutes."""
-        self.wait_for(job, "PENDING", restarts=1)
-        self("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def wait_until(self, condition, seconds: int = 2 * WAIT_S) -> None:
         deadline = time.monotonic() + seconds

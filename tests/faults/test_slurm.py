@@ -34,7 +34,7 @@ def assert_saved(run: Run) -> int:
 
 def test_the_time_limit_saves_and_requeues_and_scancel_saves_and_does_not(slurm: Slurm, pair: Run) -> None:
     job = slurm.train(pair, *LONG, options=("--time=2", "--signal=B:USR1@20"))
-    slurm.wait_for_requeue(job)
+    slurm.wait_for(job, "PENDING", restarts=1)
     step = assert_saved(pair)
     slurm.wait_for(job, "RUNNING", restarts=1)
     pair.wait_for_step(step + 3)
@@ -52,7 +52,7 @@ def test_a_signal_to_the_batch_shell_saves_and_the_next_job_completes(slurm: Slu
     job = slurm.train(pair, "training.max_train_steps=60", "experiment.save_every=100000")
     pair.wait_for_step(5)
     slurm("scancel", "--signal=USR1", "--batch", job)
-    slurm.wait_for_requeue(job)
+    slurm.wait_for(job, "PENDING", restarts=1)
     step = assert_saved(pair)
     slurm.wait_for(job, "COMPLETED", restarts=1)
     assert f"steps {step} to 60" in pair.log()
@@ -67,7 +67,7 @@ def test_preemption_and_requeue_save_and_start_again(slurm: Slurm, pair: Run, by
         slurm("scontrol", "requeue", job)
     else:
         slurm("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=true")
-    slurm.wait_for_requeue(job)
+    slurm.wait_for(job, "PENDING", restarts=1)
     step = assert_saved(pair)
     pair.wait_for_step(step + 1)
     assert f"steps {step} to 100000" in pair.log()
