@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from utils.errors import PROCESSES, InputError, TrainingError, environment_error, is_out_of_processes
 from utils.images import to_float
+from utils.launch_variables import COUNTS, int_variable
 from utils.processes import num_cpus
 from utils.run.signals import StoppedWaitingError, end_with_parent_only
 
@@ -156,7 +157,7 @@ class _ErrorsAsValues(Dataset):
 
 def default_workers(wanted: int) -> int:
     """`wanted`, or the number of CPUs per rank of this machine if that is less; at least 1."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks_here = int_variable("LOCAL_WORLD_SIZE", default=1, allowed=COUNTS)
     return max(1, min(wanted, num_cpus() // ranks_here))
 
 

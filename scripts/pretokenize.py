@@ -56,7 +56,7 @@ from data.loading import Batches
 from modeling.loading import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.distributed import DistributedContext, init_distributed
-from utils.errors import InputError, TrainingError, input_errors_exit
+from utils.errors import InputError, input_errors_exit
 from utils.faults import fault_point
 from utils.files.chunk_files import ChunkFiles
 from utils.files.lock import only_writer
@@ -64,7 +64,6 @@ from utils.files.provenance import differences
 from utils.images import to_float
 from utils.precision import matmul_precision
 from utils.processes import num_cpus
-from utils.run.signals import StopSignals
 from utils.schema import DatasetConfig
 
 IMAGES_PER_CHUNK = 256  # rounded up to a multiple of the batch size
@@ -215,7 +214,6 @@ def encode(
     progress of all ranks."""
     items = [list(chunk[i : i + batch_size]) for chunk in chunks for i in range(0, len(chunk), batch_size)]
     batches = Batches(images, items, dataset.params.num_workers_per_gpu, ctx.device.type == "cuda")
-    launcher = StopSignals()
     num_finished = len(images) - sum(map(len, chunk_files.missing()))
     with tqdm(total=len(images), initial=num_finished, unit="image", smoothing=0, disable=not ctx.is_rank0) as progress:
         for chunk in chunks:
@@ -227,8 +225,6 @@ def encode(
                 is_bad = batch["skipped"].repeat_interleave(crops.shape[1])[:, None]
                 codes = tokenizer.encode(to_float(crops.flatten(0, 1))).cpu()  # (b * K, N)
                 rows.append(torch.cat([codes, is_bad], dim=1).numpy().astype(np.uint16))
-            if launcher.requested():
-                raise TrainingError("torchrun is gone; rerun the same command to resume")
             with chunk_files.writing(chunk) as partial, partial.open("wb") as file:
                 np.save(file, np.concatenate(rows))
             if ctx.is_rank0:

@@ -1,12 +1,12 @@
 """Checks of a config beyond the types of its values: ranges, derived sizes, keys that do not fit together."""
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
 from utils.keys import ConfigError, Key, keys_of
+from utils.launch_variables import launch_environment
 from utils.schema import GRID, OWN_NUMBER_OF_CODES, Config, TrainingConfig
 
 
@@ -119,7 +119,7 @@ def check_training(config: Config) -> None:
     """
     check_schedules(config)
     training, experiment = config.training, config.experiment
-    accumulation_steps(training, int(os.environ.get("WORLD_SIZE", 1)))
+    accumulation_steps(training, world_size=launch_environment()[1])
     samples = experiment.eval_samples
     _require(samples != 1, "experiment.eval_samples=1: expected 0 or at least 2")
     _require(

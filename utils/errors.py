@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from utils.console import printable_text, unbreakable_console
+from utils.run.signals import end_on_sigterm
 
 REPORT = (
     "This is a bug in re-ar. Please report it with the lines above, the command and the config, where you got the "
@@ -64,8 +65,9 @@ def input_errors_exit() -> Iterator[None]:
 
     These are InputError, TrainingError, OSError, lack of memory or processes, and a missing compiler. Ctrl-C ends at
     once. Any other exception is a bug and ends with its traceback and a request for a report. Inside, a broken console
-    raises nothing.
+    raises nothing. From here on, SIGTERM ends the process, and so does the end of its launcher (see `end_on_sigterm`).
     """
+    end_on_sigterm()
     with unbreakable_console():
         try:
             yield

@@ -48,7 +48,15 @@ def test_every_micro_batch_has_dropout_of_its_own(pair: Run) -> None:
 @pytest.mark.multiprocess
 def test_row_4_sigterm_to_the_launcher(pair: Run, pair_oracle: Run) -> None:
     """With a second SIGTERM to every worker while it saves."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker.__file__, *pair.arguments]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local_addr=127.0.0.1",
+        "--nproc_per_node=2",
+        worker.__file__,
+        *pair.arguments,
+    ]
     command += ["experiment.save_every=1000"]  # the second signal comes in the only save
     environment = launch_environment(TEST_RECORD=str(pair.new_record()), TEST_HOLD="6", TEST_SIGNAL_IN_SAVE="1")
     launcher = subprocess.Popen([sys.executable, *command], env=environment, stderr=subprocess.PIPE, text=True)

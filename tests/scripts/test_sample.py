@@ -55,7 +55,14 @@ def sample(tiny_arguments: list[str], checkpoint: Path, output: Path, *overrides
 
 
 def torchrun(tiny_arguments: list[str], checkpoint: Path, output: Path, *overrides: str, processes: int) -> Path:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local_addr=127.0.0.1",
+        f"--nproc_per_node={processes}",
+    ]
     command += [str(ROOT / SCRIPT)]
     command += arguments_of(tiny_arguments, checkpoint, output, *overrides)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

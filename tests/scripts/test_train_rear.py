@@ -34,7 +34,7 @@ def run(arguments: list[str], output_dir: Path, *overrides: str) -> list[dict]:
 
 def launch(arguments: list[str], output_dir: Path, *overrides: str, processes: int) -> subprocess.CompletedProcess:
     """With the launch script, as a user would."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the environment's accelerate
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the environment's torchrun
     config_file = arguments[0].removeprefix("config=")
     variables = {"CONFIG": config_file, "NUM_GPUS": str(processes), "OUTPUT_DIR": str(output_dir)}
     return subprocess.run(

@@ -9,7 +9,8 @@ from typing import TypeVar
 
 from utils.config import Config, flat
 from utils.config_checks import accumulation_steps
-from utils.distributed import DistributedContext, ignored_launcher_settings, init_distributed
+from utils.distributed import DistributedContext, init_distributed
+from utils.launch_variables import ignored_launcher_settings
 from utils.precision import deterministic, matmul_precision
 from utils.run.failure import reason_of
 from utils.run.manifest import Provenance, TrainingData, read_manifest
