@@ -172,3 +172,10 @@ def test_paths_of_a_command_line_know_the_home_folder() -> None:
         for _, function, call in calls(source):
             types = [ast.unparse(word.value) for word in call.keywords if word.arg == "type"]
             assert function != "add_argument" or types != ["Path"], (name, call.lineno)
+
+
+def test_bash_scripts_keep_their_line_ends_in_any_checkout() -> None:
+    names = [path for suffix in ("*.sh", "*.sbatch") for path in sorted((ROOT / "scripts_bash").glob(suffix))]
+    assert not [path.name for path in names if b"\r" in path.read_bytes()]
+    patterns = dict(line.split(" ", 1) for line in (ROOT / ".gitattributes").read_text(encoding="utf-8").splitlines())
+    assert patterns == {"*.sh": "text eol=lf", "*.sbatch": "text eol=lf", ".ci/*": "text eol=lf"}
