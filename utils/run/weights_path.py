@@ -129,10 +129,10 @@ def find_generator_weights(
     if source is None:
         raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
     weights = find_weights(source) if ctx is None else ctx.broadcast_from_rank0(lambda: find_weights(source))
-    check_tokenizer(weights.tokenizer_sha256, tokenizer_sha256, weights.path, config.experiment)
     notices = [*weights.notices, *_check_classes(weights, asked_classes)]
     for notice in notices if ctx is None or ctx.is_rank0 else ():
         print(notice)
+    check_tokenizer(weights.tokenizer_sha256, tokenizer_sha256, weights.path, config.experiment)
     return weights
 
 
