@@ -31,7 +31,7 @@ class _Files(ImageSource):
 
 
 class ImageFolder(_Files):
-    """Images of a folder with one sub-folder per class, which may be nested further.
+    """Images of a folder with one sub-folder per class, in which folders may be nested.
 
     Class names are the names of the sub-folders, sorted as numbers if all are numbers, else as text. Hidden names and
     folders of a system or a NAS (`is_ignored`) do not count. Other files, and images next to the class folders, are

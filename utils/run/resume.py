@@ -311,8 +311,8 @@ def last_step(training: TrainingConfig) -> int:
 
 
 def untrained_classes(start: Start, without_samples: list[int]) -> list[int] | None:
-    """Classes that neither this run nor the one that it starts from has samples of; None: unknown, as the weights that
-    it starts from do not record theirs.
+    """Classes that neither this run nor the one that it starts from has samples of; None: unknown, since what it starts
+    from does not record its own.
 
     Args:
         without_samples: classes without samples in the training data.
@@ -324,8 +324,6 @@ def untrained_classes(start: Start, without_samples: list[int]) -> list[int] | N
         before = read_record(path).get("untrained_classes")
     else:
         before = read_manifest(path).provenance.untrained_classes
-        if before is None:  # of an earlier version: the data are the same
-            before = without_samples
     return None if before is None else [class_id for class_id in without_samples if class_id in before]
 
 

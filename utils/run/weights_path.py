@@ -142,10 +142,10 @@ def find_generator_weights(
     if source is None:
         raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
     weights = find_weights(source) if ctx is None else ctx.broadcast_from_rank0(lambda: find_weights(source))
-    check_weights(weights.record, tokenizer_sha256, config, weights.path)
     config, changes = as_trained(config, weights)
     for notice in (*weights.notices, *changes) if ctx is None or ctx.is_rank0 else ():
         print(notice)
+    check_weights(weights.record, tokenizer_sha256, config, weights.path)
     return weights, config
 
 
