@@ -53,9 +53,10 @@ echo $STEP > "$FOLDER/step"
 trap 'kill -KILL $STEP' TERM
 wait $STEP
 """
-SCANCEL = (
-    '#!/usr/bin/env bash\necho "scancel $*" >> "$FOLDER/calls"\nkill -s "${1#--signal=}" "$(cat "$FOLDER/step")"\n'
-)
+SCANCEL = """#!/usr/bin/env bash
+echo "scancel $*" >> "$FOLDER/calls"
+kill -s "${1#--signal=}" "$(cat "$FOLDER/step")"
+"""
 SCONTROL = '#!/usr/bin/env bash\necho "scontrol $*" >> "$FOLDER/calls"\necho "JobState=$JOB_STATE Reason=None"\n'
 TRAINER = """
 import os, signal, sys, time
