@@ -16,6 +16,7 @@ import torch
 from evaluation import evaluator
 from evaluation.inputs import POOL_DIM, SPATIAL_DIM
 from tests.evaluation.made_up import StubExtractor, blocky_images
+from tests.processes import STANDALONE
 from utils.distributed import DistributedContext
 from utils.files.npz import write_npz
 
@@ -34,13 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def evaluation(script: str, *arguments: str | Path, processes: int = 1) -> None:
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local_addr=127.0.0.1",
-        f"--nproc_per_node={processes}",
-    ]
+    launcher = ["-m", *STANDALONE, f"--nproc_per_node={processes}"]
     command = [sys.executable, *launcher, str(ROOT / "evaluation" / script), *map(str, arguments)]
     result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

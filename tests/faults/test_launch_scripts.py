@@ -53,9 +53,10 @@ echo $STEP > "$FOLDER/step"
 trap 'kill -KILL $STEP' TERM
 wait $STEP
 """
-SCANCEL = (
-    '#!/usr/bin/env bash\necho "scancel $*" >> "$FOLDER/calls"\nkill -s "${1#--signal=}" "$(cat "$FOLDER/step")"\n'
-)
+SCANCEL = """#!/usr/bin/env bash
+echo "scancel $*" >> "$FOLDER/calls"
+kill -s "${1#--signal=}" "$(cat "$FOLDER/step")"
+"""
 SCONTROL = '#!/usr/bin/env bash\necho "scontrol $*" >> "$FOLDER/calls"\necho "JobState=$JOB_STATE Reason=None"\n'
 TRAINER = """
 import os, signal, sys, time
@@ -207,25 +208,28 @@ def test_pid_1_of_a_container_ends_by_sigterm_before_it_trains() -> None:
 TRAIN = "scripts/train_rear.py"
 TORCHRUN = ["torchrun", "--nproc_per_node=2"]
 ACCELERATE = ["accelerate", "launch", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
-ROADS = {
-    "python": ["python", TRAIN],
-    "torchrun": [*TORCHRUN, "--master_port={port}", TRAIN],
-    "accelerate, two processes": [*ACCELERATE, "--multi_gpu", "--num_processes=2", "--main_process_port={port}", TRAIN],
-    "rear_train.sh": ["bash", "scripts_bash/rear_train.sh"],
-    "rear_train_multinode.sh": ["bash", "scripts_bash/rear_train_multinode.sh"],
-    "a script of several commands": ["bash", "-c", f'source scripts_bash/run.sh; run python {TRAIN} "$@"', "bash"],
-}
+SEVERAL_COMMANDS = ["bash", "-c", f'source scripts_bash/run.sh; run python {TRAIN} "$@"', "bash"]
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("road", ROADS)
-def test_sigterm_to_a_container_saves_and_ends_all(pair: Run, road: str, processes: int) -> None:
-    if (processes == 2) != (road in ("torchrun", "accelerate, two processes")) and not road.startswith("rear_train"):
-        pytest.skip("a road of another number of processes")
-    command = [word.format(port=free_port()) for word in ROADS[road]]
-    stop_by_sigterm(pair, as_pid_1([*command, *pair.arguments]), processes, in_container=True)
+@pytest.mark.parametrize(
+    ("road", "processes"),
+    [
+        (["python", TRAIN], 1),
+        ([*TORCHRUN, "--master_port={port}", TRAIN], 2),
+        ([*ACCELERATE, "--multi_gpu", "--num_processes=2", "--main_process_port={port}", TRAIN], 2),
+        (SEVERAL_COMMANDS, 1),
+        (["bash", "scripts_bash/rear_train.sh"], 1),
+        (["bash", "scripts_bash/rear_train.sh"], 2),
+        (["bash", "scripts_bash/rear_train_multinode.sh"], 2),
+    ],
+    ids=["python", "torchrun", "accelerate", "several-commands", "rear_train-1", "rear_train-2", "multinode"],
+)
+def test_sigterm_to_a_container_saves_and_ends_all(pair: Run, road: list[str], processes: int) -> None:
+    arguments = pair.arguments[1:-1] if road[-1].startswith("scripts_bash/") else pair.arguments
+    command = [*(word.format(port=free_port()) for word in road), *arguments]
+    stop_by_sigterm(pair, as_pid_1(command), processes, in_container=True)
 
 
 @pytest.mark.slow

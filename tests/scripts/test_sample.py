@@ -17,7 +17,7 @@ from modeling.sampling.cached_decoding import DecodingState
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_sampler import ImageSampler
 from scripts import make_shards, sample_imagenet_rear
-from tests.processes import ROOT, rank_environments, run_script, start_script
+from tests.processes import ROOT, STANDALONE, rank_environments, run_script, start_script
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.sample_chunks import SampleChunks
@@ -55,14 +55,7 @@ def sample(tiny_arguments: list[str], checkpoint: Path, output: Path, *overrides
 
 
 def torchrun(tiny_arguments: list[str], checkpoint: Path, output: Path, *overrides: str, processes: int) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local_addr=127.0.0.1",
-        f"--nproc_per_node={processes}",
-    ]
+    command = [sys.executable, "-m", *STANDALONE, f"--nproc_per_node={processes}"]
     command += [str(ROOT / SCRIPT)]
     command += arguments_of(tiny_arguments, checkpoint, output, *overrides)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
