@@ -49,18 +49,21 @@ class Start:
 
     Attributes:
         checkpoint: a verified checkpoint folder, or a weights file; None: from scratch.
-        weights_only: `checkpoint` is a weights file; optimizer, step and data order start anew.
-        weights: the weights file with its record.
+        weights: the weights file, with its record; None: `checkpoint` is none.
         notices: lines for the log.
         back_up: checkpoints in `output_dir` that are damaged or of later steps, and final weights of later steps. They
             are renamed before training.
     """
 
     checkpoint: str | None = None
-    weights_only: bool = False
     weights: TrainedWeights | None = None
     notices: tuple[str, ...] = ()
     back_up: tuple[Path, ...] = ()
+
+    @property
+    def weights_only(self) -> bool:
+        """`checkpoint` is a weights file; optimizer, step and data order start anew."""
+        return self.weights is not None
 
 
 def find_start(output_dir: Path, resume: str) -> Start:
@@ -142,7 +145,6 @@ def _start_from_weights(output_dir: Path, resume: str) -> Start:
     notice = f"{weights}: found no {MANIFEST_FILE}, so weights only; optimizer, step and data order start anew"
     return Start(
         str(weights),
-        weights_only=True,
         weights=found,
         notices=(notice, *_describe(back_up)),
         back_up=tuple(back_up),
@@ -196,8 +198,7 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
     """
     if start.checkpoint is None:
         return []
-    if start.weights_only:
-        assert start.weights is not None
+    if start.weights is not None:
         return _check_weights(start.weights, config, provenance)
     manifest = read_manifest(Path(start.checkpoint))
     keys = keys_of(type(config))
