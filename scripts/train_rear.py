@@ -96,7 +96,7 @@ def main(config: Config) -> str:
         model = ReAR(config.model).to(ctx.device)
         if launched.is_new and experiment.init_from is not None:
             weights = find_weights(experiment.init_from)
-            check_weights(weights.record, tokenizer_sha256, config, weights.path)
+            check_weights(weights, tokenizer_sha256, config)
             init_from_weights(model, weights.path)
             launched.notes.append(f"starting from the weights of {experiment.init_from}, with new rows for the classes")
             if weights.tokenizer_sha256 is None:

@@ -1,7 +1,7 @@
 """Where a run starts: the rules of `experiment.resume` (docs/cluster.md), and what a checkpoint may be resumed with."""
 
 import textwrap
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from utils.run.manifest import (
 from utils.run.weights_path import (
     FINAL_FILE,
     NO_TOKENIZER,
+    TrainedWeights,
     check_tokenizer,
     check_weights,
     find_weights,
@@ -48,18 +49,21 @@ class Start:
 
     Attributes:
         checkpoint: a verified checkpoint folder, or a weights file; None: from scratch.
-        weights_only: `checkpoint` is a weights file; optimizer, step and data order start anew.
-        record: of the weights file; empty if it has none.
+        weights: the weights file, with its record; None: `checkpoint` is none.
         notices: lines for the log.
         back_up: checkpoints in `output_dir` that are damaged or of later steps, and final weights of later steps. They
             are renamed before training.
     """
 
     checkpoint: str | None = None
-    weights_only: bool = False
-    record: dict[str, Any] = field(default_factory=dict)
+    weights: TrainedWeights | None = None
     notices: tuple[str, ...] = ()
     back_up: tuple[Path, ...] = ()
+
+    @property
+    def weights_only(self) -> bool:
+        """`checkpoint` is a weights file; optimizer, step and data order start anew."""
+        return self.weights is not None
 
 
 def find_start(output_dir: Path, resume: str) -> Start:
@@ -142,8 +146,7 @@ def _start_from_weights(output_dir: Path, resume: str) -> Start:
     notice = f"{weights}: no {MANIFEST_FILE} there: only the weights are loaded; training starts at step 0"
     return Start(
         str(weights),
-        weights_only=True,
-        record=found.record,
+        weights=found,
         notices=(notice, *_describe(back_up)),
         back_up=tuple(back_up),
     )
@@ -196,8 +199,8 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
     """
     if start.checkpoint is None:
         return []
-    if start.weights_only:
-        return _check_weights(start, config, provenance)
+    if start.weights is not None:
+        return _check_weights(start.weights, config, provenance)
     manifest = read_manifest(Path(start.checkpoint))
     keys = keys_of(type(config))
     changes = _differences(manifest.provenance.config, asdict(config))
@@ -239,17 +242,16 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
     return [f"since {Path(start.checkpoint).name}: {notice}" for notice in notices]
 
 
-def _check_weights(start: Start, config: Config, provenance: Provenance) -> list[str]:
+def _check_weights(weights: TrainedWeights, config: Config, provenance: Provenance) -> list[str]:
     """`check_same_run` for weights without a checkpoint."""
-    assert start.checkpoint is not None
-    _check_classes(start.record.get("class_names"), provenance, start.checkpoint)
+    _check_classes(weights.class_names, provenance, weights.path)
     if provenance.tokenizer_sha256 is None:  # training of a tokenizer
         return []
-    check_weights(start.record, provenance.tokenizer_sha256, config, start.checkpoint)
-    return [] if "tokenizer_sha256" in start.record else [f"{start.checkpoint}: {NO_TOKENIZER}"]
+    check_weights(weights, provenance.tokenizer_sha256, config)
+    return [] if weights.tokenizer_sha256 is not None else [f"{weights.path}: {NO_TOKENIZER}"]
 
 
-def _check_classes(trained: list[str] | None, provenance: Provenance, source: str) -> None:
+def _check_classes(trained: list[str] | None, provenance: Provenance, source: object) -> None:
     """Raise InputError if the classes of the weights and of the data have names, and not the same."""
     found = provenance.class_names
     if None in (trained, found) or trained == found:

@@ -23,6 +23,7 @@ from utils.files.hashing import file_sha256
 from utils.files.hub import local_file
 from utils.files.weight_formats import INDEX_SUFFIX, is_index
 from utils.files.weights import read_record
+from utils.keys import keys_of
 from utils.run.checkpoint import EMA, MODEL, UNFINISHED, checkpoint_folders, list_checkpoints, step_of
 from utils.run.manifest import MANIFEST_FILE, check_sizes, read_manifest
 from utils.run.status import STATUS_FILE, read_status
@@ -79,7 +80,8 @@ class TrainedWeights:
     @property
     def class_names(self) -> list[str] | None:
         """Of the training data, in the order of the class ids; None: not recorded."""
-        return self.record.get("class_names")
+        names = self.record.get("class_names")
+        return [str(name) for name in names] if isinstance(names, list) else None
 
     @property
     def untrained_classes(self) -> list[int]:
@@ -89,7 +91,8 @@ class TrainedWeights:
     @property
     def config(self) -> dict[str, Any]:
         """The values that decided the weights, by config key; empty: not recorded."""
-        return self.record.get("config", {})
+        values = self.record.get("config")
+        return values if isinstance(values, dict) else {}
 
 
 def resolve_path(source: str) -> ResolvedPath:
@@ -142,22 +145,24 @@ def find_generator_weights(
     if source is None:
         raise InputError("experiment.generator_checkpoint: missing; give a weights file, a checkpoint or a run folder")
     weights = find_weights(source) if ctx is None else ctx.broadcast_from_rank0(lambda: find_weights(source))
-    config, changes = as_trained(config, weights)
+    trained, changes = as_trained(config, weights)
     for notice in (*weights.notices, *changes) if ctx is None or ctx.is_rank0 else ():
         print(notice)
-    check_weights(weights.record, tokenizer_sha256, config, weights.path)
-    return weights, config
+    check_weights(weights, tokenizer_sha256, config)
+    return weights, trained
 
 
 def as_trained(config: C, weights: TrainedWeights) -> tuple[C, list[str]]:
-    """The config with the recorded values of keys that only training reads, and a line for the user if any differ."""
-    generator = config.model.generator
-    recorded = {name: weights.config.get(f"model.generator.{name}", value) for name, value in vars(generator).items()}
-    trained = {
-        name: value
-        for name, value in recorded.items()
-        if name not in NOT_FROM_TRAINING and value != getattr(generator, name)
-    }
+    """The config with the recorded values of keys that only training reads, and a line for the user if any differ.
+
+    Raises InputError for a recorded value that a key cannot have.
+    """
+    generator, keys = config.model.generator, keys_of(Config)
+    trained: dict[str, Any] = {}
+    for name, value in vars(generator).items():
+        key = keys[f"model.generator.{name}"]
+        if name not in NOT_FROM_TRAINING and weights.config.get(key.name, value) != value:
+            trained[name] = key.read(weights.config[key.name])
     if not trained:
         return config, []
     values = ", ".join(f"{name}={value}, not {getattr(generator, name)}" for name, value in trained.items())
@@ -165,14 +170,14 @@ def as_trained(config: C, weights: TrainedWeights) -> tuple[C, list[str]]:
     return replace(config, model=model), [f"{weights.path}: trained with model.generator.{values}"]
 
 
-def check_weights(record: dict[str, Any], tokenizer_sha256: str, config: Config, source: object) -> None:
-    """Raise InputError if weights with this record were trained with a different tokenizer (see `check_tokenizer`) or
-    number of attention heads, which their shapes do not show; `source` is for its message."""
-    check_tokenizer(record.get("tokenizer_sha256"), tokenizer_sha256, source, config.experiment)
+def check_weights(weights: TrainedWeights, tokenizer_sha256: str, config: Config) -> None:
+    """Raise InputError if the weights were trained with a different tokenizer (see `check_tokenizer`) or number of
+    attention heads, which their shapes do not show."""
+    check_tokenizer(weights.tokenizer_sha256, tokenizer_sha256, weights.path, config.experiment)
     key, found = "model.generator.num_attention_heads", config.model.generator.num_attention_heads
-    trained_with = record.get("config", {}).get(key, found)
-    if trained_with != found:
-        raise InputError(f"{source}: trained with {key}={trained_with}, found {found}; give the value of the training")
+    heads = weights.config.get(key, found)
+    if heads != found:
+        raise InputError(f"{weights.path}: trained with {key}={heads}, found {found}; give the value of the training")
 
 
 def check_classes(weights: TrainedWeights, asked: Sequence[int] | None) -> list[str]:
