@@ -30,7 +30,7 @@ from utils.keys import (
 
 # Tokenizers whose num_latent_tokens must be given: it does not follow from resolution and channel_mult.
 OWN_NUMBER_OF_CODES = ("titok", "codes_only")
-# Keys of model.generator that choose how to sample, not what to train; graphs, provenance and model cards read this list.
+# Keys of model.generator that choose how to sample, not what to train; graphs, provenance and cards read this list.
 SAMPLING_NAMES = ("guidance_scale", "guidance_scale_pow", "randomize_temperature", "top_k", "top_p")
 SAMPLING_KEYS = tuple(f"model.generator.{name}" for name in SAMPLING_NAMES)
 GRID = "(resolution / 2^(levels - 1))^2"
