@@ -238,7 +238,8 @@ def _meet(rank: int, size: int, timeout_s: int) -> dist.Store:
             store.set(arrived[rank], "")
             store.wait(arrived, REREAD_NUMBERS)
             return store
-    missing = [str(other) for other in range(size) if not store.check([arrived[other]])]
+    never_started = [str(other) for other in range(size) if not server.check([processes[other]])]
+    missing = never_started or [str(other) for other in range(size) if not store.check([arrived[other]])]
     raise TrainingError(
         f"launch: of {size} processes, rank {', '.join(missing)} did not arrive within "
         f"training.launch_timeout={timeout_s} s"
