@@ -64,7 +64,7 @@ def read_index(shard: Path) -> ShardIndex | None:
         if not len(index.keys) == len(index.class_ids) == len(index.offsets) == len(index.sizes) > 0:
             raise ValueError("columns of different lengths, or empty")
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: damaged ({error}); delete it or rewrite it: make_shards.py --index") from error
     found = shard.stat().st_size

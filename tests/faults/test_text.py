@@ -64,11 +64,12 @@ def run(locale: dict[str, str], *arguments: str) -> tuple[int, str]:
 
 
 def images_with_accents(folder: Path) -> Path:
-    """Two classes of two images; class names and file names are not ASCII."""
+    """Two classes; class names and file names are not ASCII, and one is not UTF-8."""
     for name in ("été", "猫"):
         (folder / name).mkdir(parents=True)
         for i in range(2):
             Image.new("RGB", (8, 8), (90 * i, 0, 0)).save(folder / name / f"bild ä{i}.png")
+    shutil.copy(folder / "été/bild ä0.png", folder / "été/\udcff.png")
     return folder
 
 

@@ -4,15 +4,14 @@ import os
 import unicodedata
 from pathlib import Path
 
-from utils.errors import InputError, errors_name
+from utils.errors import InputError
 
 
 def read_text(path: Path) -> str:
-    """The text in UTF-8, with or without a byte order mark; raises InputError if the file is missing or another
+    """The text in UTF-8, with or without a byte order mark; raises InputError if the file is missing or has another
     encoding."""
     try:
-        with errors_name(path):
-            return path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
