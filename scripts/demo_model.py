@@ -61,8 +61,8 @@ class DemoModel:
         tokenizer = load_tokenizer(config)
         if not tokenizer.has_images:
             raise tokenizer.no_images("scripts/demo.py")
-        self.weights, self.config = find_generator_weights(config, tokenizer.sha256())
-        config = self.config
+        self.weights, config = find_generator_weights(config, tokenizer.sha256())
+        self.config = config
         model = load_generator(self.weights.path, config.model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()

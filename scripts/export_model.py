@@ -210,9 +210,9 @@ def card_facts(model: ReAR, tokenizer: Tokenizer, weights: TrainedWeights, confi
         }
     if trained := weights.config:
         in_checkpoint = (weights.path.parent / MANIFEST_FILE).is_file()  # else final weights: the EMA if there is one
-        is_ema = weights.path.stem == EMA if in_checkpoint else trained["training.use_ema"]
+        is_ema = weights.path.stem == EMA if in_checkpoint else trained.get("training.use_ema")
         facts |= {
-            "training": f"{weights.step} of {trained['training.max_train_steps']} steps",
+            "training": f"{weights.step} of {trained.get('training.max_train_steps')} steps",
             "training settings": ", ".join(f"{key.rpartition('.')[2]} {trained.get(key)}" for key in TRAINING_KEYS),
             "weights": "EMA" if is_ema else "of the last step",
         }
