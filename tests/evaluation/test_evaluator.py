@@ -75,6 +75,13 @@ def test_order_of_the_samples_matters_for_the_inception_score_only(
     assert shuffled == pytest.approx(metrics, rel=1e-9)
 
 
+def test_classes_of_a_split_are_counted_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "SPLIT_SIZE", 50)
+    assert metrics.classes_per_split(np.arange(100) % 10) == pytest.approx(10)
+    assert metrics.classes_per_split(np.sort(np.arange(100) % 10)) == pytest.approx(5)
+    assert metrics.classes_per_split(np.array(["x"] * 50 + ["y"] * 25 + ["z"] * 25)) == pytest.approx(2**0.5)
+
+
 LABELS = np.arange(110) % 10
 ORDERS = {
     "interleaved": (LABELS, False),

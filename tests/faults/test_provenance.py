@@ -17,8 +17,9 @@ from data.codes.store_files import open_store, write_meta
 from data.codes.token_store import TokenStore, open_tokens
 from data.codes.token_writer import StoreMeta, new_token_store
 from evaluation.run_log import find_step
-from scripts import sample_imagenet_rear, train_rear
+from scripts import complete_images, sample_imagenet_rear, sweep_guidance, train_rear
 from tests.faults.test_resuming import flip_a_bit
+from tests.script_config import script_config
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.weights import load_state_dict, save_weights
@@ -348,6 +349,14 @@ def test_classes_without_training_samples_are_named(
     assert "no training samples" not in capsys.readouterr().out
     sample(seven, run, tmp_path / "all")
     assert f"{run / 'model.safetensors'}: found no training samples of classes 5, 6" in capsys.readouterr().out
+    np.savez(tmp_path / "reference.npz", arr_0=np.zeros((8, 16, 16, 3), np.uint8))
+    for script, keys in (
+        (sweep_guidance, [f"sweep.reference={tmp_path / 'reference.npz'}", "sampling.class_labels=[0,5]"]),
+        (complete_images, ["completion.class_label=5", "completion.keep=top:0.5"]),
+    ):
+        given = [*seven, f"experiment.output_dir={tmp_path / 'y'}", f"experiment.generator_checkpoint={run}", *keys]
+        with pytest.raises(InputError, match=r"no training samples of classes 5, expected"):
+            script.main(script_config(script, given))
 
 
 @pytest.mark.parametrize(
