@@ -47,6 +47,8 @@ class Run:
 def main(paths: list[Path], labels: list[str] | None, x: str, output: Path) -> None:
     if len(paths) < 2:
         raise InputError(f"{paths[0]}: found one run, expected two or more")
+    if output.suffix != ".png":
+        raise InputError(f"--output {output}: expected a name that ends in .png")
     if labels is not None and len(labels) != len(paths):
         raise InputError(f"--labels: found {len(labels)} for {len(paths)} runs, expected one for each")
     runs = [load_run(path, label) for path, label in zip(paths, labels or labels_of(paths), strict=True)]

@@ -18,6 +18,7 @@ writes only the indices, next to the shards.
 
 import argparse
 import os
+import re
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -55,6 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not arguments.source.is_dir():
         raise InputError(f"{arguments.source}: no such folder")
+    if arguments.output.resolve().is_relative_to(arguments.source.resolve()):
+        raise InputError(f"{arguments.output}: found in the folder of the images, where it would be a class")
     with only_writer(arguments.output):
         pack(arguments)
 
@@ -99,8 +102,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("expected a source and an output, or --index SHARDS")
     if min(arguments.processes, arguments.samples_per_shard) < 1 or not 0 <= arguments.heldout < 1:
         parser.error("expected at least 1 process and 1 sample per shard, and --heldout from 0 to below 1")
-    if arguments.prefix == HELDOUT_PREFIX:
-        parser.error(f"--prefix {HELDOUT_PREFIX}: is reserved for the held-out shards")
+    if not re.fullmatch(r"\w[\w.-]*", arguments.prefix):  # part of a file name, which is in patterns such as a-*.tar
+        parser.error(f"--prefix {arguments.prefix!r}: expected letters, digits, _, . and -")
+    if f"{arguments.prefix}-".startswith(f"{HELDOUT_PREFIX}-"):
+        parser.error(f"--prefix {arguments.prefix}: {HELDOUT_PREFIX}-* is reserved for the held-out shards")
     return arguments
 
 

@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from utils.errors import InputError
@@ -46,21 +47,27 @@ class StoreMeta:
 def open_store(path: Path) -> tuple[StoreMeta, np.memmap, np.ndarray]:
     """Meta, codes (n, N) uint16, memory-mapped, and class ids (n,) int32; raises InputError without a good store."""
     try:
-        meta = StoreMeta(**read_json(path / META_FILE))
+        values = read_json(path / META_FILE)
+        StoreMeta(**values)  # raises for unknown names
+        meta = msgspec.convert(values, StoreMeta)
         codes = np.load(path / TOKENS_FILE, mmap_mode="r")
         class_ids = np.load(path / CLASS_IDS_FILE)
-    except (OSError, ValueError, TypeError, EOFError) as error:
+    except (OSError, ValueError, TypeError, EOFError, RecursionError, msgspec.ValidationError) as error:
         raise InputError(f"{path}: cannot be opened as a token store: {str(error).splitlines()[0]}") from error
     if meta.class_names is not None:
         meta.class_names = list(map(same_letters, meta.class_names))
-    _check_shape(path / TOKENS_FILE, codes, (meta.num_samples, meta.image_seq_len))
-    _check_shape(path / CLASS_IDS_FILE, class_ids, (meta.num_samples,))
+    _check_array(path / TOKENS_FILE, codes, (meta.num_samples, meta.image_seq_len), np.dtype(np.uint16))
+    _check_array(path / CLASS_IDS_FILE, class_ids, (meta.num_samples,), np.dtype(np.int32))
     return meta, codes, class_ids
 
 
-def _check_shape(file: Path, array: np.ndarray, expected: tuple[int, ...]) -> None:
-    if array.shape != expected:
-        raise InputError(f"{file}: found shape {array.shape}, expected {expected} as in {META_FILE}")
+def _check_array(file: Path, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """The bytes of a row are read from the file, so dtype and order must be those of the writer."""
+    if array.shape != shape:
+        raise InputError(f"{file}: found shape {array.shape}, expected {shape} as in {META_FILE}")
+    if array.dtype != dtype or not array.flags.c_contiguous:
+        order = "" if array.flags.c_contiguous else " in Fortran order"
+        raise InputError(f"{file}: found {array.dtype.str}{order}, expected {dtype.str} in C order")
 
 
 def check_codebook_size(path: Path, codebook_size: int) -> None:

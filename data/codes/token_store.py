@@ -80,11 +80,15 @@ class TokenStore(Dataset):
     def __getitems__(self, items: Sequence[int | SampleIndex]) -> dict[str, Tensor]:
         """A batch: codes (B, N), class_labels (B,) and index (B,), all int64; DataLoader's collate_fn is `collate`."""
         index = np.array([as_sample_index(item).index for item in items], dtype=np.int64)
-        return {
-            "class_labels": torch.from_numpy(self.class_ids[index].astype(np.int64)),
-            "codes": torch.from_numpy(self._read_rows(index).astype(np.int64)),
-            "index": torch.from_numpy(index),
-        }
+        rows = {"class_labels": self.class_ids[index], "codes": self._read_rows(index)}
+        for name, limit in (("class_labels", self.meta.num_classes), ("codes", self.meta.codebook_size)):
+            if rows[name].min() < 0 or rows[name].max() >= limit:
+                raise InputError(
+                    f"{self.path}: found {name} from {rows[name].min()} to {rows[name].max()} in samples such as "
+                    f"{index[0]}, expected 0 to {limit - 1} as in {META_FILE}"
+                )
+        rows["index"] = index
+        return {name: torch.from_numpy(values.astype(np.int64)) for name, values in rows.items()}
 
     def _read_rows(self, index: np.ndarray) -> np.ndarray:
         """Rows (B, N) in any order. Not through the memory map: its pages would count as memory of the process, which

@@ -154,8 +154,11 @@ def test_errors(images: Path, tmp_path: Path) -> None:
         make(images, "out3")
     with pytest.raises(SystemExit):
         make(images, "out", "--heldout", "1")
-    with pytest.raises(SystemExit):
-        make(images, "out", "--prefix", "heldout")
+    for prefix in ("heldout", "heldout-more", "../out", "a/b", "a*", "{a}", ""):  # held out, lost or matching others
+        with pytest.raises(SystemExit):
+            make(images, "out", "--prefix", prefix)
+    with pytest.raises(InputError, match="found in the folder of the images"):
+        make_shards.main([str(images), str(images / "out")])
     for arguments in ([], [str(images)], [str(images), "out", "--index", "x.tar"], [str(images), "--index", "x.tar"]):
         with pytest.raises(SystemExit):
             make_shards.main(arguments)

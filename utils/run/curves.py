@@ -105,7 +105,8 @@ def draw_curve(axes: "Axes", name: str, points: Points, **style: Any) -> None:
 
 def plain_label(text: str) -> str:
     """For a legend or a title: matplotlib reads `$...$` as mathematics, and leaves out labels that begin with `_`."""
-    return " " + text.replace("$", r"\$")
+    escaped = text.replace("$", r"\$")
+    return f" {escaped}" if text.startswith("_") else escaped
 
 
 def save_figure(figure: "Figure", path: Path) -> None:

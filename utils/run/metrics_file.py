@@ -82,6 +82,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         values = json.loads(line)
-        return values if isinstance(values["step"], int) else None
-    except (ValueError, KeyError, TypeError):
+        is_row = "started" in values or all(isinstance(value, int | float | None) for value in values.values())
+        return values if is_row and isinstance(values["step"], int) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
