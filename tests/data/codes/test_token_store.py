@@ -285,7 +285,7 @@ def test_missing_and_damaged_stores(tmp_path: Path) -> None:
     ("name", "array", "found"),
     [
         ("tokens", np.zeros((50, 6), dtype=np.int64), "<i8, expected <u2"),
-        ("tokens", np.zeros((50, 6), dtype=np.uint16, order="F"), "in Fortran order"),
+        ("tokens", np.zeros((50, 6), dtype=np.uint16, order="F"), "<u2 in Fortran order"),
         ("tokens", np.zeros((50, 6), dtype=">u2"), ">u2, expected <u2"),
         ("class_ids", np.zeros(50), "<f8, expected <i4"),
     ],
