@@ -75,7 +75,7 @@ def is_written(output: Path, class_names: list[str], shards: list[Shard]) -> boo
     try:
         found = {name: record["samples"] for name, record in json.loads((output / COUNTS_FILE).read_text()).items()}
         found_names = json.loads((output / CLASS_NAMES_FILE).read_text())
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         found, found_names = None, None
     if found != {shard.name: len(shard.indices) for shard in shards} or found_names != class_names:
         raise InputError(f"{output}: exists with other content; delete it or choose another name")
