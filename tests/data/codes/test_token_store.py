@@ -293,7 +293,7 @@ def test_missing_and_damaged_stores(tmp_path: Path) -> None:
 def test_arrays_whose_rows_would_be_read_wrongly(tmp_path: Path, name: str, array: np.ndarray, found: str) -> None:
     write_store(tmp_path / "a.tokens", *random_samples(50))
     np.save(tmp_path / f"a.tokens/{name}.npy", array)
-    with pytest.raises(InputError, match=rf"{name}\.npy: found {found}"):
+    with pytest.raises(InputError, match=rf"{name}\.npy: found .*{found}"):
         TokenStore(tmp_path / "a.tokens")
 
 
