@@ -153,14 +153,12 @@ class DemoModel:
 
 
 def names_of_classes(config: Config, trained: list[str] | None) -> list[str]:
-    """Each class's id and name, from the weights, the training data, an exported model or ImageNet."""
+    """Each class's id and name, from the weights, an exported model, the training data or ImageNet."""
     num_classes, folder = config.model.generator.condition_num_classes, config.experiment.generator_checkpoint
-    names: list[str] = []
+    if trained is None and folder is not None and Path(folder).is_dir():
+        trained = class_names(Path(folder))  # of an exported model
     known = known_classes(config, trained)
-    if known is not None:
-        names = known[0]
-    elif folder is not None and Path(folder).is_dir():
-        names = class_names(Path(folder)) or []
+    names = known[0] if known is not None else []
     if not names and num_classes == IMAGENET_CLASSES:
         from torchvision.models import ResNet50_Weights  # slow to import
 
