@@ -4,8 +4,8 @@
     python scripts/demo.py config=configs/rear_blue_marble.yaml experiment.generator_checkpoint=outputs/quickstart/rear
 
 Prints the address, http://127.0.0.1:7860, and serves it until Ctrl-C. With `demo.host=0.0.0.0` other machines can
-connect; there is no password. Uploads and pictures are in a temporary folder, removed at the end; nothing else is
-written, and nothing is downloaded.
+connect; there is no password. Uploads and pictures are in a temporary folder, removed at the end or, if the page is
+killed, at the next start; nothing else is written, and nothing is downloaded.
 """
 
 import sys
