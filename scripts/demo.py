@@ -101,8 +101,9 @@ def main(config: DemoScriptConfig) -> None:
 def temporary_folder() -> Iterator[Path]:
     """A folder of this process; those that killed processes have left are removed first."""
     for left in Path(gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(InputError, OSError), only_writer(left, inside=True):  # InputError: of a running demo
-            shutil.rmtree(left)
+        if left.lstat().st_uid == os.getuid():  # others may write to that folder too
+            with suppress(InputError, OSError), only_writer(left, inside=True):  # InputError: of a running demo
+                shutil.rmtree(left)
     with TemporaryDirectory(prefix=PREFIX) as folder, only_writer(Path(folder), inside=True):
         files = Path(folder, "files")
         files.mkdir()

@@ -14,6 +14,7 @@ from modeling.sampling.generate import generate
 from modeling.sampling.inpainting import region_mask
 from scripts import complete_images
 from tests.script_config import script_config
+from tests.scripts.test_demo import change_size
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.weights import save_weights
@@ -175,3 +176,11 @@ def test_other_completions_are_not_replaced(
     with pytest.raises(InputError, match=r"completions.npz: .*sampling.seed: found 42, expected 1;"):
         run(arguments, tmp_path / "out", "sampling.seed=1")
     np.testing.assert_array_equal(run(arguments, tmp_path / "out")["images"], before["images"])
+
+
+def test_a_mask_of_too_many_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    Image.new("L", (4, 4)).save(path)
+    change_size(path, side=40_000)
+    with pytest.raises(InputError, match=r"mask\.png: found no picture that can be read \(DecompressionBombError\)"):
+        complete_images.read_mask(path, 4, 4)
