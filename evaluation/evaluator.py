@@ -41,6 +41,7 @@ from evaluation.report import (
     write_report,
 )
 from evaluation.run_log import find_step, log_scores
+from utils.arguments import positive
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, input_errors_exit
 from utils.files.text import user_path
@@ -161,13 +162,6 @@ def gaussians(npz: Npz, sums: FeatureSums) -> dict[str, Gaussian]:
         return {"pool": Gaussian(mu, sigma), "spatial": Gaussian(mu_s, sigma_s)}
     assert sums.spatial is not None
     return {"pool": sums.pool.gaussian(), "spatial": sums.spatial.gaussian()}
-
-
-def positive(text: str) -> int:
-    """For argparse: a whole number from 1."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
-    return int(text)
 
 
 def add_feature_options(parser: argparse.ArgumentParser) -> None:

@@ -30,9 +30,10 @@ from data.images.image_source import ImageSource
 from data.images.reading import CroppedImages, ImageDataset, evenly_spaced, open_images
 from data.images.transforms import center_crop_transform
 from evaluation.collect import Images, collect
-from evaluation.evaluator import add_feature_options, load_extractor, positive
+from evaluation.evaluator import add_feature_options, load_extractor
 from evaluation.features import Extractor
 from evaluation.inputs import MIN_IMAGES, WEIGHTS, open_input
+from utils.arguments import positive
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, input_errors_exit
 from utils.files.hashing import file_sha256

@@ -99,7 +99,7 @@ def read(path: Path) -> Content:
     """Raises InputError for an unknown key, or a missing or wrong value."""
     try:
         return msgspec.convert(yaml.safe_load(read_text(path)), Content)
-    except (yaml.YAMLError, msgspec.ValidationError) as error:
+    except (yaml.YAMLError, msgspec.ValidationError, RecursionError) as error:
         raise InputError(f"{path}: {first_line(error)}") from error
 
 

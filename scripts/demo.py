@@ -4,8 +4,8 @@
     python scripts/demo.py config=configs/rear_blue_marble.yaml experiment.generator_checkpoint=outputs/quickstart/rear
 
 Prints the address, http://127.0.0.1:7860, and serves it until Ctrl-C. With `demo.host=0.0.0.0` other machines can
-connect; there is no password. Uploads and pictures are in a temporary folder, removed at the end; nothing else is
-written, and nothing is downloaded.
+connect; there is no password. Uploads and pictures are in a temporary folder, removed at the end or, if the page is
+killed, at the next start; nothing else is written, and nothing is downloaded.
 """
 
 import sys
@@ -101,8 +101,9 @@ def main(config: DemoScriptConfig) -> None:
 def temporary_folder() -> Iterator[Path]:
     """A folder of this process; those that killed processes have left are removed first."""
     for left in Path(gettempdir()).glob(f"{PREFIX}*"):
-        with suppress(InputError, OSError), only_writer(left, inside=True):  # InputError: of a running demo
-            shutil.rmtree(left)
+        if left.lstat().st_uid == os.getuid():  # others may write to that folder too
+            with suppress(InputError, OSError), only_writer(left, inside=True):  # InputError: of a running demo
+                shutil.rmtree(left)
     with TemporaryDirectory(prefix=PREFIX) as folder, only_writer(Path(folder), inside=True):
         files = Path(folder, "files")
         files.mkdir()

@@ -3,7 +3,7 @@
 import html
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +88,18 @@ class LimitedUploads:
             return 411, "expected a Content-Length"
         if int(length) > MAX_REQUEST_BYTES:
             return 413, f"found {int(length)} bytes, expected at most {MAX_REQUEST_BYTES}"
-        used = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        if scope["path"].endswith("/upload") and used + int(length) > MAX_TOTAL_BYTES:
+        if scope["path"].endswith("/upload") and bytes_in(self.folder) + int(length) > MAX_TOTAL_BYTES:
             return 507, "the page has too many pictures at the moment; try again in an hour"
         return None
+
+
+def bytes_in(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # gradio deletes old ones
+                total += os.stat(f"{parent}/{name}").st_size
+    return total
 
 
 def build_page(model: DemoModel, max_images: int) -> gr.Blocks:

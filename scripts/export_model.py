@@ -32,6 +32,7 @@ from modeling.model_card import CARD_FILE, model_card
 from modeling.rear import ReAR
 from modeling.sampling.generate_images import generate_images
 from modeling.tokenizers.tokenizer import Tokenizer
+from utils.arguments import natural
 from utils.config import Config, load_config
 from utils.errors import InputError, first_of, input_errors_exit
 from utils.files.atomic import atomic_folder, write_text
@@ -239,7 +240,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", metavar="FOLDER", type=user_path, help="output folder; must not exist")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="of the config; config=FILE.yaml replaces it")
     parser.add_argument("--license", help="of the weights, a Hub identifier (default: none is stated)")
-    parser.add_argument("--samples", type=int, default=16, help="images in samples.png (default: %(default)s; 0: none)")
+    parser.add_argument("--samples", type=natural, default=16, help="in samples.png (default: %(default)s; 0: none)")
     parser.add_argument(
         "--tokenizer",
         choices=("weights", "reference"),

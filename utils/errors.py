@@ -23,9 +23,8 @@ PROCESSES = (
     "too many processes or threads: raise the limit (ulimit -u, or that of the container) or lower "
     "dataset.params.num_workers_per_gpu or --processes"
 )
-NO_COMPILER = re.compile(
-    r"No working C\+\+ compiler|Failed to find C compiler|Python\.h: No such file"
-)  # of torch, Triton
+# In messages of torch and Triton.
+NO_COMPILER = re.compile(r"No working C\+\+ compiler|Failed to find C compiler|Python\.h: No such file")
 INSTALL_COMPILER = (
     "compile=on: found no working C++ compiler; install g++ and Python's headers, or leave out training.compile=on and "
     "sampling.compile=on"

@@ -40,17 +40,6 @@ class ShardIndex:
         return len(self.keys)
 
 
-def _check_values(index: ShardIndex, shard_bytes: int) -> None:
-    """Raise ValueError for values that no writer of ours gives: the file may be from someone else."""
-    for name in COLUMNS:
-        column = getattr(index, name)
-        if column.ndim != 1 or column.dtype.kind != ("S" if name == "keys" else "i"):
-            raise ValueError(f"{name} of type {column.dtype} and shape {column.shape}")
-    numbers = (index.class_ids, index.offsets, index.sizes)
-    if min(column.min() for column in numbers) < 0 or (index.sizes > shard_bytes - index.offsets).any():
-        raise ValueError("negative values, or images beyond the end of the shard")
-
-
 def index_path(shard: Path) -> Path:
     return shard.with_suffix(".index.npz")
 
@@ -86,3 +75,14 @@ def read_index(shard: Path) -> ShardIndex | None:
             "make_shards.py --index"
         )
     return index
+
+
+def _check_values(index: ShardIndex, shard_bytes: int) -> None:
+    """Raise ValueError for values that no writer of ours gives: the file may be from someone else."""
+    for name in COLUMNS:
+        column = getattr(index, name)
+        if column.ndim != 1 or column.dtype.kind != ("S" if name == "keys" else "i"):
+            raise ValueError(f"{name} of type {column.dtype} and shape {column.shape}")
+    numbers = (index.class_ids, index.offsets, index.sizes)
+    if min(column.min() for column in numbers) < 0 or (index.sizes > shard_bytes - index.offsets).any():
+        raise ValueError("negative values, or images beyond the end of the shard")

@@ -22,6 +22,7 @@ from data.batch_sampler import GlobalBatchSampler
 from data.codes.conversion import jsonl_to_store
 from data.codes.jsonl import Sizes, format_lines
 from data.codes.token_store import TokenStore
+from utils.arguments import positive
 from utils.errors import InputError
 from utils.files.text import user_path
 
@@ -35,11 +36,11 @@ Figures = dict[str, float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lines", type=int, nargs="+", default=[100_000, 1_000_000], help="of the generated files")
-    parser.add_argument("--tokens", type=int, default=256, help="codes per line")
-    parser.add_argument("--batch", type=int, default=256, help="items per batch")
-    parser.add_argument("--batches", type=int, default=50, help="batches that are timed")
-    parser.add_argument("--ranks", type=int, default=4, help="training processes at a time, on the store")
+    parser.add_argument("--lines", type=positive, nargs="+", default=[100_000, 1_000_000], help="of generated files")
+    parser.add_argument("--tokens", type=positive, default=256, help="codes per line")
+    parser.add_argument("--batch", type=positive, default=256, help="items per batch")
+    parser.add_argument("--batches", type=positive, default=50, help="batches that are timed")
+    parser.add_argument("--ranks", type=positive, default=4, help="training processes at a time, on the store")
     parser.add_argument(
         "--folder", type=user_path, help="for the files, 2.4 times the largest jsonl; default: temporary"
     )

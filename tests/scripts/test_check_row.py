@@ -178,6 +178,13 @@ def test_a_bad_row_is_an_input_error(
         check(monkeypatch, "tiny", "--rows", write_rows(**values))
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: &a [*a]", b"[" * 5000])
+def test_what_is_no_file_of_rows(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "rows.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=r"rows\.yaml: "):
+        check_row.read(tmp_path / "rows.yaml")
+
+
 def test_an_unknown_row_is_an_input_error(write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="rear_x, expected one of tiny"):
         check(monkeypatch, "rear_x", "--rows", write_rows())

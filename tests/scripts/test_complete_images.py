@@ -16,6 +16,7 @@ from modeling.sampling.inpainting import region_mask
 from scripts import complete_images
 from tests.processes import run_script
 from tests.script_config import script_config
+from tests.scripts.test_demo import change_size
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.weights import load_state_dict, save_weights
@@ -221,3 +222,11 @@ def test_a_mask_is_that_of_the_order_of_the_training(arguments: list[str], tmp_p
     weights = f"experiment.generator_checkpoint={tmp_path / 'x.safetensors'}"
     with pytest.raises(InputError, match=r"completion\.keep=left:0\.5: expected top:SHARE, as .*order=raster"):
         run(arguments, tmp_path / "out", weights, "completion.keep=left:0.5", ANY_ORDER)
+
+
+def test_a_mask_of_too_many_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    Image.new("L", (4, 4)).save(path)
+    change_size(path, side=40_000)
+    with pytest.raises(InputError, match=r"mask\.png: found no picture that can be read \(DecompressionBombError\)"):
+        complete_images.read_mask(path, 4, 4)
