@@ -41,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, default=256, help="items per batch")
     parser.add_argument("--batches", type=positive, default=50, help="batches that are timed")
     parser.add_argument("--ranks", type=positive, default=4, help="training processes at a time, on the store")
-    parser.add_argument(
-        "--folder", type=user_path, help="for the files, 2.4 times the largest jsonl; default: temporary"
-    )
+    parser.add_argument("--folder", type=user_path, help="for files of 2.4 times the largest jsonl; default: temporary")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
