@@ -24,7 +24,7 @@ class _Files(ImageSource):
         return printable(str(self.root / self.key(index)))
 
     def files(self) -> Iterator[Path]:
-        return (self.root / self.key(index) for index in range(len(self)))
+        return (self.root / on_disk(self.key(index)) for index in range(len(self)))
 
     def _read(self, index: int) -> bytes:
         return (self.root / on_disk(self.key(index))).read_bytes()

@@ -364,6 +364,8 @@ def test_classes_without_training_samples_are_named(
 )
 def test_classes_that_were_trained_before_stay_trained(tmp_path: Path, before: Any, expected: list[int] | None) -> None:
     """Of a run that starts from weights which record `before`, on data without samples of classes 5 and 6."""
-    save_weights({"x": torch.zeros(1)}, tmp_path / "x.safetensors", {"untrained_classes": before})
-    start = Start() if before == "scratch" else Start(str(tmp_path / "x.safetensors"), weights_only=True)
+    record = {"untrained_classes": None if before == "scratch" else before}
+    save_weights({"x": torch.zeros(1)}, tmp_path / "x.safetensors", record)
+    weights = find_weights(str(tmp_path / "x.safetensors"))
+    start = Start() if before == "scratch" else Start(str(weights.path), weights)
     assert untrained_classes(start, without_samples=[5, 6]) == expected

@@ -276,8 +276,10 @@ def test_global_batch_size_gives_the_accumulation(monkeypatch: pytest.MonkeyPatc
         accumulation_steps(training, 64)
     with pytest.raises(ConfigError, match=r"gradient_accumulation_steps=3: expected 4 for global_batch_size=2048"):
         accumulation_steps(load_config([*arguments, "training.gradient_accumulation_steps=3"]).training, 8)
-    monkeypatch.setenv("WORLD_SIZE", "5")
-    with pytest.raises(ConfigError):
+    launched = {"WORLD_SIZE": 5, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ConfigError, match="expected a multiple of 320"):
         check_training(load_config(arguments))
 
 

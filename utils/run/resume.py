@@ -321,11 +321,10 @@ def untrained_classes(start: Start, without_samples: list[int]) -> list[int] | N
     """
     if start.checkpoint is None:
         return without_samples
-    path = Path(start.checkpoint)
-    if start.weights_only:
-        before = read_record(path).get("untrained_classes")
+    if start.weights is not None:
+        before = start.weights.record.get("untrained_classes")
     else:
-        before = read_manifest(path).provenance.untrained_classes
+        before = read_manifest(Path(start.checkpoint)).provenance.untrained_classes
     return None if before is None else [class_id for class_id in without_samples if class_id in before]
 
 
