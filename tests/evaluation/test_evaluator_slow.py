@@ -46,7 +46,8 @@ def adm(
 ) -> dict[str, float]:
     options = ["--inception", weights, "--batch-size", batch_size, "--distance", distance]
     evaluation("evaluator.py", reference, samples, *options, processes=processes)
-    report = json.loads(samples.with_name(f"{samples.stem}.inception.json").read_text())
+    name = "inception" if distance == "tf-fp16" else f"inception-{distance}"
+    report = json.loads(samples.with_name(f"{samples.stem}.{name}.json").read_text())
     assert report["provenance"]["distance"] == distance
     return report["metrics"]
 
