@@ -151,7 +151,7 @@ def to_text(name: bytes) -> str:
 
 
 def from_disk(name: str) -> str:
-    """A file name as the text of its bytes in UTF-8, whatever encoding the locale has."""
+    """A file name as the text of its bytes in UTF-8, for any encoding of the locale."""
     return to_text(os.fsencode(name))
 
 
