@@ -203,11 +203,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 class TextLoader(yaml.SafeLoader):
     """Reads every value as text, except null: what a text means is up to the key. YAML 1.1 takes a bare `no` for a
-    boolean, 010 for 8 and 2026_11_25 for a number. Refuses too many values: aliases of aliases stand for billions."""
+    boolean, 010 for 8 and 2026_11_25 for a number. Refuses too many values, which aliases can repeat without end."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
-        self.count = 0  # of the values so far, with those that an alias stands for
+        self.count = 0  # of the values so far, with those that an alias repeats
         self.counts: dict[str | None, int] = {}  # by anchor
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:

@@ -238,7 +238,8 @@ def test_sigterm_to_a_container_saves_and_ends_all(pair: Run, road: list[str], p
 @pytest.mark.multiprocess
 def test_sigterm_to_accelerate_saves_and_ends_its_only_process(pair: Run) -> None:
     """As PID 1 accelerate does not get the signal: docs/cluster.md names the other roads."""
-    stop_by_sigterm(pair, [*ACCELERATE, "--num_processes=1", TRAIN, *pair.arguments], 1, in_container=False)
+    command = [*ACCELERATE, "--num_processes=1", TRAIN, *pair.arguments]
+    stop_by_sigterm(pair, command, processes=1, in_container=False)
 
 
 def stop_by_sigterm(run: Run, command: list[str], processes: int, in_container: bool) -> None:
