@@ -43,5 +43,5 @@ class EfficientNetLite0(FrozenEncoder):
         assert self.grid_size is not None
         return on_grid(self.features_of_pixels(images * 255), self.grid_size)
 
-    def _image_features(self, images: Tensor) -> Tensor:
-        return self.features_of_pixels(images * 255).mean((2, 3))
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return self.features_of_pixels(pixels).mean((2, 3))

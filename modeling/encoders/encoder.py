@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class FrozenEncoder(nn.Module, ABC):
-    """Without gradients, in eval mode. On CUDA it computes in bf16, on a CPU in float32.
+    """Without gradients, in eval mode.
 
     Attributes:
         name: of the network, for logs and reports.
@@ -33,19 +33,19 @@ class FrozenEncoder(nn.Module, ABC):
         """`patch_features`, in the precision of the context."""
 
     @abstractmethod
-    def _image_features(self, images: Tensor) -> Tensor:
-        """`image_features`, in the precision of the context."""
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        """`image_features` of floats (B, 3, H, W) from 0 to 255."""
 
     @torch.no_grad()
     def patch_features(self, images: Tensor) -> Tensor:
-        """(B, g * g, Z) in raster order of images (B, 3, H, W) in [0, 1]."""
+        """(B, g * g, Z) in raster order of images (B, 3, H, W) in [0, 1]; on CUDA in bf16, on a CPU in float32."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=images.device.type == "cuda"):
             return self._patch_features(images)
 
     @torch.no_grad()
-    def image_features(self, images: Tensor) -> Tensor:
-        """(B, D) float32 of images (B, 3, H, W) in [0, 1], computed in float32."""
-        return self._image_features(images)
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """(B, D) float32, computed in float32, of uint8 images (B, H, W, 3)."""
+        return self._image_features(pixels.permute(0, 3, 1, 2).float())
 
     def __str__(self) -> str:
         return f"{self.name}, sha256 {self.weights_sha256[:12]}..."

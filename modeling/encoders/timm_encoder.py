@@ -58,8 +58,8 @@ class TimmEncoder(FrozenEncoder):
         self.input_size = DINOV2_SIZE if "dinov2" in model else config["input_size"][-1]
         if self.is_vit and grid_size is not None:
             self.input_size = grid_size * outline.patch_embed.patch_size[0]
-        self.network = _create(model, **({"img_size": self.input_size} if self.is_vit else {}))
         path = local_file(weights or _on_the_hub(model))
+        self.network = _create(model, **({"img_size": self.input_size} if self.is_vit else {}))
         load_strict(self.network, _state_of(path, self.network), path)
         self.weights_name, self.weights_sha256 = path.name, file_sha256(path, progress=True)
         if grid_size is not None and WITHOUT_FINAL_NORM.search(model):
@@ -68,7 +68,7 @@ class TimmEncoder(FrozenEncoder):
         self.register_buffer("std", torch.tensor(config["std"]).view(1, 3, 1, 1), persistent=False)
         self.patch_dim = self.network.num_features
         self.eval().requires_grad_(False)
-        self.image_dim = self.image_features(torch.zeros(1, 3, self.input_size, self.input_size)).shape[1]
+        self.image_dim = self.image_features(torch.zeros(1, 8, 8, 3, dtype=torch.uint8)).shape[1]
 
     def preprocess(self, images: Tensor, antialias: bool) -> Tensor:
         """Normalized images (B, 3, `input_size`, `input_size`)."""
@@ -87,8 +87,8 @@ class TimmEncoder(FrozenEncoder):
             found = found.permute(0, 3, 1, 2)
         return on_grid(found, self.grid_size)
 
-    def _image_features(self, images: Tensor) -> Tensor:
-        return self.network(self.preprocess(images, antialias=True))
+    def _image_features(self, pixels: Tensor) -> Tensor:
+        return self.network(self.preprocess(pixels / 255, antialias=True))
 
 
 def _create(model: str, **options: Any) -> Any:

@@ -20,12 +20,14 @@ from utils.files.provenance import write_record
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "evaluation/evaluator.py"
-ADM_METRICS = {
+METRICS = {
     "inception_score": "Inception Score",
     "fid": "FID",
     "sfid": "sFID",
     "precision": "Precision",
     "recall": "Recall",
+    "kid": "KID",
+    "kid_std": "KID, standard deviation of subsets",
 }
 
 
@@ -44,8 +46,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def stub_metrics(
     files: dict[str, Path], ctx: DistributedContext, samples: str = "samples", batch_size: int = 16
 ) -> dict[str, float]:
-    """The five numbers with the cheap back end and splits of 50 images."""
+    """The numbers with the cheap back end and splits of 50 images; the features of the reference are not kept."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "keep", lambda *_: None)
         patch.setattr(evaluator, "load_extractor", lambda *_: StubExtractor())
         patch.setattr(metrics, "SPLIT_SIZE", 50)
         compare = Evaluator(files["reference"], ctx, distance="fp32", batch_size=batch_size)
@@ -55,7 +58,7 @@ def stub_metrics(
 
 def test_batch_size_does_not_matter(files: dict[str, Path], alone: DistributedContext) -> None:
     metrics = stub_metrics(files, alone)
-    assert list(metrics) == list(ADM_METRICS)
+    assert list(metrics) == list(METRICS)
     assert 0 < metrics["precision"] < 1
     for batch_size in (1, 7, 200):
         assert stub_metrics(files, alone, batch_size=batch_size) == pytest.approx(metrics, rel=1e-6)
@@ -67,6 +70,8 @@ def test_order_of_the_samples_matters_for_the_inception_score_only(
     metrics, shuffled = stub_metrics(files, alone), stub_metrics(files, alone, "shuffled")
     score, shuffled_score = metrics.pop("inception_score"), shuffled.pop("inception_score")
     assert abs(score - shuffled_score) > 1e-3
+    for name in ("kid", "kid_std"):  # of random subsets
+        assert shuffled.pop(name) == pytest.approx(metrics.pop(name), rel=0.2)
     assert shuffled == pytest.approx(metrics, rel=1e-9)
 
 
@@ -105,7 +110,7 @@ def test_printed_lines_are_those_of_the_original(
     evaluator.main()
     out, err = capsys.readouterr()
     metrics = json.loads(files["samples"].with_name("samples.inception-fp32.json").read_text())["metrics"]
-    wanted = [f"{title}: {metrics[key]}" for key, title in ADM_METRICS.items()]
+    wanted = [f"{title}: {metrics[key]}" for key, title in METRICS.items()]
     assert out.splitlines()[-len(wanted) :] == wanted
     assert "distances of precision and recall: fp32" in out
     assert "warning: N = 110 samples, published numbers use 50000" in err
@@ -182,7 +187,9 @@ def test_packaged_back_end_needs_no_weights(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "samples.efficientnet_lite0.json").read_text())
     distance = report["metrics"]["frechet_distance"]
     assert distance > 1
-    assert result.stdout.splitlines()[-1] == f"Frechet distance (EfficientNet-Lite0): {distance}"
+    lines = result.stdout.splitlines()[-3:]
+    assert lines[0] == f"Frechet distance (EfficientNet-Lite0): {distance}"
+    assert lines[1] == f"Kernel distance (EfficientNet-Lite0): {report['metrics']['kernel_distance']}"
     assert "FID" not in result.stdout
     assert "reference: N = 16 of 16x16" in result.stdout
     assert "samples: N = 12 of 16x16" in result.stdout

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evaluation import precision_recall as precision_recall_module
-from evaluation.features import EfficientNetLite0
+from evaluation.features import EncoderFeatures
 from evaluation.inception import Inception
 from evaluation.metrics import Moments, ScoreSums
 from evaluation.precision_recall import manifold_radii, precision_recall
@@ -239,8 +239,8 @@ def test_statistics(gpu: FakeGpu) -> None:
 
 
 def test_efficientnet(gpu: FakeGpu) -> None:
-    extractor = EfficientNetLite0(torch.device("cpu"))
-    gpu.put(extractor.network)
+    extractor = EncoderFeatures("efficientnet_lite0", torch.device("cpu"))
+    gpu.put(extractor.encoder)
     with gpu, torch.inference_mode(), Watch(F32) as watch:
         assert extractor(zeros(B, 64, 64, 3, dtype=torch.uint8)).pool.dtype == F32
     assert watch.products == {F32}
