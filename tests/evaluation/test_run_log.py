@@ -63,7 +63,7 @@ def test_scores_are_appended_once_at_the_step_of_the_weights(
     assert len(lines(files)) == 2
     evaluate(files, monkeypatch, "--backend=efficientnet_lite0", "--distance=tf-fp16")  # other numbers
     other = scores_in(files["samples"].with_name("samples.efficientnet_lite0.json"))
-    assert list(other) == ["eval/frechet_distance"]
+    assert list(other) == [f"eval/{name}" for name in ("frechet_distance", "kernel_distance", "kernel_distance_std")]
     assert lines(files)[2:] == [{"step": 40, **other}]
 
 
