@@ -26,7 +26,7 @@ from modeling.perturbation import num_perturbation_uniforms, switch_codes
 from modeling.rear import ReAR
 from modeling.robust_embedding import Tap
 from modeling.sampling.image_sampler import exact_samples, indices_of_classes
-from modeling.targets import Targets
+from modeling.targets.registry import Targets
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.distributed import DistributedContext

@@ -1,7 +1,7 @@
 """The alignment taps of a config: the encode and the decode term of the published keys, and those of `taps`.
 
 What a tap reads and how it counts is in `modeling.robust_embedding.Tap`; what it is compared with, in
-`modeling.targets`.
+`modeling.targets.registry`.
 """
 
 from modeling.robust_embedding import Tap

@@ -10,7 +10,7 @@ from modeling.losses import LossTerms, rear_loss
 from modeling.orders import training_orders
 from modeling.perturbation import perturb
 from modeling.rear import ReAR
-from modeling.targets import Targets
+from modeling.targets.registry import Targets
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.precision import autocast
 from utils.schema import Config

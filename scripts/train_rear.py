@@ -45,7 +45,7 @@ from modeling.loading import init_from_weights, load_tokenizer
 from modeling.orders import num_order_uniforms, random_order_ratio
 from modeling.perturbation import num_perturbation_uniforms, perturbation_ratio
 from modeling.rear import ReAR
-from modeling.targets import Targets, need_images
+from modeling.targets.registry import Targets, need_images
 from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.training_step import compile_blocks, training_step
 from utils.errors import input_errors_exit

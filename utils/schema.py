@@ -133,7 +133,7 @@ class TapConfig:
     """An alignment tap: a projector of a hidden state, and the vectors that it should point at (docs/alignment.md)."""
 
     name: str  # of the projector, <name>_align_mlp, and of train/<name>_cos
-    target: str = "codebook"  # codebook, permuted_codebook, encoder or stored: modeling/targets.py
+    target: str = "codebook"  # codebook, permuted_codebook, encoder or stored: modeling/targets/
     source: str | None = None  # of encoder: efficientnet_lite0 or timm:NAME[:FILE]; of stored: a file
     layer: NonNegativeInt = 0  # block, from 0, whose output is read
     positions: Literal["own", "next"] = "own"  # where a token is the input, or where it is predicted

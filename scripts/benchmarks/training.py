@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.training_batches import drop_class_labels, with_distinct_labels
 from modeling.perturbation import num_perturbation_uniforms
 from modeling.rear import ReAR
-from modeling.targets import Targets
+from modeling.targets.registry import Targets
 from modeling.tokenizers.registry import build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.training_step import compile_blocks, training_step

@@ -26,7 +26,7 @@ from modeling.sampling import cached_decoding
 from modeling.sampling.cached_decoding import DecodingState, prefill
 from modeling.sampling.generate import CodeSampler, sample_next_codes
 from modeling.sampling.image_sampler import ImageDecoder
-from modeling.targets import Targets
+from modeling.targets.registry import Targets
 from modeling.tokenizers.registry import build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.training_step import training_step

@@ -17,7 +17,7 @@ from modeling.perturbation import perturbation_ratio
 from modeling.rear import ReAR
 from modeling.sampling.cached_decoding import DecodingState, decode_one_token, prefill
 from modeling.sampling.generate import guidance_schedule
-from modeling.targets import Targets
+from modeling.targets.registry import Targets
 from modeling.training_step import training_step
 from utils.config import load_config
 from utils.config_checks import accumulation_steps

@@ -16,7 +16,7 @@ from modeling.losses import next_token_loss
 from modeling.perturbation import PERTURBATIONS, num_perturbation_uniforms
 from modeling.rear import ReAR
 from modeling.robust_embedding import ANNEAL_END, RobustEmbedding, alignment_loss, cosine_to_targets, mask_codes
-from modeling.targets import Targets
+from modeling.targets.registry import Targets
 from modeling.training_step import training_step
 from tests.processes import run_ranks
 from utils.config import load_config

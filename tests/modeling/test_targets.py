@@ -14,7 +14,7 @@ from modeling.loading import load_tokenizer
 from modeling.losses import rear_loss
 from modeling.orders import training_orders
 from modeling.rear import ReAR
-from modeling.targets import TARGETS, Targets, need_images
+from modeling.targets.registry import TARGETS, Targets, need_images
 from modeling.training_step import training_step
 from utils.config import load_config
 from utils.errors import InputError

@@ -9,7 +9,7 @@ from modeling.losses import next_token_loss
 from modeling.perturbation import num_perturbation_uniforms, switch_codes
 from modeling.rear import ReAR, ReAROutput
 from modeling.robust_embedding import alignment_loss, cosine_to_targets
-from modeling.targets import Targets
+from modeling.targets.registry import Targets
 from modeling.training_step import compile_blocks, training_step
 from utils.config import load_config
 
