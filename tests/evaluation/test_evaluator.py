@@ -7,16 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+import torch
 
-from evaluation import evaluator, metrics
+from evaluation import evaluator, kept_features, metrics
 from evaluation.collect import FeatureSums, Images
 from evaluation.evaluator import Evaluator
 from evaluation.inputs import POOL_DIM, STATISTICS, WEIGHTS, check_statistics, open_input
+from evaluation.kernel_distance import kernel_distance
+from evaluation.report import names_in_log, write_report
+from modeling.encoders.registry import open_encoder
 from tests.evaluation.made_up import StubExtractor, blocky_images
 from tests.processes import run_ranks, run_script
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError
 from utils.files.provenance import write_record
+from utils.files.weights import save_weights
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "evaluation/evaluator.py"
@@ -199,6 +205,82 @@ def test_packaged_back_end_needs_no_weights(tmp_path: Path) -> None:
     assert {"python", "torch", "numpy", "efficientnet-lite-pytorch"} < provenance["versions"].keys()
 
 
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """timm's smallest vision transformer, with random weights in a file."""
+    path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    torch.manual_seed(0)
+    save_weights(timm.create_model("test_vit", pretrained=False).state_dict(), path)
+    return f"timm:test_vit:{path}"
+
+
+def test_a_model_of_timm_scores_with_its_class_token(
+    vit: str, files: dict[str, Path], alone: DistributedContext, tmp_path: Path
+) -> None:
+    files = {name: Path(shutil.copy(path, tmp_path)) for name, path in files.items()}
+    compare = Evaluator(files["reference"], alone, vit)
+    report = compare(compare.open(files["samples"]))
+    encoder, features = open_encoder(vit), []
+    for name in ("reference", "samples"):
+        with np.load(files[name]) as arrays:
+            features.append(encoder.image_features(torch.from_numpy(arrays["arr_0"])).double().numpy())
+    of_both = [metrics.Gaussian(x.mean(0), np.cov(x, rowvar=False)) for x in features]
+    assert report["metrics"]["frechet_distance"] == pytest.approx(metrics.frechet_distance(*of_both), rel=1e-4)
+    assert report["metrics"]["kernel_distance"] == pytest.approx(
+        kernel_distance(*(torch.from_numpy(x).float() for x in features)).mean, rel=1e-3
+    )
+    path = write_report(report, files["samples"])
+    assert path.name == f"samples.timm-test_vit-{encoder.weights_sha256[:8]}.json"
+    assert (report["provenance"]["backend"], *names_in_log(report)) == (
+        "timm:test_vit",
+        *(f"{name}_test_vit" for name in ("frechet_distance", "kernel_distance", "kernel_distance_std")),
+    )
+
+
+def test_features_of_a_reference_are_kept_until_something_changes(
+    vit: str,
+    files: dict[str, Path],
+    alone: DistributedContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = {name: Path(shutil.copy(path, tmp_path)) for name, path in files.items()}
+    collected, original = [], evaluator.collect
+
+    def collect(images: Images, *arguments: object, **options: object) -> FeatureSums:
+        collected.append(images.path.stem)
+        return original(images, *arguments, **options)
+
+    def compare(backend: str, samples: str) -> tuple[list[str], dict[str, float]]:
+        collected.clear()
+        evaluate = Evaluator(files["reference"], alone, backend, distance="tf-fp16" if backend == vit else "fp32")
+        report = evaluate(evaluate.open(files[samples]))
+        return sorted(collected), report["metrics"]
+
+    monkeypatch.setattr(evaluator, "collect", collect)
+    load = evaluator.load_extractor
+    stub = StubExtractor()
+    monkeypatch.setattr(
+        evaluator, "load_extractor", lambda name, *more: stub if name == "inception" else load(name, *more)
+    )
+    for backend in (vit, "inception"):
+        computed = compare(backend, "samples")
+        kept = compare(backend, "samples")
+        assert (computed[0], kept[0]) == (["reference", "samples"], ["samples"])
+        assert kept[1] == computed[1]
+    (path,) = tmp_path.glob("reference.timm-test_vit-*.features.safetensors")
+    path.write_bytes(b"damaged")
+    assert compare(vit, "shuffled")[0] == ["reference", "shuffled"]
+    shutil.copy(files["samples"], files["reference"])
+    assert compare(vit, "shuffled")[0] == ["reference", "shuffled"]
+    assert compare(vit, "shuffled")[0] == ["shuffled"]
+    path.unlink()
+    monkeypatch.setattr(kept_features, "save_weights", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
+    assert compare(vit, "shuffled")[0] == ["reference", "shuffled"]
+    assert f"{path}: the features of the reference are not kept: read-only" in capsys.readouterr().err
+
+
 def test_faults_are_one_line_and_no_number(files: dict[str, Path], tmp_path: Path) -> None:
     cut = tmp_path / "cut.npz"
     cut.write_bytes(files["samples"].read_bytes()[:5000])
@@ -207,6 +289,10 @@ def test_faults_are_one_line_and_no_number(files: dict[str, Path], tmp_path: Pat
         ((files["reference"], cut, *lite), f"error: {cut}: damaged or not an npz file"),
         ((files["reference"], files["samples"], *lite, "--inception", "x.pth"), "error: --inception x.pth: not used"),
         ((files["reference"], files["samples"], *lite, "--distance", "fp32"), "error: --distance fp32: not used"),
+        (
+            (files["reference"], files["samples"], "--backend", "timm:vit_tinny"),
+            "error: encoder timm:vit_tinny: expected",
+        ),
     ):
         result = run_script([SCRIPT, *map(str, arguments)], tmp_path)
         assert result.returncode == 1
