@@ -90,15 +90,15 @@ class ReAR(PretrainedModel):
         self.adaln_before_head = FinalLayer(hidden_size)
         self.lm_head = nn.Linear(hidden_size, self.codebook_size)
 
-        further = [tap for tap in self.taps if tap.name not in PUBLISHED_TAPS]
         for tap in self.taps:
-            if tap not in further:
+            if tap.name in PUBLISHED_TAPS:
                 self.add_module(projector_name(tap), projector(hidden_size, generator.projection_dim, tap.z_dim))
         self.init_weights()
-        for tap in further:  # after all others, which for a seed are the same with and without it
-            mlp = projector(hidden_size, generator.projection_dim, tap.z_dim)
-            init_layers(mlp)
-            self.add_module(projector_name(tap), mlp)
+        for tap in self.taps:
+            if tap.name not in PUBLISHED_TAPS:  # last, so that for a seed it leaves all other weights as they are
+                mlp = projector(hidden_size, generator.projection_dim, tap.z_dim)
+                init_layers(mlp)
+                self.add_module(projector_name(tap), mlp)
 
     def sections(self) -> dict[str, Any]:
         return {"model": asdict(self.config)}
@@ -110,7 +110,7 @@ class ReAR(PretrainedModel):
     @staticmethod
     def sampling_config(config: ModelConfig) -> ModelConfig:
         """The config of the same model without projectors."""
-        return replace(config, generator=replace(config.generator, transition_alignment=False))
+        return replace(config, generator=replace(config.generator, transition_alignment=False, taps=[]))
 
     def load_weights(self, path: Path) -> None:
         """As in the base class, except for projectors: one that the file does not have is removed, and one that this

@@ -55,6 +55,7 @@ def test_projectors_are_the_difference_between_training_and_sampling(tiny_config
     assert trained - sampled == {"encode_align_mlp", "decode_align_mlp", "repa_align_mlp"}
     assert all(map(is_projector, trained - sampled))
     assert not any(map(is_projector, sampled))
+    assert ReAR.sampling_config(tiny_config).generator.taps == []  # whose sources may be files of this machine
 
 
 def test_fine_tuning_keeps_all_but_the_classes(tiny_config: ModelConfig, tiny_model: ReAR, tmp_path: Path) -> None:
