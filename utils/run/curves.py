@@ -50,7 +50,7 @@ def save_training_curves(metrics_path: Path, picture_path: Path) -> None:
         for name in in_panel:
             draw_curve(axes, name, curves[name], label=name)
         if len(in_panel) > 1:
-            axes.legend()
+            axes.legend(fontsize="medium" if len(in_panel) <= 3 else "x-small")
     save_figure(figure, picture_path)
 
 
