@@ -1,7 +1,7 @@
 """The training data of a config and its batches."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,10 @@ from torch.utils.data import Dataset
 from data.batch_sampler import GlobalBatchSampler, MicroBatch
 from data.codes.store_files import open_store
 from data.codes.token_store import TokenStore, open_tokens
+from data.codes_and_images import CodesAndImages
 from data.images.image_folder import class_folders, class_name
 from data.images.image_io import ImageDecoding
+from data.images.image_source import ImageSource
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.tar_shards import find_shards, has_shards, read_class_names
 from data.images.transforms import training_transform
@@ -25,15 +27,18 @@ from utils.randomness import training_uniforms
 from utils.run.weights_path import TrainedWeights, check_classes
 from utils.schema import Config, GeneratorConfig
 
-TrainingSet = TokenStore | ImageDataset
+TrainingSet = TokenStore | ImageDataset | CodesAndImages
 
 
-def open_training_data(config: Config, tokenizer_sha256: str, verify: bool) -> TrainingSet:
-    """The codes that the config names, else images; the `fingerprint` of both differs for different data.
+def open_training_data(
+    config: Config, tokenizer_sha256: str, verify: bool, need_images: Sequence[str] = ()
+) -> TrainingSet:
+    """The codes that the config names, else images; the `fingerprint` differs for different data.
 
     Args:
         tokenizer_sha256: of the weights of the model's tokenizer.
         verify: compare all codes with the hashes of their store, if `dataset.params.verify_hashes`.
+        need_images: names of the taps that need images, for which codes come with theirs.
 
     Raises:
         InputError: something is missing, damaged or does not fit the model or the tokenizer.
@@ -45,19 +50,30 @@ def open_training_data(config: Config, tokenizer_sha256: str, verify: bool) -> T
         training_classes(config)  # compares the class names
         if verify and params.verify_hashes:
             store.verify()
-        return store
+        if not need_images:
+            return store
+        if params.train_shards_path_or_url is None:
+            raise InputError(
+                f"dataset.params.train_shards_path_or_url: missing; the tap {need_images[0]!r} of model.generator.taps "
+                "needs the images of the codes"
+            )
+        return CodesAndImages(store, open_training_images(config), config.dataset.preprocessing)
     if params.train_shards_path_or_url is None:
         raise InputError("dataset.params: give pretokenization (codes) or train_shards_path_or_url (images)")
     return ImageDataset(
-        open_images(
-            params.train_shards_path_or_url,
-            config.model.generator.condition_num_classes,
-            ImageDecoding.of(config.dataset.preprocessing),
-        ),
+        open_training_images(config),
         training_transform(config.dataset.preprocessing),
         config.training.seed,
         allowed_bad_fraction(params),
     )
+
+
+def open_training_images(config: Config) -> ImageSource:
+    """The images of `dataset.params.train_shards_path_or_url`, which must be given."""
+    path = config.dataset.params.train_shards_path_or_url
+    assert path is not None
+    classes = config.model.generator.condition_num_classes
+    return open_images(path, classes, ImageDecoding.of(config.dataset.preprocessing))
 
 
 def open_codes(config: Config, key: str = "pretokenization") -> TokenStore:

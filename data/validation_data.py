@@ -14,15 +14,16 @@ from data.images.notices import check_unreadable
 from data.images.reading import CroppedImages, ImageDataset, allowed_bad_fraction, evenly_spaced, open_images
 from data.images.transforms import center_crop_transform
 from data.loading import Batch, Batches, on_device
-from data.training_batches import TrainingSet, check_tokenizer, open_codes, training_classes
+from data.training_batches import check_tokenizer, open_codes, training_classes
 from utils.distributed import DistributedContext
 from utils.errors import InputError
 from utils.schema import Config
 
+ValidationSet = TokenStore | ImageDataset
 MAX_IMAGES = 10_000  # whose features a Frechet distance is computed from
 
 
-def open_validation_data(config: Config, tokenizer_sha256: str, verify: bool = True) -> TrainingSet | None:
+def open_validation_data(config: Config, tokenizer_sha256: str, verify: bool = True) -> ValidationSet | None:
     """The codes of `dataset.params.eval_pretokenization`, else centre crops of `eval_shards_path_or_url`; None without
     either, or if `experiment.eval_every` is 0.
 
@@ -89,7 +90,7 @@ def _check_class_names(store: TokenStore, config: Config) -> None:
         )
 
 
-def validation_batches(dataset: TrainingSet, config: Config, ctx: DistributedContext) -> Iterator[Batch]:
+def validation_batches(dataset: ValidationSet, config: Config, ctx: DistributedContext) -> Iterator[Batch]:
     """Batches of `training.per_gpu_batch_size` in the order of the data, distributed over the ranks, on their devices.
     All ranks must read to the end. Rank 0 shows its progress.
 

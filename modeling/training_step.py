@@ -10,6 +10,7 @@ from modeling.losses import LossTerms, rear_loss
 from modeling.orders import training_orders
 from modeling.perturbation import perturb
 from modeling.rear import ReAR
+from modeling.targets.registry import Targets
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.precision import autocast
 from utils.schema import Config
@@ -21,33 +22,38 @@ def training_step(
     batch: dict[str, Tensor],
     max_ratio: float,
     config: Config,
+    targets: Targets,
     order_ratio: float = 0.0,
+    step: int = 0,
 ) -> LossTerms:
     """Perturb the context, run the model, compute the loss: one micro-batch of B images.
 
     Args:
         batch: on the model's device, `class_labels` (U,) and `class_rows` (B,) as `ReAR.forward` takes them, `codes`
             (B, N) or `image` (B, 3, H, W), and `perturbation_uniforms` (B, `num_perturbation_uniforms`) in [0, 1); with
-            an `order_ratio` also `order_uniforms` (B, 1 + N).
+            an `order_ratio` also `order_uniforms` (B, 1 + N). Some targets need `image` too.
         max_ratio: largest perturbation ratio of an image at this step.
+        targets: of the model's taps.
         order_ratio: share of the images that are not in raster order.
+        step: that a tap may end at.
     """
     generator = config.model.generator
     # (B, N); not `tokenizer.encode`, whose checks wait for the GPU
     codes = batch["codes"] if "codes" in batch else tokenizer.quantize_latents(tokenizer.encode_latents(batch["image"]))
     context, perturbation_mask = perturb(codes, batch["perturbation_uniforms"], max_ratio, config.model)
     orders = training_orders(batch["order_uniforms"], order_ratio, generator) if order_ratio > 0 else None
+    vectors = targets(targets.active(step), codes, batch, orders)  # (B, N, Z) by tap
     with autocast(config.training, codes.device):
         output = model(context, batch["class_labels"], orders, batch["class_rows"])
     if orders is not None:  # targets in the order of the outputs
         codes, perturbation_mask = codes.gather(1, orders), perturbation_mask.gather(1, orders)
     return rear_loss(
         logits=output.logits,
-        encode_z=output.encode_z,
-        decode_z=output.decode_z,
+        projections=output.projections,
         codes=codes,
-        codebook_vectors=tokenizer.codebook_lookup(codes),
+        targets=vectors,
         perturbation_mask=perturbation_mask,
+        taps=targets.taps,
         config=generator,
     )
 

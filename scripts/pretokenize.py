@@ -51,7 +51,7 @@ from data.images.image_io import ImageDecoding
 from data.images.image_source import ImageSource
 from data.images.notices import check_unreadable
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
-from data.images.transforms import cut_crops, pretokenize_transform
+from data.images.transforms import crop_settings, cut_crops, pretokenize_transform
 from data.loading import Batches
 from modeling.loading import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
@@ -151,14 +151,7 @@ def checked_paths(config: Config) -> tuple[str, Path]:
 def describe(config: Config, tokenizer: Tokenizer, images: ImageDataset, crops: int, device: torch.device) -> StoreMeta:
     """The meta of the store: everything that the codes depend on."""
     preprocessing = config.dataset.preprocessing
-    settings: dict[str, Any] = {
-        f"dataset.preprocessing.{key}": getattr(preprocessing, key)
-        for key in ("resize_shorter_edge", "crop_size", "pretokenize_crops")
-    }
-    for key, default in vars(ImageDecoding()).items():
-        value = getattr(preprocessing, key)
-        if value != default:  # stores from before these keys have none
-            settings[f"dataset.preprocessing.{key}"] = value
+    settings: dict[str, Any] = crop_settings(preprocessing)
     settings["training.per_gpu_batch_size"] = config.training.per_gpu_batch_size
     settings["training.enable_tf32"] = config.training.enable_tf32 and device.type == "cuda"
     settings["device"] = device.type

@@ -51,6 +51,7 @@ from modeling.loading import init_from_weights, load_tokenizer
 from modeling.orders import num_order_uniforms, random_order_ratio
 from modeling.perturbation import num_perturbation_uniforms, perturbation_ratio
 from modeling.rear import ReAR
+from modeling.targets.registry import Targets, need_images
 from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.training_step import compile_blocks, training_step
 from utils.errors import first_of, input_errors_exit
@@ -81,13 +82,15 @@ def main(config: Config) -> str:
         # Data
         tokenizer_sha256 = tokenizer.sha256()
         dataset, provenance = launched.open_data(
-            lambda: open_training_data(config, tokenizer_sha256, verify=ctx.is_rank0), tokenizer_sha256
+            lambda: open_training_data(config, tokenizer_sha256, ctx.is_rank0, need_images(generator)), tokenizer_sha256
         )
         without_samples = classes_without_samples(dataset, generator.condition_num_classes)
         provenance.untrained_classes = untrained_classes(launched.start, without_samples)
         tokenizer.to(ctx.device)
         launched.notes += notices_of_images(tokenizer, config)
-        validation = Validator.open(config, tokenizer, tokenizer_sha256, ctx)
+        targets = ctx.rank0_first(lambda: Targets(config, tokenizer, num_samples=len(dataset)))
+        launched.notes.append(targets.describe())
+        validation = Validator.open(config, tokenizer, tokenizer_sha256, targets, ctx)
         if validation is None and experiment.eval_every:
             launched.notes.append("experiment.eval_every has no effect: the config names no held-out data")
 
@@ -153,7 +156,14 @@ def main(config: Config) -> str:
                     torch.manual_seed(dropout_seed(training.seed, step, micro_step, ctx.rank))
                     with accumulating(parallel, is_last=micro_step == launched.micro_steps - 1):
                         terms = training_step(
-                            parallel, tokenizer, batch, max_ratio=max_ratio, config=config, order_ratio=order_ratio
+                            parallel,
+                            tokenizer,
+                            batch,
+                            max_ratio=max_ratio,
+                            config=config,
+                            targets=targets,
+                            order_ratio=order_ratio,
+                            step=step,
                         )
                         (terms.loss / launched.micro_steps).backward()
                     losses.append(terms.loss.detach())

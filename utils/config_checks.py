@@ -7,7 +7,7 @@ from typing import Any
 
 from utils.keys import ConfigError, Key, keys_of
 from utils.launch_variables import launch_environment
-from utils.schema import GRID, OWN_NUMBER_OF_CODES, Config, TrainingConfig
+from utils.schema import GRID, OWN_NUMBER_OF_CODES, Config, GeneratorConfig, TrainingConfig
 
 
 def check_ranges(section: Any, prefix: str = "") -> None:
@@ -72,6 +72,7 @@ def check_combinations(config: Config) -> None:
             f"model.generator.{name}_align_layer_idx={layer}: expected 0 to {generator.num_hidden_layers - 1} "
             f"(num_hidden_layers={generator.num_hidden_layers})",
         )
+    _check_taps(generator)
     _require(
         config.sampling.order == "raster" or generator.order != "raster",
         f"sampling.order={config.sampling.order}: expected raster, since the model is trained with "
@@ -109,6 +110,20 @@ def check_schedules(config: Config) -> None:
     for name, bound_name in bounds:
         value, bound = attrgetter(name)(config), attrgetter(bound_name)(config)
         _require(value <= bound, f"{name}={value}: expected at most {bound_name}={bound}; change either")
+
+
+def _check_taps(generator: GeneratorConfig) -> None:
+    names = ["encode", "decode"]
+    for tap in generator.taps:
+        key = f"model.generator.taps: name {tap.name!r}"
+        _require(re.fullmatch("[a-z][a-z0-9_]*", tap.name) is not None, f"{key}: expected letters a to z, digits and _")
+        _require(tap.name not in names, f"{key}: expected a name that no other tap has (encode and decode have theirs)")
+        names.append(tap.name)
+        _require(
+            tap.layer < generator.num_hidden_layers,
+            f"{key}: layer {tap.layer}: expected 0 to {generator.num_hidden_layers - 1} "
+            f"(num_hidden_layers={generator.num_hidden_layers})",
+        )
 
 
 def check_training(config: Config) -> None:

@@ -24,6 +24,7 @@ class Stream(IntEnum):
     TRAINING_ORDERS = 6
     SAMPLING_ORDERS = 7
     REFERENCE_HALVES = 8
+    CODEBOOK_PERMUTATION = 9
 
 
 def philox(stream: Stream, seed: int, key: int) -> np.random.Philox:

@@ -132,6 +132,21 @@ class VQModelConfig(VQGANConfig, VQPlusConfig, TiTokConfig):
 
 
 @dataclass
+class TapConfig:
+    """An alignment tap: a projector of a hidden state, and the vectors that it should point at (docs/alignment.md)."""
+
+    name: str  # of the projector, <name>_align_mlp, and of train/<name>_cos
+    target: str = "codebook"  # codebook, permuted_codebook, encoder or stored: modeling/targets/
+    source: str | None = None  # of encoder: efficientnet_lite0 or timm:NAME[:FILE]; of stored: a file
+    layer: NonNegativeInt = 0  # block, from 0, whose output is read
+    positions: Literal["own", "next"] = "own"  # where a token is the input, or where it is predicted
+    weight: NonNegativeFloat = 1.0  # of the term in train/proj_loss; 0: no term
+    end_step: NonNegativeInt | None = None  # step from which on the term is 0; None: never
+    exclude: Literal["none", "perturbed"] = "none"  # positions that are left out
+    z_dim: PositiveInt | None = None  # Z, width of the target; None: model.generator.z_dim
+
+
+@dataclass
 class GeneratorConfig:
     hidden_size: PositiveInt = key(768, "D, width of the blocks")
     num_hidden_layers: PositiveInt = key(24, "number of blocks")
@@ -168,8 +183,11 @@ class GeneratorConfig:
     )
     order_anneal_start: MayChange[NonNegativeInt] = key(125_000, "step at which that fraction starts to fall from 1")
     order_anneal_end: MayChange[NonNegativeInt] = key(187_500, "step at which that fraction reaches 0")
-    transition_alignment: bool = key(True, "embedding regularization, both terms; logged as train/proj_loss")
+    transition_alignment: bool = key(True, "alignment terms, those of `taps` included; logged as train/proj_loss")
     transition_alignment_weight: MayChange[NonNegativeFloat] = key(1.0, "lambda, weight of train/proj_loss")
+    transition_alignment_target: Literal["codebook", "permuted_codebook"] = key(
+        "codebook", "target of encode and decode term; permuted_codebook: the vectors of other tokens, a control"
+    )
     encode_align: bool = key(True, "encode term: recover the embedding of the current token")
     decode_align: bool = key(True, "decode term: predict the embedding of the next token")
     encode_align_layer_idx: NonNegativeInt = key(0, "block, from 0, whose output the encode term reads")
@@ -179,6 +197,7 @@ class GeneratorConfig:
     )
     projection_dim: PositiveInt = key(2048, "hidden width of the projectors")
     z_dim: PositiveInt = key(256, "output width of the projectors", equals="model.vq_model.token_size")
+    taps: list[TapConfig] = key([], "further alignment terms, such as REPA's (docs/alignment.md)")
 
 
 @dataclass

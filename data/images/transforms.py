@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from data.images.image_io import ImageDecoding
 from utils.errors import InputError
 from utils.schema import PreprocessingConfig
 
@@ -54,6 +55,14 @@ def pretokenize_transform(preprocessing: PreprocessingConfig) -> Transform:
     """The input of `cut_crops`: an image to uint8 (S, S, 3), not random. S is crop_size, for ten_crop 1.1 times it."""
     _check_sizes(preprocessing)
     return partial(_pretokenize_crop, preprocessing=preprocessing)
+
+
+def crop_settings(preprocessing: PreprocessingConfig) -> dict[str, int | str | bool]:
+    """By config key, everything that decides on the pixels of `pretokenize_transform` and `cut_crops`; decoding options
+    only if they differ from the defaults, since stores from before these keys have none."""
+    names = ["resize_shorter_edge", "crop_size", "pretokenize_crops"]
+    names += [name for name, default in vars(ImageDecoding()).items() if getattr(preprocessing, name) != default]
+    return {f"dataset.preprocessing.{name}": getattr(preprocessing, name) for name in names}
 
 
 def cut_crops(images: Tensor, preprocessing: PreprocessingConfig) -> Tensor:

@@ -29,6 +29,7 @@ from modeling.blocks import Block
 from modeling.perturbation import perturb
 from modeling.rear import ReAR
 from modeling.sampling.generate import guidance_schedule, guide, sample_codes
+from modeling.taps import projector_name
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.precision import autocast
 from utils.schema import Config, GeneratorConfig
@@ -114,16 +115,15 @@ def _training_forward(
     model: ReAR, labels: Tensor, codes: Tensor, block_function: BlockFunction
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (B, N, V) and both projections (B, N, Z)."""
-    assert model.encode_align_mlp is not None
-    assert model.decode_align_mlp is not None
+    encode, decode = model.taps
     x, condition = _inputs(model, labels, codes)  # each (B, T, D)
     mask = _causal_mask(x)
     for layer, block in enumerate(model.blocks):
         x = block_function(cast(Block, block), x, condition, mask)
-        if layer == model.encode_align_layer:
-            encode_z = model.encode_align_mlp(x[:, 2:])
-        if layer == model.decode_align_layer:
-            decode_z = model.decode_align_mlp(x[:, 1:-1])
+        if layer == encode.block:
+            encode_z = model.get_submodule(projector_name(encode))(x[:, 2:])
+        if layer == decode.block:
+            decode_z = model.get_submodule(projector_name(decode))(x[:, 1:-1])
     return _logits(model, x, condition)[:, 1:-1], encode_z, decode_z
 
 

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.training_batches import drop_class_labels, with_distinct_labels
 from modeling.perturbation import num_perturbation_uniforms
 from modeling.rear import ReAR
+from modeling.targets.registry import Targets
 from modeling.tokenizers.registry import build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.training_step import compile_blocks, training_step
@@ -151,7 +152,7 @@ def made_up_batch(model: ReAR, config: Config) -> dict[str, Tensor]:
 
 
 def our_loss(model: ReAR, tokenizer: Tokenizer, batch: dict[str, Tensor], max_ratio: float, config: Config) -> Tensor:
-    return training_step(model, tokenizer, batch, max_ratio, config).loss
+    return training_step(model, tokenizer, batch, max_ratio, config, Targets(config, tokenizer)).loss
 
 
 class Steps:

@@ -20,6 +20,7 @@ PLACE = re.compile(r"# (?P<file>[\w/]+\.py), (?P<how>new|at the end|below|in pla
 # By row of the table: the section of the page that has its example, if there is one.
 SECTIONS = {
     "loss term": "A new loss term",
+    "target of a tap": "Another target of a tap",
     "perturbation of the context": "Another perturbation of the context",
     "tokenizer": "Another tokenizer",
     "order of the codes": "Another order of the codes",
@@ -96,6 +97,7 @@ IN_THE_COPY = (
         "tests/test_architecture.py",
         "tests/scripts/test_count_parameters.py",
     ),
+    "tests/modeling/test_targets.py::test_captions_are_those_of_the_samples",
     *("tests/modeling/test_losses.py", "tests/modeling/test_perturbation.py", "tests/utils/test_optim.py"),
     "tests/scripts/test_train_rear.py::test_a_run_ends_when_the_validation_loss_stalls",
     *("tests/modeling/tokenizers/test_conformance.py::test_every_tokenizer_conforms", "tests/utils/test_schedules.py"),

@@ -8,25 +8,33 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
+import torch
 
-from evaluation import evaluator, metrics
+from evaluation import evaluator, kept_features, metrics
 from evaluation.collect import FeatureSums, Images
 from evaluation.evaluator import Evaluator
 from evaluation.inputs import POOL_DIM, STATISTICS, WEIGHTS, check_statistics, open_input
+from evaluation.kernel_distance import kernel_distance
+from evaluation.report import names_in_log, write_report
+from modeling.encoders.registry import open_encoder
 from tests.evaluation.made_up import StubExtractor, blocky_images
 from tests.processes import run_ranks, run_script
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError
 from utils.files.provenance import write_record
+from utils.files.weights import save_weights
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "evaluation/evaluator.py"
-ADM_METRICS = {
+METRICS = {
     "inception_score": "Inception Score",
     "fid": "FID",
     "sfid": "sFID",
     "precision": "Precision",
     "recall": "Recall",
+    "kid": "KID",
+    "kid_std": "KID, standard deviation of subsets",
 }
 
 
@@ -45,8 +53,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def stub_report(
     files: dict[str, Path], ctx: DistributedContext, samples: str = "samples", batch_size: int = 16
 ) -> dict[str, Any]:
-    """With the cheap back end and splits of 50 images."""
+    """The numbers with the cheap back end and splits of 50 images; the features of the reference are not kept."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "keep", lambda *_: None)
         patch.setattr(evaluator, "load_extractor", lambda *_: StubExtractor())
         patch.setattr(metrics, "SPLIT_SIZE", 50)
         compare = Evaluator(files["reference"], ctx, distance="fp32", batch_size=batch_size)
@@ -60,7 +69,7 @@ def stub_metrics(*arguments: Any, **options: Any) -> dict[str, float]:
 
 def test_batch_size_does_not_matter(files: dict[str, Path], alone: DistributedContext) -> None:
     metrics = stub_metrics(files, alone)
-    assert list(metrics) == list(ADM_METRICS)
+    assert list(metrics) == list(METRICS)
     assert 0 < metrics["precision"] < 1
     for batch_size in (1, 7, 200):
         assert stub_metrics(files, alone, batch_size=batch_size) == pytest.approx(metrics, rel=1e-6)
@@ -72,6 +81,8 @@ def test_order_of_the_samples_matters_for_the_inception_score_only(
     metrics, shuffled = stub_metrics(files, alone), stub_metrics(files, alone, "shuffled")
     score, shuffled_score = metrics.pop("inception_score"), shuffled.pop("inception_score")
     assert abs(score - shuffled_score) > 1e-3
+    for name in ("kid", "kid_std"):  # of random subsets
+        assert shuffled.pop(name) == pytest.approx(metrics.pop(name), rel=0.2)
     assert shuffled == pytest.approx(metrics, rel=1e-9)
 
 
@@ -140,7 +151,7 @@ def test_printed_lines_are_those_of_the_original(
     evaluator.main()
     out, err = capsys.readouterr()
     metrics = json.loads(files["samples"].with_name("samples.inception-fp32.json").read_text())["metrics"]
-    wanted = [f"{title}: {metrics[key]}" for key, title in ADM_METRICS.items()]
+    wanted = [f"{title}: {metrics[key]}" for key, title in METRICS.items()]
     assert out.splitlines()[-len(wanted) :] == wanted
     assert "distances of precision and recall: fp32" in out
     assert "warning: N = 110 samples, published numbers use 50000" in err
@@ -217,7 +228,9 @@ def test_packaged_back_end_needs_no_weights(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "samples.efficientnet_lite0.json").read_text())
     distance = report["metrics"]["frechet_distance"]
     assert distance > 1
-    assert result.stdout.splitlines()[-1] == f"Frechet distance (EfficientNet-Lite0): {distance}"
+    lines = result.stdout.splitlines()[-3:]
+    assert lines[0] == f"Frechet distance (EfficientNet-Lite0): {distance}"
+    assert lines[1] == f"Kernel distance (EfficientNet-Lite0): {report['metrics']['kernel_distance']}"
     assert "FID" not in result.stdout
     assert "reference: N = 16 of 16x16" in result.stdout
     assert "samples: N = 12 of 16x16" in result.stdout
@@ -225,6 +238,82 @@ def test_packaged_back_end_needs_no_weights(tmp_path: Path) -> None:
     provenance = report["provenance"]
     assert len(provenance["samples"]["sha256"]) == len(provenance["weights"]["sha256"]) == 64
     assert {"python", "torch", "numpy", "efficientnet-lite-pytorch"} < provenance["versions"].keys()
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """timm's smallest vision transformer, with random weights in a file."""
+    path = tmp_path_factory.mktemp("weights") / "vit.safetensors"
+    torch.manual_seed(0)
+    save_weights(timm.create_model("test_vit", pretrained=False).state_dict(), path)
+    return f"timm:test_vit:{path}"
+
+
+def test_a_model_of_timm_scores_with_its_class_token(
+    vit: str, files: dict[str, Path], alone: DistributedContext, tmp_path: Path
+) -> None:
+    files = {name: Path(shutil.copy(path, tmp_path)) for name, path in files.items()}
+    compare = Evaluator(files["reference"], alone, vit)
+    report = compare(compare.open(files["samples"]))
+    encoder, features = open_encoder(vit), []
+    for name in ("reference", "samples"):
+        with np.load(files[name]) as arrays:
+            features.append(encoder.image_features(torch.from_numpy(arrays["arr_0"])).double().numpy())
+    of_both = [metrics.Gaussian(x.mean(0), np.cov(x, rowvar=False)) for x in features]
+    assert report["metrics"]["frechet_distance"] == pytest.approx(metrics.frechet_distance(*of_both), rel=1e-4)
+    assert report["metrics"]["kernel_distance"] == pytest.approx(
+        kernel_distance(*(torch.from_numpy(x).float() for x in features)).mean, rel=1e-3
+    )
+    path = write_report(report, files["samples"])
+    assert path.name == f"samples.timm-test_vit-{encoder.weights_sha256[:8]}.json"
+    assert (report["provenance"]["backend"], *names_in_log(report)) == (
+        "timm:test_vit",
+        *(f"{name}_test_vit" for name in ("frechet_distance", "kernel_distance", "kernel_distance_std")),
+    )
+
+
+def test_features_of_a_reference_are_kept_until_something_changes(
+    vit: str,
+    files: dict[str, Path],
+    alone: DistributedContext,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = {name: Path(shutil.copy(path, tmp_path)) for name, path in files.items()}
+    collected, original = [], evaluator.collect
+
+    def collect(images: Images, *arguments: object, **options: object) -> FeatureSums:
+        collected.append(images.path.stem)
+        return original(images, *arguments, **options)
+
+    def compare(backend: str, samples: str) -> tuple[list[str], dict[str, float]]:
+        collected.clear()
+        evaluate = Evaluator(files["reference"], alone, backend, distance="tf-fp16" if backend == vit else "fp32")
+        report = evaluate(evaluate.open(files[samples]))
+        return sorted(collected), report["metrics"]
+
+    monkeypatch.setattr(evaluator, "collect", collect)
+    load = evaluator.load_extractor
+    stub = StubExtractor()
+    monkeypatch.setattr(
+        evaluator, "load_extractor", lambda name, *more: stub if name == "inception" else load(name, *more)
+    )
+    for backend in (vit, "inception"):
+        computed = compare(backend, "samples")
+        kept = compare(backend, "samples")
+        assert (computed[0], kept[0]) == (["reference", "samples"], ["samples"])
+        assert kept[1] == computed[1]
+    (path,) = tmp_path.glob("reference.timm-test_vit-*.features.safetensors")
+    path.write_bytes(b"damaged")
+    assert compare(vit, "shuffled")[0] == ["reference", "shuffled"]
+    shutil.copy(files["samples"], files["reference"])
+    assert compare(vit, "shuffled")[0] == ["reference", "shuffled"]
+    assert compare(vit, "shuffled")[0] == ["shuffled"]
+    path.unlink()
+    monkeypatch.setattr(kept_features, "save_weights", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
+    assert compare(vit, "shuffled")[0] == ["reference", "shuffled"]
+    assert f"{path}: the features of the reference are not kept: read-only" in capsys.readouterr().err
 
 
 def test_faults_are_one_line_and_no_number(files: dict[str, Path], tmp_path: Path) -> None:
@@ -235,6 +324,10 @@ def test_faults_are_one_line_and_no_number(files: dict[str, Path], tmp_path: Pat
         ((files["reference"], cut, *lite), f"error: {cut}: damaged or not an npz file"),
         ((files["reference"], files["samples"], *lite, "--inception", "x.pth"), "error: --inception x.pth: not used"),
         ((files["reference"], files["samples"], *lite, "--distance", "fp32"), "error: --distance fp32: not used"),
+        (
+            (files["reference"], files["samples"], "--backend", "timm:vit_tinny"),
+            "error: encoder timm:vit_tinny: expected",
+        ),
     ):
         result = run_script([SCRIPT, *map(str, arguments)], tmp_path)
         assert result.returncode == 1

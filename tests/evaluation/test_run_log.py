@@ -9,6 +9,7 @@ import pytest
 
 from evaluation import evaluator
 from tests.evaluation.made_up import StubExtractor, blocky_images
+from tests.evaluation.test_evaluator import METRICS
 from tests.processes import run_script
 from utils.files.provenance import write_record
 
@@ -55,14 +56,14 @@ def test_scores_are_appended_once_at_the_step_of_the_weights(
     report = files["samples"].with_name("samples.inception-fp32.json")
     evaluate(files, monkeypatch)
     scores = scores_in(report)
-    assert list(scores) == [f"eval/{name}" for name in ("inception_score", "fid", "sfid", "precision", "recall")]
+    assert list(scores) == [f"eval/{name}" for name in METRICS]
     assert lines(files) == [json.loads(LINE), {"step": 40, **scores}]
     assert capsys.readouterr().err.endswith(f"appended to the metrics of {files['run']} at step 40\n")
     evaluate(files, monkeypatch)
     assert len(lines(files)) == 2
     evaluate(files, monkeypatch, "--backend=efficientnet_lite0", "--distance=tf-fp16")  # other numbers
     other = scores_in(files["samples"].with_name("samples.efficientnet_lite0.json"))
-    assert list(other) == ["eval/frechet_distance"]
+    assert list(other) == [f"eval/{name}" for name in ("frechet_distance", "kernel_distance", "kernel_distance_std")]
     assert lines(files)[2:] == [{"step": 40, **other}]
 
 

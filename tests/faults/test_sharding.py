@@ -183,9 +183,7 @@ def train_two_steps(arguments: list[str], output: Path, fsdp: bool, precision: s
                     with sharding.accumulating(parallel, micro_step == 2):
                         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                             output_ = parallel(codes, labels)
-                        loss = sum(
-                            x.float().square().mean() for x in (output_.logits, output_.encode_z, output_.decode_z)
-                        )
+                        loss = sum(x.float().square().mean() for x in (output_.logits, *output_.projections.values()))
                         loss.backward()
                     losses.append(loss.item())
             if not fsdp:  # gradients are views of DDP's buckets, without a second copy

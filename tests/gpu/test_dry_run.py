@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from evaluation import precision_recall as precision_recall_module
-from evaluation.features import EfficientNetLite0
+from evaluation.features import EncoderFeatures
 from evaluation.inception import Inception
 from evaluation.metrics import Moments, ScoreSums
 from evaluation.precision_recall import manifold_radii, precision_recall
@@ -26,6 +26,7 @@ from modeling.sampling import cached_decoding
 from modeling.sampling.cached_decoding import DecodingState, prefill
 from modeling.sampling.generate import CodeSampler, sample_next_codes
 from modeling.sampling.image_sampler import ImageDecoder
+from modeling.targets.registry import Targets
 from modeling.tokenizers.registry import build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.training_step import training_step
@@ -64,7 +65,9 @@ def train(
         }
         batch["order_uniforms"] = zeros(B, 1 + N)
         with Watch(BF16, F32) as watch:
-            terms = training_step(model, tokenizer, batch, 0.5, config, order_ratio)
+            terms = training_step(
+                model, tokenizer, batch, 0.5, config, Targets(config, tokenizer), order_ratio=order_ratio
+            )
         assert terms.loss.dtype == F32
         assert terms.loss.requires_grad
     return watch
@@ -94,7 +97,7 @@ def test_the_outputs_of_the_model_under_autocast(gpu: FakeGpu, model: ReAR) -> N
         block.register_forward_hook(lambda block, inputs, output: streams.append(output.dtype))
     with gpu, torch.autocast("cuda", BF16), Watch(BF16, F32):
         output = model(integers(B, N), integers(B))
-    assert (output.logits.dtype, output.encode_z.dtype, output.decode_z.dtype) == (BF16, BF16, BF16)
+    assert [one.dtype for one in (output.logits, *output.projections.values())] == [BF16, BF16, BF16]
     assert streams == [F32, F32]
 
 
@@ -197,7 +200,7 @@ def test_means_of_the_log(
     with gpu:
         batch = {"codes": integers(B, N), "class_labels": integers(U), "class_rows": integers(B)}
         batch["perturbation_uniforms"] = zeros(B, num_perturbation_uniforms(N))
-        measured = training_step(model, tokenizer, batch, 0.5, config).metrics
+        measured = training_step(model, tokenizer, batch, 0.5, config, Targets(config, tokenizer)).metrics
         means = IntervalMeans(ctx)
         with Watch(F32, F64):
             for metrics in (measured, {"train/loss": zeros()}):
@@ -236,8 +239,8 @@ def test_statistics(gpu: FakeGpu) -> None:
 
 
 def test_efficientnet(gpu: FakeGpu) -> None:
-    extractor = EfficientNetLite0(torch.device("cpu"))
-    gpu.put(extractor.network)
+    extractor = EncoderFeatures("efficientnet_lite0", torch.device("cpu"))
+    gpu.put(extractor.encoder)
     with gpu, torch.inference_mode(), Watch(F32) as watch:
         assert extractor(zeros(B, 64, 64, 3, dtype=torch.uint8)).pool.dtype == F32
     assert watch.products == {F32}

@@ -8,9 +8,10 @@ import torch
 
 from modeling.loading import init_from_weights, load_generator
 from modeling.rear import ReAR
+from modeling.taps import is_projector
 from utils.errors import InputError
 from utils.files.weights import save_weights
-from utils.schema import ModelConfig
+from utils.schema import ModelConfig, TapConfig
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
@@ -21,8 +22,8 @@ def test_sampling_needs_all_but_the_training_only_modules(
     state = tiny_model.state_dict()
     save_weights(state, path) if suffix == "safetensors" else torch.save(state, path)
     loaded = load_generator(path, tiny_config)
-    assert loaded.encode_align_mlp is loaded.decode_align_mlp is None
-    kept = {key: value for key, value in state.items() if key.split(".")[0] not in ReAR.training_only}
+    assert loaded.taps == []
+    kept = {key: value for key, value in state.items() if not is_projector(key)}
     assert loaded.state_dict().keys() == kept.keys() < state.keys()
     assert all(torch.equal(loaded.state_dict()[key], kept[key]) for key in kept)
 
@@ -35,26 +36,26 @@ def test_sampling_needs_all_but_the_training_only_modules(
         load_generator(tmp_path / "short.safetensors", tiny_config)
 
 
-def test_training_only_modules_are_those_that_the_model_names(
-    tiny_config: ModelConfig, tiny_model: ReAR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_projectors_of_any_name_are_left_out_and_nothing_else(
+    tiny_config: ModelConfig, tiny_model: ReAR, tmp_path: Path
 ) -> None:
-    """A projector under any name, once it is in the list; no other key is dropped."""
     path, state = tmp_path / "w.safetensors", tiny_model.state_dict()
-    save_weights(state | {"repa_projector.0.weight": torch.ones(2, 3)}, path)
-    with pytest.raises(InputError, match=r"1 unexpected \(repa_projector\.0\.weight\)"):
-        load_generator(path, tiny_config)
-    monkeypatch.setattr(ReAR, "training_only", (*ReAR.training_only, "repa_projector"))
+    save_weights(state | {"repa_align_mlp.0.weight": torch.ones(2, 3)}, path)
     assert torch.equal(load_generator(path, tiny_config).lm_head.weight, tiny_model.lm_head.weight)
-    for key in ("blocks.0.encode_align_mlp.0.weight", "repa_projector_2.weight"):
+    for key in ("blocks.0.encode_align_mlp.0.weight", "repa_projector.weight"):
         save_weights(state | {key: torch.ones(2, 3)}, path)
         with pytest.raises(InputError, match=key):
             load_generator(path, tiny_config)
 
 
-def test_training_only_modules_are_the_difference_between_training_and_sampling(tiny_config: ModelConfig) -> None:
+def test_projectors_are_the_difference_between_training_and_sampling(tiny_config: ModelConfig) -> None:
+    tiny_config.generator.taps = [TapConfig("repa", target="encoder", source="timm:x", z_dim=7)]
     trained = {name for name, _ in ReAR(tiny_config).named_children()}
     sampled = {name for name, _ in ReAR(ReAR.sampling_config(tiny_config)).named_children()}
-    assert trained - sampled == {*ReAR.training_only}
+    assert trained - sampled == {"encode_align_mlp", "decode_align_mlp", "repa_align_mlp"}
+    assert all(map(is_projector, trained - sampled))
+    assert not any(map(is_projector, sampled))
+    assert ReAR.sampling_config(tiny_config).generator.taps == []  # whose sources may be files of this machine
 
 
 def test_fine_tuning_keeps_all_but_the_classes(tiny_config: ModelConfig, tiny_model: ReAR, tmp_path: Path) -> None:

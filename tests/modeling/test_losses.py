@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from modeling import losses
-from modeling.losses import alignment_loss, cosine_to_codes, next_token_loss, rear_loss, token_losses
+from modeling.losses import next_token_loss, rear_loss, token_losses
+from modeling.robust_embedding import Tap, alignment_loss, cosine_to_targets
 from utils.schema import GeneratorConfig
 
 
@@ -38,9 +41,9 @@ def test_the_loss_keeps_no_copy_of_the_logits() -> None:
 
 def test_alignment_loss_bounds_and_divisor() -> None:
     vectors = torch.randn(2, 4, 8)
-    cosine = cosine_to_codes(3 * vectors, vectors)
+    cosine = cosine_to_targets(3 * vectors, vectors)
     torch.testing.assert_close(alignment_loss(cosine), torch.tensor(-1.0))
-    torch.testing.assert_close(alignment_loss(cosine_to_codes(-vectors, vectors)), torch.tensor(1.0))
+    torch.testing.assert_close(alignment_loss(cosine_to_targets(-vectors, vectors)), torch.tensor(1.0))
     excluded = torch.zeros(2, 4, dtype=torch.bool)
     excluded[0] = True
     torch.testing.assert_close(alignment_loss(cosine, excluded), torch.tensor(-0.5))
@@ -52,7 +55,10 @@ def test_rear_loss_puts_the_terms_together() -> None:
     mask = torch.zeros(2, 4, dtype=torch.bool)
     mask[:, :2] = True
     config = GeneratorConfig(transition_alignment_weight=0.5)
-    terms = rear_loss(logits, vectors, -vectors, codes, vectors, mask, config)
+    encode = Tap("encode", 0, "own", z_dim=6, exclude_perturbed=True)
+    decode = Tap("decode", 1, "next", z_dim=6)
+    projections, targets = {"encode": vectors, "decode": -vectors}, {"encode": vectors, "decode": vectors}
+    terms = rear_loss(logits, projections, codes, targets, mask, [encode, decode], config)
     torch.testing.assert_close(
         terms.metrics["train/proj_loss"], torch.tensor(-0.5 + 1.0)
     )  # encode at clean positions only
@@ -60,10 +66,24 @@ def test_rear_loss_puts_the_terms_together() -> None:
     total, count = terms.metrics["train/encode_cos"]
     torch.testing.assert_close(total / count, torch.tensor(1.0))  # of clean positions alone
     torch.testing.assert_close(terms.metrics["train/decode_cos"], torch.tensor(-1.0))
-    config.mask_perturbed_encode = False
-    terms = rear_loss(logits, vectors, -vectors, codes, vectors, mask, config)
-    torch.testing.assert_close(terms.metrics["train/proj_loss"], torch.tensor(0.0))
-    plain = rear_loss(logits, None, None, codes, vectors, mask, config)
+    everywhere, weighted = replace(encode, exclude_perturbed=False), replace(decode, weight=0.25)
+    terms = rear_loss(logits, projections, codes, targets, mask, [everywhere, weighted], config)
+    torch.testing.assert_close(terms.metrics["train/proj_loss"], torch.tensor(-1.0 + 0.25))
+    plain = rear_loss(logits, {}, codes, {}, mask, [], config)
     assert torch.equal(plain.loss, next_token_loss(logits, codes))
     assert not any(getattr(value, "requires_grad", False) for value in terms.metrics.values())
     assert torch.equal(terms.metrics["train/loss"], terms.loss)
+
+
+def test_a_term_that_has_ended_is_0_and_has_no_cosine() -> None:
+    """Its projector keeps a gradient, of 0, without which DDP would wait for it."""
+    codes, vectors, mask = torch.randint(0, 8, (2, 4)), torch.randn(2, 4, 6), torch.zeros(2, 4, dtype=torch.bool)
+    logits, projection = torch.randn(2, 4, 8), torch.randn(2, 4, 6, requires_grad=True)
+    taps = [Tap("a", 0, "own", z_dim=6), Tap("b", 0, "next", z_dim=6)]
+    config = GeneratorConfig()
+    both = rear_loss(logits, {"a": vectors, "b": projection}, codes, {"a": -vectors}, mask, taps, config)
+    one = rear_loss(logits, {"a": vectors}, codes, {"a": -vectors}, mask, taps[:1], config)
+    assert torch.equal(both.loss, one.loss)
+    assert [value.item() for value in both.metrics["train/b_cos"]] == [0.0, 0.0]
+    both.loss.backward()
+    assert torch.equal(projection.grad, torch.zeros_like(projection))

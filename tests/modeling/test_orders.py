@@ -17,6 +17,7 @@ from modeling.perturbation import perturbation_ratio
 from modeling.rear import ReAR
 from modeling.sampling.cached_decoding import DecodingState, decode_one_token, prefill
 from modeling.sampling.generate import guidance_schedule
+from modeling.targets.registry import Targets
 from modeling.training_step import training_step
 from utils.config import load_config
 from utils.config_checks import accumulation_steps
@@ -111,10 +112,10 @@ def test_a_training_step_with_orders_perturbation_and_regularization() -> None:
     assert torch.equal(training_orders(batch["order_uniforms"], 0.1, generator), orders)
     output = model(expected["noisy_ids"], expected["labels"], orders)
     close(output.logits, expected["logits"][:, :-1])
-    close(output.encode_z, expected["encode_z"][:, 2:])
-    close(output.decode_z, expected["decode_z"][:, 1:-1])
-    tokenizer = SimpleNamespace(codebook_lookup=lambda codes: expected["codebook"][codes])
-    terms = training_step(model, tokenizer, batch, 0.5, config, order_ratio=0.1)
+    close(output.projections["encode"], expected["encode_z"][:, 2:])
+    close(output.projections["decode"], expected["decode_z"][:, 1:-1])
+    tokenizer = SimpleNamespace(codebook_lookup=lambda codes: expected["codebook"][codes], codebook_dim=generator.z_dim)
+    terms = training_step(model, tokenizer, batch, 0.5, config, Targets(config, tokenizer), order_ratio=0.1)
     close(terms.metrics["train/ar_loss"], expected["ar_loss"])
     close(terms.metrics["train/correct_tokens"], expected["correct"])
     close(terms.metrics["train/proj_loss"], expected["proj_loss"])
@@ -122,7 +123,7 @@ def test_a_training_step_with_orders_perturbation_and_regularization() -> None:
     terms.loss.backward()
     check_grad_norms(model, "rar_tiny_regularized", expected["grad_norms"])
     generator.mask_perturbed_encode = False
-    terms = training_step(model, tokenizer, batch, 0.5, config, order_ratio=0.1)
+    terms = training_step(model, tokenizer, batch, 0.5, config, Targets(config, tokenizer), order_ratio=0.1)
     close(terms.metrics["train/proj_loss"], expected["proj_loss_encode_unmasked"])
 
 
@@ -130,8 +131,10 @@ def test_raster_as_an_order_gives_the_bits_of_no_order(tiny_model: ReAR) -> None
     codes, labels = torch.randint(24, (3, 16)), torch.tensor([0, 5, 2])
     raster = torch.arange(16).expand(3, -1)
     of_order, plain = tiny_model(codes, labels, raster), tiny_model(codes, labels)
-    for name in ("logits", "encode_z", "decode_z"):
-        assert torch.equal(getattr(of_order, name), getattr(plain, name))
+    assert torch.equal(of_order.logits, plain.logits)
+    assert plain.projections.keys() == {"encode", "decode"}
+    for name, projection in plain.projections.items():
+        assert torch.equal(of_order.projections[name], projection)
     assert not torch.allclose(tiny_model(codes, labels, raster.flip(1)).logits.flip(1), plain.logits, atol=0.1)
 
 
@@ -146,13 +149,16 @@ def test_at_ratio_0_nothing_is_other_than_in_raster_order(tiny_arguments: list[s
         "perturbation_uniforms": torch.rand(4, 33),
     }
     batch["class_rows"] = torch.arange(4)
+    targets = Targets(config, tokenizer)
     losses = [
-        training_step(model, tokenizer, batch, 0.5, config),
-        training_step(model, tokenizer, batch | {"order_uniforms": torch.rand(4, 17)}, 0.5, config, order_ratio=0.0),
+        training_step(model, tokenizer, batch, 0.5, config, targets),
+        training_step(
+            model, tokenizer, batch | {"order_uniforms": torch.rand(4, 17)}, 0.5, config, targets, order_ratio=0.0
+        ),
     ]
     assert torch.equal(losses[0].loss, losses[1].loss)
     with pytest.raises(KeyError):  # uniforms for orders are drawn only if they are needed
-        training_step(model, tokenizer, batch, 0.5, config, order_ratio=0.5)
+        training_step(model, tokenizer, batch, 0.5, config, targets, order_ratio=0.5)
 
 
 def test_random_orders_are_permutations_of_equal_probability() -> None:

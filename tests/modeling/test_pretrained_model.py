@@ -10,12 +10,14 @@ from huggingface_hub import ModelCard
 
 from modeling.pretrained_model import PretrainedModel
 from modeling.rear import ReAR
+from modeling.taps import is_projector
 from modeling.tokenizers.registry import TOKENIZERS, build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from tests.hub_server import local_hub
 from tests.modeling.tokenizers.test_conformance import SIZES
 from utils.config import load_config
 from utils.errors import InputError
+from utils.files.weights import load_state_dict, save_weights
 
 
 def check_equal(model: PretrainedModel, other: PretrainedModel) -> None:
@@ -36,6 +38,24 @@ def test_a_model_with_its_projectors(tiny_model: ReAR, tmp_path: Path) -> None:
     card = ModelCard.load(tmp_path / "x/README.md")
     assert card.data.license is None
     assert "More Information Needed" not in card.content
+
+
+def test_weights_need_no_projector_and_may_have_others(tiny_model: ReAR, tmp_path: Path) -> None:
+    tiny_model.save_pretrained(tmp_path)
+    weights = load_state_dict(tmp_path / "model.safetensors")
+    without = {key: value for key, value in weights.items() if not is_projector(key)}
+    only_decode = {key: value for key, value in weights.items() if not key.startswith("encode_align_mlp")}
+    for state, names in ((without, []), (only_decode, ["decode"])):
+        save_weights(state | {"other_align_mlp.0.bias": torch.zeros(3)}, tmp_path / "model.safetensors")
+        loaded = ReAR.from_pretrained(tmp_path)
+        assert [tap.name for tap in loaded.taps] == names
+        assert loaded.state_dict().keys() == state.keys()
+        codes, labels = torch.arange(16)[None], torch.tensor([1])
+        assert torch.equal(loaded(codes, labels).logits, tiny_model(codes, labels).logits)
+    del only_decode["decode_align_mlp.0.bias"]
+    save_weights(only_decode, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"1 missing \(decode_align_mlp\.0\.bias\)"):
+        ReAR.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -30,10 +30,10 @@ def test_no_position_sees_its_own_target_or_later_codes(tiny_model: ReAR) -> Non
     before, after = tiny_model(codes, labels), tiny_model(changed, labels)
     # Row i predicts x(i+1) from the class and x1 .. xi, so rows 0 .. 9 must not change and row 10 must.
     torch.testing.assert_close(before.logits[:, :10], after.logits[:, :10])
-    torch.testing.assert_close(before.decode_z[:, :10], after.decode_z[:, :10])
-    torch.testing.assert_close(before.encode_z[:, :9], after.encode_z[:, :9])
+    torch.testing.assert_close(before.projections["decode"][:, :10], after.projections["decode"][:, :10])
+    torch.testing.assert_close(before.projections["encode"][:, :9], after.projections["encode"][:, :9])
     assert (before.logits[:, 10] - after.logits[:, 10]).abs().max() > 1e-3
-    assert (before.encode_z[:, 9] - after.encode_z[:, 9]).abs().max() > 1e-3
+    assert (before.projections["encode"][:, 9] - after.projections["encode"][:, 9]).abs().max() > 1e-3
 
 
 def test_class_and_mask_have_rows_of_their_own(tiny_model: ReAR) -> None:
@@ -58,8 +58,7 @@ def test_plain_ar_is_the_same_code_without_projectors(tiny_config: ModelConfig, 
     plain.load_state_dict({k: v for k, v in tiny_model.state_dict().items() if "_align_mlp" not in k})
     codes, labels = torch.randint(0, 24, (2, 16)), torch.tensor([1, 4])
     output = plain(codes, labels)
-    assert output.encode_z is None
-    assert output.decode_z is None
+    assert output.projections == {}
     torch.testing.assert_close(output.logits, tiny_model(codes, labels).logits)
 
 
@@ -80,8 +79,9 @@ def test_modulations_once_per_class_change_neither_outputs_nor_gradients(tiny_mo
     for class_labels, class_rows in ((labels, None), labels.unique(return_inverse=True)):
         tiny_model.zero_grad()
         output = tiny_model(codes, class_labels, class_rows=class_rows)
-        (output.logits.square().mean() + output.encode_z.mean() + output.decode_z.mean()).backward()
-        results.append([output.logits, output.encode_z, *(p.grad.clone() for p in tiny_model.parameters())])
+        encode, decode = output.projections.values()
+        (output.logits.square().mean() + encode.mean() + decode.mean()).backward()
+        results.append([output.logits, encode, *(p.grad.clone() for p in tiny_model.parameters())])
     for of_each, of_classes in zip(*results, strict=True):
         torch.testing.assert_close(of_each, of_classes, rtol=1e-4, atol=1e-6)
     assert results[0][0][0].sub(results[0][0][4]).abs().max() > 1e-3  # images of one class have their own codes

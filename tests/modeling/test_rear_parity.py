@@ -13,6 +13,7 @@ from modeling.losses import LossTerms, rear_loss
 from modeling.rear import ReAR, ReAROutput
 from modeling.sampling.cached_decoding import BUCKET, DecodingState, decode_one_token, prefill
 from modeling.sampling.generate import guidance_schedule, guide
+from modeling.taps import taps_of
 from utils.schema import ModelConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -45,11 +46,11 @@ def close(actual: torch.Tensor, wanted: torch.Tensor, atol: float = 1e-4) -> Non
 def losses(output: ReAROutput, expected: dict, perturbation_mask: torch.Tensor, config: ModelConfig) -> LossTerms:
     return rear_loss(
         logits=output.logits,
-        encode_z=output.encode_z,
-        decode_z=output.decode_z,
+        projections=output.projections,
         codes=expected["ids"],
-        codebook_vectors=expected["features"],
+        targets=dict.fromkeys(output.projections, expected["features"]),
         perturbation_mask=perturbation_mask,
+        taps=taps_of(config.generator),
         config=config.generator,
     )
 
@@ -57,8 +58,8 @@ def losses(output: ReAROutput, expected: dict, perturbation_mask: torch.Tensor, 
 def test_perturbed_forward_and_losses(model: ReAR, config: ModelConfig, expected: dict) -> None:
     output = model(expected["noisy_ids"], expected["labels"])
     close(output.logits, expected["logits_noisy"][:, :-1])
-    close(output.encode_z, expected["encode_z_noisy"][:, 2:])
-    close(output.decode_z, expected["decode_z_noisy"][:, 1:-1])
+    close(output.projections["encode"], expected["encode_z_noisy"][:, 2:])
+    close(output.projections["decode"], expected["decode_z_noisy"][:, 1:-1])
     terms = losses(output, expected, expected["perturb_mask"], config)
     close(terms.metrics["train/ar_loss"], expected["ar_loss_noisy"].squeeze())
     close(terms.metrics["train/proj_loss"], expected["proj_loss_noisy"].squeeze())

@@ -15,7 +15,8 @@ from modeling.loading import load_tokenizer
 from modeling.losses import next_token_loss
 from modeling.perturbation import PERTURBATIONS, num_perturbation_uniforms
 from modeling.rear import ReAR
-from modeling.robust_embedding import ANNEAL_END, RobustEmbedding, alignment_loss, cosine_to_codes, mask_codes
+from modeling.robust_embedding import ANNEAL_END, RobustEmbedding, alignment_loss, cosine_to_targets, mask_codes
+from modeling.targets.registry import Targets
 from modeling.training_step import training_step
 from tests.processes import run_ranks
 from utils.config import load_config
@@ -81,7 +82,7 @@ def test_on_our_model_it_is_our_training_step_bit_for_bit(tiny_arguments: list[s
     uniforms = torch.rand(6, num_perturbation_uniforms(16), generator=generator)
     batch = {"codes": codes, "class_labels": labels, "class_rows": torch.arange(6), "perturbation_uniforms": uniforms}
     torch.manual_seed(2)
-    loss = training_step(ours, tokenizer, batch, 20 / 30, config).loss
+    loss = training_step(ours, tokenizer, batch, 20 / 30, config, Targets(config, tokenizer)).loss
     loss.backward()
     torch.manual_seed(2)
     perturbed, mask = robust.perturb(codes, progress=10 / 40, uniforms=uniforms)
@@ -143,8 +144,8 @@ def test_the_terms_read_where_a_code_is_and_where_it_is_predicted(last_code: boo
     hidden = model.layers[0](model.embeddings(tokens))[0]
     held = 5 if last_code else 4
     vectors = robust.codebook[codes]
-    encode = cosine_to_codes(robust.encode_align_mlp(hidden[:, 2:]), vectors[:, :held])
-    decode = cosine_to_codes(robust.decode_align_mlp(final[:, 1:6]), vectors)
+    encode = cosine_to_targets(robust.encode_align_mlp(hidden[:, 2:]), vectors[:, :held])
+    decode = cosine_to_targets(robust.decode_align_mlp(final[:, 1:6]), vectors)
     for given in (mask, None):
         model(tokens)
         excluded = given if given is None else given[:, :held]

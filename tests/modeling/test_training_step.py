@@ -5,9 +5,11 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from modeling.loading import load_tokenizer
-from modeling.losses import alignment_loss, cosine_to_codes, next_token_loss
+from modeling.losses import next_token_loss
 from modeling.perturbation import num_perturbation_uniforms, switch_codes
 from modeling.rear import ReAR, ReAROutput
+from modeling.robust_embedding import alignment_loss, cosine_to_targets
+from modeling.targets.registry import Targets
 from modeling.training_step import compile_blocks, training_step
 from utils.config import load_config
 
@@ -24,16 +26,16 @@ def test_a_training_step_perturbs_the_context_and_keeps_targets_and_embeddings_c
 
     def model(context: torch.Tensor, class_labels: torch.Tensor, orders: None, class_rows: torch.Tensor) -> ReAROutput:
         fed.extend([context, class_labels, class_rows])
-        return ReAROutput(logits, z, -z)
+        return ReAROutput(logits, {"encode": z, "decode": -z})
 
-    terms = training_step(model, tokenizer, batch, 0.9, config)
+    terms = training_step(model, tokenizer, batch, 0.9, config, Targets(config, tokenizer))
     context, mask = switch_codes(codes, batch["perturbation_uniforms"], 0.9, 24)
     assert torch.equal(fed[0], context)
     assert 0.1 < (context != codes).float().mean() < 0.9
     assert fed[1:] == [batch["class_labels"], batch["class_rows"]]
     assert torch.equal(terms.metrics["train/ar_loss"], next_token_loss(logits, codes))
     vectors = tokenizer.codebook_lookup(codes)
-    cosines = [cosine_to_codes(vector, vectors) for vector in (z, -z)]
+    cosines = [cosine_to_targets(vector, vectors) for vector in (z, -z)]
     assert torch.equal(terms.metrics["train/proj_loss"], alignment_loss(cosines[0], mask) + alignment_loss(cosines[1]))
 
 
@@ -47,7 +49,7 @@ def test_images_train_as_their_codes_do(tiny_arguments: list[str]) -> None:
         "perturbation_uniforms": torch.rand(4, num_perturbation_uniforms(16)),
     }
     of_images, of_codes = (
-        training_step(model, tokenizer, batch | others, 0.5, config)
+        training_step(model, tokenizer, batch | others, 0.5, config, Targets(config, tokenizer))
         for batch in ({"image": images}, {"codes": tokenizer.encode(images)})
     )
     assert len(tokenizer.encode(images).unique()) > 1
@@ -72,7 +74,7 @@ def test_compiled_blocks_compute_the_same(tiny_arguments: list[str]) -> None:
             codes, rows = torch.arange(96).view(6, 16) % 24, torch.tensor(rows)
             batch = {"codes": codes, "class_labels": torch.arange(len(rows.unique())), "class_rows": rows}
             batch["perturbation_uniforms"] = torch.rand(6, 33, generator=torch.Generator().manual_seed(0))
-            training_step(model, tokenizer, batch, 0.5, config).loss.backward()
+            training_step(model, tokenizer, batch, 0.5, config, Targets(config, tokenizer)).loss.backward()
             results.append([parameter.grad.clone() for parameter in model.parameters()])
             model.zero_grad()
     for eager, compiled in zip(results[:2], results[2:], strict=True):

@@ -1,6 +1,7 @@
 """Plots of metrics against the step."""
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +18,12 @@ Points = tuple[list[float], list[float]]  # steps and values
 COLUMNS = 4
 PANEL_INCHES = (4.0, 2.8)
 MAX_MARKERS = 40  # curves with fewer points have markers, without which a single point is invisible
-# Panels of several metrics with one unit; every other metric has a panel of its own.
+# Panels of several metrics with one unit, by a pattern of their names; every other metric has a panel of its own.
 PANELS = {
-    "cross-entropy, nats per code": ("train/ar_loss", "val/ar_loss", "val/ar_loss_noisy"),
-    "token accuracy": ("train/correct_tokens", "val/correct_tokens"),
-    "gradient norm before clipping": ("train/grad_norm", "train/grad_norm_max"),
-    "cosine to the codebook vectors": ("train/encode_cos", "train/decode_cos"),
+    "cross-entropy, nats per code": r"(train|val)/ar_loss|val/ar_loss_noisy",
+    "token accuracy": r"(train|val)/correct_tokens",
+    "gradient norm before clipping": r"train/grad_norm(_max)?",
+    "cosine of projection and target": r"(train|val)/\w+_cos",  # of each tap
 }
 LOGARITHMIC = ("train/grad_norm", "train/grad_norm_max")
 # Proportional to the step or to perf/images_per_s.
@@ -36,10 +37,11 @@ def save_training_curves(metrics_path: Path, picture_path: Path) -> None:
     names = dict.fromkeys(name for row in rows for name in row if name not in NOT_DRAWN)
     curves = {name: points for name in names if changes(points := points_of(rows, name))}
     panels: dict[str, list[str]] = {}
-    for title, group in PANELS.items():
-        if present := [name for name in group if name in curves]:
+    for title, pattern in PANELS.items():
+        if present := [name for name in curves if re.fullmatch(pattern, name)]:
             panels[title if len(present) > 1 else present[0]] = present
-    panels |= {name: [name] for name in curves if not any(name in group for group in PANELS.values())}
+    grouped = {name for in_panel in panels.values() for name in in_panel}
+    panels |= {name: [name] for name in curves if name not in grouped}
     if not panels:
         return
     figure, grid = panel_grid(len(panels))
@@ -48,7 +50,7 @@ def save_training_curves(metrics_path: Path, picture_path: Path) -> None:
         for name in in_panel:
             draw_curve(axes, name, curves[name], label=name)
         if len(in_panel) > 1:
-            axes.legend()
+            axes.legend(fontsize="medium" if len(in_panel) <= 3 else "x-small")
     save_figure(figure, picture_path)
 
 

@@ -22,6 +22,7 @@ from evaluation.precision_recall import precision_recall
 from modeling.losses import LossTerms, rear_loss
 from modeling.rear import ReAR
 from modeling.sampling.generate import CodeSampler
+from modeling.taps import taps_of
 from modeling.tokenizers.registry import build_tokenizer
 from tests.evaluation.made_up import fixture_features, fixture_images, inception_state, softmax_weights
 from tests.gpu.checks.conftest import Report
@@ -193,11 +194,11 @@ def backward(model: ReAR, config: ModelConfig, expected: dict[str, Tensor], bf16
         output = model(expected["noisy_ids"], expected["labels"])
     terms = rear_loss(
         logits=output.logits,
-        encode_z=output.encode_z,
-        decode_z=output.decode_z,
+        projections=output.projections,
         codes=expected["ids"],
-        codebook_vectors=expected["features"],
+        targets=dict.fromkeys(output.projections, expected["features"]),
         perturbation_mask=expected["perturb_mask"],
+        taps=taps_of(config.generator),
         config=config.generator,
     )
     terms.loss.backward()
