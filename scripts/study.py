@@ -4,12 +4,12 @@
     python scripts/study.py config=configs/studies/tiny.yaml --status
     python scripts/study.py report config=configs/studies/tiny.yaml
 
-The plan (utils/studies/plan.py) names arms as overrides of a base config, seeds, hypotheses and the primary metric. The
-first command prints cost and power, runs the cells side by side (by default one for each GPU, or else for each CPU, with
-one thread) and reports. Rerun it to resume and to try failed cells again; several such commands share the cells, also
-on several machines (scripts_bash/slurm_study.sbatch). --status prints a table of the cells; `report` reports on those
-that are complete. Keys of the plan, and config keys for all arms, can be overridden as key=value; a plan that differs
-from that of the first cell is an error.
+The plan (utils/studies/plan.py) names arms as overrides of a base config, seeds, hypotheses and the primary metric.
+The first command prints cost and power, runs the cells side by side (by default one for each GPU, or else for each CPU,
+with one thread) and reports. Rerun it to resume and to try failed cells again; several such commands share the cells,
+also on several machines (scripts_bash/slurm_study.sbatch). --status prints a table of the cells; `report` reports on
+those that are complete. Keys of the plan, and config keys for all arms, can be overridden as key=value; a plan that
+differs from that of the first cell is an error.
 
 Writes to outputs/studies/<name of the plan>: plan.json, <arm>/seed<k>/ (state, logs, run folder, samples and scores of
 a cell), results.jsonl (a line per cell), table.md (verdicts) and figure.png. The exit status is 1 if a cell failed, 75

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,8 +38,8 @@ class Outcome:
     """Of a hypothesis.
 
     Attributes:
-        contrast: of the complete pairs of planned seeds; None: fewer than two, or values without ratio.
-        pairs: number of complete pairs.
+        contrast: of the complete pairs; None: fewer than two, or values without ratio.
+        seeds: of the complete pairs.
         adjusted_p: Holm's; None: no verdict yet.
         verdict: a sentence.
     """
@@ -48,7 +47,7 @@ class Outcome:
     name: str
     hypothesis: Hypothesis
     contrast: Contrast | None
-    pairs: int
+    seeds: list[int]
     adjusted_p: float | None
     verdict: str
 
@@ -57,16 +56,18 @@ class Results:
     """The complete cells of a study, read when it is created.
 
     Attributes:
-        states: of planned cells, by arm and seed, in the order of the plan.
+        states: of complete planned cells, by arm and seed, in the order of the plan.
+        unfinished: names of the other planned cells.
         unplanned: of other cells in the folder of the study.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         cells = sorted(cells_of(plan), key=lambda cell: list(plan.file.arms).index(cell.arm))
-        self.unfinished = [cell.name for cell in cells if cell.read().condition != "complete"]
-        states = {(cell.arm, cell.seed): cell.read() for cell in cells if cell.name not in self.unfinished}
-        self.states = states
+        states = {cell: cell.read() for cell in cells}
+        complete = {cell: state for cell, state in states.items() if state.condition == "complete"}
+        self.states = {(cell.arm, cell.seed): state for cell, state in complete.items()}
+        self.unfinished = [cell.name for cell in cells if cell not in complete]
         planned = {cell.folder / CELL_FILE for cell in cells}
         found = [read_state(path) for path in sorted(plan.folder.glob(f"*/seed*/{CELL_FILE}")) if path not in planned]
         self.unplanned = [state for state in found if state.condition == "complete"]
@@ -84,39 +85,45 @@ class Results:
         names = chain.from_iterable(state.metrics for state in self.states.values())
         return list(dict.fromkeys([self.plan.file.metric, *names]))
 
-    def contrast(self, hypothesis: Hypothesis, metric: str) -> tuple[Contrast | None, int]:
-        """Over the seeds of which both arms have the metric, and their number."""
+    def pairs(self, hypothesis: Hypothesis, metric: str) -> list[int]:
+        """The seeds of which both arms have the metric."""
+        baseline = self.values(hypothesis.baseline, metric)
+        return [seed for seed in self.values(hypothesis.arm, metric) if seed in baseline]
+
+    def contrast(self, hypothesis: Hypothesis, metric: str) -> Contrast | None:
+        """Of all pairs; None: fewer than two, or values without ratio."""
         arm, baseline = self.values(hypothesis.arm, metric), self.values(hypothesis.baseline, metric)
-        seeds = [seed for seed in arm if seed in baseline]
-        if len(seeds) < 2:
-            return None, len(seeds)
-        try:
-            pairs = [arm[seed] for seed in seeds], [baseline[seed] for seed in seeds]
-            return Contrast.of(arm=pairs[0], baseline=pairs[1], margin_pct=self.plan.file.margin_pct), len(seeds)
-        except ValueError:  # a metric that is not positive has no ratio
-            return None, len(seeds)
+        seeds = self.pairs(hypothesis, metric)
+        if len(seeds) < 2 or min(*arm.values(), *baseline.values()) <= 0:
+            return None
+        return Contrast.of(
+            arm=[arm[seed] for seed in seeds],
+            baseline=[baseline[seed] for seed in seeds],
+            margin_pct=self.plan.file.margin_pct,
+        )
 
     def outcomes(self) -> list[Outcome]:
         """Of all hypotheses. Those with incomplete cells get no verdict, and count as p = 1 for Holm's adjustment."""
         file = self.plan.file
-        found = {name: self.contrast(hypothesis, file.metric) for name, hypothesis in file.hypotheses.items()}
-        is_decided = {name: contrast is not None and pairs == len(file.seeds) for name, (contrast, pairs) in found.items()}
-        p_values = [contrast.p if contrast and is_decided[name] else 1.0 for name, (contrast, _) in found.items()]
+        contrasts = {name: self.contrast(hypothesis, file.metric) for name, hypothesis in file.hypotheses.items()}
+        seeds = {name: self.pairs(hypothesis, file.metric) for name, hypothesis in file.hypotheses.items()}
+        decided = {name: one for name, one in contrasts.items() if one and len(seeds[name]) == len(file.seeds)}
+        adjusted = holm([decided[name].p if name in decided else 1.0 for name in contrasts])
         outcomes = []
-        for (name, (contrast, pairs)), adjusted in zip(found.items(), holm(p_values), strict=True):
-            if contrast is not None and is_decided[name]:
-                text = self._verdict(contrast, adjusted)
-            elif pairs == len(file.seeds):
-                text = f"no verdict: {file.metric} is not above 0 in all cells, so there is no ratio"
+        for (name, contrast), adjusted_p in zip(contrasts.items(), adjusted, strict=True):
+            if name in decided:
+                text = self._verdict(decided[name], adjusted_p)
+            elif len(seeds[name]) < len(file.seeds):
+                text = f"no verdict yet: {len(seeds[name])} of {len(file.seeds)} pairs are complete"
             else:
-                text = f"no verdict yet: {pairs} of {len(file.seeds)} pairs are complete"
+                text = f"no verdict: {file.metric} is not above 0 in all cells, so there is no ratio"
             outcomes.append(
                 Outcome(
                     name=name,
                     hypothesis=file.hypotheses[name],
                     contrast=contrast,
-                    pairs=pairs,
-                    adjusted_p=adjusted if is_decided[name] else None,
+                    seeds=seeds[name],
+                    adjusted_p=adjusted_p if name in decided else None,
                     verdict=text,
                 )
             )
@@ -151,6 +158,7 @@ def _result(state: State, is_planned: bool) -> dict[str, Any]:
         "metrics": state.metrics,
         "config_sha256": state.config_sha256,
         "plan_sha256": state.plan_sha256,
+        "code": state.code,
         "seconds": round(sum(state.seconds.values()), 1),
     }
 
@@ -170,6 +178,8 @@ def table(results: Results) -> str:
         f"# Study {plan.name}",
         f"{len(results.states)} of {total} cells are complete. Primary metric: {metric}.",
     ]
+    if len({state.code for state in results.states.values()}) > 1:
+        parts.append("Warning: the code has changed between the cells (see `code` in results.jsonl).")
     if plan.file.hypotheses:
         parts += ["## Hypotheses", _hypothesis_table(results), EXPLANATION.format(margin=plan.file.margin_pct)]
     parts += ["## Arms", _arm_table(results)]
@@ -184,8 +194,8 @@ def table(results: Results) -> str:
 
 EXPLANATION = (
     "*Effect*: mean over seeds of log(arm / baseline), with its 95 % bootstrap interval. *p*: exact sign-flip test, "
-    "two-sided; the next column is adjusted for all hypotheses (Holm) and decides about *real* at 0.05. *TOST p* decides "
-    "about *no difference beyond {margin:g} %*."
+    "two-sided; the next column is adjusted for all hypotheses (Holm) and decides about *real* at 0.05. *TOST p* "
+    "decides about *no difference beyond {margin:g} %*."
 )
 EXPLORATORY = "Not planned, so not adjusted for the number of comparisons: a source of hypotheses for another study."
 
@@ -193,14 +203,13 @@ EXPLORATORY = "Not planned, so not adjusted for the number of comparisons: a sou
 def _hypothesis_table(results: Results) -> str:
     lines = []
     for outcome in results.outcomes():
-        hypothesis, contrast = outcome.hypothesis, outcome.contrast
-        numbers = ["-"] * 5 if contrast is None else [*_effect(contrast), _p(contrast.p), "-", _p(contrast.equivalence_p)]
-        if outcome.adjusted_p is None:
-            numbers[2:] = ["-"] * 3
-        else:
-            numbers[3] = _p(outcome.adjusted_p)
-        arms = f"{hypothesis.arm} vs {hypothesis.baseline}"
-        lines.append([outcome.name, arms, str(outcome.pairs), *numbers, outcome.verdict])
+        effect, p_values = ["-", "-"], ["-", "-", "-"]
+        if outcome.contrast is not None:
+            effect = _effect(outcome.contrast)
+        if outcome.contrast is not None and outcome.adjusted_p is not None:
+            p_values = [_p(outcome.contrast.p), _p(outcome.adjusted_p), _p(outcome.contrast.equivalence_p)]
+        names = [outcome.name, _arms(outcome.hypothesis), str(len(outcome.seeds))]
+        lines.append([*names, *effect, *p_values, outcome.verdict])
     head = ["hypothesis", "arm vs baseline", "pairs", "effect", "95 % interval", "p", "Holm p", "TOST p", "verdict"]
     return markdown_table(head, lines)
 
@@ -213,7 +222,12 @@ def _arm_table(results: Results) -> str:
         cells = ["-"] * 4
         if values:
             seconds = [sum(state.seconds.values()) for (of_arm, _), state in results.states.items() if of_arm == arm]
-            cells = [f"{np.mean(values):.5g}", "-", f"{min(values):.5g} to {max(values):.5g}", f"{np.mean(seconds):.0f}"]
+            cells = [
+                f"{np.mean(values):.5g}",
+                "-",
+                f"{min(values):.5g} to {max(values):.5g}",
+                f"{np.mean(seconds):.0f}",
+            ]
         if len(values) > 1 and min(values) > 0:
             cells[1] = f"{percent(float(np.log(values).std(ddof=1))):.2g} %"
         lines.append([arm, str(len(values)), *cells])
@@ -221,23 +235,29 @@ def _arm_table(results: Results) -> str:
 
 
 def _exploratory_table(results: Results) -> str | None:
+    """Of all metrics but the primary one and those of training, which depend on the objective; they are in
+    results.jsonl."""
     lines = []
-    for metric in results.metrics()[1:]:
-        if len({state.metrics.get(metric) for state in results.states.values()}) < 2:
-            continue  # such as the last learning rate
+    for metric in [name for name in results.metrics()[1:] if not name.startswith("train/")]:
         for name, hypothesis in results.plan.file.hypotheses.items():
-            contrast, pairs = results.contrast(hypothesis, metric)
+            contrast = results.contrast(hypothesis, metric)
             if contrast is not None:
-                arms = f"{hypothesis.arm} vs {hypothesis.baseline}"
-                lines.append([metric, name, arms, str(pairs), *_effect(contrast), _p(contrast.p)])
+                pairs = str(len(contrast.differences))
+                lines.append([metric, name, _arms(hypothesis), pairs, *_effect(contrast), _p(contrast.p)])
     head = ["metric", "hypothesis", "arm vs baseline", "pairs", "effect", "95 % interval", "p, not adjusted"]
     return markdown_table(head, lines) if lines else None
 
 
 def _unplanned_table(results: Results) -> str:
     metric = results.plan.file.metric
-    lines = [[state.arm, str(state.seed), f"{state.metrics.get(metric, float('nan')):.5g}"] for state in results.unplanned]
+    lines = [
+        [state.arm, str(state.seed), f"{state.metrics.get(metric, float('nan')):.5g}"] for state in results.unplanned
+    ]
     return markdown_table(["arm", "seed", metric], lines)
+
+
+def _arms(hypothesis: Hypothesis) -> str:
+    return f"{hypothesis.arm} vs {hypothesis.baseline}"
 
 
 def _effect(contrast: Contrast) -> list[str]:
@@ -259,8 +279,9 @@ def cost_and_power(plan: Plan, states: Sequence[State], workers: int) -> list[st
         cost += f", {cells * file.n * settings:,} samples"
     durations = [sum(state.seconds.values()) for state in states if state.condition == "complete"]
     if durations:
-        left = (cells - len(durations)) * float(np.mean(durations)) / workers
-        cost += f"; {np.mean(durations):.0f} s per complete cell, so {left / 60:.0f} min for the others, {workers} at once"
+        seconds = float(np.mean(durations))
+        minutes = (cells - len(durations)) * seconds / workers / 60
+        cost += f"; {seconds:.0f} s per cell, {minutes:.0f} min for the {cells - len(durations)} that are left"
     return [cost, *power_lines(len(file.seeds), len(file.hypotheses))]
 
 
@@ -272,16 +293,17 @@ def power_lines(seeds: int, hypotheses: int) -> list[str]:
     if smallest_p(seeds) > alpha:
         needed = next(n for n in range(2, 100) if smallest_p(n) <= alpha)
         return [
-            f"warning: the smallest p of {seeds} seeds is {smallest_p(seeds):.2g}, and {hypotheses} hypotheses need "
-            f"{alpha:.2g}: no verdict can be 'real'; use at least {needed} seeds"
+            f"warning: the smallest p of {seeds} seeds is {smallest_p(seeds):.2g}, above {ALPHA:g} / {hypotheses} "
+            f"(number of hypotheses): no verdict can be 'real'; use at least {needed} seeds"
         ]
-    # Unpaired: what the same seeds have in common makes the effect that is found smaller.
-    effects = [
-        f"{smallest_effect(from_percent(spread) * 2**0.5, seeds, alpha):.1f} % (runs of an arm spread by {spread:g} %)"
-        for spread in TYPICAL_SPREADS_PCT
+    # As if nothing were shared by the runs of a seed; what is shared makes the effects that are found smaller.
+    effects = [smallest_effect(from_percent(spread) * 2**0.5, seeds, alpha) for spread in TYPICAL_SPREADS_PCT]
+    return [
+        f"{seeds} seeds find an effect of {_list(effects, '.1f')} % with a probability of {POWER:.0%}, if the runs of "
+        f"an arm spread by {_list(TYPICAL_SPREADS_PCT, 'g')} %"
     ]
-    return [f"{seeds} seeds find, with a probability of {POWER:.0%}, an effect of {', '.join(effects)}"]
 
 
-def report_files(plan: Plan) -> list[Path]:
-    return [plan.folder / name for name in (RESULTS_FILE, TABLE_FILE, FIGURE_FILE)]
+def _list(values: Sequence[float], form: str) -> str:
+    *first, last = [f"{value:{form}}" for value in values]
+    return f"{', '.join(first)} or {last}"

@@ -1,11 +1,11 @@
 """A cell of a study: one arm with one seed. Its folder, the commands of its stages, its state and its metrics.
 
-    <folder of the study>/<arm>/seed<k>/
-        cell.json           state, seconds of each finished stage, metrics when complete
-        <stage>.log         output of each stage's command, all attempts
-        run/                run folder of training
-        samples.npz, ...    files of the sampler, and scores of the evaluator
-        sweep/              files of the guidance sweep
+<folder of the study>/<arm>/seed<k>/
+    cell.json           state, seconds of each finished stage, metrics when complete
+    <stage>.log         output of each stage's command, all attempts
+    run/                run folder of training
+    samples.npz, ...    files of the sampler, and scores of the evaluator
+    sweep/              files of the guidance sweep
 """
 
 import json
@@ -31,6 +31,7 @@ class State:
     """The content of cell.json.
 
     Attributes:
+        config_sha256, plan_sha256, code: what the numbers depend on; `code` is the hash of the sources at the start.
         seconds: of each finished stage, all attempts together.
         spent: seconds of attempts of the next stage that did not finish it.
         error: why the last attempt failed; empty: it did not.
@@ -40,7 +41,8 @@ class State:
     arm: str
     seed: int
     config_sha256: str
-    plan_sha256: str
+    plan_sha256: str = ""
+    code: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     spent: float = 0.0
     error: str = ""
@@ -65,12 +67,17 @@ class Cell:
         self.name = f"{arm}/seed{seed}"
         self.folder = plan.folder / arm / f"seed{seed}"
 
-    def read(self, plan_sha256: str = "") -> State:
-        """The state in cell.json; a new one without the file. `plan_sha256` is that of a new state."""
-        path = self.folder / CELL_FILE
-        if path.exists():
-            return read_state(path)
-        return State(self.arm, self.seed, self.plan.config_sha256(self.arm), plan_sha256)
+    def read(self) -> State:
+        """The state in cell.json; a new one without the file. Raises InputError for a cell of another config."""
+        path, config_sha256 = self.folder / CELL_FILE, self.plan.config_sha256[self.arm]
+        if not path.exists():
+            return State(self.arm, self.seed, config_sha256)
+        state = read_state(path)
+        if state.config_sha256 != config_sha256:
+            raise InputError(
+                f"{path}: is of another config than the plan's arm {self.arm}; delete or rename {self.folder}"
+            )
+        return state
 
     def write(self, state: State) -> None:
         write_text(self.folder / CELL_FILE, json.dumps(asdict(state), indent=1) + "\n")

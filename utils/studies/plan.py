@@ -1,15 +1,15 @@
 """The plan of a study: a YAML file, resolved before the first cell and stored with it.
 
-    base: configs/rear_blue_marble.yaml
-    arms:
-      lambda_1: {}
-      lambda_0.5: {model.generator.transition_alignment_weight: 0.5}
-    seeds: [1, 2, 3, 4, 5, 6, 7, 8]
-    hypotheses:
-      H1: {arm: lambda_0.5, baseline: lambda_1}
-    metric: frechet_distance
-    n: 740
-    reference: outputs/quickstart/tokenizer/reference.npz
+base: configs/rear_blue_marble.yaml
+arms:
+  lambda_1: {}
+  lambda_0.5: {model.generator.transition_alignment_weight: 0.5}
+seeds: [1, 2, 3, 4, 5, 6, 7, 8]
+hypotheses:
+  H1: {arm: lambda_0.5, baseline: lambda_1}
+metric: frechet_distance
+n: 740
+reference: outputs/quickstart/tokenizer/reference.npz
 """
 
 import difflib
@@ -110,6 +110,7 @@ class Plan:
         file: the plan as given.
         folder: of the study.
         configs: the resolved config of each arm.
+        config_sha256: of each arm, without the keys of a cell; equal for identical arms.
     """
 
     def __init__(self, name: str, file: PlanFile) -> None:
@@ -119,16 +120,13 @@ class Plan:
         self.folder = Path(file.output_dir or f"outputs/studies/{name}")
         self._check()
         self.configs: dict[str, Config] = {arm: self._config_of(arm) for arm in file.arms}
+        self.config_sha256 = {arm: hash_of(_deciding(config)) for arm, config in self.configs.items()}
 
     def arguments(self, arm: str) -> list[str]:
         """The command line of an arm, without the keys of a cell."""
         values = dict(flat(self.file.overrides)) | dict(flat(self.file.arms[arm]))
         more = [] if self.file.n is None else [f"sampling.num_fid_samples={self.file.n}"]
         return [f"config={self.file.base}", *(f"{key}={_to_text(value)}" for key, value in values.items()), *more]
-
-    def config_sha256(self, arm: str) -> str:
-        """Of the config that decides about the arm's numbers, without the keys of a cell; equal for identical arms."""
-        return hash_of(_deciding(self.configs[arm]))
 
     def resolved(self) -> dict[str, Any]:
         """Everything that the study depends on, by name: the plan, the resolved config of each arm, the reference."""
@@ -240,7 +238,8 @@ def read_plan(words: Sequence[str]) -> tuple[Plan, dict[str, str]]:
     try:
         file = msgspec.convert(content, PlanFile, strict=False)
     except msgspec.ValidationError as error:
-        raise InputError(f"{path}: {first_line(error)}") from error
+        message, _, key = first_line(error).partition(" - at `$.")
+        raise InputError(": ".join([str(path), *filter(None, [key.rstrip("`")]), message])) from error
     try:
         return Plan(path.stem, file), others
     except InputError as error:

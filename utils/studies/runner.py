@@ -10,6 +10,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -24,13 +25,14 @@ from tqdm import tqdm
 from utils.errors import InputError
 from utils.files.lock import is_in_use, only_writer
 from utils.processes import num_cpus
+from utils.run.run_environment import source_hash
 from utils.run.signals import StopSignals
 from utils.run.status import EXIT_PREEMPTED, read_status_or_none
 from utils.studies.cells import Cell, State, cells_of
 from utils.studies.plan import Plan, Stage
 
 POLL_S = 0.1
-REFRESH_S = 2  # between looks at cells that other commands run
+REFRESH_S, REFRESH_LOG_S = 2, 300  # of the progress bar in a terminal, and in a file
 ERROR_CHARACTERS = 300
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 LIBC = ctypes.CDLL(None)
@@ -84,6 +86,7 @@ class Runner:
     def __init__(self, plan: Plan, plan_sha256: str, workers: int, gpus: Sequence[str]) -> None:
         self.plan = plan
         self.plan_sha256 = plan_sha256
+        self.code = source_hash()
         self.workers = workers
         self.gpus = gpus
         self.cells = cells_of(plan)
@@ -99,7 +102,7 @@ class Runner:
         progress, and training saves; a second Ctrl-C kills them."""
         total = len(self.cells) * len(self.plan.file.stages)
         layout = "{l_bar}{bar}| {n_fmt}/{total_fmt} stages [{elapsed}{postfix}]"
-        refreshed = 0.0
+        refreshed, refresh_s = 0.0, REFRESH_S if sys.stderr.isatty() else REFRESH_LOG_S
         with StopSignals() as signals, tqdm(total=total, desc=self.plan.name, bar_format=layout) as bar:
             try:
                 self._start_cells()
@@ -109,12 +112,12 @@ class Runner:
                     ended = [one for one in self.running if one.process.poll() is not None]
                     for one in ended:
                         self._end_stage(one)
-                    if ended or time.monotonic() > refreshed + REFRESH_S:
+                    if ended:
                         self._start_cells()
+                    if ended or time.monotonic() > refreshed + refresh_s:
                         self._show(bar)
                         refreshed = time.monotonic()
                     time.sleep(POLL_S)
-                self._show(bar)
             finally:
                 for one in self.running:
                     one.process.kill()
@@ -136,7 +139,7 @@ class Runner:
             except InputError:  # another command was faster
                 continue
             self.waiting.remove(cell)
-            state = cell.read(self.plan_sha256)
+            state = cell.read()
             done_by_another = state.condition == "complete" or (
                 state.condition == "failed" and cell not in self.failed_before
             )
@@ -157,6 +160,7 @@ class Runner:
             lock.close()
             return
         state.error = ""
+        state.plan_sha256, state.code = state.plan_sha256 or self.plan_sha256, state.code or self.code
         cell.write(state)
         command = cell.command(stage)
         log = (cell.folder / f"{stage}.log").open("ab")
@@ -235,9 +239,7 @@ def remaining_s(
 ) -> tuple[float, bool]:
     """Seconds until all cells are complete, by the mean duration of each stage so far, and whether that is only a lower
     bound, because of a stage of which no duration is known. The duration of the first training is its own estimate."""
-    durations = {
-        stage: [state.seconds[stage] for state in states if stage in state.seconds] for stage in stages
-    }
+    durations = {stage: [state.seconds[stage] for state in states if stage in state.seconds] for stage in stages}
     if "train" in durations and not durations["train"]:
         statuses = [read_status_or_none(one.cell.folder / "run") for one in running if one.stage == "train"]
         durations["train"] = [
