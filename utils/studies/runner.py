@@ -26,7 +26,7 @@ from utils.errors import InputError
 from utils.files.lock import is_in_use, only_writer
 from utils.processes import num_cpus
 from utils.run.run_environment import source_hash
-from utils.run.signals import StopSignals
+from utils.run.signals import STOP_SIGNALS, StopSignals
 from utils.run.status import EXIT_PREEMPTED, read_status_or_none
 from utils.studies.cells import Cell, State, cells_of
 from utils.studies.plan import Plan, Stage
@@ -36,6 +36,7 @@ REFRESH_S, REFRESH_LOG_S = 2, 300  # of the progress bar in a terminal, and in a
 ERROR_CHARACTERS = 300
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 LIBC = ctypes.CDLL(None)
+ENDED_BY_A_STOP = (EXIT_PREEMPTED, *(-number for number in STOP_SIGNALS))  # a batch system may signal all processes
 
 
 @dataclass
@@ -202,7 +203,7 @@ class Runner:
                 return
         else:
             state.spent = ended.elapsed
-        if self.stopping or status == EXIT_PREEMPTED:
+        if self.stopping or status in ENDED_BY_A_STOP:
             self.outcome.interrupted.append(cell.name)
         elif status != 0:
             self._fail(cell, state, f"{ended.stage}: {_reason(ended)}")

@@ -1,6 +1,7 @@
 """Statistics of a study: against enumeration, hand-computed cases and simulated studies."""
 
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from evaluation.studies.statistics import (
     smallest_p,
     verdict,
 )
+from tests.processes import ROOT
 
 SEEDS, ARMS = 8, 5  # of the simulated studies: a baseline and five arms
 
@@ -106,6 +108,16 @@ def test_power_of_independent_runs() -> None:
     effects = [100 * from_percent(smallest_effect(0.05 * 2**0.5, seeds)) for seeds in (8, 12)]
     assert effects == pytest.approx([8.2, 6.3], abs=0.05)
     assert smallest_effect(0.05, 5) == np.inf  # 2 / 2^5 is above 0.05
+
+
+def test_the_table_of_the_documentation() -> None:
+    """| seeds | smallest p | effect at a spread of 1.3 % | 3 % | 5 % |"""
+    rows = re.findall(r"^\| (\d+) \| (\S+) \| (.+) \|$", (ROOT / "docs/studies.md").read_text(), re.MULTILINE)
+    assert [int(seeds) for seeds, _, _ in rows] == [5, 6, 8, 12]
+    for seeds, p, cells in rows:
+        effects = [smallest_effect(from_percent(spread) * 2**0.5, int(seeds)) for spread in (1.3, 3, 5)]
+        assert cells == " | ".join("none" if effect == np.inf else f"{effect:.1f} %" for effect in effects)
+        assert p == f"{smallest_p(int(seeds)):.1g}"
 
 
 def test_seeds_needed_gives_the_power_and_no_less() -> None:
