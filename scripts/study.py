@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         print_status(plan, workers)
         return 0
     if "report" in arguments.words:
-        plan.store()
+        plan.check_stored()
         report(plan)
         return 0
     return run(plan, workers, gpus)
@@ -72,9 +72,10 @@ def run(plan: Plan, workers: int, gpus: list[str]) -> int:
     plan_sha256 = plan.store()
     print_cost_and_power(plan, workers)
     outcome = Runner(plan, plan_sha256, workers, gpus).run()
-    results = Results(plan)
-    if results.unfinished:
-        print(f"not complete: {', '.join(results.unfinished)}; rerun the same command to resume")
+    states = conditions(cells_of(plan)).items()
+    unfinished = [f"{cell.name} ({condition})" for cell, (_, condition) in states if condition != "complete"]
+    if unfinished:
+        print(f"not complete: {', '.join(unfinished)}; rerun the same command to resume")
     else:
         report(plan)
     return outcome.exit_status

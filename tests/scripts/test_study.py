@@ -120,7 +120,7 @@ def test_killed_with_a_failed_cell_and_two_workers_it_gives_the_same_results(
     status, printed = tiny.run(*tiny.words(output, "workers=2"))
     assert status == 1
     assert re.search(r"ar/seed2 failed: train: .*ar/seed2/run.*; see .*ar/seed2/train\.log", printed)
-    assert "not complete: ar/seed2; rerun" in printed
+    assert "not complete: ar/seed2 (failed); rerun" in printed
     assert {name: (output / f"rear/seed1/{name}.log").stat().st_size for name in finished} == before
     (output / "ar/seed2/run").unlink()
     status, printed = tiny.run(*tiny.words(output, "workers=2"))

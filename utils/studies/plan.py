@@ -142,13 +142,18 @@ class Plan:
     def store(self) -> str:
         """Write plan.json with the first cell, or compare with it; returns the plan's sha256. Raises InputError if the
         plan has changed since."""
-        facts = self.resolved()
         path = self.folder / PLAN_FILE
-        self.folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
+            facts = self.resolved()
+            self.folder.mkdir(parents=True, exist_ok=True)
             _write_once(path, json.dumps({"plan": facts, "sha256": hash_of(facts)}, indent=1) + "\n")
+        return self.check_stored()
+
+    def check_stored(self) -> str:
+        """The sha256 in plan.json; raises InputError if it is missing or differs from this plan."""
+        path = self.folder / PLAN_FILE
         found = read_json(path)
-        changed = _changes(found["plan"], facts)
+        changed = _changes(found["plan"], self.resolved())
         if changed:
             more = f" and {len(changed) - MAX_CHANGES} more" if len(changed) > MAX_CHANGES else ""
             raise InputError(

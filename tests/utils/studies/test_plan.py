@@ -109,6 +109,9 @@ def test_a_wrong_command_line(words: list[str], message: str) -> None:
 
 
 def test_a_changed_plan_is_refused_and_the_change_named(study: StubStudy) -> None:
+    with pytest.raises(InputError, match=r"plan\.json: No such file"):
+        read(study).check_stored()
+    assert not study.folder.exists()
     first = read(study).store()
     assert first == read(study).store() == json.loads((study.folder / "plan.json").read_text())["sha256"]
     for change, message in (

@@ -91,7 +91,7 @@ def test_a_failed_cell_is_reported_and_tried_again(study: StubStudy, capsys: pyt
     assert sorted(study.calls()) == sorted(set(ALL) - {"ar.1.evaluate"})  # the others continue
     output = capsys.readouterr()
     assert "ar/seed1 failed: sample: the disk is full; see " in output.out
-    assert "not complete: ar/seed1; rerun" in output.out
+    assert "not complete: ar/seed1 (failed); rerun" in output.out
     assert not (study.folder / "results.jsonl").exists()
     assert state(study, "ar/seed1")["error"].startswith("sample: the disk is full")
     assert main([*study.words(), "--status"]) == 0
@@ -159,13 +159,14 @@ def test_a_stage_killed_by_a_signal_names_it(study: StubStudy, capsys: pytest.Ca
     assert "ar/seed1 failed: train: killed by SIGKILL (out of memory?)" in (study.root / "output").read_text()
 
 
-def test_two_commands_share_the_cells(study: StubStudy) -> None:
+def test_two_commands_share_the_cells(study: StubStudy, capsys: pytest.CaptureFixture) -> None:
     (study.control / "hang.ar.1.train").touch()
     first = study.start("workers=1")
     wait_until(lambda: study.calls(), "the first stage does not start")
     assert main(study.words("workers=1")) == 0  # all other cells
     assert sorted(study.calls()) == sorted({*ALL} - {"ar.1.sample", "ar.1.evaluate"})
     assert not (study.folder / "results.jsonl").exists()
+    assert "not complete: ar/seed1 (running); rerun" in capsys.readouterr().out
     (study.control / "hang.ar.1.train").unlink()
     first.join(WAIT_S)
     assert first.exitcode == 0
