@@ -102,6 +102,17 @@ class Results:
             margin_pct=self.plan.file.margin_pct,
         )
 
+    def confounders(self) -> list[str]:
+        """What changed while the study ran, although the plan did not."""
+        found = []
+        if len({state.weights.get("code") for state in self.states.values()}) > 1:
+            found.append("the sources with which the cells were trained")
+        for arm in self.plan.file.arms:
+            states = [state for (of_arm, _), state in self.states.items() if of_arm == arm]
+            if len({(state.weights.get("data"), state.weights.get("tokenizer_sha256")) for state in states}) > 1:
+                found.append(f"training data or tokenizer of the cells of {arm}")
+        return found
+
     def outcomes(self) -> list[Outcome]:
         """Of all hypotheses. Those with incomplete cells get no verdict, and count as p = 1 for Holm's adjustment."""
         file = self.plan.file
@@ -158,7 +169,7 @@ def _result(state: State, is_planned: bool) -> dict[str, Any]:
         "metrics": state.metrics,
         "config_sha256": state.config_sha256,
         "plan_sha256": state.plan_sha256,
-        "code": state.code,
+        "weights": state.weights,
         "seconds": round(sum(state.seconds.values()), 1),
     }
 
@@ -178,8 +189,7 @@ def table(results: Results) -> str:
         f"# Study {plan.name}",
         f"{len(results.states)} of {total} cells are complete. Primary metric: {metric}.",
     ]
-    if len({state.code for state in results.states.values()}) > 1:
-        parts.append("Warning: the code has changed between the cells (see `code` in results.jsonl).")
+    parts += [f"Warning: {what} differ (`weights` in {RESULTS_FILE})." for what in results.confounders()]
     if plan.file.hypotheses:
         parts += ["## Hypotheses", _hypothesis_table(results), EXPLANATION.format(margin=plan.file.margin_pct)]
     parts += ["## Arms", _arm_table(results)]

@@ -19,7 +19,9 @@ from utils.config import ROOT
 from utils.errors import InputError
 from utils.files.atomic import write_text
 from utils.files.json_file import read_json
+from utils.files.weights import read_record
 from utils.run.metrics_file import METRICS_FILE, read_metrics
+from utils.run.weights_path import FINAL_FILE
 from utils.studies.plan import Plan, Stage
 
 CELL_FILE = "cell.json"
@@ -31,22 +33,23 @@ class State:
     """The content of cell.json.
 
     Attributes:
-        config_sha256, plan_sha256, code: what the numbers depend on; `code` is the hash of the sources at the start.
+        config_sha256, plan_sha256: hashes of the arm's config and of the plan at the start.
         seconds: of each finished stage, all attempts together.
         spent: seconds of attempts of the next stage that did not finish it.
         error: why the last attempt failed; empty: it did not.
         metrics: when all stages are finished.
+        weights: provenance of the trained weights then: hashes of code, data, tokenizer and tensors.
     """
 
     arm: str
     seed: int
     config_sha256: str
     plan_sha256: str = ""
-    code: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     spent: float = 0.0
     error: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, Any] = field(default_factory=dict)
 
     @property
     def condition(self) -> Literal["complete", "failed", "unfinished"]:
@@ -114,6 +117,10 @@ class Cell:
             f"sweep.reference={plan.file.reference}",
             f"sweep.guidance_scale={plan.file.guidance_scales}",
         ]
+
+    def weights(self) -> dict[str, Any]:
+        """Provenance of the trained weights."""
+        return read_record(self.folder / "run" / FINAL_FILE)
 
     def metrics(self) -> dict[str, float]:
         """All finite metrics of a cell whose stages are finished; of training the last values, without speed. Raises

@@ -34,7 +34,7 @@ from utils.keys import ConfigError, did_you_mean
 
 Stage = Literal["train", "sample", "evaluate", "sweep"]
 NEEDS: dict[Stage, Stage] = {"sample": "train", "evaluate": "sample", "sweep": "train"}
-METRICS = {  # of the evaluator, by backend
+METRICS = {  # of evaluation/report.py, by backend
     "inception": ("inception_score", "fid", "sfid", "precision", "recall"),
     "efficientnet_lite0": ("frechet_distance",),
 }
@@ -118,7 +118,9 @@ class Plan:
         self.name = name
         self.file = file
         self.folder = Path(file.output_dir or f"outputs/studies/{name}")
-        self._check()
+        self._check_stages()
+        self._check_arms()
+        self._check_scores()
         self.configs: dict[str, Config] = {arm: self._config_of(arm) for arm in file.arms}
         self.config_sha256 = {arm: hash_of(_deciding(config)) for arm, config in self.configs.items()}
 
@@ -162,16 +164,19 @@ class Plan:
             )
         return found["sha256"]
 
-    def _check(self) -> None:
-        file = self.file
-        stages, duplicates = file.stages, [seed for seed in file.seeds if file.seeds.count(seed) > 1]
-        if duplicates:
-            raise InputError(f"seeds: found {duplicates[0]} twice")
+    def _check_stages(self) -> None:
+        stages = self.file.stages
         for index, stage in enumerate(stages):
             if stage in stages[:index]:
                 raise InputError(f"stages: found {stage} twice")
             if stage in NEEDS and NEEDS[stage] not in stages[:index]:
                 raise InputError(f"stages: found {stage}, expected {NEEDS[stage]} before it")
+
+    def _check_arms(self) -> None:
+        file = self.file
+        for seed in file.seeds:
+            if file.seeds.count(seed) > 1:
+                raise InputError(f"seeds: found {seed} twice")
         for name, hypothesis in file.hypotheses.items():
             for arm in (hypothesis.arm, hypothesis.baseline):
                 if arm not in file.arms:
@@ -179,19 +184,23 @@ class Plan:
                     raise InputError(f"hypotheses.{name}: found no arm {arm!r}{near}")
             if hypothesis.arm == hypothesis.baseline:
                 raise InputError(f"hypotheses.{name}: arm and baseline are both {hypothesis.arm}")
+        for place, values in {"overrides": file.overrides, **{f"arms.{a}": v for a, v in file.arms.items()}}.items():
+            for key, _ in flat(values):
+                if key in OF_THE_CELL:
+                    raise InputError(f"{place}: found {key}, which the study sets for each cell; remove it")
+
+    def _check_scores(self) -> None:
+        file = self.file
         self._check_needed("reference", file.reference, {"evaluate", "sweep"})
         self._check_needed("n", file.n, {"sample", "sweep"})
         self._check_needed("guidance_scales", file.guidance_scales or None, {"sweep"})
         if file.reference is not None and not Path(file.reference).is_file():
             raise InputError(f"reference={file.reference}: no such file")
-        metrics = [*(METRICS[file.backend] if "evaluate" in stages else ()), *(TUNED if "sweep" in stages else ())]
-        if file.metric not in metrics and not file.metric.startswith(("val/", "train/")):
-            near = did_you_mean(difflib.get_close_matches(file.metric, metrics, 1, 0.3))
-            raise InputError(f"metric={file.metric}: expected {', '.join([*metrics, 'val/...', 'train/...'])}{near}")
-        for place, values in {"overrides": file.overrides, **{f"arms.{a}": v for a, v in file.arms.items()}}.items():
-            for key, _ in flat(values):
-                if key in OF_THE_CELL:
-                    raise InputError(f"{place}: found {key}, which the study sets for each cell; remove it")
+        known = [*(METRICS[file.backend] if "evaluate" in file.stages else ())]
+        known += TUNED if "sweep" in file.stages else ()
+        if file.metric not in known and not file.metric.startswith(("val/", "train/")):
+            near = did_you_mean(difflib.get_close_matches(file.metric, known, 1, 0.3))
+            raise InputError(f"metric={file.metric}: expected {', '.join([*known, 'val/...', 'train/...'])}{near}")
 
     def _check_needed(self, key: str, value: Any, by: set[Stage]) -> None:
         users = [stage for stage in self.file.stages if stage in by]
@@ -226,16 +235,13 @@ def read_plan(words: Sequence[str]) -> tuple[Plan, dict[str, str]]:
     path = Path(given.pop("config", "")).expanduser()
     if not path.is_file():
         raise InputError(f"config={path if path.name else ''}: no such file; give the YAML file of a plan")
-    try:
-        content = yaml.load(path.read_text("utf-8"), TextLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: {first_line(error)}") from error
+    content = _read_yaml(path.read_bytes(), source=str(path))
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping of keys, found a {type(content).__name__}")
     others = {}
     for name, value in given.items():
         if name in PlanFile.__struct_fields__:
-            content[name] = yaml.load(value, TextLoader)
+            content[name] = _read_yaml(value, source=name)
         elif "." in name:
             content["overrides"] = dict(flat(content.get("overrides") or {})) | {name: value}
         else:
@@ -251,12 +257,23 @@ def read_plan(words: Sequence[str]) -> tuple[Plan, dict[str, str]]:
         raise InputError(f"{path}: {error}") from error
 
 
+def _read_yaml(text: str | bytes, source: str) -> Any:
+    try:
+        return yaml.load(text, TextLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{source}{line}: {getattr(error, 'problem', None) or first_line(error)}") from error
+
+
 def _changes(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     """`differences`, without all keys of an arm that was added or removed."""
-    added_or_removed = {*found["arms"]} ^ {*expected["arms"]}
-    prefixes = tuple(f"{ARM_PREFIX}{arm}: " for arm in added_or_removed)
-    kept = ({key: value for key, value in facts.items() if not key.startswith(prefixes)} for facts in (found, expected))
-    return differences(next(kept), expected=next(kept))
+    in_one_only = tuple(f"{ARM_PREFIX}{arm}: " for arm in {*found["arms"]} ^ {*expected["arms"]})
+
+    def of_common_arms(facts: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in facts.items() if not key.startswith(in_one_only)}
+
+    return differences(of_common_arms(found), expected=of_common_arms(expected))
 
 
 def _deciding(config: Config) -> dict[str, Any]:

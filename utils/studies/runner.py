@@ -25,7 +25,6 @@ from tqdm import tqdm
 from utils.errors import InputError
 from utils.files.lock import is_in_use, only_writer
 from utils.processes import num_cpus
-from utils.run.run_environment import source_hash
 from utils.run.signals import STOP_SIGNALS, StopSignals
 from utils.run.status import EXIT_PREEMPTED, read_status_or_none
 from utils.studies.cells import Cell, State, cells_of
@@ -87,7 +86,6 @@ class Runner:
     def __init__(self, plan: Plan, plan_sha256: str, workers: int, gpus: Sequence[str]) -> None:
         self.plan = plan
         self.plan_sha256 = plan_sha256
-        self.code = source_hash()
         self.workers = workers
         self.gpus = gpus
         self.cells = cells_of(plan)
@@ -155,13 +153,14 @@ class Runner:
         if stage is None:
             try:
                 state.metrics = cell.metrics()
+                state.weights = cell.weights()
             except InputError as error:
                 self._fail(cell, state, str(error))
             cell.write(state)
             lock.close()
             return
         state.error = ""
-        state.plan_sha256, state.code = state.plan_sha256 or self.plan_sha256, state.code or self.code
+        state.plan_sha256 = state.plan_sha256 or self.plan_sha256
         cell.write(state)
         command = cell.command(stage)
         log = (cell.folder / f"{stage}.log").open("ab")

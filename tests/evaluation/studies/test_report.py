@@ -44,6 +44,7 @@ def plan(empty_plan: Plan, tmp_path: Path) -> Plan:
     }
     for cell in cells_of(plan):
         state = cell.read()
+        state.weights = {"code": "1", "data": "2"}
         state.seconds = {"train": 60.0, "sample": 30.0, "evaluate": 10.0}
         state.metrics = {
             "frechet_distance": values[cell.arm][SEEDS.index(cell.seed)],
@@ -102,7 +103,7 @@ def test_files(plan: Plan) -> None:
         "metrics": {"frechet_distance": BASELINE[0], "val/ar_loss": 4.1, "train/ar_loss": 1.0},
         "config_sha256": plan.config_sha256["base"],
         "plan_sha256": "",
-        "code": "",
+        "weights": {"code": "1", "data": "2"},
         "seconds": 100.0,
     }
     text = (plan.folder / "table.md").read_text()
@@ -130,12 +131,17 @@ def test_other_cells_are_exploratory(plan: Plan) -> None:
     assert "| other | 1 |" in text
 
 
-def test_changed_code_is_reported(plan: Plan) -> None:
-    cell = cells_of(plan)[0]
-    state = cell.read()
-    state.code = "other"
-    cell.write(state)
-    assert "Warning: the code has changed between the cells" in table(Results(plan))
+def test_changes_while_the_study_ran_are_reported(plan: Plan) -> None:
+    assert "Warning" not in table(Results(plan))
+    for key, message in (
+        ("code", "the sources with which"),
+        ("data", "training data or tokenizer of"),
+    ):
+        cell = cells_of(plan)[0]
+        state = cell.read()
+        state.weights[key] = "other"
+        cell.write(state)
+        assert f"Warning: {message}" in table(Results(plan))
 
 
 def test_a_cell_of_another_config_is_refused(plan: Plan) -> None:

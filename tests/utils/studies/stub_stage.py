@@ -9,6 +9,7 @@ message, and waits while CONTROL/hang.<arm>.<seed>.<stage> exists; a SIGTERM the
 import json
 import os
 import signal
+import struct
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,8 @@ if stage == "train":
     (folder / "run").mkdir(exist_ok=True)
     row = {"step": 4, "train/loss": 5.0 + seed, "val/ar_loss": 4.0 + seed / 10, "perf/step_ms": time.time()}
     (folder / "run/metrics.jsonl").write_text(json.dumps(row) + "\n")
+    header = json.dumps({"__metadata__": {"re-ar": json.dumps({"code": "stub"})}}).encode()
+    (folder / "run/model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
 if stage == "sweep":
     rows = [
         {"guidance_scale": scale, "choosing_half": 5 - scale, "other_half": 6 + seed - scale} for scale in (1.0, 2.0)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from evaluation.report import TITLES
 from tests.utils.studies.stub_study import StubStudy
 from utils.config import ROOT
 from utils.errors import InputError
 from utils.studies.cells import cells_of
-from utils.studies.plan import Plan, read_plan
+from utils.studies.plan import METRICS, Plan, read_plan
 
 TINY = ROOT / "configs/studies/tiny.yaml"
 
@@ -101,6 +102,7 @@ def test_a_wrong_plan_is_one_line(study: StubStudy, change: dict, message: str) 
         ([], "config=: no such file; give the YAML file of a plan"),
         (["config=absent.yaml"], "config=absent.yaml: no such file"),
         (["status"], "command line: 'status' is not of the form key=value"),
+        ([f"config={TINY}", "seeds=[1, 2"], r"seeds, line 1: expected ',' or '\]'"),
     ],
 )
 def test_a_wrong_command_line(words: list[str], message: str) -> None:
@@ -145,6 +147,10 @@ def test_what_changes_no_number_is_no_change(study: StubStudy) -> None:
     copy.write_bytes(Path(study.plan["reference"]).read_bytes())
     study.plan["reference"] = str(copy)
     assert read(study).store() == first
+
+
+def test_metrics_are_those_of_the_evaluator() -> None:
+    assert {name for names in METRICS.values() for name in names} == {*TITLES}
 
 
 def test_the_shipped_plans_are_right(tmp_path: Path) -> None:
