@@ -245,10 +245,8 @@ def _arm_table(results: Results) -> str:
 
 
 def _exploratory_table(results: Results) -> str | None:
-    """Of all metrics but the primary one and those of training, which depend on the objective; they are in
-    results.jsonl."""
     lines = []
-    for metric in [name for name in results.metrics()[1:] if not name.startswith("train/")]:
+    for metric in results.metrics()[1:]:
         for name, hypothesis in results.plan.file.hypotheses.items():
             contrast = results.contrast(hypothesis, metric)
             if contrast is not None:

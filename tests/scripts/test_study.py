@@ -191,17 +191,18 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.mark.multiprocess
 def test_tasks_of_a_job_array_share_the_cells_and_are_requeued(slurm: Any, tiny: TinyStudy, tmp_path: Path) -> None:
     output = tmp_path / "slurm"
-    train_only = ["stages=[train]", "metric=train/loss", "n=null", "reference=null", "workers=1"]
+    train_only = ["stages=[train]", "metric=val/ar_loss", "n=null", "reference=null", "workers=1"]
+    validated = ["experiment.eval_every=400", tiny.data[0].replace("pretokenization", "eval_pretokenization")]
     longer = ["training.max_train_steps=400", "experiment.save_every=400", "experiment.log_every=1"]
     job = slurm(
         *("sbatch", "--parsable", "--array=1-2", "--gpus-per-node=0", "--cpus-per-task=1"),
         *(f"--output={tmp_path}/%a.log", "scripts_bash/slurm_study.sbatch"),
-        *tiny.words(output, *train_only, *longer),
+        *tiny.words(output, *train_only, *validated, *longer),
     ).strip()
     wait_for_cell(output, "ar/seed1", 5)
     wait_for_cell(output, "rear/seed1", 5)
     slurm("scancel", "--signal=USR1", "--batch", f"{job}_1")
-    slurm.wait_until(lambda: slurm("squeue", "--noheader") == "")
+    slurm.wait_until(lambda: slurm("squeue", "--noheader") == "", seconds=LONG_WAIT_S)
     log = (tmp_path / "1.log").read_text()
     assert "study ended: exit 75" in log
     assert "start number 1" in log

@@ -123,21 +123,22 @@ class Cell:
         return read_record(self.folder / "run" / FINAL_FILE)
 
     def metrics(self) -> dict[str, float]:
-        """All finite metrics of a cell whose stages are finished; of training the last values, without speed. Raises
-        InputError if the primary metric is not among them."""
+        """All finite metrics of a cell whose stages are finished: of the evaluator, the sweep and the last validation.
+        Not those of training: they are means since the last log line or resume, so they depend on interruptions.
+
+        Raises InputError if the primary metric is not among them.
+        """
+        stages, metric = self.plan.file.stages, self.plan.file.metric
         found: dict[str, float] = {}
-        if "evaluate" in self.plan.file.stages:
+        if "evaluate" in stages:
             found |= read_json(self.folder / f"samples.{self.plan.file.backend}.json")["metrics"]
-        if "sweep" in self.plan.file.stages:
+        if "sweep" in stages:
             found |= tuned_metrics(read_json(self.folder / "sweep/sweep.json"))
-        last: dict[str, float] = {}
         for row in read_metrics(self.folder / "run" / METRICS_FILE):
-            last |= {key: value for key, value in row.items() if key.startswith(("train/", "val/"))}
-        found = {key: value for key, value in (found | last).items() if math.isfinite(value)}
-        if self.plan.file.metric not in found:
-            raise InputError(
-                f"{self.name}: found no finite metric {self.plan.file.metric}, only {', '.join(sorted(found))}"
-            )
+            found |= {key: value for key, value in row.items() if key.startswith("val/")}
+        found = {key: value for key, value in found.items() if math.isfinite(value)}
+        if metric not in found:
+            raise InputError(f"{self.name}: found no finite metric {metric}, only {', '.join(sorted(found)) or 'none'}")
         return found
 
 

@@ -74,7 +74,7 @@ class PlanFile(msgspec.Struct, forbid_unknown_fields=True):
         arms: config keys of each arm.
         seeds: of training and sampling; the same in every arm.
         hypotheses: what the study tests, by name; everything else is exploratory.
-        metric: the primary one, of the evaluator, `val/...`, `train/...` or `tuned/...`.
+        metric: the primary one, of the evaluator, `val/...` or `tuned/...`.
         n: samples of a cell.
         stages: in this order.
         overrides: config keys of all arms.
@@ -198,9 +198,9 @@ class Plan:
             raise InputError(f"reference={file.reference}: no such file")
         known = [*(METRICS[file.backend] if "evaluate" in file.stages else ())]
         known += TUNED if "sweep" in file.stages else ()
-        if file.metric not in known and not file.metric.startswith(("val/", "train/")):
+        if file.metric not in known and not file.metric.startswith("val/"):
             near = did_you_mean(difflib.get_close_matches(file.metric, known, 1, 0.3))
-            raise InputError(f"metric={file.metric}: expected {', '.join([*known, 'val/...', 'train/...'])}{near}")
+            raise InputError(f"metric={file.metric}: expected {', '.join([*known, 'val/...'])}{near}")
 
     def _check_needed(self, key: str, value: Any, by: set[Stage]) -> None:
         users = [stage for stage in self.file.stages if stage in by]

@@ -231,6 +231,8 @@ class Runner:
         failed = sum(state.condition == "failed" for state in states)
         remaining, is_bound = remaining_s(self.plan.file.stages, states, self.running, self.workers)
         eta = f"ETA {'at least ' if is_bound else ''}{timedelta(seconds=round(remaining))}"
+        if is_bound and remaining == 0:
+            eta = "ETA unknown"
         bar.set_postfix_str(f"{len(self.running)} running, {failed} failed, {eta}", refresh=True)
 
 

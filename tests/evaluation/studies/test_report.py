@@ -49,7 +49,6 @@ def plan(empty_plan: Plan, tmp_path: Path) -> Plan:
         state.metrics = {
             "frechet_distance": values[cell.arm][SEEDS.index(cell.seed)],
             "val/ar_loss": 4.0 + 0.1 * cell.seed + 0.2 * (cell.arm == "better"),
-            "train/ar_loss": 1.0 * cell.seed,
         }
         cell.folder.mkdir(parents=True)
         cell.write(state)
@@ -100,7 +99,7 @@ def test_files(plan: Plan) -> None:
         "arm": "base",
         "seed": 1,
         "planned": True,
-        "metrics": {"frechet_distance": BASELINE[0], "val/ar_loss": 4.1, "train/ar_loss": 1.0},
+        "metrics": {"frechet_distance": BASELINE[0], "val/ar_loss": 4.1},
         "config_sha256": plan.config_sha256["base"],
         "plan_sha256": "",
         "weights": {"code": "1", "data": "2"},
@@ -112,7 +111,6 @@ def test_files(plan: Plan) -> None:
     planned, exploratory = text.split("## Exploratory")
     assert "val/ar_loss" not in planned
     assert "| val/ar_loss | H1 | better vs base | 8 | +4.5" in exploratory
-    assert "train/ar_loss" not in text
 
 
 def test_other_cells_are_exploratory(plan: Plan) -> None:
