@@ -17,6 +17,7 @@ after a stop signal.
 """
 
 import argparse
+import difflib
 import sys
 from pathlib import Path
 
@@ -27,9 +28,10 @@ from evaluation.studies.figure import draw_study
 from evaluation.studies.report import FIGURE_FILE, Results, cost_and_power, table, write_results
 from utils.console import markdown_table
 from utils.errors import InputError, input_errors_exit
+from utils.keys import did_you_mean
 from utils.run.status import read_status_or_none
 from utils.studies.cells import cells_of
-from utils.studies.plan import Plan, read_plan
+from utils.studies.plan import Plan, PlanFile, read_plan
 from utils.studies.runner import Runner, conditions, default_gpus, default_workers
 
 
@@ -43,7 +45,9 @@ def main(argv: list[str] | None = None) -> int:
     if "workers" in others:
         workers = read_workers(others.pop("workers"))
     if others:
-        raise InputError(f"command line: unknown key {next(iter(others))!r}; expected a key of the plan or workers")
+        unknown = next(iter(others))
+        near = difflib.get_close_matches(unknown, [*PlanFile.__struct_fields__, "workers"], 1)
+        raise InputError(f"command line: unknown key {unknown!r}{did_you_mean(near)}")
     if arguments.status:
         print_status(plan, workers)
         return 0

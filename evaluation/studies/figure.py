@@ -1,5 +1,6 @@
 """The picture of a study: values of each seed by arm, and paired differences by hypothesis."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ def draw_study(results: Results, path: Path) -> None:
         _draw_arms(results, grid[0])
         if outcomes:
             _draw_differences(outcomes, results.plan.file.seeds, grid[1], results.plan.file.margin_pct)
-        with atomic_file(path) as partial:
+        with atomic_file(path, f".{os.getpid()}.tmp") as partial:  # several commands may end at the same time
             figure.savefig(partial, dpi=120, format="png")
 
 

@@ -11,6 +11,7 @@ import pytest
 from scripts.study import main
 from tests.processes import WAIT_S
 from tests.utils.studies.stub_study import StubStudy
+from utils.errors import InputError
 from utils.studies import runner
 from utils.studies.cells import Cell, State
 from utils.studies.runner import remaining_s
@@ -190,6 +191,20 @@ def test_each_worker_gets_a_gpu(study: StubStudy, monkeypatch: pytest.MonkeyPatc
     lines = (study.control / "calls").read_text().splitlines()
     assert {line.split("gpu=")[1] for line in lines[:2]} == {"3", "5"}
     assert {line.split("gpu=")[1] for line in lines[2:4]} == {"3", "5"}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("workers=0", "workers=0: expected a whole number from 1"),
+        ("worker=2", "command line: unknown key 'worker'; did you mean 'workers'"),
+        ("seed=[1, 2]", "command line: unknown key 'seed'; did you mean 'seeds'"),
+    ],
+)
+def test_wrong_words(study: StubStudy, word: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        main(study.words(word))
+    assert not study.folder.exists()
 
 
 def test_the_remaining_time() -> None:
