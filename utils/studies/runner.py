@@ -64,7 +64,7 @@ class Running:
 
 
 @dataclass
-class Outcome:
+class RunOutcome:
     """Names of cells that this command ended with an error, or left because of a signal."""
 
     failed: list[str] = field(default_factory=list)
@@ -94,9 +94,9 @@ class Runner:
         self.failed_before = {cell for cell, state in states.items() if state.condition == "failed"}
         self.running: list[Running] = []
         self.stopping = False
-        self.outcome = Outcome()
+        self.outcome = RunOutcome()
 
-    def run(self) -> Outcome:
+    def run(self) -> RunOutcome:
         """Run all cells that are not complete and not run by another command. A stop signal ends the stages in
         progress, and training saves; a second Ctrl-C kills them."""
         total = len(self.cells) * len(self.plan.file.stages)

@@ -122,9 +122,11 @@ def test_a_killed_study_continues_without_repeating_stages(study: StubStudy) -> 
     pid = int((study.control / "calls").read_text().splitlines()[-1].split("pid=")[1].split()[0])
     process.kill()
     process.join()
-    wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the stage outlives the study")
+    try:
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), "the stage outlives the study")
+    finally:
+        (study.control / "hang.rear.1.sample").unlink()
     done = study.calls()
-    (study.control / "hang.rear.1.sample").unlink()
     assert main(study.words("workers=1")) == 0
     assert done == ALL[: len(done)]
     assert study.calls() == done + ALL[len(done) - 1 :]  # the stage in progress starts again
@@ -133,18 +135,20 @@ def test_a_killed_study_continues_without_repeating_stages(study: StubStudy) -> 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_stop_signal_ends_the_stages(study: StubStudy, name: str) -> None:
-    for arm in ("ar", "rear"):
-        (study.control / f"hang.{arm}.1.train").touch()
+    """Training, which saves and says so by its exit status, and sampling, which does not."""
+    hanging = ["ar.1.train", "rear.1.sample"]
+    for stage in hanging:
+        (study.control / f"hang.{stage}").touch()
     process = study.start("workers=2")
-    wait_until(lambda: len(study.calls()) == 2, "the stages do not start")
+    wait_until(lambda: {*hanging} <= {*study.calls()}, "the stages do not start")
     os.kill(process.pid, getattr(signal, name))
     process.join(WAIT_S)
     assert process.exitcode == 75
     assert f"{name}: ending ar/seed1, rear/seed1; rerun the command to resume" in (study.root / "output").read_text()
-    assert state(study, "ar/seed1")["error"] == ""
-    assert state(study, "ar/seed1")["spent"] > 0
-    for arm in ("ar", "rear"):
-        (study.control / f"hang.{arm}.1.train").unlink()
+    for cell, stage in (("ar/seed1", hanging[0]), ("rear/seed1", hanging[1])):
+        assert state(study, cell)["error"] == ""
+        assert state(study, cell)["spent"] > 0
+        (study.control / f"hang.{stage}").unlink()
     assert main(study.words("workers=2")) == 0
     assert state(study, "ar/seed1")["spent"] == 0
 
