@@ -192,8 +192,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def test_tasks_of_a_job_array_share_the_cells_and_are_requeued(slurm: Any, tiny: TinyStudy, tmp_path: Path) -> None:
     output = tmp_path / "slurm"
     train_only = ["stages=[train]", "metric=val/ar_loss", "n=null", "reference=null", "workers=1"]
-    validated = ["experiment.eval_every=400", tiny.data[0].replace("pretokenization", "eval_pretokenization")]
-    longer = ["training.max_train_steps=400", "experiment.save_every=400", "experiment.log_every=1"]
+    validated = ["experiment.eval_every=150", tiny.data[0].replace("pretokenization", "eval_pretokenization")]
+    longer = ["training.max_train_steps=150", "experiment.save_every=150", "experiment.log_every=1"]
     job = slurm(
         *("sbatch", "--parsable", "--array=1-2", "--gpus-per-node=0", "--cpus-per-task=1"),
         *(f"--output={tmp_path}/%a.log", "scripts_bash/slurm_study.sbatch"),
