@@ -8,17 +8,19 @@ import errno
 import os
 import resource
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing.connection import wait
+from multiprocessing.connection import Listener, wait
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from utils.errors import InputError, TrainingError
+from utils.errors import PROCESSES, InputError, TrainingError, environment_error, is_out_of_processes
 from utils.images import to_float
+from utils.launch_variables import COUNTS, int_variable
 from utils.processes import num_cpus
 from utils.run.signals import StoppedWaitingError, end_with_parent_only
 
@@ -62,6 +64,7 @@ class Batches(Iterator[Batch]):
             num_workers = default_workers(dataset.workers)  # type: ignore[attr-defined]
         if num_workers:
             _check_open_files(num_workers)
+            _check_sockets()
         self._stop_requested = stop_requested
         self._stop_seen_at: float | None = None
         loader = DataLoader(
@@ -113,9 +116,10 @@ class Batches(Iterator[Batch]):
             if worker.exitcode == -signal.SIGBUS:
                 return TrainingError(SHARED_MEMORY)
             if worker.exitcode:
-                code = worker.exitcode
-                cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                return TrainingError(f"a data worker {cause}, {MEMORY}")
+                code, name = worker.exitcode, "a data worker"
+                if code > 0:  # libgomp ends a process that cannot start threads
+                    return TrainingError(f"{name} ended with exit code {code}; if no reason is above: {PROCESSES}")
+                return TrainingError(f"{name} was killed by {signal.Signals(-code).name}, {MEMORY}")
         hint = _hint(error)
         return error if hint is None else InputError(hint)
 
@@ -145,15 +149,15 @@ class _ErrorsAsValues(Dataset):
         except InputError as error:
             return error
         except (OSError, RuntimeError) as error:
-            hint = _hint(error)
-            if hint is None:
+            line = _hint(error) or (environment_error(error) if isinstance(error, OSError) else None)
+            if line is None:
                 raise
-            return InputError(hint)
+            return InputError(line)
 
 
 def default_workers(wanted: int) -> int:
     """`wanted`, or the number of CPUs per rank of this machine if that is less; at least 1."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    ranks_here = int_variable("LOCAL_WORLD_SIZE", default=1, allowed=COUNTS)
     return max(1, min(wanted, num_cpus() // ranks_here))
 
 
@@ -175,6 +179,17 @@ def _check_open_files(num_workers: int) -> None:
         raise InputError(OPEN_FILES)
 
 
+def _check_sockets() -> None:
+    """Bind a socket as the workers do when they send their first batch: if it failed there, the batch would be lost."""
+    try:
+        Listener(family="AF_UNIX").close()
+    except OSError as error:
+        raise InputError(
+            f"TMPDIR={tempfile.gettempdir()}: data workers cannot have a socket there ({error}); set TMPDIR to a short "
+            "path on a local disk, such as /tmp"
+        ) from error
+
+
 def _hint(error: Exception) -> str | None:
     """What to do about an error of the operating system, as Python or torch words it; None if unknown."""
     text, number = str(error), getattr(error, "errno", None)
@@ -182,4 +197,4 @@ def _hint(error: Exception) -> str | None:
         return OPEN_FILES
     if number == errno.ENOSPC or "No space left on device" in text or "shared memory" in text:
         return SHARED_MEMORY
-    return None
+    return PROCESSES if is_out_of_processes(error) else None

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -11,16 +12,17 @@ from torch.utils.data import Dataset
 from data.batch_sampler import GlobalBatchSampler, MicroBatch
 from data.codes.store_files import open_store
 from data.codes.token_store import TokenStore, open_tokens
-from data.images.image_folder import class_folders
+from data.images.image_folder import class_folders, class_name
 from data.images.image_io import ImageDecoding
-from data.images.image_source import printable
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
 from data.images.tar_shards import find_shards, has_shards, read_class_names
 from data.images.transforms import training_transform
 from data.loading import Batch, Batches, on_device, read_batch
 from utils.distributed import DistributedContext
 from utils.errors import InputError
+from utils.files.text import same_letters
 from utils.randomness import training_uniforms
+from utils.run.weights_path import TrainedWeights, check_classes
 from utils.schema import Config, GeneratorConfig
 
 TrainingSet = TokenStore | ImageDataset
@@ -40,6 +42,7 @@ def open_training_data(config: Config, tokenizer_sha256: str, verify: bool) -> T
     if params.pretokenization is not None:
         store = open_codes(config)
         check_tokenizer(store, tokenizer_sha256)
+        training_classes(config)  # compares the class names
         if verify and params.verify_hashes:
             store.verify()
         return store
@@ -71,48 +74,88 @@ def open_codes(config: Config, key: str = "pretokenization") -> TokenStore:
 
 
 def training_classes(config: Config) -> tuple[list[str], str] | None:
-    """Class names of the training data in the order of their ids, and their source; None: the data have no names."""
+    """Class names of the training data in the order of their ids, and their source: the codes, else the images. None:
+    the data have no names. Raises InputError if codes and images have different names."""
     params = config.dataset.params
-    images, codes = params.train_shards_path_or_url, params.pretokenization
+    images = _image_classes(params.train_shards_path_or_url)
+    store = Path(params.pretokenization).with_suffix(".tokens") if params.pretokenization is not None else None
+    names = open_store(store)[0].class_names if store is not None and store.is_dir() else None
+    if names is None:
+        return None if images is None else (images, str(params.train_shards_path_or_url))
+    if images not in (None, names):
+        raise InputError(
+            f"dataset.params.train_shards_path_or_url={params.train_shards_path_or_url}: found other class names than "
+            f"in {store}, expected the same names in the same order; tokenize the images again, or give null"
+        )
+    return names, str(store)
+
+
+def _image_classes(images: str | None) -> list[str] | None:
     if images is not None and Path(images).is_dir():
-        return list(map(printable, class_folders(Path(images)))), images
-    if images is not None and has_shards(images):
-        names = read_class_names(find_shards(images))
-        if names is not None:
-            return names, images
-    store = Path(codes).with_suffix(".tokens") if codes is not None else None
-    if store is not None and store.is_dir():
-        names = open_store(store)[0].class_names
-        if names is not None:
-            return names, str(store)
-    return None
+        return list(map(class_name, class_folders(Path(images))))
+    return read_class_names(find_shards(images)) if images is not None and has_shards(images) else None
 
 
-def asked_classes(config: Config) -> list[int]:
+def known_classes(config: Config, trained: list[str] | None) -> tuple[list[str], str] | None:
+    """Class names of a model and their source: the names that its weights record, else those of the training data of
+    the config, with a line for the user."""
+    if trained is not None:
+        return trained, "the weights"
+    found = training_classes(config)
+    if found is not None:
+        print(f"class names are those of {found[1]}, since the weights record none")
+    return found
+
+
+def asked_classes(config: Config, trained: list[str] | None) -> list[int]:
     """Class ids of `sampling.class_labels`, in that order; raises InputError for an empty list, a repeated or unknown
-    id, or a name that the training data do not have."""
+    id, or a name that none or several classes of the model have.
+
+    `trained`: class names that the weights record; None: the training data's are used, which is printed.
+    """
     asked, num_classes = config.sampling.class_labels, config.model.generator.condition_num_classes
     if asked is None:
         return list(range(num_classes))
     names: list[str] = []
     where = "the training data, which have no names"
     if not all(map(str.isdecimal, asked)):
-        names, where = training_classes(config) or (names, where)
-    known = {name: class_id for class_id, name in enumerate(names[:num_classes])}
+        names, where = known_classes(config, trained) or (names, where)
     class_ids: list[int] = []
     for word in asked:
-        class_id = int(word) if word.isdecimal() else known.get(word, num_classes)
-        if class_id >= num_classes:
+        same = [same_letters(name) == same_letters(word) for name in names[:num_classes]]
+        named = [class_id for class_id, is_same in enumerate(same) if is_same]
+        found = [int(word)] if word.isdecimal() else named
+        if len(found) > 1:
+            raise InputError(
+                f"sampling.class_labels: found {word!r}, the name of the classes {found} of {where}; expected an id"
+            )
+        if not found or found[0] >= num_classes:
             near = difflib.get_close_matches(word, names, 1, 0.3)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             expected = f"0 to {num_classes - 1} or the name of a class of {where}"
             raise InputError(f"sampling.class_labels: found {word!r}, expected {expected}{hint}")
-        if class_id in class_ids:
-            raise InputError(f"sampling.class_labels: found class {class_id} twice, expected each once")
-        class_ids.append(class_id)
+        if found[0] in class_ids:
+            raise InputError(f"sampling.class_labels: found class {found[0]} twice, expected each once")
+        class_ids += found
     if not class_ids:
         raise InputError("sampling.class_labels=[]: expected at least one class, or null for all")
     return class_ids
+
+
+def classes_to_sample(config: Config, weights: TrainedWeights) -> list[int]:
+    """`asked_classes` of a model; prints a line if classes without training samples are among all classes. Raises
+    InputError also for such a class that is named."""
+    classes = asked_classes(config, weights.class_names)
+    for line in check_classes(weights, asked=None if config.sampling.class_labels is None else classes):
+        print(line)
+    return classes
+
+
+def classes_without_samples(dataset: TrainingSet, num_classes: int) -> list[int]:
+    """Their ids, of 0 to `num_classes` - 1."""
+    has_samples = np.zeros(num_classes, dtype=bool)
+    has_samples[dataset.class_ids] = True
+    return np.flatnonzero(~has_samples).tolist()
 
 
 def check_tokenizer(store: TokenStore, tokenizer_sha256: str) -> None:

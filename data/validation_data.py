@@ -51,23 +51,31 @@ def open_validation_data(config: Config, tokenizer_sha256: str, verify: bool = T
     return None
 
 
-def open_validation_images(config: Config, num_classes: int | None = None) -> ImageDataset:
-    """`open_center_crops`, with the class ids of the training data; raises InputError for other classes."""
-    images = open_center_crops(config, num_classes)
-    known = training_classes(config)
+def open_validation_images(
+    config: Config, num_classes: int | None = None, trained: list[str] | None = None
+) -> ImageDataset:
+    """`open_center_crops`, with the class ids of the training data; raises InputError for other classes.
+
+    Args:
+        num_classes: of the model, if there is one.
+        trained: class names that its weights record, in the order of the ids; None: those of the training data.
+    """
+    images = open_center_crops(config)
+    known = training_classes(config) if trained is None else (trained, "the weights")
     if known is not None:
         class_names, origin = known
         images.source.name_classes(class_names, origin)
+    images.source.check_class_ids(num_classes)
     return images
 
 
-def open_center_crops(config: Config, num_classes: int | None = None) -> ImageDataset:
+def open_center_crops(config: Config) -> ImageDataset:
     """A centre crop of each image of `dataset.params.eval_shards_path_or_url`, never mirrored; see `open_images`."""
     params, preprocessing = config.dataset.params, config.dataset.preprocessing
     if params.eval_shards_path_or_url is None:
         raise InputError("dataset.params.eval_shards_path_or_url: missing; give tar shards or a folder per class")
     transform = center_crop_transform(preprocessing)
-    source = open_images(params.eval_shards_path_or_url, num_classes, ImageDecoding.of(preprocessing))
+    source = open_images(params.eval_shards_path_or_url, decoding=ImageDecoding.of(preprocessing))
     return ImageDataset(source, transform, seed=0, max_bad_fraction=allowed_bad_fraction(params))
 
 

@@ -49,8 +49,10 @@ from evaluation.report import (
     write_report,
 )
 from evaluation.run_log import find_step, log_scores
+from utils.arguments import positive
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, input_errors_exit
+from utils.files.text import user_path
 
 BACKENDS = ("inception", "efficientnet_lite0")
 
@@ -202,34 +204,35 @@ def gaussians(npz: Npz, sums: FeatureSums) -> dict[str, Gaussian]:
     return {"pool": sums.pool.gaussian(), "spatial": sums.spatial.gaussian()}
 
 
-def positive(text: str) -> int:
-    """For argparse: a whole number from 1."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number from 1")
-    return int(text)
-
-
 def add_feature_options(parser: argparse.ArgumentParser) -> None:
     """Options of every command that computes features."""
-    parser.add_argument("--inception", type=Path, help="Inception weights; by default those in torch hub's cache")
+    parser.add_argument("--inception", type=user_path, help="Inception weights; by default those in torch hub's cache")
     parser.add_argument("--batch-size", type=positive, default=64, help="images per process and batch")
     parser.add_argument("--device", type=torch.device, choices=[torch.device("cpu"), torch.device("cuda")])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reference", type=Path, nargs="?", help="npz of reference images")
-    parser.add_argument("samples", type=Path, nargs="*", help="npz of generated images; several share the reference")
+    parser.add_argument("reference", type=user_path, nargs="?", help="npz of reference images")
     parser.add_argument(
-        "--compare", type=Path, nargs=3, metavar=("A", "B", "REF"), help="the difference of two npz of generated images"
+        "samples", type=user_path, nargs="*", help="npz of generated images; several share the reference"
+    )
+    parser.add_argument(
+        "--compare",
+        type=user_path,
+        nargs=3,
+        metavar=("A", "B", "REF"),
+        help="the difference of two npz of generated images",
     )
     parser.add_argument("--backend", choices=BACKENDS, default="inception")
     parser.add_argument(
         "--distance", choices=tuple(FEATURE_DTYPES), default=USUAL_DISTANCE, help="of precision and recall"
     )
-    parser.add_argument("--log-to", type=Path, metavar="RUN", help="run folder whose metrics.jsonl gets the numbers")
+    parser.add_argument(
+        "--log-to", type=user_path, metavar="RUN", help="run folder whose metrics.jsonl gets the numbers"
+    )
     add_feature_options(parser)
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.compare and (args.reference or args.log_to):
         parser.error("--compare A B REF: expected no other files, and no --log-to")
     if not args.compare and not args.samples:

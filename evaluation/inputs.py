@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.errors import InputError
+from utils.errors import InputError, errors_name
 from utils.files.hashing import file_sha256
 from utils.files.json_file import read_json
 from utils.files.npz import StoredImages, locate_images
@@ -29,6 +29,7 @@ class Npz:
     images: StoredImages
     statistics: dict[str, np.ndarray] | None  # float64, by the keys of STATISTICS; None if the file has none
     sha256: str | None  # of the file; None if it was opened without `verify`
+    labels: np.ndarray | None = None  # (N,), arr_1; None if the file has none
 
 
 def open_input(path: Path, verify: bool) -> Npz:
@@ -39,25 +40,39 @@ def open_input(path: Path, verify: bool) -> Npz:
     """
     if path.suffix == ".tokens":  # written by the sampler for a tokenizer without images
         raise InputError(f"{path}: found codes, expected an npz of images; decode them with their tokenizer")
+    if path.is_dir():
+        pack = 'numpy.savez("samples.npz", arr_0=images), with images uint8 (N, H, W, 3)'
+        raise InputError(f"{path}: found a folder, expected an npz of images; pack the images with {pack}")
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with errors_name(path), zipfile.ZipFile(path) as archive:
             damaged = archive.testzip() if verify else None
         if damaged is not None:
             raise zipfile.BadZipFile(f"{damaged} differs from its CRC")
         images = locate_images(path)
         statistics = _read_statistics(path)
+        labels = _read_labels(path, len(images))
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise InputError(f"{path}: damaged or not an npz file ({error})") from error
     if len(images) < MIN_IMAGES:
         raise InputError(f"{path}: arr_0 holds {len(images)} images, expected at least {MIN_IMAGES}")
-    return Npz(images=images, statistics=statistics, sha256=file_sha256(path, progress=True) if verify else None)
+    sha256 = file_sha256(path, progress=True) if verify else None
+    return Npz(images=images, statistics=statistics, sha256=sha256, labels=labels)
+
+
+def _read_labels(path: Path, num_images: int) -> np.ndarray | None:
+    with np.load(path) as arrays:
+        try:
+            labels = arrays["arr_1"]
+        except (KeyError, ValueError):  # none, or Python objects
+            return None
+    return labels if labels.shape == (num_images,) else None
 
 
 def _read_statistics(path: Path) -> dict[str, np.ndarray] | None:
     statistics = {}
-    with np.load(path) as arrays:
+    with errors_name(path), np.load(path) as arrays:
         missing = [key for key in STATISTICS if key not in arrays]
         if len(missing) == len(STATISTICS):
             return None

@@ -11,6 +11,7 @@ This file is a script: it joins `data` and `evaluation`, which do not import eac
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,14 +30,16 @@ from data.images.image_source import ImageSource
 from data.images.reading import CroppedImages, ImageDataset, evenly_spaced, open_images
 from data.images.transforms import center_crop_transform
 from evaluation.collect import Images, collect
-from evaluation.evaluator import add_feature_options, load_extractor, positive
+from evaluation.evaluator import add_feature_options, load_extractor
 from evaluation.features import Extractor
 from evaluation.inputs import MIN_IMAGES, WEIGHTS, open_input
+from utils.arguments import positive
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, input_errors_exit
 from utils.files.hashing import file_sha256
 from utils.files.npz import StoredImages, write_npz
 from utils.files.provenance import is_made, write_record
+from utils.files.text import user_path
 from utils.run.run_environment import code_facts
 from utils.schema import PreprocessingConfig
 
@@ -57,6 +60,9 @@ class NpzSource(ImageSource):
 
     def location(self, index: int) -> str:
         return f"{self.images.path}, image {index}"
+
+    def files(self) -> Iterator[Path]:
+        yield self.images.path
 
     def _read(self, index: int) -> bytes:
         return self.images.read(index, index + 1).tobytes()
@@ -126,8 +132,8 @@ def _chunks(images: Images) -> Iterator[np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="folder, shards or npz")
-    parser.add_argument("output", type=Path, help="npz to write")
+    parser.add_argument("source", type=os.path.expanduser, help="folder, shards or npz")
+    parser.add_argument("output", type=user_path, help="npz to write")
     parser.add_argument("--resolution", type=positive, default=256, help="of the crops, in pixels")
     parser.add_argument("--max-images", type=positive, default=10_000, help="in arr_0")
     parser.add_argument("--background", choices=COLOURS, default="white", help="of transparent images, default white")

@@ -10,8 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evaluation.features import Extractor
 from evaluation.inputs import Npz
+from evaluation.metrics import classes_per_split
 from utils.errors import InputError
 from utils.files.hashing import file_sha256
 from utils.files.json_file import read_json
@@ -20,6 +23,7 @@ from utils.run.run_environment import source_hash
 
 USUAL_DISTANCE = "tf-fp16"  # of precision and recall, as in guided-diffusion
 PUBLISHED_N = 50_000  # samples of published numbers
+LEAST_SHARE_OF_CLASSES = 0.9  # in a split of the Inception Score, of those in random order
 # The first five are the lines of guided-diffusion's evaluator.
 TITLES = {
     "inception_score": "Inception Score",
@@ -70,6 +74,14 @@ def _warnings(reference: Npz, samples: Npz, extractor: Extractor, backend: str) 
         if opened.statistics is None and len(opened.images) < extractor.pool_dim:
             n, dim = len(opened.images), extractor.pool_dim
             warnings.append(f"{title}: N = {n} is less than the {dim} features; their covariance is singular")
+    if backend == "inception" and samples.labels is not None:
+        in_order = classes_per_split(samples.labels)
+        shuffled = classes_per_split(np.random.default_rng(0).permutation(samples.labels))
+        if in_order < LEAST_SHARE_OF_CLASSES * shuffled:
+            warnings.append(
+                f"the samples are sorted by class (arr_1): a split of the Inception Score has about {in_order:.4g} "
+                f"classes, {shuffled:.4g} in random order, so the score is too low; shuffle the file"
+            )
     sizes = ["x".join(str(edge) for edge in opened.images.shape[1:3]) for opened in (reference, samples)]
     if sizes[0] != sizes[1]:
         warnings.append(f"the reference has images of {sizes[0]} pixels, the samples of {sizes[1]}")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from utils.errors import InputError
 from utils.files.json_file import read_json
+from utils.files.provenance import problem_of_files
 from utils.run.metrics_file import METRICS_FILE, MetricsFile, read_metrics
 
 
@@ -18,9 +19,10 @@ def find_step(samples: Path, run: Path) -> int:
     record = read_json(path)
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise InputError(f"{path}: found no 'step'; sample again from a run folder or a checkpoint into another output")
-    size = samples.stat().st_size
-    if record.get("bytes") != size:
-        raise InputError(f"{path}: describes a file of {record.get('bytes')} bytes, found {size} in {samples}")
+    is_described = "bytes" in record or samples.name in record.get("files", {})
+    problem = problem_of_files(samples, path, record) if is_described else "found no hash of it"
+    if problem is not None:
+        raise InputError(f"{path}: describes another file than {samples}: {problem}")
     parents = Path(record.get("weights", "")).parents
     run_of_weights = next((folder for folder in parents if (folder / METRICS_FILE).is_file()), run)
     if not run_of_weights.samefile(run):

@@ -3,6 +3,7 @@
 Paths to a run, a checkpoint or published weights are resolved by `utils.run.weights_path`.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from modeling.pretrained_model import CONFIG_FILE, WEIGHTS_FILE, build_from_fold
 from modeling.rear import ReAR
 from modeling.tokenizers.registry import build_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
-from utils.errors import InputError
+from utils.errors import InputError, first_of
 from utils.files.hub import local_file, local_folder
 from utils.files.json_file import read_json
 from utils.files.weights import load_state_dict, load_strict, read_record
@@ -44,11 +45,14 @@ def load_pretrained(
     folder = local_folder(source, FILES, **download)
     model = ReAR.from_pretrained(folder)
     tokenizer = _load_exported_tokenizer(folder / TOKENIZER, tokenizer_weights)
-    trained_with, found = read_record(folder / WEIGHTS_FILE).get("tokenizer_sha256"), tokenizer.sha256()
+    record = read_record(folder / WEIGHTS_FILE)
+    trained_with, found = record.get("tokenizer_sha256"), tokenizer.sha256()
     if trained_with not in (None, found):
         raise InputError(
             f"{folder}: trained with the tokenizer of sha256 {trained_with[:12]}..., found {found[:12]}..."
         )
+    if untrained := record.get("untrained_classes"):
+        warnings.warn(f"{folder}: no training samples of classes {first_of(untrained, 10)}", stacklevel=2)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device), tokenizer.to(device)
 
@@ -57,7 +61,12 @@ def class_names(source: str | Path, **download: Any) -> list[str] | None:
     """Class names of an exported model in the order of their ids; None: unknown. Raises InputError without a folder, or
     for a damaged file."""
     path = local_folder(source, FILES, **download) / CLASSES_FILE
-    return [str(name) for name in read_json(path)] if path.is_file() else None
+    if not path.is_file():
+        return None
+    names = read_json(path)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: found {str(names)[:40]}, expected a list of texts, the names of the classes")
+    return names
 
 
 def load_generator(path: Path, config: ModelConfig) -> ReAR:

@@ -2,7 +2,7 @@
 
 from huggingface_hub import ModelCardData
 
-from utils.console import markdown_table
+from utils.console import markdown_table, markdown_text
 
 CARD_FILE = "README.md"
 TAGS = ["image-generation", "class-conditional", "autoregressive", "rear"]
@@ -27,7 +27,7 @@ def model_card(
     """
     parts = [
         f"---\n{ModelCardData(license=license, library_name='re-ar', tags=TAGS).to_yaml()}\n---",
-        f"# {title}",
+        f"# {markdown_text(title)}",
         "A model of [reAR](https://arxiv.org/abs/2510.04450), class-conditional autoregressive image generation.",
         picture,
         "## Loading",
@@ -39,5 +39,6 @@ def model_card(
     ]
     if metrics:
         parts += ["## Metrics", markdown_table(["metric", "value"], [list(row) for row in metrics.items()])]
-    parts += ["## License", f"{license}, as stated by the exporter." if license else "None is stated for the weights."]
+    stated = f"{markdown_text(license)}, as stated by the exporter." if license else "None is stated for the weights."
+    parts += ["## License", stated]
     return "\n\n".join(filter(None, parts)) + "\n"

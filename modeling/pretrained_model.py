@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 from torch import nn
 
 from modeling.model_card import CARD_FILE, model_card
+from utils.config import MODEL_CONFIG_FILE as CONFIG_FILE
 from utils.config import Config, load_config
 from utils.errors import InputError
 from utils.files.atomic import write_text
-from utils.files.hub import local_folder, upload_folder
+from utils.files.hub import local_folder, upload_files
 from utils.files.weights import load_state_dict, load_strict, save_weights, weights_sha256
 
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
 M = TypeVar("M", bound="PretrainedModel")
 
 
@@ -65,7 +66,7 @@ class PretrainedModel(nn.Module):
         folder, name = Path(folder), type(self).__name__
         source = source or folder.name
         self.write_files(folder)
-        loading = f'from {type(self).__module__} import {name}\n\nmodel = {name}.from_pretrained("{source}")'
+        loading = f"from {type(self).__module__} import {name}\n\nmodel = {name}.from_pretrained({json.dumps(source)})"
         write_text(folder / CARD_FILE, model_card(source, loading=loading, facts=self.card_facts()))
 
     def push_to_hub(self, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
@@ -75,7 +76,8 @@ class PretrainedModel(nn.Module):
         """
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder, repository)
-            return upload_folder(Path(folder), repository, private=private, token=token)
+            files = {path.name: path for path in Path(folder).iterdir()}
+            return upload_files(files, repository, private=private, token=token)
 
     def write_files(self, folder: Path, record: dict[str, Any] | None = None) -> None:
         """Write config.json and model.safetensors; `record` is the provenance kept with the weights."""

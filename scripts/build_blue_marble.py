@@ -18,6 +18,7 @@ import numpy as np
 from data.images.tar_shards import TarShards
 from utils.errors import input_errors_exit
 from utils.files.lock import only_writer
+from utils.files.text import user_path
 
 
 def main(output_dir: Path) -> None:
@@ -37,6 +38,6 @@ def main(output_dir: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output_dir", type=Path, help="output folder")
+    parser.add_argument("output_dir", type=user_path, help="output folder")
     with input_errors_exit():
         main(parser.parse_args().output_dir)

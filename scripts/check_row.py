@@ -27,18 +27,20 @@ import yaml
 
 from evaluation.inception import PUBLISHED_SHA256, find_cached_weights
 from evaluation.report import TITLES, find_report
-from utils.config import ROOT, flat, load_config, read_yaml
+from modeling.loading import load_generator, load_tokenizer
+from utils.config import ROOT, flat, load_config
 from utils.console import markdown_table
 from utils.errors import InputError, first_line, input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.hub import SCHEME
 from utils.files.json_file import read_json
 from utils.files.provenance import provenance_in
+from utils.files.text import read_text, user_path
+from utils.files.weights import weights_sha256
 from utils.run.run_environment import describe_environment
-from utils.run.weights_path import find_weights
+from utils.run.weights_path import find_generator_weights
 from utils.schema import Config
 
-TOKENIZER = "experiment.tokenizer_checkpoint"
 # A row does not fix these keys of `sampling`; images_per_class is part of num_fid_samples.
 NOT_COMPARED = {"seed", "per_gpu_batch_size", "save_png", "compile", "mixed_precision", "images_per_class"}
 Metric = Literal["inception_score", "fid", "sfid", "precision", "recall", "frechet_distance"]
@@ -96,8 +98,8 @@ class Content(msgspec.Struct, forbid_unknown_fields=True):
 def read(path: Path) -> Content:
     """Raises InputError for an unknown key, or a missing or wrong value."""
     try:
-        return msgspec.convert(yaml.safe_load(path.read_text()), Content)
-    except (yaml.YAMLError, msgspec.ValidationError) as error:
+        return msgspec.convert(yaml.safe_load(read_text(path)), Content)
+    except (yaml.YAMLError, msgspec.ValidationError, RecursionError) as error:
         raise InputError(f"{path}: {first_line(error)}") from error
 
 
@@ -119,15 +121,17 @@ def missing_files(row: Row, config: Config, reference: Reference) -> list[str]:
 
 
 def other_settings(row: Row, config: Config, samples: Path, report: dict[str, Any]) -> list[str]:
-    """Differences of the samples or their scores from the row."""
+    """Differences of the samples or their scores from the row, and of the samples from their record."""
     record = read_json(samples.with_suffix(".json"))
+    tokenizer = load_tokenizer(config)
+    weights, _ = find_generator_weights(config, tokenizer.sha256())
     sections = {"model": dataclasses.asdict(config.model), "sampling": dataclasses.asdict(config.sampling)}
     expected = {key: value for key, value in flat(sections) if key.removeprefix("sampling.") not in NOT_COMPARED}
-    expected[TOKENIZER] = config.experiment.tokenizer_checkpoint
-    expected["weights"] = str(find_weights(str(config.experiment.generator_checkpoint)).path.resolve())
+    expected["sha256 of experiment.generator_checkpoint"] = weights_sha256(load_generator(weights.path, config.model))
+    expected["sha256 of experiment.tokenizer_checkpoint"] = weights_sha256(tokenizer)
+    expected[f"sha256 of {samples.name}"] = report["provenance"]["samples"]["sha256"]
     found = dict(provenance_in(record) or {})
-    found[TOKENIZER] = read_yaml(samples.with_suffix(".yaml"))[TOKENIZER]
-    found["weights"] = record.get("weights")
+    found[f"sha256 of {samples.name}"] = record.get("files", {}).get(samples.name, {}).get("sha256")
     other = [f"{key}={found.get(key)}, not {value}" for key, value in expected.items() if found.get(key) != value]
     features = report["provenance"]["weights"]["sha256"]
     if row.backend == "inception" and not features.startswith(PUBLISHED_SHA256):
@@ -169,8 +173,10 @@ def compare(name: str, row: Row, config: Config, samples: Path, reference: str) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("row", help="name of a row")
-    parser.add_argument("--samples", type=Path, metavar="NPZ", help="samples that the evaluator has scored")
-    parser.add_argument("--rows", type=Path, default=ROOT / "configs/published_results.yaml", help="the file of rows")
+    parser.add_argument("--samples", type=user_path, metavar="NPZ", help="samples that the evaluator has scored")
+    parser.add_argument(
+        "--rows", type=user_path, default=ROOT / "configs/published_results.yaml", help="the file of rows"
+    )
     parser.add_argument("--checkpoint", help="instead of the row's, if it is stored elsewhere")
     parser.add_argument("--reference", help="instead of the file's, if it is stored elsewhere")
     args = parser.parse_args()

@@ -19,10 +19,11 @@ if __name__ == "__main__":
 import numpy as np
 from omegaconf import OmegaConf
 
-from utils.config import flat
+from utils.config import flat, read_yaml
 from utils.console import markdown_table
 from utils.errors import InputError, input_errors_exit
-from utils.run.curves import NOT_DRAWN, Points, draw_curve, panel_grid, points_of, save_figure
+from utils.files.text import user_path
+from utils.run.curves import NOT_DRAWN, Points, draw_curve, panel_grid, plain_label, points_of, save_figure
 from utils.run.metrics_file import read_metrics
 
 PANELS = (
@@ -46,6 +47,8 @@ class Run:
 def main(paths: list[Path], labels: list[str] | None, x: str, output: Path) -> None:
     if len(paths) < 2:
         raise InputError(f"{paths[0]}: found one run, expected two or more")
+    if output.suffix != ".png":
+        raise InputError(f"--output {output}: expected a name that ends in .png")
     if labels is not None and len(labels) != len(paths):
         raise InputError(f"--labels: found {len(labels)} for {len(paths)} runs, expected one for each")
     runs = [load_run(path, label) for path, label in zip(paths, labels or labels_of(paths), strict=True)]
@@ -68,8 +71,10 @@ def load_run(path: Path, label: str) -> Run:
     if not any(row.keys() - set(NOT_DRAWN) for row in rows):
         raise InputError(f"{metrics}: holds no metrics yet")
     config = metrics.with_name("config.yaml")
-    values = dict(flat(OmegaConf.to_container(OmegaConf.load(config)))) if config.is_file() else None
-    return Run(label, rows, values)
+    if not config.is_file():
+        return Run(label, rows, None)
+    read_yaml(config)  # refuses what OmegaConf would expand without end
+    return Run(label, rows, dict(flat(OmegaConf.to_container(OmegaConf.load(config)))))
 
 
 def draw(runs: list[Run], x: str, output: Path) -> None:
@@ -78,10 +83,12 @@ def draw(runs: list[Run], x: str, output: Path) -> None:
     panels = [group for group in PANELS if set(group) & set(names)] or [(name,) for name in names]
     figure, grid = panel_grid(len(panels), COLUMNS, x)
     for axes, group in zip(grid, panels, strict=True):
-        axes.set_title(group[0] if len(group) == 1 else f"{group[0]}, validation dashed")
+        axes.set_title(plain_label(group[0] if len(group) == 1 else f"{group[0]}, validation dashed"))
         for name, line in zip(group, ("-", "--"), strict=False):
             for number, run in enumerate(runs):
-                draw_curve(axes, name, curve(run, name, x), label=run.label, color=f"C{number}", linestyle=line)
+                draw_curve(
+                    axes, name, curve(run, name, x), label=plain_label(run.label), color=f"C{number}", linestyle=line
+                )
     grid[0].legend()
     save_figure(figure, output)
 
@@ -130,10 +137,12 @@ def config_differences(runs: list[Run]) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder or metrics.jsonl")
-    parser.add_argument("--output", type=Path, default=Path("compare.png"), help="the picture (default: %(default)s)")
+    parser.add_argument("runs", type=user_path, nargs="+", metavar="RUN", help="run folder or metrics.jsonl")
+    parser.add_argument(
+        "--output", type=user_path, default=Path("compare.png"), help="the picture (default: %(default)s)"
+    )
     parser.add_argument("--labels", nargs="+", help="names of the runs (default: those of their folders)")
     parser.add_argument("--x", choices=("step", "epoch"), default="step", help="horizontal axis (default: %(default)s)")
     with input_errors_exit():
-        arguments = parser.parse_args()
+        arguments = parser.parse_intermixed_args()
         main(arguments.runs, arguments.labels, arguments.x, arguments.output)

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 from utils.config import load_config_or_exit
 from utils.keys import NonNegativeInt, PositiveInt, key, section
-from utils.schema import Config
+from utils.schema import SAMPLING_NAMES, Config
 
 READS = {
     "experiment": "output_dir tokenizer_checkpoint generator_checkpoint allow_other_tokenizer",
@@ -61,7 +61,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -73,19 +73,20 @@ from evaluation.reconstruction import psnr_of_part
 from modeling.loading import load_generator, load_tokenizer
 from modeling.orders import conditioning_first
 from modeling.rear import ReAR
-from modeling.sampling.generate import SAMPLING_KEYS, CodeSampler
+from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_sampler import ImageDecoder
 from modeling.sampling.inpainting import inpaint, region_mask
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.errors import InputError, NonFiniteError, input_errors_exit
+from utils.faults import fault_point
 from utils.files.lock import only_writer
 from utils.files.npz import write_npz
-from utils.files.provenance import is_made, write_record
+from utils.files.provenance import is_made, write_record, write_unfinished_record
 from utils.files.weights import weights_sha256
 from utils.images import make_grid, to_float, write_png
 from utils.precision import matmul_precision
 from utils.run.run_environment import code_facts
-from utils.run.weights_path import find_generator_weights
+from utils.run.weights_path import TrainedWeights, check_classes, find_generator_weights
 
 REGION = re.compile(r"(top|left|center|border):(0?\.\d+)")
 GRID_ROWS = 8  # images in the picture
@@ -102,8 +103,9 @@ def complete_all(config: CompleteImagesConfig) -> None:
     tokenizer = load_tokenizer(config)
     if not tokenizer.has_images:
         raise tokenizer.no_images("completion.inputs")
+    weights, config = find_generator_weights(config, tokenizer.sha256())
     mask = conditioning_mask(config.completion.keep, config, tokenizer)
-    model = load_model(config, tokenizer)
+    model = load_model(weights, config)
     pixels = read_inputs(config)
     output_dir = Path(config.experiment.output_dir)
     result = output_dir / "completions.npz"
@@ -127,11 +129,14 @@ def complete_all(config: CompleteImagesConfig) -> None:
         "psnr": psnr_of_part(pixels, images, sampled),
         "psnr_of_the_tokenizer": psnr_of_part(pixels, reconstructions[:, None], sampled),
     }
+    write_unfinished_record(result, provenance)
     write_png(output_dir / "completions.png", picture(pixels, images, grid))
     write_arrays(output_dir / "inputs.npz", {"arr_0": pixels})
     input_indices = np.repeat(np.arange(len(pixels)), images.shape[1]).astype(np.int64)
     write_arrays(result, {"arr_0": images.reshape(-1, *pixels.shape[1:]), "arr_1": input_indices, "kept": grid})
-    write_record(result, provenance, figures={"bytes": result.stat().st_size, **figures, **code_facts()})
+    fault_point("record", 0)
+    files = [output_dir / "inputs.npz", result, output_dir / "completions.png"]
+    write_record(result, provenance, figures={**figures, **code_facts()}, files=files)
     print(
         f"{output_dir}: kept {figures['kept_codes']} tokens; of the sampled region psnr {figures['psnr']:.2f} dB, "
         f"psnr_of_the_tokenizer {figures['psnr_of_the_tokenizer']:.2f} dB"
@@ -198,7 +203,7 @@ def read_mask(path: Path, rows: int, columns: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             grey = image.convert("L")
-    except (OSError, UnidentifiedImageError) as error:
+    except Exception as error:  # damaged files raise errors of many kinds
         raise InputError(
             f"completion.keep={path}: found no picture that can be read ({type(error).__name__})"
         ) from error
@@ -207,12 +212,13 @@ def read_mask(path: Path, rows: int, columns: int) -> np.ndarray:
     return np.asarray(grey.resize((columns, rows), Image.Resampling.BOX)) > GREY
 
 
-def load_model(config: CompleteImagesConfig, tokenizer: Tokenizer) -> ReAR:
-    """Raises InputError for missing weights, weights of another model or tokenizer, or an unknown class label."""
+def load_model(weights: TrainedWeights, config: CompleteImagesConfig) -> ReAR:
+    """Raises InputError for weights of another model, or an unknown class label."""
     label, num_classes = config.completion.class_label, config.model.generator.condition_num_classes
     if label is not None and label >= num_classes:
         raise InputError(f"completion.class_label={label}: expected 0 to {num_classes - 1}, or null for the null class")
-    return load_generator(find_generator_weights(config, tokenizer.sha256()).path, config.model)
+    check_classes(weights, asked=[] if label is None else [label])
+    return load_generator(weights.path, config.model)
 
 
 def read_inputs(config: CompleteImagesConfig) -> np.ndarray:
@@ -242,7 +248,7 @@ def provenance_of(
         "sha256 of the inputs": hashlib.sha256(pixels.tobytes()).hexdigest(),
         "conditioning mask": "".join(str(int(kept)) for kept in mask),
         **{f"completion.{key}": getattr(completion, key) for key in ("num_completions", "class_label")},
-        **{f"model.generator.{key}": getattr(generator, key) for key in ("order", *SAMPLING_KEYS)},
+        **{f"model.generator.{key}": getattr(generator, key) for key in ("order", *SAMPLING_NAMES)},
         **{f"sampling.{key}": getattr(sampling, key) for key in ("seed", "order", "uint8_rule")},
         "sha256 of experiment.generator_checkpoint": weights_sha256(model),
         "sha256 of experiment.tokenizer_checkpoint": tokenizer.sha256(),

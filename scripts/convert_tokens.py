@@ -25,6 +25,7 @@ from data.images.tar_shards import read_names
 from utils.errors import InputError, input_errors_exit
 from utils.files.lock import only_writer
 from utils.files.provenance import differences
+from utils.files.text import user_path
 from utils.processes import num_cpus
 
 
@@ -46,8 +47,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help=".jsonl file or .tokens store")
-    parser.add_argument("target", type=Path, help=".tokens store or .jsonl file")
+    parser.add_argument("source", type=user_path, help=".jsonl file or .tokens store")
+    parser.add_argument("target", type=user_path, help=".tokens store or .jsonl file")
     parser.add_argument("--processes", type=int, default=num_cpus(), help="default: all CPUs, here %(default)s")
     of_jsonl = parser.add_argument_group("ranges for the lines of a jsonl, and facts that it lacks")
     of_jsonl.add_argument("--codebook-size", type=int, default=1024, help="default %(default)s")
@@ -55,7 +56,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     of_jsonl.add_argument("--num-classes", type=int, default=1000, help="default %(default)s")
     of_jsonl.add_argument("--max-bad-fraction", type=float, default=0.0, help="leave out bad lines up to this share")
     of_jsonl.add_argument("--crops-per-image", type=int, default=1, help="consecutive lines that belong to one image")
-    of_jsonl.add_argument("--class-names", type=Path, help="JSON list of names in the order of the class ids")
+    of_jsonl.add_argument("--class-names", type=user_path, help="JSON list of names in the order of the class ids")
     arguments = parser.parse_args(argv)
     if min(arguments.processes, arguments.crops_per_image) < 1:
         parser.error("--processes and --crops-per-image: expected at least 1")
@@ -75,8 +76,12 @@ def to_store(jsonl: Path, store_path: Path, arguments: argparse.Namespace) -> in
     if is_conversion(store_path, jsonl, sizes, arguments.max_bad_fraction):
         meta = open_store(store_path)[0]
         different = differences(
-            found={"crops_per_image": meta.crops_per_image, "class_names": meta.class_names},
-            expected={"crops_per_image": arguments.crops_per_image, "class_names": names},
+            found={key: getattr(meta, key) for key in ("image_seq_len", "crops_per_image", "class_names")},
+            expected={
+                "image_seq_len": arguments.image_seq_len,
+                "crops_per_image": arguments.crops_per_image,
+                "class_names": names,
+            },
         )
         if different:
             raise InputError(f"{store_path}: exists with {different[0]}; delete it or choose another name")

@@ -4,8 +4,8 @@
     python scripts/demo.py config=configs/rear_blue_marble.yaml experiment.generator_checkpoint=outputs/quickstart/rear
 
 Prints the address, http://127.0.0.1:7860, and serves it until Ctrl-C. With `demo.host=0.0.0.0` other machines can
-connect; there is no password. Uploads and pictures are in a temporary folder, removed at the end; nothing else is
-written, and nothing is downloaded.
+connect; there is no password. Uploads and pictures are in a temporary folder, removed at the end or, if the page is
+killed, at the next start; nothing else is written, and nothing is downloaded.
 """
 
 import sys
@@ -49,34 +49,43 @@ if __name__ == "__main__":  # a wrong config ends here, before the slow imports
     CONFIG = load_config_or_exit(DemoScriptConfig, __doc__, READS)
 
 import os
+import shutil
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 from PIL import Image
 
 from scripts.demo_model import MAX_BYTES, MAX_PIXELS, DemoModel
 from utils.errors import InputError, input_errors_exit
+from utils.files.lock import only_writer
 from utils.precision import matmul_precision
 
+PREFIX = "rear-demo-"
 CSS = ".pictures img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}"
 
 
 def main(config: DemoScriptConfig) -> None:
     if find_spec("gradio") is None:
         raise InputError("scripts/demo.py needs gradio, which is not installed: pip install -r requirements-demo.txt")
-    from scripts.demo_page import build_page
+    model = DemoModel(config)  # before the page, which makes this process ignore proxies: it may download weights
+    from starlette.middleware import Middleware
 
-    model = DemoModel(config)
+    from scripts.demo_page import LimitedUploads, build_page
+
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses twice as many, also for gradio
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C: the folder is removed
-    with TemporaryDirectory(prefix="rear-demo-") as folder, matmul_precision(config.training.enable_tf32):
-        os.environ["GRADIO_TEMP_DIR"] = folder
+    with temporary_folder() as folder, matmul_precision(config.training.enable_tf32):
+        os.environ["GRADIO_TEMP_DIR"] = str(folder)
         page = build_page(model, config.demo.max_images)
         page.queue().launch(
             server_name=config.demo.host,
             server_port=config.demo.port,
+            share=False,  # no tunnel from a public address, not even in a notebook
             max_file_size=MAX_BYTES,
+            app_kwargs={"middleware": [Middleware(LimitedUploads, folder=folder)]},
             css=CSS,
             quiet=True,
             prevent_thread_lock=True,
@@ -86,6 +95,19 @@ def main(config: DemoScriptConfig) -> None:
         )
         print(f"http://{config.demo.host}:{config.demo.port} (Ctrl-C ends it)", flush=True)
         page.block_thread()
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder of this process; those that killed processes have left are removed first."""
+    for left in Path(gettempdir()).glob(f"{PREFIX}*"):
+        if left.lstat().st_uid == os.getuid():  # others may write to that folder too
+            with suppress(InputError, OSError), only_writer(left, inside=True):  # InputError: of a running demo
+                shutil.rmtree(left)
+    with TemporaryDirectory(prefix=PREFIX) as folder, only_writer(Path(folder), inside=True):
+        files = Path(folder, "files")
+        files.mkdir()
+        yield files
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from torch import Tensor
 from data.images.image_io import ImageDecoding
 from data.images.reading import ImageDataset
 from data.images.transforms import NUM_DRAWS, center_crop_transform
-from data.training_batches import training_classes
+from data.training_batches import known_classes
 from data.validation_data import open_validation_images
 from evaluation.reconstruction import ReconstructionMetrics
 from modeling.loading import class_names, load_generator, load_tokenizer
@@ -58,15 +58,19 @@ class DemoModel:
     """
 
     def __init__(self, config: Config) -> None:
-        self.config = config
         tokenizer = load_tokenizer(config)
         if not tokenizer.has_images:
             raise tokenizer.no_images("scripts/demo.py")
-        self.weights = find_generator_weights(config, tokenizer.sha256())
+        self.weights, config = find_generator_weights(config, tokenizer.sha256())
+        self.config = config
         model = load_generator(self.weights.path, config.model)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer.to(self.device).eval()
-        self.classes, self.validation = names_of_classes(config), find_validation_images(config)
+        trained = self.weights.class_names
+        self.classes = names_of_classes(config, trained)
+        for class_id in self.weights.untrained_classes:
+            self.classes[class_id] += " (no training samples)"
+        self.validation = find_validation_images(config, trained)
         self.has_grid = len(tokenizer.code_shape) == 2
         self.any_order = config.model.generator.order != "raster"
         # A sampler has buffers, and on a GPU graphs, for one number of images.
@@ -148,15 +152,13 @@ class DemoModel:
         return images, self.tokenizer.encode(images)
 
 
-def names_of_classes(config: Config) -> list[str]:
-    """Each class's id and name, from the training data, an exported model or ImageNet."""
+def names_of_classes(config: Config, trained: list[str] | None) -> list[str]:
+    """Each class's id and name, from the weights, an exported model, the training data or ImageNet."""
     num_classes, folder = config.model.generator.condition_num_classes, config.experiment.generator_checkpoint
-    names: list[str] = []
-    known = training_classes(config)
-    if known is not None:
-        names = known[0]
-    elif folder is not None and Path(folder).is_dir():
-        names = class_names(Path(folder)) or []
+    if trained is None and folder is not None and Path(folder).is_dir():
+        trained = class_names(Path(folder))  # of an exported model
+    known = known_classes(config, trained)
+    names = known[0] if known is not None else []
     if not names and num_classes == IMAGENET_CLASSES:
         from torchvision.models import ResNet50_Weights  # slow to import
 
@@ -164,12 +166,12 @@ def names_of_classes(config: Config) -> list[str]:
     return [f"{i} {names[i] if i < len(names) else ''}".strip() for i in range(num_classes)]
 
 
-def find_validation_images(config: Config) -> ImageDataset | None:
+def find_validation_images(config: Config, trained: list[str] | None) -> ImageDataset | None:
     """The images of `dataset.params.eval_shards_path_or_url`; None without any."""
     if config.dataset.params.eval_shards_path_or_url is None:
         return None
     try:
-        return open_validation_images(config, config.model.generator.condition_num_classes)
+        return open_validation_images(config, config.model.generator.condition_num_classes, trained)
     except InputError as error:
         print(f"no validation images on the page: {error}")
         return None
@@ -182,12 +184,13 @@ def read_upload(path: Path, preprocessing: PreprocessingConfig) -> np.ndarray:
         raise InputError(f"{path.name}: found {size} bytes, expected at most {MAX_BYTES}")
     encoded = path.read_bytes()
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            fits = image.width * image.height <= MAX_PIXELS  # known before any pixel is decoded
-        picture = ImageDecoding.of(preprocessing).decode(encoded) if fits else None
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:  # no pixel is decoded yet
+            if image.width * image.height > MAX_PIXELS:
+                raise InputError(f"found too many pixels, expected at most {MAX_PIXELS}")
+        picture = ImageDecoding.of(preprocessing).decode(encoded)
+    except InputError as error:
+        raise InputError(f"{path.name}: {error}") from error
     except Exception as error:  # damaged files raise errors of many kinds
         raise InputError(f"{path.name}: found no picture that can be read, expected {', '.join(FORMATS)}") from error
-    if picture is None:
-        raise InputError(f"{path.name}: found too many pixels, expected at most {MAX_PIXELS}")
     center_crop = center_crop_transform(preprocessing)
     return center_crop(picture, np.zeros(NUM_DRAWS)).numpy()

@@ -3,18 +3,23 @@
 import html
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from PIL import Image
 
-from scripts.demo_model import DemoModel, Settings, read_upload
-from utils.errors import environment_error
+from scripts.demo_model import MAX_BYTES, DemoModel, Settings, read_upload
+from utils.errors import InputError, environment_error, first_line
+from utils.keys import Seed
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+for name in [name for name in os.environ if name.startswith("GRADIO_")]:
+    del os.environ[name]  # the page has keys; Kubernetes sets GRADIO_SERVER_PORT=tcp://... for a service of that name
+os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "no_proxy": "*"}  # a proxy does not find this machine's page
 import gradio as gr
+from starlette.responses import PlainTextResponse
 
 CANVAS = 384  # pixels, of the drawing canvas
 BRUSH = "brush"
@@ -25,15 +30,83 @@ REGIONS = [  # label of the completed region, and the conditioning region
     ("around the middle", "center"),
     ("the middle", "border"),
 ]
+MAX_TOTAL_BYTES = 1_000_000_000  # of uploads and pictures, which are kept for about an hour
+MAX_REQUEST_BYTES = MAX_BYTES + 1_000_000  # an upload and its headers
 ONE_AT_A_TIME: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}  # across all clicks
 BUTTONS = ["download", "fullscreen"]  # gradio's defaults include one that uploads the picture
+
+
+class Numbers(msgspec.Struct):
+    """What a click sends besides pictures."""
+
+    class_label: int
+    count: int
+    seed: Seed | None
+    guidance_scale: float
+    randomize_temperature: float
+    top_k: int
+    top_p: float
+
+    @classmethod
+    def of(cls, values: tuple[Any, ...]) -> "Numbers":
+        """Raises InputError for values of other types, which the page does not send, but the API may."""
+        try:
+            return msgspec.convert(dict(zip(cls.__struct_fields__, values, strict=True)), cls)
+        except msgspec.ValidationError as error:
+            raise InputError(first_line(error)) from error
+
+    @property
+    def settings(self) -> Settings:
+        return Settings(*(getattr(self, name) for name in Settings._fields))
+
+
+class Page(gr.Blocks):
+    async def preprocess_data(self, *arguments: Any, **options: Any) -> Any:
+        """Values for the components, for which the API may send anything; without a traceback."""
+        try:
+            return await super().preprocess_data(*arguments, **options)
+        except Exception as error:
+            problem = error.message if isinstance(error, gr.Error) else "found a value of another type than expected"
+            raise gr.Error(html.escape(problem[:200]), print_exception=False) from error
+
+
+class LimitedUploads:
+    """ASGI middleware: refuses requests of too many bytes, and uploads while `folder` is full."""
+
+    def __init__(self, app: Any, folder: Path) -> None:
+        self.app, self.folder = app, folder
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        refusal = self.refusal(scope) if scope["type"] == "http" and scope["method"] == "POST" else None
+        app = self.app if refusal is None else PlainTextResponse(refusal[1], status_code=refusal[0])
+        await app(scope, receive, send)
+
+    def refusal(self, scope: dict[str, Any]) -> tuple[int, str] | None:
+        """Status and reason."""
+        length = dict(scope["headers"]).get(b"content-length", b"")
+        if not length.isdigit():
+            return 411, "expected a Content-Length"
+        if int(length) > MAX_REQUEST_BYTES:
+            return 413, f"found {int(length)} bytes, expected at most {MAX_REQUEST_BYTES}"
+        if scope["path"].endswith("/upload") and bytes_in(self.folder) + int(length) > MAX_TOTAL_BYTES:
+            return 507, "the page has too many pictures at the moment; try again in an hour"
+        return None
+
+
+def bytes_in(folder: Path) -> int:
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # gradio deletes old ones
+                total += os.stat(f"{parent}/{name}").st_size
+    return total
 
 
 def build_page(model: DemoModel, max_images: int) -> gr.Blocks:
     generator = model.config.model.generator
     scale, temperature = generator.guidance_scale or 1.0, generator.randomize_temperature
     step = "" if model.weights.step is None else f", step {model.weights.step}"
-    with gr.Blocks(title="reAR", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with Page(title="reAR", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         gr.Markdown(f"## reAR\n`{model.config.experiment.generator_checkpoint}`{step}")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
@@ -70,8 +143,10 @@ def build_page(model: DemoModel, max_images: int) -> gr.Blocks:
             decoded, decibel = model.reconstruct(image)
             return image, background, image, decoded, f"PSNR {decibel:.2f} dB"
 
-        def choose_upload(path: str) -> tuple[Any, ...]:
+        def choose_upload(path: str | None) -> tuple[Any, ...]:
             with errors_shown():
+                if path is None:
+                    raise InputError("found no picture, expected one")
                 return choose(read_upload(Path(path), model.config.dataset.preprocessing))
 
         def choose_validation(index: int | None) -> tuple[Any, ...]:
@@ -89,9 +164,10 @@ def sample_tab(model: DemoModel, class_label: gr.Dropdown, numbers: list[gr.comp
     button = gr.Button("Sample", variant="primary", elem_id="sample")
     pictures = gallery("samples")
 
-    def sample(class_label: int, count: int, seed: int | None, *settings: Any) -> list[np.ndarray]:
+    def sample(*values: Any) -> list[np.ndarray]:
         with errors_shown():
-            return list(model.sample(class_label, count, seed or 0, Settings(*settings)))
+            given = Numbers.of(values)
+            return list(model.sample(given.class_label, given.count, given.seed or 0, given.settings))
 
     button.click(sample, [class_label, *numbers], pictures, **ONE_AT_A_TIME)
 
@@ -129,17 +205,15 @@ def complete_tab(
         drawn: dict[str, Any] | None,
         region: str,
         with_class: bool,
-        class_label: int,
-        count: int,
-        seed: int | None,
-        *settings: Any,
+        *values: Any,
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         if image is None:
             raise gr.Error("first choose a picture", print_exception=False)
         with errors_shown():
+            given = Numbers.of(values)
             kept = model.kept_around(brushed(drawn)) if region == BRUSH else model.kept_region(region)
-            label = class_label if with_class else None
-            images = model.complete(image, kept, label, count, seed or 0, Settings(*settings))
+            label = given.class_label if with_class else None
+            images = model.complete(image, kept, label, given.count, given.seed or 0, given.settings)
             return model.hide(image, kept), list(images)
 
     inputs = [original, canvas, region, with_class, class_label, *numbers]
@@ -148,9 +222,12 @@ def complete_tab(
 
 
 def brushed(drawn: dict[str, Any] | None) -> np.ndarray:
-    """Mask (H', W') bool of the pixels under the brush; None: the canvas was cleared."""
-    layers = [layer[..., 3] > 0 for layer in drawn["layers"]] if drawn else []
-    return np.any([np.zeros((CANVAS, CANVAS), bool), *layers], axis=0)
+    """Mask (CANVAS, CANVAS) bool of the pixels under the brush; None: the canvas was cleared. Raises InputError for
+    layers of another size."""
+    layers = drawn["layers"] if drawn else []
+    if wrong := [layer.shape for layer in layers if layer.shape != (CANVAS, CANVAS, 4)]:
+        raise InputError(f"found a layer of {wrong[0]}, expected {CANVAS} x {CANVAS} pixels with transparency")
+    return np.any([np.zeros((CANVAS, CANVAS), bool), *(layer[..., 3] > 0 for layer in layers)], axis=0)
 
 
 @contextmanager

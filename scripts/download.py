@@ -23,6 +23,7 @@ from huggingface_hub.hf_api import RepoFile
 from utils.errors import InputError, first_line, input_errors_exit
 from utils.files.atomic import publish
 from utils.files.hashing import file_sha256
+from utils.files.lock import only_writer
 from utils.files.provenance import differences
 
 
@@ -44,11 +45,19 @@ FILES = {
 
 
 def download(published: Published) -> None:
-    """Raises InputError if the Hub does not answer or lacks the file, or the download differs from it."""
+    """Raises InputError if the Hub does not answer or lacks the file, the download differs from it, or another process
+    downloads it."""
     target = Path(published.target)
     if target.exists():
         print(f"{target}: exists")
         return
+    with only_writer(target):
+        if not target.exists():  # another process may have been faster
+            fetch(published, target)
+    print(f"{target}: {published.file} of {published.repository}")
+
+
+def fetch(published: Published, target: Path) -> None:
     partial = target.with_name(target.name + ".download")  # a folder, from which a later call resumes
     try:
         (remote,) = HfApi().get_paths_info(published.repository, published.file)
@@ -62,7 +71,6 @@ def download(published: Published) -> None:
     check(path, remote)
     publish(path, target)
     shutil.rmtree(partial)
-    print(f"{target}: {published.file} of {published.repository}")
 
 
 def check(path: Path, remote: RepoFile) -> None:

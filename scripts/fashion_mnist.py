@@ -17,15 +17,19 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
-from data.images.fashion_mnist import find_source, write_folder, write_shards
+from data.images.fashion_mnist import find_source, is_written, write_folder, write_shards
 from utils.errors import input_errors_exit
 from utils.files.lock import only_writer
+from utils.files.text import user_path
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     source = find_source(arguments.source)
     with only_writer(arguments.output):
+        if is_written(arguments.output, form="folder" if arguments.folder else "shards"):
+            print(f"{arguments.output}: is already complete")
+            return
         write = write_folder if arguments.folder else write_shards
         write(source, arguments.output)
     print(f"{arguments.output}: the training and test images of {source}, as train and heldout")
@@ -33,8 +37,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path, help="output folder")
-    parser.add_argument("--source", type=Path, help="folder of the IDX files, torchvision's root, or of dpkg -x")
+    parser.add_argument("output", type=user_path, help="output folder")
+    parser.add_argument("--source", type=user_path, help="folder of the IDX files, torchvision's root, or of dpkg -x")
     parser.add_argument("--folder", action="store_true", help="PNG files in a folder per class instead of shards")
     return parser.parse_args(argv)
 

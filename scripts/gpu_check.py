@@ -32,9 +32,10 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 from utils.config import ROOT
-from utils.console import markdown_table
+from utils.console import markdown_table, markdown_text
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
+from utils.files.text import user_path
 
 TOTAL_S = 600
 CHECKS = "tests/gpu/checks"
@@ -64,7 +65,7 @@ Row = dict[str, Any]  # part, result, what, found, expected of a comparison; par
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", type=Path, default=Path("outputs/gpu_check"), metavar="OUT")
+    parser.add_argument("out", nargs="?", type=user_path, default=Path("outputs/gpu_check"), metavar="OUT")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these, and environment")
     arguments = parser.parse_args(argv)
     if find_spec("pytest") is None:
@@ -114,7 +115,7 @@ def run_part(part: str, work: Path, log: Path, seconds_left: float) -> list[Row]
     command = [sys.executable, "-m", "pytest", test, "-m", "gpu", "-s", "-p", "no:cacheprovider"]
     command += [f"--junitxml={results}", f"--basetemp={work}"]
     devices = {"TESTS_ON_GPU": "1", "GPU_CHECKS_ON_CPU": "1"}  # on the CPU only if there is no GPU
-    with log.open("w") as output:
+    with log.open("wb") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | devices, stdout=output, stderr=output, start_new_session=True
         )
@@ -158,7 +159,7 @@ def page(device: str, on_gpu: bool, summary: str, comparisons: list[Row], figure
     measured = [cells(row["part"], row["name"], row["value"], row["goal"] if on_gpu else "") for row in figures]
     note = "" if on_gpu else "On a CPU all sizes are tiny, and the figures say nothing about a GPU.\n\n"
     return (
-        f"# {device}\n\n```bash\nbash scripts_bash/gpu_check.sh\n```\n\n{summary}\n\n"
+        f"# {markdown_text(device)}\n\n```bash\nbash scripts_bash/gpu_check.sh\n```\n\n{summary}\n\n"
         + markdown_table(["part", "result", "compared", "found", "expected"], compared)
         + f"\n\n{note}"
         + markdown_table(["part", "figure", "found", "goal for reAR-B on one H200 (stretch)"], measured)
@@ -167,8 +168,7 @@ def page(device: str, on_gpu: bool, summary: str, comparisons: list[Row], figure
 
 
 def cells(*values: object) -> list[str]:
-    texts = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
-    return [text.replace("|", "/") for text in texts]
+    return [f"{value:.4g}" if isinstance(value, float) else str(value) for value in values]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ tokenizer.yaml (for train_tokenizer.py). Edit them as you like.
 
 import argparse
 import math
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,10 +30,11 @@ from data.images.notices import notify
 from data.images.reading import open_images
 from data.images.shard_writer import HELDOUT_PREFIX
 from modeling.tokenizers.registry import check_weights, code_shape, config_from_state_dict
-from utils.config import ROOT, load_config
+from utils.config import ROOT, load_config, read_yaml
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.hub import local_file
+from utils.files.text import user_path
 from utils.files.weights import load_state_dict
 from utils.keys import keys_of
 from utils.schema import OWN_NUMBER_OF_CODES, Config, VQModelConfig
@@ -86,12 +88,14 @@ def main(argv: list[str] | None = None) -> None:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", type=Path, help="folder with shards")
-    parser.add_argument("output", type=Path, help="folder for the configs and their outputs")
+    parser.add_argument("images", type=user_path, help="folder with shards")
+    parser.add_argument("output", type=user_path, help="folder for the configs and their outputs")
     parser.add_argument("--resolution", type=int, required=True, help="pixels, a multiple of 8 for the small tokenizer")
-    parser.add_argument("--tokenizer", help="trained weights, .bin, .safetensors or hf://OWNER/REPO/FILE")
-    parser.add_argument("--new-tokenizer", type=Path, default=SMALL_TOKENIZER, help="config; default %(default)s")
-    parser.add_argument("--base", type=Path, default=SMALL_BASE, help="default %(default)s")
+    parser.add_argument(
+        "--tokenizer", type=os.path.expanduser, help="trained weights, .bin, .safetensors or hf://OWNER/REPO/FILE"
+    )
+    parser.add_argument("--new-tokenizer", type=user_path, default=SMALL_TOKENIZER, help="config; default %(default)s")
+    parser.add_argument("--base", type=user_path, default=SMALL_BASE, help="default %(default)s")
     parser.add_argument("--no-flip", action="store_true", help="for images that must not be mirrored")
     return parser.parse_args(argv)
 
@@ -139,6 +143,7 @@ def balanced_count(images: ImageSource, num_classes: int) -> int:
 def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -> Config:
     """Write the settings over those of `base`, without derived sizes, and read them back, which checks them; raises
     InputError for sizes that do not fit."""
+    read_yaml(base)  # refuses what OmegaConf would expand without end
     merged = OmegaConf.load(base)
     for key, value in settings.items():
         OmegaConf.update(merged, key, value)

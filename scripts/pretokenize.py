@@ -36,6 +36,7 @@ if __name__ == "__main__":  # a wrong config ends here, before the slow imports
     CONFIG = load_config_or_exit(Config, __doc__, READS)
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ from data.loading import Batches
 from modeling.loading import load_tokenizer
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.distributed import DistributedContext, init_distributed
-from utils.errors import InputError, TrainingError, input_errors_exit
+from utils.errors import InputError, input_errors_exit
 from utils.faults import fault_point
 from utils.files.chunk_files import ChunkFiles
 from utils.files.lock import only_writer
@@ -63,7 +64,6 @@ from utils.files.provenance import differences
 from utils.images import to_float
 from utils.precision import matmul_precision
 from utils.processes import num_cpus
-from utils.run.signals import StopSignals
 from utils.schema import DatasetConfig
 
 IMAGES_PER_CHUNK = 256  # rounded up to a multiple of the batch size
@@ -95,9 +95,11 @@ def pretokenize(
     chunk_folder = store_path.with_name(store_path.name + ".chunks")
     chunk_files = ChunkFiles(chunk_folder, num_items=len(images), chunk_size=chunk_size, suffix=".npy")
     meta = describe(config, tokenizer, images, crops, ctx.device)
+    recorded = TokenStore(store_path).meta.source_files if store_path.is_dir() else chunk_files.recorded("source_files")
+    meta.source_files = ctx.broadcast_from_rank0(lambda: files_fingerprint(source, recorded))
     missing: list[range] = []
     if store_path.is_dir():
-        check_finished(TokenStore(store_path), meta)
+        check_finished(TokenStore(store_path), meta, ctx)
     else:
         missing = chunk_files.open_on_all_ranks({**provenance_of(meta), "images per chunk": chunk_size}, ctx)
     started = time.perf_counter()
@@ -172,14 +174,25 @@ def describe(config: Config, tokenizer: Tokenizer, images: ImageDataset, crops: 
     )
 
 
+def files_fingerprint(source: ImageSource, recorded: str | None) -> str:
+    """`ImageSource.files_fingerprint`, or the recorded one if the files state their content, since copies have other
+    modification times."""
+    found = source.files_fingerprint
+    return recorded if recorded not in (None, found) and source.has_stated_content() else found
+
+
 def provenance_of(meta: StoreMeta) -> dict[str, Any]:
-    keys = ("image_seq_len", "codebook_size", "tokenizer_sha256", "source_sha256", "class_names")
+    keys = ("image_seq_len", "codebook_size", "tokenizer_sha256", "source_sha256", "source_files", "class_names")
     return {**{key: getattr(meta, key) for key in keys}, **(meta.settings or {})}
 
 
-def check_finished(store: TokenStore, meta: StoreMeta) -> None:
+def check_finished(store: TokenStore, meta: StoreMeta, ctx: DistributedContext) -> None:
     """Raise InputError if the existing store is not the one that this command would write."""
-    different = differences(found=provenance_of(store.meta), expected=provenance_of(meta))
+    expected = meta
+    if store.meta.source_files is None:  # of an earlier version
+        ctx.print_on_rank0(f"{store.path}: records no sizes and times of its images; only their names are compared")
+        expected = replace(meta, source_files=None)
+    different = differences(found=provenance_of(store.meta), expected=provenance_of(expected))
     if different:
         raise InputError(
             f"{store.path}: exists with another provenance: {different[0]}; delete it or write to another "
@@ -201,7 +214,6 @@ def encode(
     progress of all ranks."""
     items = [list(chunk[i : i + batch_size]) for chunk in chunks for i in range(0, len(chunk), batch_size)]
     batches = Batches(images, items, dataset.params.num_workers_per_gpu, ctx.device.type == "cuda")
-    launcher = StopSignals()
     num_finished = len(images) - sum(map(len, chunk_files.missing()))
     with tqdm(total=len(images), initial=num_finished, unit="image", smoothing=0, disable=not ctx.is_rank0) as progress:
         for chunk in chunks:
@@ -213,8 +225,6 @@ def encode(
                 is_bad = batch["skipped"].repeat_interleave(crops.shape[1])[:, None]
                 codes = tokenizer.encode(to_float(crops.flatten(0, 1))).cpu()  # (b * K, N)
                 rows.append(torch.cat([codes, is_bad], dim=1).numpy().astype(np.uint16))
-            if launcher.requested():
-                raise TrainingError("torchrun is gone; rerun the same command to resume")
             with chunk_files.writing(chunk) as partial, partial.open("wb") as file:
                 np.save(file, np.concatenate(rows))
             if ctx.is_rank0:

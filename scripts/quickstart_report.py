@@ -20,6 +20,7 @@ from evaluation.report import find_report
 from utils.errors import input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.json_file import read_json
+from utils.files.text import user_path
 from utils.images import GRID_GAP, make_grid, write_png
 from utils.run.metrics_file import read_metrics
 
@@ -82,6 +83,6 @@ def samples_by_class(npz: np.lib.npyio.NpzFile, class_names: list[str]) -> Image
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="folder of the quick start")
+    parser.add_argument("folder", type=user_path, help="folder of the quick start")
     with input_errors_exit():
         main(parser.parse_args().folder)

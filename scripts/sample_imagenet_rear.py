@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from data.codes.store_files import StoreMeta, check_codebook_size
 from data.codes.token_writer import new_token_store
-from data.training_batches import asked_classes
+from data.training_batches import classes_to_sample
 from modeling.loading import load_generator, load_tokenizer
 from modeling.sampling.image_sampler import (
     ImageDecoder,
@@ -80,8 +80,8 @@ def main(config: Config) -> None:
 
 def sample(config: Config, tokenizer: Tokenizer, output: Path, ctx: DistributedContext) -> None:
     sampling = config.sampling
-    classes = ctx.broadcast_from_rank0(asked_classes, config)
-    weights = find_generator_weights(config, tokenizer.sha256(), ctx)
+    weights, config = find_generator_weights(config, tokenizer.sha256(), ctx)
+    classes = ctx.broadcast_from_rank0(classes_to_sample, config, weights)
     model = load_generator(weights.path, config.model)
     indices = asked_images(sampling, classes, model.num_classes)
     provenance = image_provenance(
@@ -89,14 +89,14 @@ def sample(config: Config, tokenizer: Tokenizer, output: Path, ctx: DistributedC
     )
     result = output.with_name(output.name + (".npz" if tokenizer.has_images else ".tokens"))
     chunk_files = SampleChunks(output.with_name(output.name + ".chunks"), len(indices), sampling.per_gpu_batch_size)
-    if ctx.broadcast_from_rank0(is_finished, chunk_files, result, provenance):
+    png_folder = output.with_name(output.name + ".images") if sampling.save_png else None
+    if ctx.broadcast_from_rank0(is_finished, chunk_files, result, provenance, png_folder):
         return
     ctx.broadcast_from_rank0(check_other_outputs, chunk_files, output, result)
     missing = chunk_files.open_on_all_ranks(provenance, ctx)
     model.to(ctx.device).eval()
     tokenizer.to(ctx.device)
     progress = tqdm(missing[ctx.rank :: ctx.size], unit="batch", disable=not ctx.is_rank0)
-    png_folder = output.with_name(output.name + ".images") if sampling.save_png else None
     with matmul_precision(config.training.enable_tf32), ChunkWriter(chunk_files, png_folder) as writer:
         sampler = ImageSampler(model, tokenizer, config, len(chunk_files.chunks[0]), ctx.print_on_rank0)
         for chunk, images in sample_chunks(progress, indices, sampler, config):
@@ -112,11 +112,14 @@ def sample(config: Config, tokenizer: Tokenizer, output: Path, ctx: DistributedC
         pack_codes(chunk_files, result, tokenizer, config, labels, provenance, figures)
 
 
-def is_finished(chunk_files: SampleChunks, result: Path, provenance: dict[str, Any]) -> bool:
-    """Whether the npz or store of this run is complete, which is printed; raises InputError for output of another
-    run."""
+def is_finished(chunk_files: SampleChunks, result: Path, provenance: dict[str, Any], png_folder: Path | None) -> bool:
+    """Whether the npz or store of this run, and its PNG files, are complete, which is printed; raises InputError for
+    output of another run, or damaged output."""
     if chunk_files.can_resume or not is_made(result, provenance):  # chunks: the run was killed at its end
         return False
+    num_images = chunk_files.chunks[-1].stop
+    if png_folder is not None and (found := len(list(png_folder.glob("*.png")))) != num_images:
+        raise InputError(f"{png_folder}: found {found} images, expected {num_images}; delete {result} to sample again")
     chunk_files.remove()  # a run may have been killed while it deleted them
     print(f"{result}: already made from the same weights and config")
     return True
@@ -189,7 +192,7 @@ def pack(
             "arr_1": (labels.shape, np.int64, [labels]),
         },
     )
-    write_record(npz, provenance, figures={"bytes": npz.stat().st_size, **figures})
+    write_record(npz, provenance, figures=figures, files=[npz])
     chunk_files.remove()
     print(f"{len(labels)} images in {npz}")
 
@@ -209,7 +212,7 @@ def pack_codes(
     with new_token_store(store, meta) as writer:
         for chunk, codes in zip(chunk_files.chunks, chunk_files.load(), strict=True):
             writer.append(codes, labels[chunk.start : chunk.stop])
-    write_record(store, provenance, figures=figures)
+    write_record(store, provenance, figures=figures, files=sorted(store.iterdir()))
     chunk_files.remove()
     print(
         f"{len(labels)} samples in {store}: decode its tokens.npy, uint16 {len(labels), tokenizer.image_seq_len}, with "

@@ -64,7 +64,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.training_batches import asked_classes
+from data.training_batches import classes_to_sample
 from evaluation.features import Extractor
 from evaluation.inputs import Npz, open_input
 from evaluation.report import TITLES
@@ -81,7 +81,7 @@ from utils.files.provenance import is_made, write_record
 from utils.precision import matmul_precision
 from utils.run.curves import draw_curve, panel_grid, save_figure
 from utils.run.image_provenance import image_provenance
-from utils.run.weights_path import find_generator_weights
+from utils.run.weights_path import TrainedWeights, find_generator_weights
 
 
 class Setting(NamedTuple):
@@ -113,8 +113,9 @@ def sweep(config: SweepGuidanceConfig, tokenizer: Tokenizer, ctx: DistributedCon
     """Write the files of `experiment.output_dir`."""
     output_dir, batch_size = Path(config.experiment.output_dir), config.sampling.per_gpu_batch_size
     reference = ctx.rank0_first(open_reference, config, tokenizer.resolution, verify=ctx.is_rank0)
-    classes, indices = ctx.broadcast_from_rank0(asked, config)
-    model = load_generator(find_generator_weights(config, tokenizer.sha256(), ctx).path, config.model)
+    weights, config = find_generator_weights(config, tokenizer.sha256(), ctx)
+    classes, indices = ctx.broadcast_from_rank0(asked, config, weights)
+    model = load_generator(weights.path, config.model)
     distance, extractor = ctx.rank0_first(find_extractor, ctx.device, "sweep.reference")
     sampler_provenance = image_provenance(
         config, class_labels=classes, indices=indices, model=model, tokenizer=tokenizer, device=ctx.device
@@ -134,8 +135,8 @@ def sweep(config: SweepGuidanceConfig, tokenizer: Tokenizer, ctx: DistributedCon
         try:
             scores[setting] = halves.scores(images, title=str(setting))
         except NonFiniteError as error:
-            weights = f"experiment.generator_checkpoint={config.experiment.generator_checkpoint}"
-            raise InputError(f"{setting}: {error} ({weights})") from error
+            source = f"experiment.generator_checkpoint={config.experiment.generator_checkpoint}"
+            raise InputError(f"{setting}: {error} ({source})") from error
         del sampler, images  # free their memory before the next ones
         ctx.broadcast_from_rank0(write_scores, output_dir / "sweep.json", scores, distance, provenance)
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in scores[setting].items())
@@ -155,10 +156,10 @@ def open_reference(config: SweepGuidanceConfig, resolution: int, verify: bool) -
     return npz
 
 
-def asked(config: SweepGuidanceConfig) -> tuple[list[int], list[int]]:
-    """Class ids and indices of the images that each setting samples; raises InputError for unknown classes, or one
-    image."""
-    classes = asked_classes(config)
+def asked(config: SweepGuidanceConfig, weights: TrainedWeights) -> tuple[list[int], list[int]]:
+    """Class ids and indices of the images that each setting samples; raises InputError for classes that the model does
+    not have, or one image."""
+    classes = classes_to_sample(config, weights)
     indices = asked_images(config.sampling, classes, config.model.generator.condition_num_classes)
     if len(indices) < 2:
         raise InputError("sampling.num_fid_samples: found 1 image to sample, expected at least 2")

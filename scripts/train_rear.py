@@ -39,7 +39,13 @@ if __name__ == "__main__":  # a wrong config ends here, before the slow imports
 
 import torch
 
-from data.training_batches import TrainingBatches, describe_length, open_training_data, passes_done
+from data.training_batches import (
+    TrainingBatches,
+    classes_without_samples,
+    describe_length,
+    open_training_data,
+    passes_done,
+)
 from evaluation.validator import Validator, notices_of_images, save_sample_grid
 from modeling.loading import init_from_weights, load_tokenizer
 from modeling.orders import num_order_uniforms, random_order_ratio
@@ -47,16 +53,17 @@ from modeling.perturbation import num_perturbation_uniforms, perturbation_ratio
 from modeling.rear import ReAR
 from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.training_step import compile_blocks, training_step
-from utils.errors import input_errors_exit
+from utils.errors import first_of, input_errors_exit
 from utils.optim import MovingAverage, build_optimizers, describe_optimizers, set_learning_rate
 from utils.randomness import dropout_seed
 from utils.run.estimates import training_cost
 from utils.run.launch import launch
+from utils.run.resume import untrained_classes
 from utils.run.sharding import accumulating, clip_gradients, parallelize, unsharded
 from utils.run.status import EXIT_STATUS
 from utils.run.training_run import TrainingRun
-from utils.run.weights_path import find_weights
-from utils.schedules import schedule_warnings
+from utils.run.weights_path import NO_TOKENIZER, check_weights, find_weights
+from utils.schedules import ema_warm_up, schedule_warnings
 
 MEMORY_HINT = (
     "a smaller training.per_gpu_batch_size (give training.global_batch_size, and the accumulation follows), "
@@ -76,6 +83,8 @@ def main(config: Config) -> str:
         dataset, provenance = launched.open_data(
             lambda: open_training_data(config, tokenizer_sha256, verify=ctx.is_rank0), tokenizer_sha256
         )
+        without_samples = classes_without_samples(dataset, generator.condition_num_classes)
+        provenance.untrained_classes = untrained_classes(launched.start, without_samples)
         tokenizer.to(ctx.device)
         launched.notes += notices_of_images(tokenizer, config)
         validation = Validator.open(config, tokenizer, tokenizer_sha256, ctx)
@@ -86,8 +95,12 @@ def main(config: Config) -> str:
         torch.manual_seed(training.seed)
         model = ReAR(config.model).to(ctx.device)
         if launched.is_new and experiment.init_from is not None:
-            init_from_weights(model, find_weights(experiment.init_from).path)
+            weights = find_weights(experiment.init_from)
+            check_weights(weights, tokenizer_sha256, config)
+            init_from_weights(model, weights.path)
             launched.notes.append(f"starting from the weights of {experiment.init_from}, with new rows for the classes")
+            if weights.tokenizer_sha256 is None:
+                launched.notes.append(f"{weights.path}: {NO_TOKENIZER}")
         ema = MovingAverage(model, training.ema_decay) if training.use_ema else None
         parallel = parallelize(model, model.blocks, ctx, training)
         if ema and training.fsdp:
@@ -108,6 +121,12 @@ def main(config: Config) -> str:
         )
         with run.begin():
             run.note(describe_length(config, launched.global_batch_size, len(dataset)))
+            if ema:
+                warm_at = run.state.ema_start + ema_warm_up(training.ema_decay)
+                run.note(f"EMA: its decay rises to training.ema_decay={training.ema_decay} until step {warm_at}")
+            if without_samples:
+                count = f"{len(without_samples)} of {generator.condition_num_classes} classes"
+                run.warn("classes", f"{count} have no training samples: {first_of(without_samples, 10)}")
             if warnings := schedule_warnings(config):
                 run.warn("schedule", "; ".join(warnings))
             batches = TrainingBatches(
@@ -144,7 +163,7 @@ def main(config: Config) -> str:
                     for optimizer in optimizers.values():
                         optimizer.step()
                     if ema:
-                        ema.update(model)
+                        ema.update(model, age=step - run.state.ema_start)
                     run.add_metrics(metrics, grad_norm)
                 model.zero_grad(set_to_none=True)
                 run.end_step()

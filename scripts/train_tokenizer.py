@@ -21,6 +21,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 from utils.config import load_config_or_exit
+from utils.config_checks import check_schedules
 from utils.keys import NonNegativeFloat, PositiveInt, key, section
 from utils.schema import Config
 
@@ -55,10 +56,11 @@ class TrainTokenizerConfig(Config):
 
 
 if __name__ == "__main__":  # a wrong config ends here, before the slow imports
-    CONFIG = load_config_or_exit(TrainTokenizerConfig, __doc__, READS)
+    CONFIG = load_config_or_exit(TrainTokenizerConfig, __doc__, READS, check=check_schedules)
 
 import json
 from contextlib import nullcontext
+from copy import deepcopy
 
 import numpy as np
 import torch
@@ -295,9 +297,11 @@ def report(
     """Write the weights and, of the held-out images, metrics and a grid; returns the metrics for the log. On a full
     disk, only the last report ends the run."""
     step, folder = run.state.global_step, run.output_dir
-    metrics, grid = evaluate(tokenizer, validation_set, config)
     # float16 is half the size; `load_tokenizer` reads it back as float32
     weights = {key: value.half() for key, value in tokenizer.state_dict().items()}
+    rounded = deepcopy(tokenizer)
+    rounded.load_state_dict(weights)
+    metrics, grid = evaluate(rounded, validation_set, config)
     with nullcontext() if run.triggers.is_last else log_and_continue(run.logger, f"weights and metrics of step {step}"):
         save_weights(weights, folder / "tokenizer.safetensors", run.record())
         write_text(folder / "metrics.json", json.dumps({"step": step, **metrics}, indent=1) + "\n")

@@ -3,4 +3,4 @@
 #   bash scripts_bash/download.sh tokenizer codes
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python scripts/download.py "$@"
+exec python scripts/download.py "$@"

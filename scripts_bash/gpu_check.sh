@@ -4,4 +4,4 @@
 # OUT is outputs/gpu_check without an argument. The exit status is 1 if anything failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python scripts/gpu_check.py "$@"
+exec python scripts/gpu_check.py "$@"

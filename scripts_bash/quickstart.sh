@@ -5,6 +5,7 @@
 #   OUT=outputs/other_seed bash scripts_bash/quickstart.sh training.seed=1
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
+source scripts_bash/run.sh
 
 OUT=${OUT:-outputs/quickstart}
 NUM_SAMPLES=${NUM_SAMPLES:-740} # the number of held-out tiles
@@ -12,7 +13,7 @@ NUM_SAMPLES=${NUM_SAMPLES:-740} # the number of held-out tiles
 PROCESSES=$(python -c 'import torch; print(1 if torch.cuda.is_available() else 2)')
 CPUS=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$CPUS} # total of all processes
-LAUNCH=(env OMP_NUM_THREADS=$(((OMP_NUM_THREADS + PROCESSES - 1) / PROCESSES)) torchrun --standalone --nproc_per_node="$PROCESSES")
+LAUNCH=(env OMP_NUM_THREADS=$(((OMP_NUM_THREADS + PROCESSES - 1) / PROCESSES)) torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node="$PROCESSES")
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that spin while they wait take the CPU from each other
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 # keep freed memory: scoring is faster
 
@@ -27,28 +28,28 @@ STARTED=() NAMES=()
 step() { printf '\n== %s\n' "$*"; STARTED+=("$SECONDS"); NAMES+=("$*"); }
 
 step "1/6 images: tiles of the Blue Marble in twelve regions"
-python scripts/build_blue_marble.py "$OUT/images"
+run python scripts/build_blue_marble.py "$OUT/images"
 
 step "2/6 codes: the tokenizer on the training tiles, and its reconstructions of held-out tiles"
-[[ -d $OUT/train.tokens ]] || "${LAUNCH[@]}" scripts/pretokenize.py "${CONFIG[@]}"
-"${RECONSTRUCT[@]}" experiment.output_dir="$OUT/tokenizer"
+[[ -d $OUT/train.tokens ]] || run "${LAUNCH[@]}" scripts/pretokenize.py "${CONFIG[@]}"
+run "${RECONSTRUCT[@]}" experiment.output_dir="$OUT/tokenizer"
 
 step "3/6 training: reAR on the codes (rerun the same command to resume)"
-"${LAUNCH[@]}" scripts/train_rear.py "${CONFIG[@]}" experiment.output_dir="$OUT/rear"
-python scripts/train_rear.py "${CONFIG[@]}" experiment.output_dir="$OUT/untrained" training.stop_steps=0
+run "${LAUNCH[@]}" scripts/train_rear.py "${CONFIG[@]}" experiment.output_dir="$OUT/rear"
+run python scripts/train_rear.py "${CONFIG[@]}" experiment.output_dir="$OUT/untrained" training.stop_steps=0
 
 step "4/6 samples of the trained and of an untrained model"
-"${SAMPLE[@]}" experiment.output_dir="$OUT/samples" experiment.generator_checkpoint="$OUT/rear"
-"${SAMPLE[@]}" experiment.output_dir="$OUT/untrained_samples" experiment.generator_checkpoint="$OUT/untrained"
+run "${SAMPLE[@]}" experiment.output_dir="$OUT/samples" experiment.generator_checkpoint="$OUT/rear"
+run "${SAMPLE[@]}" experiment.output_dir="$OUT/untrained_samples" experiment.generator_checkpoint="$OUT/untrained"
 
 step "5/6 scores against the held-out tiles; the score of training tiles is the attainable value"
-"${RECONSTRUCT[@]}" experiment.output_dir="$OUT/train_tiles" \
+run "${RECONSTRUCT[@]}" experiment.output_dir="$OUT/train_tiles" \
   dataset.params.eval_shards_path_or_url="$OUT/images/train-*.tar"
-"${LAUNCH[@]}" evaluation/evaluator.py "$OUT/tokenizer/reference.npz" --backend efficientnet_lite0 \
+run "${LAUNCH[@]}" evaluation/evaluator.py "$OUT/tokenizer/reference.npz" --backend efficientnet_lite0 \
   "$OUT"/{samples,untrained_samples,tokenizer/reconstructions,train_tiles/reference}.npz
 
 step "6/6 report"
-python scripts/quickstart_report.py "$OUT"
+run python scripts/quickstart_report.py "$OUT"
 STARTED+=("$SECONDS")
 printf '\nseconds per step:\n'
 for i in "${!NAMES[@]}"; do printf '%6d  %s\n' $((STARTED[i + 1] - STARTED[i])) "${NAMES[i]}"; done

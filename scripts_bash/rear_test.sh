@@ -5,6 +5,7 @@
 #   ROW=rear_b bash scripts_bash/rear_test.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
+source scripts_bash/run.sh
 
 ROW=${ROW:-}
 NUM_GPUS=${NUM_GPUS:-8}
@@ -30,14 +31,14 @@ else
   ARGUMENTS=(config="$CONFIG" experiment.generator_checkpoint="$CHECKPOINT")
 fi
 
-torchrun --standalone --nproc_per_node="$NUM_GPUS" scripts/sample_imagenet_rear.py "${ARGUMENTS[@]}" \
+run torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node="$NUM_GPUS" scripts/sample_imagenet_rear.py "${ARGUMENTS[@]}" \
   experiment.output_dir="$OUTPUT_DIR" "$@"
 
 if [[ -n "$REFERENCE" ]]; then
-  torchrun --standalone --nproc_per_node="$NUM_GPUS" evaluation/evaluator.py "$REFERENCE" "$OUTPUT_DIR.npz" --backend "$BACKEND"
+  run torchrun --standalone --local_addr=127.0.0.1 --nproc_per_node="$NUM_GPUS" evaluation/evaluator.py "$REFERENCE" "$OUTPUT_DIR.npz" --backend "$BACKEND"
   echo "The original evaluator reads the same file (docs/evaluation.md): python evaluator.py $REFERENCE $OUTPUT_DIR.npz"
 fi
 
 if [[ -n "$ROW" ]]; then
-  python scripts/check_row.py "${CHECK[@]}" --samples "$OUTPUT_DIR.npz"
+  run python scripts/check_row.py "${CHECK[@]}" --samples "$OUTPUT_DIR.npz"
 fi

@@ -10,12 +10,13 @@ NUM_GPUS=${NUM_GPUS:-8}
 OUTPUT_DIR=${OUTPUT_DIR:-outputs/$(basename "$CONFIG" .yaml)}
 
 export PYTHONPATH="$PWD"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600} # seconds to save after SIGTERM, not 30
-HUB=${HF_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/huggingface}
-for file in "$HUB"/accelerate/default_config.{json,yaml}; do
-  if [[ -f "$file" ]]; then echo "note: $file is not used: only accelerate's launcher is; set training.* instead" >&2; fi
-done
-PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') # free: 29500 may be another run's
-LAUNCH=(accelerate launch --config_file scripts_bash/accelerate.yaml --num_machines 1 --num_processes "$NUM_GPUS" --main_process_port "$PORT" --mixed_precision no --dynamo_backend no)
-if ((NUM_GPUS > 1)); then LAUNCH+=(--multi_gpu); fi # on a machine without GPUs: processes on the CPU, with gloo
-"${LAUNCH[@]}" scripts/train_rear.py config="$CONFIG" experiment.output_dir="$OUTPUT_DIR" "$@"
+if ((NUM_GPUS > 1)); then # without GPUs: processes on the CPU
+  PORT=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])') # free: 29500 may be another run's
+  LAUNCH=(accelerate launch --config_file scripts_bash/accelerate.yaml --num_machines 1 --num_processes "$NUM_GPUS"
+    --main_process_port "$PORT" --mixed_precision no --dynamo_backend no --multi_gpu)
+else
+  LAUNCH=(python) # a single process of accelerate would not get SIGTERM
+fi
+exec "${LAUNCH[@]}" scripts/train_rear.py config="$CONFIG" experiment.output_dir="$OUTPUT_DIR" "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, format, types and the test suite, in two processes. Arguments go to pytest:
 #   bash scripts_bash/test.sh -k config     (-n 0: in one process, for a debugger)
-#   bash scripts_bash/test.sh -m slow       the slow tests; installs gradio and, as root, Debian's Chromium for the demo page
+#   bash scripts_bash/test.sh -m slow       the slow tests; installs gradio and, as root, Debian's Chromium and SLURM
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"
 
@@ -23,4 +23,4 @@ ruff check .
 ruff format --check .
 mypy
 # Each process starts with half of the files in alphabetical order and steals tests from the other when it runs out.
-python -m pytest -m "not slow" -n 2 --dist worksteal "$@"
+exec python -m pytest -m "not slow" -n 2 --dist worksteal "$@"

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
+STANDALONE = ["torch.distributed.run", "--standalone", "--local_addr=127.0.0.1"]  # the host name need not resolve
 WAIT_S = 90  # no test relies on it; it keeps a hanging process from hanging the suite
 
 STARTED: list[BaseProcess] = []  # by the test in progress

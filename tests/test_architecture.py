@@ -21,7 +21,7 @@ MAY_IMPORT = {
 JOIN_PACKAGES = {"evaluation/make_reference.py", "evaluation/validator.py"}  # as scripts do
 SPLIT_SCRIPTS = ("scripts/benchmark", "scripts/gpu_check", "scripts/demo")  # may import their own folder
 SOURCES = {
-    str(path.relative_to(ROOT)): path.read_text()
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for package in MAY_IMPORT
     for path in sorted((ROOT / package).rglob("*.py"))
 }
@@ -98,3 +98,85 @@ def attributes_of(variable: str, source: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == variable:
             yield node.attr
+
+
+def calls(source: str) -> Iterator[tuple[str, str, ast.Call]]:
+    """The object ("" for a plain function), the name and the node of each call."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call):
+            is_method = isinstance(node.func, ast.Attribute)
+            yield ast.unparse(node.func.value) if is_method else "", ast.unparse(node.func).rpartition(".")[2], node
+
+
+def mode_of(owner: str, call: ast.Call) -> str:
+    """Of a call of `open`; "b" for one that has no such argument."""
+    position = 0 if owner and owner not in ("io", "os") else 1
+    values = [*call.args[position : position + 1], *(word.value for word in call.keywords if word.arg == "mode")]
+    return str(values[0].value) if values and isinstance(values[0], ast.Constant) else "r" if not values else "b"
+
+
+# Objects whose `open` is not that of a file.
+OTHER_OPEN = {"os", "Image", "tarfile", "archive", "evaluator", "Validator", "self", "chunk_files", "webbrowser"}
+
+
+def test_text_is_opened_with_an_encoding() -> None:
+    """A locale must not decide what a file means; files that people write are read with `read_text`."""
+    for name, source in SOURCES.items():
+        for owner, function, call in calls(source):
+            words = {word.arg for word in call.keywords}
+            is_text = {
+                "open": owner not in OTHER_OPEN and "b" not in mode_of(owner, call),
+                "read_text": owner != "" and not call.args,
+                "write_text": owner != "" and len(call.args) < 2,
+                "NamedTemporaryFile": True,
+                "fdopen": True,
+                "run": owner == "subprocess" and "text" in words,
+                "Popen": owner == "subprocess" and "text" in words,
+            }.get(function, False)
+            assert not is_text or "encoding" in words, (name, call.lineno)
+
+
+# What opens a file to write to it without `atomic_file`, `atomic_folder` or `ChunkFiles.writing`.
+GROWING = {
+    ("data/codes/conversion.py", "growing"): "in the folder of chunks; published when it is complete",
+    ("data/codes/token_writer.py", "path"): "in an atomic folder",
+    ("scripts/benchmarks/data.py", "jsonl"): "in a temporary folder",
+    ("scripts/gpu_check.py", "log"): "output of a process",
+    ("utils/console.py", ""): "/dev/null",
+    ("utils/files/lock.py", "lock_path"): "a lock",
+    ("utils/run/metrics_file.py", "self.path"): "grows for the whole run",
+    ("utils/run/status.py", "path"): "on a full disk",
+    ("utils/studies/runner.py", "log_path"): "output of processes, all attempts",
+}
+# Renames and deletions of whole folders, in one step each.
+RENAMES = {"utils/run/checkpoint.py": "to delete", "utils/run/resume.py": "to keep as a backup"}
+
+
+def test_all_writes_are_atomic() -> None:
+    """Only `utils/files/atomic.py` flushes, renames and sets permissions, so that it alone knows what mounts lack."""
+    low_level = {"fsync", "fdatasync", "chmod", "fchmod", "link", "rename", "replace", "copy", "copytree", "move"}
+    for name, source in SOURCES.items():
+        if name == "utils/files/atomic.py":
+            continue
+        for owner, function, call in calls(source):
+            where = (name, call.lineno)
+            if function == "open" and owner not in OTHER_OPEN and set(mode_of(owner, call)) & set("wax+"):
+                assert owner in ("partial", "partial_path") or (name, owner) in GROWING, where
+            assert owner not in ("os", "shutil") or function not in low_level, where
+            assert function not in ("chmod", "write_bytes"), where
+            assert function != "write_text" or owner in ("", "partial", "record"), where
+            assert function != "rename" or name in RENAMES, where
+
+
+def test_paths_of_a_command_line_know_the_home_folder() -> None:
+    for name, source in SOURCES.items():
+        for _, function, call in calls(source):
+            types = [ast.unparse(word.value) for word in call.keywords if word.arg == "type"]
+            assert function != "add_argument" or types != ["Path"], (name, call.lineno)
+
+
+def test_bash_scripts_keep_their_line_ends_in_any_checkout() -> None:
+    names = [path for suffix in ("*.sh", "*.sbatch") for path in sorted((ROOT / "scripts_bash").glob(suffix))]
+    assert not [path.name for path in names if b"\r" in path.read_bytes()]
+    patterns = dict(line.split(" ", 1) for line in (ROOT / ".gitattributes").read_text(encoding="utf-8").splitlines())
+    assert patterns == {"*.sh": "text eol=lf", "*.sbatch": "text eol=lf", ".ci/*": "text eol=lf"}

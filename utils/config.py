@@ -6,6 +6,7 @@ python -m utils.config config=configs/rear_b.yaml training.seed=1   the resolved
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 from utils.config_checks import check_agreement, check_combinations, check_ranges, codes_per_image
 from utils.errors import first_line, input_errors_exit
 from utils.files.atomic import write_text
+from utils.files.text import user_path
 from utils.keys import MISSING, ConfigError, Key, did_you_mean, format_keys, is_in, keys_of, select
 from utils.schema import GRID, Config
 
@@ -41,6 +43,11 @@ IGNORED_KEYS = {"log_grad_norm_every", "kv_cache", "finetune_decoder", "pretrain
 IGNORED_VQ_KEYS = {"commitment_cost", "entropy_loss_weight", "entropy_loss_temperature", "entropy_gamma"}
 IGNORED_VQ_KEYS |= {"num_channels", "num_resolutions", "sample_with_conv"}
 IGNORED_KEYS |= {f"model.vq_model.{name}" for name in IGNORED_VQ_KEYS}
+
+MODEL_CONFIG_FILE = "config.json"  # of an exported model or tokenizer, often from someone else: its section model only
+MAX_BYTES, MAX_VALUES = 100_000, 10_000  # of a file; the config of a run has about 3,000 bytes and 200 values
+INTERPOLATION = re.compile(r"\$\{\.*\w+(\.\w+)*\}")  # of a key; not of a resolver such as oc.env, a secret's way out
+MAX_EXPANSION = 1000  # of a text by interpolations of interpolations
 
 OmegaConf.register_resolver("codes_per_image", codes_per_image, replace=True)
 GRID_INTERPOLATION = "${codes_per_image:${model.vq_model.resolution},${model.vq_model.channel_mult}}"
@@ -67,10 +74,15 @@ def load_config_as(config_class: type[C], argv: Sequence[str], reads: dict[str, 
     for key in keys.values():
         if key.source:
             OmegaConf.update(tree, key.name, GRID_INTERPOLATION if key.source == GRID else f"${{{key.source}}}")
-    sources = {}
+    sources, expansion = {}, 1
     for source, name, value in given_values(argv, keys):
         if _is_key(name, value, source, keys):
             sources[name] = f"{source}: "
+            if "${" in INTERPOLATION.sub("", str(value)):
+                raise ConfigError(f"{source}: {name}={value}: expected ${{section.key}} as the only use of ${{")
+            expansion *= max(1, len(INTERPOLATION.findall(str(value))))
+            if expansion > MAX_EXPANSION:
+                raise ConfigError(f"{source}: {name}: found too many uses of ${{...}}, expected fewer")
             is_interpolation = "${" in str(value)
             OmegaConf.update(tree, name, value if is_interpolation else _read(keys[name], value, sources))
     try:
@@ -78,9 +90,11 @@ def load_config_as(config_class: type[C], argv: Sequence[str], reads: dict[str, 
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {first_line(error)}") from error
     for name, key in keys.items():
+        if name not in resolved:
+            raise ConfigError(f"{sources[name]}{name}: found ${{...}} of a section, expected that of a key")
         section, _, leaf = name.rpartition(".")
         value = _read(key, resolved[name], sources) if name in sources else resolved[name]
-        setattr(attrgetter(section)(config), leaf, value)
+        setattr(attrgetter(section)(config), leaf, os.path.expanduser(value) if isinstance(value, str) else value)
     missing = [name for name in keys if attrgetter(name)(config) == MISSING]
     if missing:
         raise ConfigError(f"{missing[0]}: missing value; give it in the YAML file or as {missing[0]}=...")
@@ -143,15 +157,15 @@ def given_values(argv: Sequence[str], keys: dict[str, Key]) -> Iterator[tuple[st
     if len(paths) > 1:
         raise ConfigError(f"command line: config= is given {len(paths)} times, expected once")
     for path in paths:
-        yield from ((path, name, value) for name, value in read_yaml(Path(path).expanduser()).items())
+        yield from ((path, name, value) for name, value in read_yaml(user_path(path)).items())
     for name, _, text in pairs:
         if name in keys and keys[name].is_text and text != "null":
-            yield "command line", name, os.path.expanduser(text)  # literally
+            yield "command line", name, text  # literally
         elif name != "config":
             try:
-                values = flat({name: yaml.load(text, TextLoader)})
-            except yaml.YAMLError as error:
-                raise ConfigError(f"command line: {name}: {first_line(error)}") from error
+                values = [*flat({name: yaml.load(text, TextLoader)})]
+            except (yaml.YAMLError, RecursionError) as error:
+                raise ConfigError(f"command line: {name}: {_problem(error)}") from error
             yield from (("command line", *item) for item in values)
 
 
@@ -159,7 +173,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The values of a file by dotted key, known or not: None, texts and lists of texts.
 
     Raises:
-        ConfigError: no such file, or not a YAML file of sections.
+        ConfigError: no such file, not a YAML file of sections, too large, or a model's with a section other than model.
     """
     here = path.parent.parent.parent / path.name
     if path.parts[-4:-1] == PUBLISHED_FOLDER and here.is_file() and not path.is_file():
@@ -170,20 +184,44 @@ def read_yaml(path: Path) -> dict[str, Any]:
         found = {file.name: str(file) for folder in folders for file in sorted(folder.glob("*.yaml"))}
         near = difflib.get_close_matches(path.name, found, 1, 0.3)
         raise ConfigError(f"config={path}: no such file{did_you_mean([found[name] for name in near])}")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ConfigError(f"{path}: found {size} bytes, expected a config of at most {MAX_BYTES}")
     try:
-        loaded = yaml.load(path.read_text("utf-8"), TextLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        loaded = yaml.load(path.read_text("utf-8-sig"), TextLoader)
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{path}: expected a mapping of sections, found a {type(loaded).__name__}")
+        values = dict(flat(loaded))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: {getattr(error, 'problem', None) or first_line(error)}") from error
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: expected a mapping of sections, found a {type(loaded).__name__}")
-    return dict(flat(loaded))
+        raise ConfigError(f"{path}{line}: {_problem(error)}") from error
+    other = [name for name in values if path.name == MODEL_CONFIG_FILE and not is_in(name, "model")]
+    if other:
+        raise ConfigError(f"{path}: found {other[0]}, expected only the section model in a model's {path.name}")
+    return values
 
 
 class TextLoader(yaml.SafeLoader):
     """Reads every value as text, except null: what a text means is up to the key. YAML 1.1 takes a bare `no` for a
-    boolean, 010 for 8 and 2026_11_25 for a number."""
+    boolean, 010 for 8 and 2026_11_25 for a number. Refuses too many values: aliases of aliases stand for billions."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self.count = 0  # of the values so far, with those that an alias stands for
+        self.counts: dict[str | None, int] = {}  # by anchor
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event, before = self.peek_event(), self.count
+        node = super().compose_node(parent, index)
+        if isinstance(event, yaml.AliasEvent):
+            self.count += self.counts.get(event.anchor, MAX_VALUES)  # not counted yet: within itself, without end
+        else:
+            self.count += 1
+            self.counts[event.anchor] = self.count - before
+        if self.count > MAX_VALUES:
+            problem = f"found more than {MAX_VALUES} values, with those of aliases"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         names: list[Any] = []
@@ -208,6 +246,12 @@ def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _problem(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "found too many sections within sections"
+    return getattr(error, "problem", None) or first_line(error)
 
 
 def _is_key(name: str, value: Any, source: str, keys: dict[str, Key]) -> bool:

@@ -1,12 +1,12 @@
 """Checks of a config beyond the types of its values: ranges, derived sizes, keys that do not fit together."""
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from typing import Any
 
 from utils.keys import ConfigError, Key, keys_of
+from utils.launch_variables import launch_environment
 from utils.schema import GRID, OWN_NUMBER_OF_CODES, Config, TrainingConfig
 
 
@@ -91,14 +91,35 @@ def check_combinations(config: Config) -> None:
     profiled_steps(config.training)
 
 
+def check_schedules(config: Config) -> None:
+    """For scripts that train: every schedule that is in use begins before it ends, and the learning rate falls. (A
+    schedule that ends after the run is a warning: `utils.schedules.schedule_warnings`.)
+
+    Raises:
+        ConfigError: keys that do not fit together.
+    """
+    generator, training = config.model.generator, config.training
+    bounds = [("lr_scheduler.params.end_lr", "optimizer.params.learning_rate")]
+    if generator.perturb_mode != "none":
+        bounds.append(("model.generator.randomness_anneal_start", "model.generator.randomness_anneal_end"))
+    if generator.order == "annealed":
+        bounds.append(("model.generator.order_anneal_start", "model.generator.order_anneal_end"))
+    if training.stop_steps is not None:
+        bounds.append(("training.stop_steps", "training.max_train_steps"))
+    for name, bound_name in bounds:
+        value, bound = attrgetter(name)(config), attrgetter(bound_name)(config)
+        _require(value <= bound, f"{name}={value}: expected at most {bound_name}={bound}; change either")
+
+
 def check_training(config: Config) -> None:
     """For the script that trains reAR.
 
     Raises:
         ConfigError: a batch that does not divide among the processes of this launch, or keys that do not fit together.
     """
+    check_schedules(config)
     training, experiment = config.training, config.experiment
-    accumulation_steps(training, int(os.environ.get("WORLD_SIZE", 1)))
+    accumulation_steps(training, world_size=launch_environment()[1])
     samples = experiment.eval_samples
     _require(samples != 1, "experiment.eval_samples=1: expected 0 or at least 2")
     _require(
@@ -112,10 +133,6 @@ def check_training(config: Config) -> None:
     _require(
         not training.fsdp or training.compile != "on",
         "training.compile=on: expected auto or off with training.fsdp=true, which does not compile",
-    )
-    _require(
-        training.stop_steps is None or training.stop_steps <= training.max_train_steps,
-        f"training.stop_steps={training.stop_steps}: expected at most max_train_steps={training.max_train_steps}",
     )
 
 

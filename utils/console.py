@@ -1,6 +1,7 @@
-"""Standard output and error that never raise; Markdown tables."""
+"""Standard output and error that never raise; text from files made harmless for a terminal and for Markdown."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,8 +32,19 @@ class Console:
         return getattr(self._stream, name)
 
 
+def printable_text(text: str) -> str:
+    """Escapes control characters such as line ends, and those of a terminal."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def markdown_text(text: str) -> str:
+    """One line that Markdown shows as it is, without links, HTML or cells of a table."""
+    return re.sub(r"[\\<|]|\](?=\()", r"\\\g<0>", printable_text(text))
+
+
 def markdown_table(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
+    escaped = [[markdown_text(cell) for cell in cells] for cells in [head, ["---"] * len(head), *lines]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)
 
 
 @contextmanager
@@ -48,7 +60,7 @@ def unbreakable_console() -> Iterator[None]:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
     stdout, stderr = sys.stdout, sys.stderr
-    with open(os.devnull, "w") as devnull:
+    with open(os.devnull, "w", encoding="utf-8") as devnull:
         sys.stdout = Console(stdout or devnull)
         sys.stderr = Console(stderr or devnull)
         try:

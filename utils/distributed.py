@@ -7,6 +7,7 @@ the number of CPU threads.
 """
 
 import ctypes
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -23,15 +25,16 @@ from torch import Tensor
 from utils.errors import InputError, TrainingError
 from utils.files.lock import only_writer
 from utils.files.provenance import differences
+from utils.launch_variables import PORTS, int_variable, launch_environment
 
 P = ParamSpec("P")
 T = TypeVar("T")
 LAUNCH_TIMEOUT_S = 120  # until all ranks have arrived
 GROUP_TIMEOUT_S = 600  # after which a rank that does not answer in a reduction is considered dead
 NO_LIMIT = timedelta(days=30)
+REREAD_NUMBERS = timedelta(seconds=1)  # see `_meet`
 GROUP_THREADS_S = 0.2  # see `_never_free`
 MAX_REPORTED = 3  # differences between ranks in an error message
-LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FLIGHT_RECORDER = {
     "TORCH_FR_BUFFER_SIZE": "2000",  # reductions
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
@@ -40,15 +43,6 @@ FLIGHT_RECORDER = {
 if torch.__version__ < "2.11":  # newer releases warn of these names
     FLIGHT_RECORDER["TORCH_NCCL_TRACE_BUFFER_SIZE"] = FLIGHT_RECORDER["TORCH_FR_BUFFER_SIZE"]
     FLIGHT_RECORDER["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = FLIGHT_RECORDER["TORCH_FR_DUMP_TEMP_FILE"]
-# Settings of accelerate that have no effect here: default, and the setting to use instead.
-LAUNCHER_SETTINGS = {
-    "ACCELERATE_USE_DEEPSPEED": ("false", "torch's own DDP is used; training.fsdp=true shards"),
-    "ACCELERATE_USE_FSDP": ("false", "training.fsdp=true shards"),
-    "ACCELERATE_USE_MEGATRON_LM": ("false", "torch's own DDP is used; training.fsdp=true shards"),
-    "ACCELERATE_MIXED_PRECISION": ("no", "training.mixed_precision alone counts"),
-    "ACCELERATE_DYNAMO_BACKEND": ("no", "nothing is compiled by it"),
-    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1", "training.gradient_accumulation_steps alone counts"),
-}
 
 
 @dataclass(frozen=True)
@@ -211,50 +205,15 @@ def _never_free(group: object) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
-def launch_environment() -> tuple[int, int, int]:
-    """Rank, number of processes and rank within this machine; 0, 1, 0 without a launcher. Raises InputError for missing
-    or invalid environment variables of a launch."""
-    size = _int_variable("WORLD_SIZE", default=1)
-    local_rank = _int_variable("LOCAL_RANK", default=0)
-    if size == 1:
-        return 0, 1, local_rank
-    missing = [name for name in LAUNCH_VARIABLES if name not in os.environ]
-    if missing:
-        raise InputError(
-            f"WORLD_SIZE={size} in the environment, but no {missing[0]}: start with torchrun or accelerate"
-        )
-    rank = _int_variable("RANK", default=0)
-    if rank >= size:
-        raise InputError(f"RANK={rank} in the environment: expected less than WORLD_SIZE={size}")
-    return rank, size, local_rank
-
-
-def ignored_launcher_settings() -> list[str]:
-    """A line for each setting of the launcher that has no effect here."""
-    lines = [
-        f"{name}={os.environ[name]} in the environment (from accelerate) has no effect: {alternative}"
-        for name, (default, alternative) in LAUNCHER_SETTINGS.items()
-        if os.environ.get(name, default).lower() != default
-    ]
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
-        lines.append(
-            "accelerate was asked for several processes and has started this one alone, as it does without GPUs; "
-            "--multi_gpu makes it start all of them"
-        )
-    return lines
-
-
-def _int_variable(name: str, default: int) -> int:
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise InputError(f"{name}={text!r} in the environment: expected a number")
-    return int(text)
-
-
 def _meet(rank: int, size: int, timeout_s: int) -> dist.Store:
     """The store of this launch, after all ranks have arrived; raises TrainingError without one, or without all ranks in
-    time. Keep a reference: rank 0 may host the store."""
-    host, port = os.environ["MASTER_ADDR"], _int_variable("MASTER_PORT", default=0)
+    time. Keep a reference: rank 0 may host the store.
+
+    torchrun's store outlives its workers, and after a restart it still holds the entries of the last ones. Each process
+    therefore writes a number of its own, and a launch is a set of processes that have all read the same numbers.
+    TORCHELASTIC_RESTART_COUNT does not tell launches apart: it may differ between machines.
+    """
+    host, port = os.environ["MASTER_ADDR"], int_variable("MASTER_PORT", default=0, allowed=PORTS)
     hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does
     deadline = time.monotonic() + timeout_s
     try:
@@ -267,15 +226,21 @@ def _meet(rank: int, size: int, timeout_s: int) -> dist.Store:
             f"launch: rank {rank} could not use {host}:{port} within training.launch_timeout={timeout_s} s, expected "
             f"{'a free MASTER_PORT' if hosts_store else 'rank 0 there'}: {reason}"
         ) from error
-    store = dist.PrefixStore(f"launch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
+    processes = [f"process/{other}" for other in range(size)]
     arrived = [f"arrived/{other}" for other in range(size)]
-    store.set(arrived[rank], "")
-    with suppress(dist.DistStoreError):  # timed out
-        store.wait(arrived, timedelta(seconds=max(0.1, deadline - time.monotonic())))
-    missing = [str(other) for other in range(size) if not store.check([arrived[other]])]
-    if missing:
-        raise TrainingError(
-            f"launch: of {size} processes, rank {', '.join(missing)} did not arrive within "
-            f"training.launch_timeout={timeout_s} s"
-        )
-    return store
+    server.set(processes[rank], uuid4().hex)
+    store = server
+    while time.monotonic() < deadline:
+        with suppress(dist.DistStoreError):  # timed out; a rank that was restarted has another number now
+            server.wait(processes, REREAD_NUMBERS)
+            numbers = b"".join(server.multi_get(processes))
+            store = dist.PrefixStore(f"launch/{hashlib.sha256(numbers).hexdigest()}", server)
+            store.set(arrived[rank], "")
+            store.wait(arrived, REREAD_NUMBERS)
+            return store
+    never_started = [str(other) for other in range(size) if not server.check([processes[other]])]
+    missing = never_started or [str(other) for other in range(size) if not store.check([arrived[other]])]
+    raise TrainingError(
+        f"launch: of {size} processes, rank {', '.join(missing)} did not arrive within "
+        f"training.launch_timeout={timeout_s} s"
+    )

@@ -7,6 +7,7 @@ step: its forward pass
 save.begin, save.model, save.optimizer, save.manifest, save.rename, save.prune: in this order, of a checkpoint
 chunk.begin, chunk.rename: of a chunk file
 join.begin, join.end: of joining all chunks, with the number 0
+record: the record of finished completions, with the number 0
 
 Without a number or rank, the fault happens at the first match, on every rank.
 """

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from utils.config import Config
 from utils.errors import InputError
-from utils.schedules import SCHEDULES
+from utils.schedules import SCHEDULES, ema_decay
 from utils.schema import OptimizerConfig, OptimizerParams, ParamGroupConfig
 
 M = TypeVar("M", bound=nn.Module)
@@ -155,16 +155,24 @@ class MovingAverage(Generic[M]):
     """Exponential moving average of all parameters, starting from their current values. (torch's AveragedModel starts
     from the values after the first update.)
 
+    Args:
+        decay: per update, once warm; see `utils.schedules.ema_decay`.
+
     Attributes:
         module: a copy of the model with the averages, in eval mode.
     """
 
     def __init__(self, model: M, decay: float) -> None:
         self.module = deepcopy(model).eval()
-        self._add = get_ema_multi_avg_fn(decay)
+        self.decay = decay
 
-    def update(self, model: M) -> None:
-        """Add the parameters of the model after an update. Both may be sharded, in the same way."""
+    def update(self, model: M, age: int) -> None:
+        """Add the parameters of the model after an update. Both may be sharded, in the same way.
+
+        Args:
+            age: steps since the average began.
+        """
         if hasattr(self.module, "reshard"):  # FSDP keeps the root's parameters gathered after a forward pass
             self.module.reshard()  # type: ignore[operator]
-        self._add(list(self.module.parameters()), list(model.parameters()), None)
+        add = get_ema_multi_avg_fn(ema_decay(age, self.decay))
+        add(list(self.module.parameters()), list(model.parameters()), None)

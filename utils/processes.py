@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import cast
 
-from utils.errors import InputError, TrainingError
+from utils.errors import InputError, TrainingError, environment_error
 
 
 def num_cpus() -> int:
@@ -22,8 +22,8 @@ def in_processes(
     """Call `work` on every chunk in forked processes, or in this one if `processes` is 1; yields the finished chunks.
 
     Process i of P takes the chunks i, i + P, ..., so they finish nearly in order. If this process is killed or the
-    generator closed, each other process stops after its current chunk. Raises InputError from `work`, and TrainingError
-    if a process dies.
+    generator closed, each other process stops after its current chunk. Raises InputError from `work`, also in place of
+    an OSError, and TrainingError if a process dies.
     """
     if processes == 1 or len(chunks) == 1:
         for chunk in chunks:
@@ -65,7 +65,10 @@ def _run_worker(work: Callable[[range], None], chunks: Sequence[range], sender: 
             return
         try:
             work(chunk)
-        except InputError as error:
-            sender.send(error)
+        except Exception as error:
+            line = environment_error(error)
+            if line is None:
+                raise
+            sender.send(InputError(line))
             return
         sender.send(chunk)

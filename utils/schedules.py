@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step.
+"""Learning-rate schedules and the decay of the EMA as pure functions of the step.
 
 A new schedule is a function like `cosine`, a line in `SCHEDULES`, and its name among the choices of
 `lr_scheduler.scheduler`.
@@ -24,6 +24,20 @@ def cosine(step: int, *, peak: float, warmup_steps: int, max_steps: int, end_lr:
 
 
 SCHEDULES: dict[str, Schedule] = {"cosine": cosine}
+
+
+def ema_decay(age: int, decay: float) -> float:
+    """Decay of the update of an EMA that began `age` steps before: it rises to `decay`, so that a short run forgets its
+    initialization.
+
+    Source: RAR's and TiTok's trainer (https://github.com/bytedance/1d-tokenizer, modeling/modules/ema_model.py).
+    """
+    return min(decay, (1 + age) / (10 + age))
+
+
+def ema_warm_up(decay: float) -> int:
+    """The age at which `ema_decay` reaches `decay`."""
+    return max(0, math.ceil((10 * decay - 1) / (1 - decay)))
 
 
 def schedule_warnings(config: Config) -> list[str]:

@@ -30,6 +30,9 @@ from utils.keys import (
 
 # Tokenizers whose num_latent_tokens must be given: it does not follow from resolution and channel_mult.
 OWN_NUMBER_OF_CODES = ("titok", "codes_only")
+# Keys of model.generator that choose how to sample, not what to train; graphs, provenance and cards read this list.
+SAMPLING_NAMES = ("guidance_scale", "guidance_scale_pow", "randomize_temperature", "top_k", "top_p")
+SAMPLING_KEYS = tuple(f"model.generator.{name}" for name in SAMPLING_NAMES)
 GRID = "(resolution / 2^(levels - 1))^2"
 
 Temperature = Annotated[float, Meta(ge=1e-6)]
@@ -287,7 +290,7 @@ class TrainingConfig:
     enable_tf32: bool = key(True, "TF32 matrix products on NVIDIA GPUs")
     enable_wandb: Silent[bool] = key(True, "log to wandb too; metrics.jsonl is always written")
     use_ema: bool = key(False, "keep an exponential moving average of the weights and sample from it")
-    ema_decay: FractionBelow1 = key(0.9999, "decay of the EMA per step")
+    ema_decay: FractionBelow1 = key(0.9999, "decay of the EMA per step, to which it rises in 9 / (1 - ema_decay) steps")
     seed: Seed = key(42, "seed of initialization, data order and training noise")
     max_train_steps: NonNegativeInt = key(250_000, "length of the run and its schedules")
     max_grad_norm: PositiveFloat = key(1.0, "clip gradients to this norm; very large: never")

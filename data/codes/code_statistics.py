@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from data.codes.token_store import ROWS_PER_READ, TokenStore
+from data.codes.token_store import TokenStore
+
+ROWS_PER_READ = 65_536
 
 
 @dataclass

@@ -6,8 +6,7 @@ rows are written at their final offset.
 """
 
 import json
-import os
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import accumulate
 from math import isqrt
 from pathlib import Path
@@ -19,9 +18,9 @@ from tqdm import tqdm
 from data.codes.jsonl import BadLines, Sizes, format_lines, formatted_size, read_range
 from data.codes.store_files import StoreMeta, check_codebook_size, open_store, write_meta
 from data.codes.token_writer import new_token_store
-from utils.errors import InputError
+from utils.errors import InputError, errors_name
 from utils.faults import fault_point
-from utils.files.atomic import publish
+from utils.files.atomic import publish, sync
 from utils.files.chunk_files import ChunkFiles
 from utils.files.hashing import hash_of, range_sha256
 from utils.processes import in_processes
@@ -73,7 +72,8 @@ def is_conversion(store_path: Path, jsonl: Path, sizes: Sizes, max_bad_fraction:
         source = {**meta.source, "name": jsonl.name, "mtime_ns": jsonl.stat().st_mtime_ns}
         if source != meta.source:  # the next start need not hash the file
             meta.source = source
-            write_meta(store_path, meta)
+            with suppress(OSError):  # the store is good, but may be on a read-only mount
+                write_meta(store_path, meta)
         return True
     if meta.source is None or meta.tokenizer_sha256 is not None:  # not made from a jsonl
         raise InputError(
@@ -230,11 +230,11 @@ def _write_rows(
 
     def convert(chunk: range) -> None:
         text = format_lines(class_ids[chunk.start : chunk.stop], codes[chunk.start : chunk.stop])
-        with chunk_files.writing(chunk) as marker, growing.open("r+b") as file:
-            file.seek(offsets[chunk])
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with chunk_files.writing(chunk) as marker:
+            with errors_name(growing), growing.open("r+b") as file:
+                file.seek(offsets[chunk])
+                file.write(text)
+            sync(growing)
             marker.touch()
 
     missing = chunk_files.missing()

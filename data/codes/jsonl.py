@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+from codecs import BOM_UTF8
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import GenericAlias
@@ -11,7 +12,7 @@ from typing import Annotated, Any, BinaryIO, NamedTuple
 import msgspec
 import numpy as np
 
-from utils.errors import InputError
+from utils.errors import InputError, errors_name
 
 MAX_LINE_BYTES = 2**24  # far above published lines: a file that is one long line must not fill the memory
 READ_BYTES = 2**18  # at once
@@ -75,14 +76,14 @@ def read_range(path: Path, start: int, stop: int, sizes: Sizes) -> LineRange:
     class_ids: list[int] = []
     reasons: list[tuple[int, str]] = []
     num_lines = num_bad = 0
-    with path.open("rb", buffering=READ_BYTES) as file:
+    with errors_name(path), path.open("rb", buffering=READ_BYTES) as file:
         if start:  # skip the line that contains the byte before the range
             file.seek(start - 1)
             _next_line(file, path)
         position = file.tell()
         while position < stop and (line := _next_line(file, path)):
             try:
-                class_id, tokens = parser.parse(line)
+                class_id, tokens = parser.parse(line.removeprefix(BOM_UTF8) if position == 0 else line)
             except ValueError as error:
                 num_bad += 1
                 if num_bad <= MAX_REPORTED:

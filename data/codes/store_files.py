@@ -7,11 +7,14 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from utils.errors import InputError
 from utils.files.atomic import write_text
 from utils.files.hashing import hash_of
+from utils.files.json_file import read_json
+from utils.files.text import same_letters
 
 TOKENS_FILE, CLASS_IDS_FILE, META_FILE = "tokens.npy", "class_ids.npy", "meta.json"
 MAX_CODEBOOK_SIZE = 2**16  # of uint16
@@ -28,6 +31,7 @@ class StoreMeta:
     grid_size: int | None = None  # edge of the square grid of tokens in raster order; None: not a square grid
     tokenizer_sha256: str | None = None  # of the tokenizer's weights; None: unknown (jsonl)
     source_sha256: str | None = None  # `fingerprint` of the images; None: unknown (jsonl)
+    source_files: str | None = None  # `files_fingerprint` of the images; None: unknown
     settings: dict[str, int | str | bool] | None = None  # of pre-tokenization, by config key
     sha256: dict[str, str] | None = None  # of the rows of tokens.npy and class_ids.npy, without their headers
     num_samples: int = 0  # n
@@ -40,22 +44,30 @@ class StoreMeta:
         return hash_of({"sha256": self.sha256, "shape": shape, "codebook_size": self.codebook_size})
 
 
-def open_store(path: Path) -> tuple[StoreMeta, np.memmap, np.memmap]:
-    """Meta, codes (n, N) uint16 and class ids (n,) int32, memory-mapped; raises InputError without a good store."""
+def open_store(path: Path) -> tuple[StoreMeta, np.memmap, np.ndarray]:
+    """Meta, codes (n, N) uint16, memory-mapped, and class ids (n,) int32; raises InputError without a good store."""
     try:
-        meta = StoreMeta(**json.loads((path / META_FILE).read_text()))
+        values = read_json(path / META_FILE)
+        StoreMeta(**values)  # raises for unknown names
+        meta = msgspec.convert(values, StoreMeta)
         codes = np.load(path / TOKENS_FILE, mmap_mode="r")
-        class_ids = np.load(path / CLASS_IDS_FILE, mmap_mode="r")
-    except (OSError, ValueError, TypeError) as error:
+        class_ids = np.load(path / CLASS_IDS_FILE)
+    except (OSError, ValueError, TypeError, EOFError, RecursionError, msgspec.ValidationError) as error:
         raise InputError(f"{path}: cannot be opened as a token store: {str(error).splitlines()[0]}") from error
-    _check_shape(path / TOKENS_FILE, codes, (meta.num_samples, meta.image_seq_len))
-    _check_shape(path / CLASS_IDS_FILE, class_ids, (meta.num_samples,))
+    if meta.class_names is not None:
+        meta.class_names = list(map(same_letters, meta.class_names))
+    _check_array(path / TOKENS_FILE, codes, (meta.num_samples, meta.image_seq_len), np.dtype(np.uint16))
+    _check_array(path / CLASS_IDS_FILE, class_ids, (meta.num_samples,), np.dtype(np.int32))
     return meta, codes, class_ids
 
 
-def _check_shape(file: Path, array: np.ndarray, expected: tuple[int, ...]) -> None:
-    if array.shape != expected:
-        raise InputError(f"{file}: found shape {array.shape}, expected {expected} as in {META_FILE}")
+def _check_array(file: Path, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """The bytes of a row are read from the file, so dtype and order must be those of the writer."""
+    if array.shape != shape:
+        raise InputError(f"{file}: found shape {array.shape}, expected {shape} as in {META_FILE}")
+    if array.dtype != dtype or not array.flags.c_contiguous:
+        order = "" if array.flags.c_contiguous else " in Fortran order"
+        raise InputError(f"{file}: found {array.dtype.str}{order}, expected {dtype.str} in C order")
 
 
 def check_codebook_size(path: Path, codebook_size: int) -> None:

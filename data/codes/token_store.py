@@ -11,17 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from data.batch_sampler import SampleIndex, as_sample_index
 from data.codes.conversion import is_conversion, jsonl_to_store
 from data.codes.jsonl import Sizes
 from data.codes.store_files import CLASS_IDS_FILE, META_FILE, TOKENS_FILE, open_store
-from utils.errors import InputError
+from utils.errors import InputError, environment_error, errors_name
+from utils.files.hashing import range_sha256
 from utils.files.lock import only_writer
 from utils.processes import num_cpus
-
-ROWS_PER_READ = 65_536
 
 
 class TokenStore(Dataset):
@@ -29,7 +27,7 @@ class TokenStore(Dataset):
 
     Attributes:
         codes: (n, N) uint16, memory-mapped; for sequential reading.
-        class_ids: (n,) int32, memory-mapped.
+        class_ids: (n,) int32.
         meta: sizes, class names and origin.
         workers: default number of processes that read it.
 
@@ -52,20 +50,26 @@ class TokenStore(Dataset):
         """Equal for equal samples in equal order, independent of their origin."""
         return self.meta.fingerprint
 
+    @property
+    def class_names(self) -> list[str] | None:
+        return self.meta.class_names
+
     def class_name(self, class_id: int) -> str:
         """The name, or the number if the store has no names."""
         return self.meta.class_names[class_id] if self.meta.class_names else str(class_id)
 
     def verify(self) -> None:
         """Read everything and compare it with the hashes of meta.json; raises InputError unless they are equal."""
-        for file, rows in ((TOKENS_FILE, self.codes), (CLASS_IDS_FILE, self.class_ids)):
-            digest = hashlib.sha256()
-            for first in tqdm(range(0, len(rows), ROWS_PER_READ), desc=f"verifying {file}", delay=2):
-                digest.update(np.ascontiguousarray(rows[first : first + ROWS_PER_READ]).data)
+        start, stop = self.codes.offset, self.codes.offset + self.codes.nbytes
+        hashes = {
+            TOKENS_FILE: range_sha256(self.path / TOKENS_FILE, start, stop, progress=True),
+            CLASS_IDS_FILE: hashlib.sha256(self.class_ids.data).hexdigest(),
+        }
+        for file, found in hashes.items():
             expected = (self.meta.sha256 or {}).get(file, "none")
-            if digest.hexdigest() != expected:
+            if found != expected:
                 raise InputError(
-                    f"{self.path / file}: found sha256 {digest.hexdigest()[:12]}..., expected {expected[:12]}... as in "
+                    f"{self.path / file}: found sha256 {found[:12]}..., expected {expected[:12]}... as in "
                     f"{META_FILE}; delete the store and rebuild it"
                 )
 
@@ -76,18 +80,24 @@ class TokenStore(Dataset):
     def __getitems__(self, items: Sequence[int | SampleIndex]) -> dict[str, Tensor]:
         """A batch: codes (B, N), class_labels (B,) and index (B,), all int64; DataLoader's collate_fn is `collate`."""
         index = np.array([as_sample_index(item).index for item in items], dtype=np.int64)
-        return {
-            "class_labels": torch.from_numpy(self.class_ids[index].astype(np.int64)),
-            "codes": torch.from_numpy(self._read_rows(index).astype(np.int64)),
-            "index": torch.from_numpy(index),
-        }
+        rows = {"class_labels": self.class_ids[index], "codes": self._read_rows(index)}
+        for name, limit in (("class_labels", self.meta.num_classes), ("codes", self.meta.codebook_size)):
+            if rows[name].min() < 0 or rows[name].max() >= limit:
+                raise InputError(
+                    f"{self.path}: found {name} from {rows[name].min()} to {rows[name].max()} in samples such as "
+                    f"{index[0]}, expected 0 to {limit - 1} as in {META_FILE}"
+                )
+        rows["index"] = index
+        return {name: torch.from_numpy(values.astype(np.int64)) for name, values in rows.items()}
 
     def _read_rows(self, index: np.ndarray) -> np.ndarray:
-        """Rows (B, N) in any order. Not through the memory map, whose pages would count as memory of the process."""
+        """Rows (B, N) in any order. Not through the memory map: its pages would count as memory of the process, which
+        an error of the disk would kill (SIGBUS)."""
         rows = np.empty((len(index), self.codes.shape[1]), dtype=self.codes.dtype)
-        for row, i in zip(rows, (index % len(self)).tolist(), strict=True):
-            if os.preadv(self._tokens.fileno(), [row], self.codes.offset + i * row.nbytes) != row.nbytes:
-                raise InputError(f"{self.path / TOKENS_FILE}: ends before sample {i}; it was cut after opening")
+        with errors_name(self.path / TOKENS_FILE):
+            for row, i in zip(rows, (index % len(self)).tolist(), strict=True):
+                if os.preadv(self._tokens.fileno(), [row], self.codes.offset + i * row.nbytes) != row.nbytes:
+                    raise InputError(f"{self.path / TOKENS_FILE}: ends before sample {i}; it was cut after opening")
         return rows
 
     @staticmethod
@@ -136,10 +146,18 @@ def _open_converted(jsonl: Path, sizes: Sizes, max_bad_fraction: float, key: str
         raise InputError(f"{key}={jsonl}: no such file{hint}")
     if is_conversion(store_path, jsonl, sizes, max_bad_fraction):
         return TokenStore(store_path)
-    with only_writer(store_path):
-        if not is_conversion(store_path, jsonl, sizes, max_bad_fraction):  # another process may have finished it
-            bad_lines = jsonl_to_store(jsonl, store_path, sizes, num_cpus(), max_bad_fraction)
-            if bad_lines.count:
-                reasons = "; ".join(bad_lines.reasons)
-                warnings.warn(f"{jsonl}: left out {bad_lines.count} bad lines: {reasons}", stacklevel=4)
-        return TokenStore(store_path)
+    try:
+        with only_writer(store_path):
+            if not is_conversion(store_path, jsonl, sizes, max_bad_fraction):  # another process may have finished it
+                bad_lines = jsonl_to_store(jsonl, store_path, sizes, num_cpus(), max_bad_fraction)
+                if bad_lines.count:
+                    reasons = "; ".join(bad_lines.reasons)
+                    warnings.warn(f"{jsonl}: left out {bad_lines.count} bad lines: {reasons}", stacklevel=4)
+            return TokenStore(store_path)
+    except OSError as error:
+        raise InputError(
+            f"{jsonl}: cannot be converted to {store_path} ({environment_error(error)}); to convert it elsewhere: "
+            f"python scripts/convert_tokens.py {jsonl} FOLDER/{store_path.name} --codebook-size {sizes.codebook_size} "
+            f"--image-seq-len {sizes.image_seq_len} --num-classes {sizes.num_classes}, then give "
+            f"{key}=FOLDER/{store_path.name}"
+        ) from error

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -20,14 +19,12 @@ from utils.files.atomic import atomic_folder
 def new_token_store(path: Path, meta: StoreMeta) -> Iterator["TokenStoreWriter"]:
     """A writer to append samples to. At the end the store replaces an older one; after an exception it stays."""
     check_codebook_size(path, meta.codebook_size)
-    with atomic_folder(path) as partial:
+    with atomic_folder(path, replace=True) as partial:
         with closing(TokenStoreWriter(partial, meta)) as writer:
             yield writer
         if writer.num_samples == 0:
             raise InputError(f"{path}: found no sample to store, expected at least one")
         write_meta(partial, writer.finished_meta())
-        if path.exists():
-            shutil.rmtree(path)
 
 
 class TokenStoreWriter:

@@ -18,7 +18,7 @@ from PIL import Image
 
 from data.images.shard_writer import ShardSample, write_shard
 from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE
-from utils.files.atomic import atomic_folder
+from utils.files.atomic import atomic_folder, write_text
 from utils.randomness import Stream, permutation, philox
 
 PIXELS_PER_DEGREE = 15
@@ -101,8 +101,8 @@ def build_shards(output_dir: Path) -> None:
     with atomic_folder(output_dir) as partial:
         counts = _write_shards(partial / TRAIN_PATTERN, train, picture)
         counts |= _write_shards(partial / HELDOUT_PATTERN, heldout, picture)
-        (partial / COUNTS_FILE).write_text(json.dumps(counts) + "\n")
-        (partial / CLASS_NAMES_FILE).write_text(json.dumps(list(REGIONS)) + "\n")
+        write_text(partial / COUNTS_FILE, json.dumps(counts) + "\n")
+        write_text(partial / CLASS_NAMES_FILE, json.dumps(list(REGIONS)) + "\n")
 
 
 def _write_shards(pattern: Path, tiles: list[Tile], picture: Image.Image) -> dict[str, int]:

@@ -12,15 +12,18 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.images.shard_writer import HELDOUT_PREFIX, Shard, ShardSample, is_written, write_shard
+from data.images.shard_writer import HELDOUT_PREFIX, Shard, ShardSample, write_shard
 from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE
 from utils.errors import InputError
-from utils.files.atomic import atomic_folder
+from utils.files.atomic import atomic_folder, write_text
+from utils.files.chunk_files import PROVENANCE_FILE
+from utils.files.provenance import is_made, write_record
 from utils.randomness import Stream, permutation, philox
 
 CLASS_NAMES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
@@ -50,12 +53,10 @@ class Split:
     images: np.ndarray
     labels: np.ndarray
 
-    def encoded(self, index: int) -> bytes:
-        """PNG of an image of 32 x 32 pixels, RGB."""
+    def image(self, index: int) -> Image.Image:
+        """An image of 32 x 32 pixels, RGB."""
         padded = np.pad(self.images[index], PADDING)
-        png = io.BytesIO()
-        Image.fromarray(padded.repeat(3).reshape(*padded.shape, 3)).save(png, "PNG")
-        return png.getvalue()
+        return Image.fromarray(padded.repeat(3).reshape(*padded.shape, 3))
 
 
 def find_source(given: Path | None) -> Path:
@@ -98,20 +99,28 @@ def _read(source: Path, name: str) -> bytes:
     return content
 
 
+def is_written(output: Path, form: str) -> bool:
+    """Whether `output` is complete; `form`: shards or folder. Raises InputError for another folder of that name."""
+    return is_made(output, _provenance(form), output / PROVENANCE_FILE)
+
+
+def _provenance(form: str) -> dict[str, Any]:
+    return {"form": form, **{f"sha256 of {name}": sha256 for name, sha256 in SHA256.items()}}
+
+
 def write_shards(source: Path, output: Path) -> None:
-    """Write train-*.tar, heldout-*.tar (the test images), their indices, shards.json and classes.json, atomically.
-    Complete output is kept; raises InputError for another folder of that name."""
+    """Write train-*.tar, heldout-*.tar (the test images), their indices, shards.json, classes.json and provenance.json,
+    atomically."""
     splits = {name: read_split(source, name) for name in SPLITS}
     planned = [(name, shard) for name, split in splits.items() for shard in _plan(name, len(split.labels))]
-    if is_written(output, CLASS_NAMES, [shard for _, shard in planned]):
-        return
     with atomic_folder(output) as partial:
         counts = {}
         for name, shard in tqdm(planned, unit="shard"):
             samples = _samples(splits[name], name, shard.indices)
             counts[shard.name] = write_shard(partial / shard.name, samples)
-        (partial / COUNTS_FILE).write_text(json.dumps(counts, indent=1) + "\n")
-        (partial / CLASS_NAMES_FILE).write_text(json.dumps(CLASS_NAMES) + "\n")
+        write_text(partial / COUNTS_FILE, json.dumps(counts, indent=1) + "\n")
+        write_text(partial / CLASS_NAMES_FILE, json.dumps(CLASS_NAMES) + "\n")
+        write_record(output, _provenance("shards"), partial / PROVENANCE_FILE)
 
 
 def _plan(name: str, count: int) -> list[Shard]:
@@ -126,13 +135,13 @@ def _plan(name: str, count: int) -> list[Shard]:
 
 def _samples(split: Split, name: str, indices: np.ndarray) -> Iterator[ShardSample]:
     for index in indices.tolist():
-        yield ShardSample(f"{name}/{index:05d}", int(split.labels[index]), ".png", split.encoded(index))
+        png = io.BytesIO()
+        split.image(index).save(png, "PNG")
+        yield ShardSample(f"{name}/{index:05d}", int(split.labels[index]), ".png", png.getvalue())
 
 
 def write_folder(source: Path, output: Path) -> None:
-    """Write train/<class id>_<class>/<index>.png and heldout/..., atomically. Raises InputError if `output` exists."""
-    if output.exists():
-        raise InputError(f"{output}: exists; delete it or choose another name")
+    """Write train/<class id>_<class>/<index>.png, heldout/... and provenance.json, atomically."""
     splits = {name: read_split(source, name) for name in SPLITS}
     with atomic_folder(output) as partial:
         for name, split in splits.items():
@@ -140,4 +149,5 @@ def write_folder(source: Path, output: Path) -> None:
             for folder in folders:
                 folder.mkdir(parents=True)
             for index, label in enumerate(tqdm(split.labels.tolist(), desc=name, unit="image")):
-                (folders[label] / f"{index:05d}.png").write_bytes(split.encoded(index))
+                split.image(index).save(folders[label] / f"{index:05d}.png")
+        write_record(output, _provenance("folder"), partial / PROVENANCE_FILE)

@@ -7,6 +7,7 @@ applied. For other images see `ImageDecoding.decode`.
 import io
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import PurePath
 from typing import get_args, get_type_hints
 
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 
+from utils.errors import InputError
 from utils.schema import PreprocessingConfig
 
 COLOURS = get_args(get_type_hints(PreprocessingConfig)["background"])  # for transparent pixels
@@ -22,6 +24,7 @@ IMAGE_EXTENSIONS = (
     *("jp2", "avif", "ppm", "pgm", "pbm", "pnm", "tga"),
 )
 TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+MAX_ASPECT_RATIO = 100  # a longer image costs gigabytes when its shorter edge is enlarged to that of the crop
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,13 @@ class ImageDecoding:
     def decode(self, encoded: bytes) -> Image.Image:
         """RGB: the upper 8 bits of 16-bit channels, the first of several frames, transparency over the background.
 
-        Raises any exception of Pillow for damaged bytes, ValueError for pixels without a known range, such as floats.
+        Raises any exception of Pillow for damaged bytes, another format or too many pixels, InputError for pixels
+        without a known range, such as floats, or an aspect ratio above `MAX_ASPECT_RATIO`.
         """
-        image: Image.Image = Image.open(io.BytesIO(encoded))
+        image: Image.Image = Image.open(io.BytesIO(encoded), formats=_formats())
+        if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+            size = f"{image.width} x {image.height} pixels"
+            raise InputError(f"found {size}, expected at most {MAX_ASPECT_RATIO} times as long as wide")
         image.load()
         if self.exif_orientation:
             with suppress(Exception):  # a damaged EXIF block in an image whose pixels are fine
@@ -63,12 +70,20 @@ def has_image_name(name: str) -> bool:
     return PurePath(name).suffix[1:].lower() in IMAGE_EXTENSIONS
 
 
+@cache
+def _formats() -> list[str]:
+    """Pillow's readers for the formats of `IMAGE_EXTENSIONS`; those of some others, such as EPS, start programs."""
+    by_extension = Image.registered_extensions()
+    known = {by_extension.get(f".{extension}") for extension in IMAGE_EXTENSIONS}
+    return [name for name in Image.ID if name in known]  # in the order in which Pillow tries them
+
+
 def _upper_8_bits(image: Image.Image) -> Image.Image:
     """16-bit grey to 8 bits, as Pillow converts 16-bit colours."""
     tags = getattr(image, "tag_v2", {})
     bits, zero_is_black = tags.get(BITSPERSAMPLE, (16,))[0], tags.get(PHOTOMETRIC_INTERPRETATION, 1) == 1
     if image.mode == "F" or bits != 16 or not zero_is_black or (image.mode == "I" and image.format != "PPM"):
-        raise ValueError(f"found {bits}-bit grey of mode {image.mode}, expected 8 or 16 bits, unsigned, 0 for black")
+        raise InputError(f"found {bits}-bit grey of mode {image.mode}, expected 8 or 16 bits, unsigned, 0 for black")
     pixels, transparent = np.asarray(image), image.info.get("transparency")
     grey = Image.fromarray((pixels >> 8).astype(np.uint8))
     if transparent is not None:

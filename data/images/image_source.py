@@ -2,14 +2,22 @@
 
 import errno
 import hashlib
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from data.images.image_io import ImageDecoding
+from utils.console import printable_text
 from utils.errors import InputError
+
+SYSTEM_FOLDERS = (
+    *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "__MACOSX", "lost+found"),
+    *("$RECYCLE.BIN", "System Volume Information"),
+)
 
 
 class ImageSource(ABC):
@@ -32,6 +40,10 @@ class ImageSource(ABC):
     @abstractmethod
     def location(self, index: int) -> str:
         """File, and member if there is one, for error messages."""
+
+    @abstractmethod
+    def files(self) -> Iterator[Path]:
+        """The files that hold the images."""
 
     @abstractmethod
     def _read(self, index: int) -> bytes: ...
@@ -76,6 +88,34 @@ class ImageSource(ABC):
             digest.update(to_bytes(self.key(index)) + b"\0")
         return digest.hexdigest()
 
+    @property
+    def files_fingerprint(self) -> str:
+        """Hash of the sizes and modification times of the files: another one if an image was replaced under its name.
+        Cheap, since no file is read."""
+        digest = hashlib.sha256()
+        for file in self.files():
+            try:
+                status = file.stat()
+            except OSError:  # a broken link, which reading reports
+                digest.update(b"unreadable\n")
+            else:
+                digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+        return digest.hexdigest()
+
+    def has_stated_content(self) -> bool:
+        """Whether the files state their sha256 and are as stated, which reads them all."""
+        return False
+
+    def check_class_ids(self, num_classes: int | None) -> None:
+        """Raise InputError, with file and sample, for a class id that is not below the numbers of classes and names."""
+        largest = int(self.class_ids.argmax())
+        for limit, meaning in ((num_classes, "num_classes"), (len(self.class_names or []) or None, "class names")):
+            if limit is not None and self.class_ids[largest] >= limit:
+                raise InputError(
+                    f"{self.location(largest)}: found class id {self.class_ids[largest]}, "
+                    f"expected less than {limit} ({meaning})"
+                )
+
     def name_classes(self, class_names: Sequence[str], origin: str) -> None:
         """Renumber the classes by their names' ids in `class_names`, which are from `origin`; no effect without names.
 
@@ -96,6 +136,11 @@ class ImageSource(ABC):
         self.class_names = list(class_names)
 
 
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder is hidden, or a folder that a system or a NAS adds, which may hold thumbnails."""
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
 def to_bytes(name: str) -> bytes:
     """A file name as stored on disk."""
     return name.encode("utf-8", "surrogateescape")
@@ -105,7 +150,16 @@ def to_text(name: bytes) -> str:
     return name.decode("utf-8", "surrogateescape")
 
 
+def from_disk(name: str) -> str:
+    """A file name as the text of its bytes in UTF-8, for any encoding of the locale."""
+    return to_text(os.fsencode(name))
+
+
+def on_disk(name: str) -> str:
+    """The file name whose text is `name`; the inverse of `from_disk`."""
+    return os.fsdecode(to_bytes(name))
+
+
 def printable(name: str) -> str:
     """Escapes bytes that are not UTF-8 (\\xNN) and control characters such as line ends."""
-    text = to_bytes(name).decode("utf-8", "backslashreplace")
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return printable_text(to_bytes(name).decode("utf-8", "backslashreplace"))

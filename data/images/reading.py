@@ -1,5 +1,6 @@
 """Images with class ids for a DataLoader, from tar shards or from a folder per class."""
 
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,15 +32,9 @@ def open_images(path: str, num_classes: int | None = None, decoding: ImageDecodi
     Raises:
         InputError: nothing there, something damaged, or a class id out of range; the message names file and sample.
     """
-    source = ImageFolder(Path(path)) if Path(path).is_dir() else TarShards(path)
+    source = ImageFolder(Path(path)) if os.path.isdir(path) else TarShards(path)
     source.decoding = decoding or ImageDecoding()
-    largest = int(source.class_ids.argmax())
-    for limit, meaning in ((num_classes, "num_classes"), (len(source.class_names or []) or None, "class names")):
-        if limit is not None and source.class_ids[largest] >= limit:
-            raise InputError(
-                f"{source.location(largest)}: found class id {source.class_ids[largest]}, "
-                f"expected less than {limit} ({meaning})"
-            )
+    source.check_class_ids(num_classes)
     return source
 
 
@@ -77,6 +72,10 @@ class ImageDataset(Dataset):
     @property
     def fingerprint(self) -> str:
         return self.source.fingerprint
+
+    @property
+    def class_names(self) -> list[str] | None:
+        return self.source.class_names
 
     @property
     def class_ids(self) -> np.ndarray:

@@ -63,7 +63,10 @@ def read_index(shard: Path) -> ShardIndex | None:
             expected = int(columns["shard_bytes"][0])
         if not len(index.keys) == len(index.class_ids) == len(index.offsets) == len(index.sizes) > 0:
             raise ValueError("columns of different lengths, or empty")
-    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        _check_values(index, expected)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: damaged ({error}); delete it or rewrite it: make_shards.py --index") from error
     found = shard.stat().st_size
     if found != expected:
@@ -72,3 +75,14 @@ def read_index(shard: Path) -> ShardIndex | None:
             "make_shards.py --index"
         )
     return index
+
+
+def _check_values(index: ShardIndex, shard_bytes: int) -> None:
+    """Raise ValueError for values that no writer of ours gives: the file may be from someone else."""
+    for name in COLUMNS:
+        column = getattr(index, name)
+        if column.ndim != 1 or column.dtype.kind != ("S" if name == "keys" else "i"):
+            raise ValueError(f"{name} of type {column.dtype} and shape {column.shape}")
+    numbers = (index.class_ids, index.offsets, index.sizes)
+    if min(column.min() for column in numbers) < 0 or (index.sizes > shard_bytes - index.offsets).any():
+        raise ValueError("negative values, or images beyond the end of the shard")

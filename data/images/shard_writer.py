@@ -14,13 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.images.image_folder import ImageFolder
-from data.images.shard_index import ShardIndex, write_index
+from data.images.shard_index import ShardIndex, index_path, write_index
 from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE, read_headers
 from utils.errors import InputError
 from utils.faults import fault_point
 from utils.files.atomic import atomic_file, publish, write_text
-from utils.files.chunk_files import ChunkFiles
+from utils.files.chunk_files import PROVENANCE_FILE, ChunkFiles
 from utils.files.hashing import file_sha256
+from utils.files.json_file import read_json
+from utils.files.provenance import is_made, write_record
 from utils.processes import in_processes
 from utils.randomness import Stream, permutation, philox
 
@@ -67,18 +69,21 @@ def plan_shards(source: ImageFolder, prefix: str, samples_per_shard: int, heldou
     return shards
 
 
-def is_written(output: Path, class_names: list[str], shards: list[Shard]) -> bool:
-    """Whether `output` holds these shards; if so, leftovers of a run killed at its very end are deleted. Raises
-    InputError if it holds something else."""
-    if not output.exists():
+def provenance_of(source: ImageFolder, class_names: list[str], shards: list[Shard]) -> dict[str, Any]:
+    """Everything that the shards depend on, with sizes and times of the images in place of their content."""
+    return {
+        "names of the images": source.fingerprint,
+        "sizes and times of the images": source.files_fingerprint,
+        "class names": class_names,
+        **{shard.name: len(shard.indices) for shard in shards},
+    }
+
+
+def is_written(output: Path, provenance: dict[str, Any]) -> bool:
+    """Whether `output` holds the shards of this provenance, by their sizes; if so, leftovers of a run killed at its
+    very end are deleted. Raises InputError if it holds something else."""
+    if not is_made(output, provenance, output / PROVENANCE_FILE):
         return False
-    try:
-        found = {name: record["samples"] for name, record in json.loads((output / COUNTS_FILE).read_text()).items()}
-        found_names = json.loads((output / CLASS_NAMES_FILE).read_text())
-    except (OSError, ValueError, TypeError):
-        found, found_names = None, None
-    if found != {shard.name: len(shard.indices) for shard in shards} or found_names != class_names:
-        raise InputError(f"{output}: exists with other content; delete it or choose another name")
     shutil.rmtree(chunk_folder(output), ignore_errors=True)
     return True
 
@@ -88,38 +93,52 @@ def chunk_folder(output: Path) -> Path:
 
 
 def write_shards(
-    source: ImageFolder, class_names: list[str], shards: list[Shard], output: Path, processes: int
+    source: ImageFolder, provenance: dict[str, Any], shards: list[Shard], output: Path, processes: int
 ) -> Generator[int, None, None]:
-    """Write the shards, their indices, shards.json and classes.json to the folder `output`, atomically; yields numbers
-    of images. Finished shards are in `<output>.chunks/` meanwhile, from which the next call resumes.
+    """Write the shards, their indices, shards.json, classes.json and provenance.json to the folder `output`,
+    atomically; yields numbers of images. Finished shards are in `<output>.chunks/` meanwhile, from which the next call
+    resumes.
 
     Raises InputError for a file that cannot be read, or shards of another source in that folder.
     """
     chunk_files = ChunkFiles(chunk_folder(output), num_items=len(shards), chunk_size=1, suffix=".json")
-    sizes = {shard.name: len(shard.indices) for shard in shards}
-    chunk_files.open({"images": source.fingerprint, "class names": class_names, **sizes})
+    chunk_files.open(provenance)
     folder = chunk_files.folder / "shards"
     folder.mkdir(exist_ok=True)
+    _delete_records_of_damaged_shards(chunk_files, shards, folder)
     keys = unique_keys(source)
 
     def write(chunk: range) -> None:
         shard = shards[chunk.start]
         with chunk_files.writing(chunk) as record:
-            record.write_text(json.dumps(write_shard(folder / shard.name, _samples(source, shard.indices, keys))))
+            content = json.dumps(write_shard(folder / shard.name, _samples(source, shard.indices, keys)))
+            record.write_text(content, encoding="utf-8")
 
     missing = chunk_files.missing()
-    yield sum(sizes.values()) - sum(len(shards[chunk.start].indices) for chunk in missing)
+    yield len(source) - sum(len(shards[chunk.start].indices) for chunk in missing)
     for chunk in in_processes(write, missing, processes):
         yield len(shards[chunk.start].indices)
     fault_point("join.begin", 0)
-    records = {
-        shards[chunk.start].name: json.loads(chunk_files.path(chunk).read_text()) for chunk in chunk_files.chunks
-    }
+    records = {shards[chunk.start].name: read_json(chunk_files.path(chunk)) for chunk in chunk_files.chunks}
     write_text(folder / COUNTS_FILE, json.dumps(records, indent=1) + "\n")
-    write_text(folder / CLASS_NAMES_FILE, json.dumps(class_names) + "\n")
+    write_text(folder / CLASS_NAMES_FILE, json.dumps(provenance["class names"]) + "\n")
+    files = [path for path in sorted(folder.iterdir()) if path.name != PROVENANCE_FILE]
+    sizes = {path.name: {"bytes": path.stat().st_size} for path in files}  # hashing would take long
+    write_record(output, provenance, folder / PROVENANCE_FILE, figures={"files": sizes})
     fault_point("join.end", 0)
     publish(folder, output)
     chunk_files.remove()
+
+
+def _delete_records_of_damaged_shards(chunk_files: ChunkFiles, shards: list[Shard], folder: Path) -> None:
+    """A shard that lacks its index, or has not the recorded size, is written again."""
+    for chunk in chunk_files.chunks:
+        record, shard = chunk_files.path(chunk), folder / shards[chunk.start].name
+        if not record.exists():
+            continue
+        size = shard.stat().st_size if shard.is_file() else None
+        if size != read_json(record)["bytes"] or not index_path(shard).is_file():
+            record.unlink()
 
 
 def unique_keys(source: ImageFolder) -> list[str]:
@@ -149,7 +168,7 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> dict[str, Any]:
     rows = []
     with (
         atomic_file(path) as partial,
-        tarfile.open(partial, mode="w", format=tarfile.PAX_FORMAT) as tar,
+        tarfile.open(partial, mode="w", format=tarfile.PAX_FORMAT, encoding="utf-8") as tar,
     ):
         for key, class_id, extension, encoded in samples:
             for suffix, content in ((".cls", str(class_id).encode()), (extension, encoded)):

@@ -6,7 +6,10 @@ shard, else all tar headers are read.
 
 import fnmatch
 import glob
+import os
 import tarfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +18,22 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from data.images.image_io import IMAGE_EXTENSIONS
-from data.images.image_source import ImageSource, printable, to_text
+from data.images.image_source import ImageSource, is_ignored, printable, to_text
 from data.images.notices import SkippedFiles
 from data.images.shard_index import ShardIndex, index_path, read_index
-from utils.errors import InputError
-from utils.files.hashing import hash_of
+from utils.errors import InputError, errors_name
+from utils.files.hashing import file_sha256, hash_of
 from utils.files.json_file import read_json
+from utils.files.text import same_letters
 
 CLASS_NAMES_FILE = "classes.json"
 COUNTS_FILE = "shards.json"
+READ_BYTES = 2**20  # at once
 
 
 class TarShards(ImageSource):
-    """The samples of shards in their order. Raises InputError for missing or damaged shards and incomplete samples."""
+    """The samples of shards in their order. Raises InputError for missing or damaged shards, incomplete samples and two
+    samples of one key."""
 
     def __init__(self, pattern: str) -> None:
         self.shards = find_shards(pattern)
@@ -40,6 +46,18 @@ class TarShards(ImageSource):
         self._sizes = np.concatenate([index.sizes for index in indices.values()])
         self.class_ids = np.concatenate([index.class_ids for index in indices.values()])
         self.class_names = read_class_names(self.shards)
+        self._check_keys()
+
+    def _check_keys(self) -> None:
+        """Raise InputError for two samples of one key, as in a shard and its copy."""
+        order = np.argsort(self._keys, kind="stable")
+        repeated = np.flatnonzero(self._keys[order[1:]] == self._keys[order[:-1]])
+        if len(repeated):
+            first, second = order[repeated[0] : repeated[0] + 2].tolist()
+            raise InputError(
+                f"{self.location(second)}: found {len(repeated)} keys that other samples have too, such as "
+                f"{self.location(first)}; expected each key once: remove the copy or rename its samples"
+            )
 
     @property
     def fingerprint(self) -> str:
@@ -52,6 +70,12 @@ class TarShards(ImageSource):
 
     def location(self, index: int) -> str:
         return f"{self.shards[self._shard_of[index]]}, sample {printable(self.key(index))!r}"
+
+    def files(self) -> Iterator[Path]:
+        return iter(self.shards)
+
+    def has_stated_content(self) -> bool:
+        return [file_sha256(shard, progress=True) for shard in self.shards] == self._sha256
 
     def _read(self, index: int) -> bytes:
         # Opened for every image: processes share nothing, and thousands of shards need no open files.
@@ -68,25 +92,37 @@ class TarShards(ImageSource):
 
 def find_shards(pattern: str) -> list[Path]:
     """Files of a path, of "a-{000..252}.tar" or of a glob; raises InputError for a name without a file."""
+    folder, names = expand_braces(pattern)
     shards: list[Path] = []
-    for name in expand_braces(pattern):
-        found = [Path(path) for path in sorted(glob.glob(name)) if Path(path).is_file()]
+    for name in names:
+        found = [folder / path for path in sorted(glob.glob(name, root_dir=folder)) if (folder / path).is_file()]
         if not found:
-            nearest = next(parent for parent in Path(name).absolute().parents if parent.is_dir())
+            nearest = next(parent for parent in (folder / name).absolute().parents if parent.is_dir())
             tars = len(list(nearest.glob("*.tar")))
-            raise InputError(f"{name}: no such shard; the nearest folder is {nearest}, with {tars} .tar files")
+            raise InputError(f"{folder / name}: no such shard; the nearest folder is {nearest}, with {tars} .tar files")
         shards += found
+    repeated = next((shard for shard, count in Counter(shards).items() if count > 1), None)
+    if repeated is not None:
+        raise InputError(f"{pattern}: found {repeated} twice, expected each shard once")
     return shards
 
 
 def has_shards(pattern: str) -> bool:
-    return any(glob.glob(name) for name in expand_braces(pattern))
+    folder, names = expand_braces(pattern)
+    return any(glob.glob(name, root_dir=folder) for name in names)
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """The names of a pattern: three for "a-{00..02}.tar"."""
+def expand_braces(pattern: str) -> tuple[Path, list[str]]:
+    """The folder of a pattern, and the names in it: three for "a-{00..02}.tar", one for an existing file.
+
+    The longest part of the pattern that exists is the folder, so a folder `a[1]` is found by its name.
+    """
+    path = Path(pattern)
+    if os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
+        return path.parent, [glob.escape(path.name)]
+    folder = next(parent for parent in (path, *path.parents) if os.path.isdir(parent))
     try:
-        return list(braceexpand(pattern))
+        return folder, list(braceexpand(str(path.relative_to(folder))))
     except ValueError as error:
         raise InputError(f"{pattern}: expected balanced braces, as in train-{{000..252}}.tar") from error
 
@@ -98,7 +134,7 @@ def check_counts(pattern: str, found: dict[Path, ShardIndex]) -> list[str]:
     It maps a shard's name to its number of samples or to `{"samples": 1000, "bytes": 12345, "sha256": "..."}`. Returns
     sha256 of all shards in order; empty if any is not stated.
     """
-    names = [Path(name).name for name in expand_braces(pattern)]
+    names = [Path(name).name for name in expand_braces(pattern)[1]]
     hashes: dict[Path, str] = {}
     for folder in sorted({shard.parent for shard in found}):
         path = folder / COUNTS_FILE
@@ -143,11 +179,11 @@ def read_headers(shard: Path) -> ShardIndex:
     skipped = SkippedFiles()
     end = 0
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with errors_name(shard), tarfile.open(shard, "r:", encoding="utf-8") as tar:
             for member in tar:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 key, extension = _key_and_extension(member.name)
-                if member.isdir() or _is_hidden(member.name):
+                if member.isdir() or _is_ignored(member.name):
                     continue
                 if not member.isreg():
                     skipped.add(member.name, "a link")
@@ -156,6 +192,8 @@ def read_headers(shard: Path) -> ShardIndex:
                         raise InputError(f"{shard}, sample {printable(key)!r}: found two images, expected one")
                     images[key] = member
                 elif extension == "cls":
+                    if key in class_ids:
+                        raise InputError(f"{shard}, sample {printable(key)!r}: found two class ids, expected one")
                     class_ids[key] = _read_class_id(shard, tar, member)
                 else:
                     skipped.add(member.name, "no image extension after the first dot")
@@ -189,16 +227,23 @@ def _key_and_extension(name: str) -> tuple[str, str]:
     return f"{folder}/{stem}" if folder else stem, extension.lower()
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+def _is_ignored(name: str) -> bool:
+    return any(is_ignored(part) for part in name.split("/") if part not in (".", ".."))
 
 
 def _check_end(shard: Path, end: int, num_images: int) -> None:
-    """Raise InputError without an end mark: a tar cut between two members reads like a shorter one."""
+    """Raise InputError without an end mark, since a tar cut between two members reads like a shorter one, or for data
+    after it, which no reader would see, as in two tars joined by `cat`."""
     with shard.open("rb") as file:
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise InputError(f"{shard}: cut or damaged at byte {end}, after {num_images} images; expected an end mark")
+        while block := file.read(READ_BYTES):
+            if block.count(0) != len(block):
+                raise InputError(
+                    f"{shard}: found data after the end mark at byte {end}, after {num_images} images, expected zeros; "
+                    "join tars with `tar --concatenate`, not with cat"
+                )
 
 
 def read_class_names(shards: list[Path]) -> list[str] | None:
@@ -215,8 +260,8 @@ def read_class_names(shards: list[Path]) -> list[str] | None:
 
 
 def read_names(path: Path) -> list[str]:
-    """The JSON list of class names in a file."""
+    """The JSON list of class names in a file, in NFC."""
     names = read_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: found {str(names)[:40]}, expected a JSON list of class names")
-    return names
+    return list(map(same_letters, names))

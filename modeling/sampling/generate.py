@@ -24,12 +24,10 @@ from modeling.sampling.cached_decoding import BUCKET, DecodingState, decode_one_
 from modeling.sampling.step_graph import StepGraphs
 from utils.config_checks import check_ranges
 from utils.errors import NonFiniteError
-from utils.schema import GeneratorConfig
+from utils.schema import SAMPLING_NAMES, GeneratorConfig
 
-# Keys of `model.generator` that samples depend on besides the order; those of guidance may change between batches.
-GUIDANCE_KEYS = ("guidance_scale", "guidance_scale_pow")
-FILTER_KEYS = ("randomize_temperature", "top_k", "top_p")
-SAMPLING_KEYS = (*GUIDANCE_KEYS, *FILTER_KEYS)
+# Of `model.generator`; guidance may change between batches.
+CAPTURED_KEYS = [name for name in SAMPLING_NAMES if not name.startswith("guidance_")]
 LOGITS_NOT_FINITE = "the generator's logits are not finite: its weights are damaged or do not belong to this config"
 
 
@@ -154,7 +152,7 @@ class CodeSampler:
         guidance_scale = config.guidance_scale or 1.0  # 0 is 1 in the published code
         self.scales.copy_(torch.tensor(guidance_schedule(guidance_scale, config.guidance_scale_pow, self.steps)))
         self.guided = guidance_scale != 1
-        captured = self.guided, *(getattr(config, key) for key in FILTER_KEYS)
+        captured = self.guided, *(getattr(config, key) for key in CAPTURED_KEYS)
         if captured != self._captured:
             self._free()
         self.config = config

@@ -59,6 +59,7 @@ class TiTokVQ(Tokenizer):
             token_size=self.codebook_dim,
             pixel_codes=PIXEL_CODEBOOK[0] if self.is_legacy else None,
         )
+        self._use_l2_norm = config.use_l2_norm
         quantizer = CosineQuantizer if config.use_l2_norm else VectorQuantizer
         self.quantize = quantizer(config.codebook_size, config.token_size)
         if self.is_legacy:
@@ -94,6 +95,9 @@ class TiTokVQ(Tokenizer):
         except (KeyError, ValueError) as error:
             raise InputError(f"weights without {error}: expected those of a TiTok tokenizer") from error
         return config
+
+    def unusual_settings(self) -> dict[str, Any]:
+        return {} if self._use_l2_norm == self.is_legacy else {"use_l2_norm": self._use_l2_norm}
 
     @property
     def code_shape(self) -> tuple[int, ...]:

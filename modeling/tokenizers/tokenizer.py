@@ -18,6 +18,7 @@ from modeling.input_validation import check_images, checked_codes
 from modeling.pretrained_model import PretrainedModel
 from modeling.tokenizers.vector_quantizer import QuantizerOutput
 from utils.errors import InputError, NonFiniteError
+from utils.files.hashing import hash_of
 from utils.files.weights import load_state_dict, load_strict, weights_sha256
 from utils.schema import Config, ConvTokenizerConfig, TokenizerConfig, VQModelConfig
 
@@ -170,9 +171,15 @@ class Tokenizer(PretrainedModel, ABC):
             "decode images with the tokenizer of the codes, outside this program"
         )
 
+    def unusual_settings(self) -> dict[str, Any]:
+        """Settings that decide codes or images, do not follow from the weights, and are other than those of published
+        models."""
+        return {}
+
     def sha256(self) -> str:
-        """Hash of names, shapes and values of the weights."""
-        return weights_sha256(self)
+        """Hash of names, shapes and values of the weights and, if there are any, of the unusual settings."""
+        weights, settings = weights_sha256(self), self.unusual_settings()
+        return hash_of({"weights": weights, **settings}) if settings else weights
 
 
 class PlainDecoder(nn.Module):

@@ -22,7 +22,9 @@ from data.batch_sampler import GlobalBatchSampler
 from data.codes.conversion import jsonl_to_store
 from data.codes.jsonl import Sizes, format_lines
 from data.codes.token_store import TokenStore
+from utils.arguments import positive
 from utils.errors import InputError
+from utils.files.text import user_path
 
 CODEBOOK_SIZE, NUM_CLASSES = 1024, 1000
 DISTINCT_LINES = 20_000  # of a generated file; further lines repeat them in a different order
@@ -34,12 +36,12 @@ Figures = dict[str, float]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--lines", type=int, nargs="+", default=[100_000, 1_000_000], help="of the generated files")
-    parser.add_argument("--tokens", type=int, default=256, help="codes per line")
-    parser.add_argument("--batch", type=int, default=256, help="items per batch")
-    parser.add_argument("--batches", type=int, default=50, help="batches that are timed")
-    parser.add_argument("--ranks", type=int, default=4, help="training processes at a time, on the store")
-    parser.add_argument("--folder", type=Path, help="for the files, 2.4 times the largest jsonl; default: temporary")
+    parser.add_argument("--lines", type=positive, nargs="+", default=[100_000, 1_000_000], help="of generated files")
+    parser.add_argument("--tokens", type=positive, default=256, help="codes per line")
+    parser.add_argument("--batch", type=positive, default=256, help="items per batch")
+    parser.add_argument("--batches", type=positive, default=50, help="batches that are timed")
+    parser.add_argument("--ranks", type=positive, default=4, help="training processes at a time, on the store")
+    parser.add_argument("--folder", type=user_path, help="for files of 2.4 times the largest jsonl; default: temporary")
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -160,5 +162,5 @@ def free_memory() -> int:
 
 def kilobytes(file: str, prefix: str) -> int:
     """Sum of the fields of a file in /proc whose names start with `prefix`."""
-    lines = Path("/proc", file).read_text().splitlines()
+    lines = Path("/proc", file).read_text(encoding="utf-8").splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(prefix))

@@ -26,6 +26,7 @@ from scripts.benchmarks.baselines import BASELINES, generate_published
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
 from scripts.benchmarks.rounding_ties import FLOAT32_GAP, largest_gap
 from scripts.sample_imagenet_rear import sample_chunks
+from utils.arguments import natural, positive
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.npz import write_npz
@@ -36,15 +37,15 @@ COMPARED_IMAGES = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--width", type=int, default=768, help="hidden size (reAR-S and -B: 768, -L: 1024)")
-    parser.add_argument("--layers", type=int, default=24, help="blocks (reAR-S: 20, -B and -L: 24)")
-    parser.add_argument("--heads", type=int, help="attention heads; default 16, below a width of 256 4")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256], help="codes per image, one or more values")
-    parser.add_argument("--batch", type=int, nargs="+", default=[50], help="images per batch, one or more values")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each method")
+    parser.add_argument("--width", type=positive, default=768, help="hidden size (reAR-S and -B: 768, -L: 1024)")
+    parser.add_argument("--layers", type=positive, default=24, help="blocks (reAR-S: 20, -B and -L: 24)")
+    parser.add_argument("--heads", type=positive, help="attention heads; default 16, below a width of 256 4")
+    parser.add_argument("--tokens", type=positive, nargs="+", default=[256], help="codes per image, one or more values")
+    parser.add_argument("--batch", type=positive, nargs="+", default=[50], help="images per batch, one or more values")
+    parser.add_argument("--repeats", type=positive, default=5, help="measurements of each method")
     parser.add_argument("--baseline-seconds", type=float, default=60, help="limit for each baseline at each setting")
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="as in sampling.compile")
-    parser.add_argument("--end-to-end", type=int, default=0, metavar="IMAGES", help="also sample this many into an npz")
+    parser.add_argument("--end-to-end", type=natural, default=0, metavar="IMAGES", help="also sample these into an npz")
 
 
 @matmul_precision(tf32=True)

@@ -24,6 +24,7 @@ from modeling.tokenizers.tokenizer import Tokenizer
 from modeling.training_step import compile_blocks, training_step
 from scripts.benchmarks.baselines import published_block, published_loss
 from scripts.benchmarks.measure import ceilings, describe, device, interleaved, peak_memory_mb, seconds
+from utils.arguments import positive
 from utils.config import Config, load_config
 from utils.errors import InputError
 from utils.optim import build_optimizers, set_learning_rate
@@ -38,16 +39,16 @@ Loss = Callable[[ReAR, Tokenizer, dict[str, Tensor], float, Config], Tensor]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--width", type=int, default=768, help="hidden size (reAR-S and -B: 768, -L: 1024)")
-    parser.add_argument("--layers", type=int, default=24, help="blocks (reAR-S: 20, -B and -L: 24)")
-    parser.add_argument("--heads", type=int, default=16, help="attention heads")
-    parser.add_argument("--tokens", type=int, default=256, help="codes per image; a square")
-    parser.add_argument("--batch", type=int, default=64, help="images per step")
-    parser.add_argument("--classes", type=int, default=1000, help="classes of the images, all equally likely")
+    parser.add_argument("--width", type=positive, default=768, help="hidden size (reAR-S and -B: 768, -L: 1024)")
+    parser.add_argument("--layers", type=positive, default=24, help="blocks (reAR-S: 20, -B and -L: 24)")
+    parser.add_argument("--heads", type=positive, default=16, help="attention heads")
+    parser.add_argument("--tokens", type=positive, default=256, help="codes per image; a square")
+    parser.add_argument("--batch", type=positive, default=64, help="images per step")
+    parser.add_argument("--classes", type=positive, default=1000, help="classes of the images, all equally likely")
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto", help="ours, as in training.compile")
     parser.add_argument("--precision", choices=["bf16", "no"], help="of ours; default: bf16 on a GPU, no on a CPU")
-    parser.add_argument("--steps", type=int, default=2, help="steps of each measurement")
-    parser.add_argument("--repeats", type=int, default=5, help="measurements of each method")
+    parser.add_argument("--steps", type=positive, default=2, help="steps of each measurement")
+    parser.add_argument("--repeats", type=positive, default=5, help="measurements of each method")
     parser.add_argument("--eager-baseline", action="store_true", help="the published block without its torch.compile")
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing of ours")
 

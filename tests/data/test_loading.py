@@ -89,6 +89,8 @@ def test_without_a_number_the_data_set_gives_it() -> None:
     [
         (InputError("x.png: broken"), r"^x\.png: broken$"),
         (OSError(errno.EMFILE, "Too many open files"), r"ulimit -n .* dataset\.params\.num_workers_per_gpu"),
+        (RuntimeError("can't start new thread"), "ulimit -u"),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "ulimit -u"),
         (RuntimeError("unable to write to file </torch_1>: No space left on device (28)"), "shm-size"),
     ],
 )
@@ -115,6 +117,12 @@ def test_a_dead_worker_is_named(number: int, message: str) -> None:
     batches = Batches(Numbers(3, lambda: os.kill(os.getpid(), number)), ITEMS, 1)
     with pytest.raises(TrainingError, match=f"{message}.*dataset.params.num_workers_per_gpu"):
         list(batches)  # the first batch may have come, or not
+
+
+def test_a_worker_that_ends_by_itself_did_not_lack_memory() -> None:
+    with pytest.raises(TrainingError, match=r"ended with exit code 1; .*ulimit -u") as error:
+        list(Batches(Numbers(3, lambda: os._exit(1)), ITEMS, 1))
+    assert "memory" not in str(error.value)
 
 
 def test_too_few_files_are_noticed_before_workers_start() -> None:

@@ -1,12 +1,25 @@
 """What a training step gets: samples, and random numbers that belong to them and to the step."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from data.batch_sampler import permutation_of_pass
-from data.training_batches import TrainingBatches, drop_class_labels, open_codes
+from data.codes.store_files import StoreMeta
+from data.codes.token_writer import new_token_store
+from data.training_batches import (
+    TrainingBatches,
+    asked_classes,
+    drop_class_labels,
+    open_codes,
+    open_training_data,
+    training_classes,
+)
 from utils.config import load_config
 from utils.distributed import DistributedContext
+from utils.errors import InputError
 from utils.randomness import Stream, sample_uniforms
 from utils.schema import GeneratorConfig
 
@@ -45,6 +58,46 @@ def test_a_sample_has_the_random_numbers_of_its_slot_in_the_global_batch(
         assert torch.equal(torch.cat(found), labels[places])
         for batch in batches_of_step:
             assert torch.equal(batch["class_labels"], batch["class_labels"].unique())
+
+
+@pytest.fixture
+def named(tiny_arguments: list[str], tmp_path: Path) -> list[str]:
+    """A store whose classes are birch and cedar, and a folder of images of the same classes."""
+    store = tmp_path / "codes.tokens"
+    meta = StoreMeta(image_seq_len=16, codebook_size=24, class_names=["birch", "cedar"])
+    with new_token_store(store, meta) as writer:
+        writer.append(np.ones((3, 16), np.int64), np.array([0, 1, 1]))
+    for name in ("birch", "cedar"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+    paths = [
+        f"dataset.params.pretokenization={store}",
+        f"dataset.params.train_shards_path_or_url={tmp_path / 'images'}",
+    ]
+    return [*tiny_arguments, "experiment.output_dir=unused", *paths]
+
+
+def test_class_names_are_those_of_the_codes(named: list[str], tmp_path: Path) -> None:
+    assert training_classes(load_config(named)) == (["birch", "cedar"], str(tmp_path / "codes.tokens"))
+    images = load_config([*named, "dataset.params.pretokenization=null"])
+    assert training_classes(images) == (["birch", "cedar"], str(tmp_path / "images"))
+    (tmp_path / "images/alder").mkdir()
+    assert training_classes(images) == (["alder", "birch", "cedar"], str(tmp_path / "images"))
+    message = r"^dataset\.params\.train_shards_path_or_url=.*images: found other class names than in .*codes\.tokens"
+    with pytest.raises(InputError, match=message):
+        training_classes(load_config(named))
+    with pytest.raises(InputError, match=message):
+        open_training_data(load_config(named), tokenizer_sha256="", verify=False)
+    codes = load_config([*named, "dataset.params.train_shards_path_or_url=null"])
+    assert training_classes(codes) == (["birch", "cedar"], str(tmp_path / "codes.tokens"))
+    assert training_classes(load_config([*named[:2], "dataset.params.pretokenization=null"])) is None
+
+
+def test_names_asked_for_are_those_of_the_weights(named: list[str], tmp_path: Path) -> None:
+    asked = load_config([*named, "sampling.class_labels=[cedar,0]"])
+    assert asked_classes(asked, None) == [1, 0]
+    assert asked_classes(asked, ["fir", "birch", "cedar"]) == [2, 0]
+    with pytest.raises(InputError, match=r"found 'cedar', expected 0 to 4 or the name of a class of the weights"):
+        asked_classes(asked, ["fir", "birch"])
 
 
 def test_drop_class_labels() -> None:

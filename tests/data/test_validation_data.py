@@ -8,9 +8,16 @@ import torch
 from PIL import Image
 
 from data import validation_data
+from data.codes.store_files import StoreMeta
 from data.codes.token_store import TokenStore
+from data.codes.token_writer import new_token_store
 from data.images.reading import ImageDataset
-from data.validation_data import ValidationPixels, open_validation_data, validation_batches
+from data.validation_data import (
+    ValidationPixels,
+    open_validation_data,
+    open_validation_images,
+    validation_batches,
+)
 from evaluation.validator import ValidationTokens
 from modeling.loading import load_tokenizer
 from scripts import pretokenize
@@ -99,6 +106,21 @@ def test_labels_are_those_of_training(tiny_arguments: list[str], images: Path, t
     message = r"dataset\.params\.eval_pretokenization: found other class names in .*heldout\.tokens than in .*train, "
     with pytest.raises(InputError, match=message):
         open_validation_data(load(tiny_arguments, store, training), load_tokenizer(load(tiny_arguments)).sha256())
+
+
+def test_an_id_is_checked_after_it_is_that_of_training(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+    """Not before: the null class has the first id that is too large."""
+    for names, message in ((["cat", "dog"], None), (["cat", "dune", "dog"], r"dog/0\.png: found class id 2, expected")):
+        store = tmp_path / f"{len(names)}.tokens"
+        with new_token_store(store, StoreMeta(image_seq_len=16, codebook_size=24, class_names=names)) as writer:
+            writer.append(np.ones((1, 16), np.int64), np.zeros(1, np.int64))
+        config = load(tiny_arguments, of_images(images), f"dataset.params.pretokenization={store}")
+        if message is None:
+            assert open_validation_images(config, 2).class_ids.tolist() == [0] * 5 + [1] * 5
+            assert open_validation_images(config, 3, ["dog", "x", "cat"]).class_ids.tolist() == [2] * 5 + [0] * 5
+        else:
+            with pytest.raises(InputError, match=message):
+                open_validation_images(config, 2)
 
 
 def test_what_does_not_fit_is_named(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:

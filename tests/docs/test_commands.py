@@ -10,6 +10,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -136,13 +137,16 @@ def check_arguments(script: str, arguments: list[str], monkeypatch: pytest.Monke
 
 def parse(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the script parse these arguments, and no more."""
-    original = argparse.ArgumentParser.parse_args
 
-    def parse_and_end(self: argparse.ArgumentParser, *given: object, **more: object) -> None:
-        original(self, *given, **more)
-        raise ParsedError
+    def ending(original: Callable[..., object]) -> Callable[..., None]:
+        def parse_and_end(*given: object, **more: object) -> None:
+            original(*given, **more)
+            raise ParsedError
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
+        return parse_and_end
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, ending(getattr(argparse.ArgumentParser, name)))
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
     with pytest.raises(ParsedError):

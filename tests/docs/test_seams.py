@@ -155,7 +155,8 @@ def touched(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, s
     root = tmp_path_factory.mktemp("copy")
     for folder in SOURCES:
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
-    shutil.copy(ROOT / "pyproject.toml", root)
+    for name in ("pyproject.toml", ".gitattributes"):
+        shutil.copy(ROOT / name, root)
     shutil.copytree(ROOT / "configs", root / "configs")
     by_kind = {}
     for kind, section in SECTIONS.items():

@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -41,16 +42,20 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.stem: path for path in folder.glob("*.npz")}
 
 
-def stub_metrics(
+def stub_report(
     files: dict[str, Path], ctx: DistributedContext, samples: str = "samples", batch_size: int = 16
-) -> dict[str, float]:
-    """The five numbers with the cheap back end and splits of 50 images."""
+) -> dict[str, Any]:
+    """With the cheap back end and splits of 50 images."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluator, "load_extractor", lambda *_: StubExtractor())
         patch.setattr(metrics, "SPLIT_SIZE", 50)
         compare = Evaluator(files["reference"], ctx, distance="fp32", batch_size=batch_size)
-        report = compare(compare.open(files[samples]))
-    return report["metrics"]
+        return compare(compare.open(files[samples]))
+
+
+def stub_metrics(*arguments: Any, **options: Any) -> dict[str, float]:
+    """The five numbers of `stub_report`."""
+    return stub_report(*arguments, **options)["metrics"]
 
 
 def test_batch_size_does_not_matter(files: dict[str, Path], alone: DistributedContext) -> None:
@@ -68,6 +73,36 @@ def test_order_of_the_samples_matters_for_the_inception_score_only(
     score, shuffled_score = metrics.pop("inception_score"), shuffled.pop("inception_score")
     assert abs(score - shuffled_score) > 1e-3
     assert shuffled == pytest.approx(metrics, rel=1e-9)
+
+
+def test_classes_of_a_split_are_counted_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "SPLIT_SIZE", 50)
+    assert metrics.classes_per_split(np.arange(100) % 10) == pytest.approx(10)
+    assert metrics.classes_per_split(np.sort(np.arange(100) % 10)) == pytest.approx(5)
+    assert metrics.classes_per_split(np.array(["x"] * 50 + ["y"] * 25 + ["z"] * 25)) == pytest.approx(2**0.5)
+
+
+LABELS = np.arange(110) % 10
+ORDERS = {
+    "interleaved": (LABELS, False),
+    "random": (np.random.RandomState(2).permutation(LABELS), False),
+    "sorted": (np.sort(LABELS), True),
+    "one half after the other": (np.concatenate([LABELS[:55] % 5, 5 + LABELS[55:] % 5]), True),
+    "one class": (LABELS * 0, False),
+    "labels of other images": (np.sort(LABELS)[1:], False),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_samples_that_are_sorted_by_class_are_reported(
+    files: dict[str, Path], alone: DistributedContext, tmp_path: Path, order: str
+) -> None:
+    labels, is_sorted = ORDERS[order]
+    np.savez(tmp_path / "labelled.npz", arr_0=np.load(files["samples"])["arr_0"], arr_1=labels)
+    labelled = stub_report({**files, "labelled": tmp_path / "labelled.npz"}, alone, "labelled")
+    found = [warning for warning in labelled["warnings"] if "sorted by class" in warning]
+    assert len(found) == int(is_sorted)
+    assert labelled["metrics"] == stub_metrics(files, alone)
 
 
 def worker(files: dict[str, Path], output: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from evaluation import evaluator
 from evaluation.inputs import POOL_DIM, SPATIAL_DIM
 from tests.evaluation.made_up import StubExtractor, blocky_images
+from tests.processes import STANDALONE
 from utils.distributed import DistributedContext
 from utils.files.npz import write_npz
 
@@ -34,7 +35,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def evaluation(script: str, *arguments: str | Path, processes: int = 1) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = ["-m", *STANDALONE, f"--nproc_per_node={processes}"]
     command = [sys.executable, *launcher, str(ROOT / "evaluation" / script), *map(str, arguments)]
     result = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -45,7 +46,8 @@ def adm(
 ) -> dict[str, float]:
     options = ["--inception", weights, "--batch-size", batch_size, "--distance", distance]
     evaluation("evaluator.py", reference, samples, *options, processes=processes)
-    report = json.loads(samples.with_name(f"{samples.stem}.inception.json").read_text())
+    name = "inception" if distance == "tf-fp16" else f"inception-{distance}"
+    report = json.loads(samples.with_name(f"{samples.stem}.{name}.json").read_text())
     assert report["provenance"]["distance"] == distance
     return report["metrics"]
 

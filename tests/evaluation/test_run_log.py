@@ -80,7 +80,7 @@ def test_no_feature_is_computed_if_the_step_is_not_recorded(files: dict[str, Pat
         "no run": f"--log-to {run}: found no metrics.jsonl, expected the folder of a training run",
         "no record": f"{record_file}: missing; --log-to needs the sampler's record, which states the step",
         "no step": f"{record_file}: found no 'step'; sample again from",
-        "other file": f"{record_file}: describes a file of 7 bytes, found {size} in {samples}",
+        "other file": f"{record_file}: describes another file than {samples}: {samples}: found {size} bytes",
         "other run": f"--log-to {run}: the weights of {samples} are from another run, {run.with_name('other')}",
     }[problem]
     if problem == "no run":

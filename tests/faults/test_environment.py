@@ -12,8 +12,9 @@ from scripts import train_rear
 from tests.faults.runs import Run, assert_equal_runs
 from tests.processes import WAIT_S, start_script
 from utils.config import load_config
-from utils.distributed import DistributedContext, ignored_launcher_settings, launch_environment
+from utils.distributed import DistributedContext
 from utils.errors import InputError
+from utils.launch_variables import ignored_launcher_settings
 from utils.run import run_environment
 from utils.run.metrics_file import MetricsFile, read_metrics
 from utils.run.status import EXIT_PREEMPTED, Status, StatusFile, read_status, write_status
@@ -135,24 +136,6 @@ def test_status_is_written_in_place_if_the_disk_is_full(tmp_path: Path, monkeypa
     write_status(tmp_path, Status("failed", 7))
     status = read_status(tmp_path)
     assert (status.status, status.step) == ("failed", 7)
-
-
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment, but no RANK"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment"),
-        (
-            {"WORLD_SIZE": "2", "RANK": "5", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
-            "RANK=5 in the environment: expected less than WORLD_SIZE=2",
-        ),
-    ],
-)
-def test_variables_of_a_launch(variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=message):
-        launch_environment()
 
 
 def test_a_rank_that_outlives_its_launch_leaves_the_status_of_the_next(tmp_path: Path) -> None:

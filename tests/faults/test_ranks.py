@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults import worker
 from tests.faults.runs import Run, assert_equal_runs, children_of, launch_environment
-from tests.processes import WAIT_S
+from tests.processes import STANDALONE, WAIT_S
 from utils.run.status import EXIT_PREEMPTED, read_status
 
 
@@ -48,7 +48,7 @@ def test_every_micro_batch_has_dropout_of_its_own(pair: Run) -> None:
 @pytest.mark.multiprocess
 def test_row_4_sigterm_to_the_launcher(pair: Run, pair_oracle: Run) -> None:
     """With a second SIGTERM to every worker while it saves."""
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", worker.__file__, *pair.arguments]
+    command = ["-m", *STANDALONE, "--nproc_per_node=2", worker.__file__, *pair.arguments]
     command += ["experiment.save_every=1000"]  # the second signal comes in the only save
     environment = launch_environment(TEST_RECORD=str(pair.new_record()), TEST_HOLD="6", TEST_SIGNAL_IN_SAVE="1")
     launcher = subprocess.Popen([sys.executable, *command], env=environment, stderr=subprocess.PIPE, text=True)

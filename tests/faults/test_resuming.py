@@ -276,8 +276,10 @@ def test_global_batch_size_gives_the_accumulation(monkeypatch: pytest.MonkeyPatc
         accumulation_steps(training, 64)
     with pytest.raises(ConfigError, match=r"gradient_accumulation_steps=3: expected 4 for global_batch_size=2048"):
         accumulation_steps(load_config([*arguments, "training.gradient_accumulation_steps=3"]).training, 8)
-    monkeypatch.setenv("WORLD_SIZE", "5")
-    with pytest.raises(ConfigError):
+    launched = {"WORLD_SIZE": 5, "RANK": 0, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(ConfigError, match="expected a multiple of 320"):
         check_training(load_config(arguments))
 
 
@@ -316,7 +318,12 @@ def test_an_ema_may_start_in_the_middle_of_a_run(oracle: Run, tmp_path: Path) ->
     run = copy_of(oracle, tmp_path / "run")
     run.completed("training.max_train_steps=13", "training.use_ema=true")
     assert "checkpoint-12 has no EMA: it starts from the weights of this step" in run.log()
-    assert (run.folder / "checkpoint-13/ema.safetensors").is_file()
+    start, end = (load_file(run.folder / f"checkpoint-{step}/model.safetensors") for step in (12, 13))
+    ema = load_file(run.folder / "checkpoint-13/ema.safetensors")
+    for key in ema:  # its age, not the step of the run, decides its decay
+        torch.testing.assert_close(ema[key], start[key].lerp(end[key], 0.9))
+    run.completed("training.max_train_steps=14", "training.use_ema=true")
+    assert [read_manifest(run.folder / f"checkpoint-{step}").state.ema_start for step in (13, 14)] == [12, 12]
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults import worker
 from tests.faults.runs import NO_DROPOUT, Run, children_of, launch_environment
 from tests.processes import WAIT_S, free_port
 
@@ -82,6 +83,31 @@ def test_losing_an_agent_or_a_node_ends_the_other_and_both_continue(pair: Run, p
     assert pair.status().status == "completed"
     assert f"steps {last} to {last + 3}" in pair.log()
     assert [row[0] for row in pair.curves()] == [*range(1, last + 4)]
+
+
+@pytest.mark.slow
+def test_after_a_killed_worker_restarted_agents_meet_again(pair: Run, tmp_path: Path) -> None:
+    """One agent counts a restart of its own, the other one follows: TORCHELASTIC_RESTART_COUNT differs."""
+    overrides = [*NO_DROPOUT, "training.max_train_steps=60", "experiment.save_every=10"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--max_restarts=2"]
+    command += ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1"]
+    command += ["--monitor_interval=1", worker.__file__, *pair.arguments, *overrides]
+    agents = []
+    try:
+        for rank in range(2):
+            with (tmp_path / f"agent{rank}").open("w") as output:
+                environment = launch_environment(TEST_SLOW="0.2")
+                agents.append(subprocess.Popen(command, env=environment, stdout=output, stderr=output))
+        pair.wait_for_step(15)
+        os.kill(children_of(agents[1].pid)[0], signal.SIGKILL)
+        codes = [agent.wait(2 * WAIT_S) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert codes == [0, 0], "".join((tmp_path / f"agent{rank}").read_text() for rank in range(2))
+    assert pair.status().status == "completed"
+    assert pair.log().count(" processes, steps ") == 2
+    assert [row[0] for row in pair.curves()] == [*range(1, 61)]
 
 
 def test_two_nodes_train_as_one_process_does(pair: Run, plain_oracle: Run) -> None:

@@ -142,5 +142,5 @@ def test_the_host_reads_once(gpu: FakeGpu, model: ReAR, config: Config, monkeypa
             nonfinite = ~torch.isfinite(torch.stack([loss, loss, grad_norm])).all()
             assert flags_of_any_rank(CUDA, nonfinite, [False, False, False]) == [False] * 4
             optimizer.step()
-            ema.update(model)
+            ema.update(model, age=0)
     assert reads == [(4,)]

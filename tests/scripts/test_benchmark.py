@@ -133,3 +133,10 @@ def test_rounding_ties(tiny_model: ReAR, tiny_config: ModelConfig) -> None:
     moved[1, 0], other = low, codes.clone()
     other[1, 0] += 1
     assert gap(other, moved) < 1e-5
+
+
+@pytest.mark.parametrize("arguments", ["sampling --batch -1", "training --steps 0", "data --lines x"])
+def test_numbers_below_one_are_refused(arguments: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(arguments.split())
+    assert "expected a whole number from 1" in capsys.readouterr().err

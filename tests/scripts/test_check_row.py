@@ -4,10 +4,10 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ import torch
 import yaml
 
 from modeling.rear import ReAR
-from scripts import check_row
+from scripts import check_row, sample_imagenet_rear
 from scripts.download import FILES
 from tests.evaluation.made_up import blocky_images
 from tests.processes import ROOT
-from utils.config import flat, load_config, save_config
+from utils.config import load_config
 from utils.errors import InputError
-from utils.files.weights import save_weights
+from utils.files.hashing import file_sha256
+from utils.files.weights import load_state_dict, save_weights
 
 SHIPPED = check_row.read(ROOT / "configs/published_results.yaml").rows
 WriteRows = Callable[..., Path]
@@ -99,16 +100,9 @@ def test_a_wrong_row_fails_and_the_right_one_passes(
     assert done.returncode == 0, done.stderr
     assert "\ntiny: PASS\n" in done.stdout
 
-    row = yaml.safe_load((tmp_path / "rows.yaml").read_text())["rows"]["tiny"]
-    config = tmp_path / "other.yaml"
-    config.write_text(Path(row["config"]).read_text().replace("tokenizer.safetensors", "another.safetensors"))
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(Path(row["checkpoint"]).read_bytes())
     for values, difference in (
         ({"num_images": 37}, "sampling.num_fid_samples=20, not 37"),
         ({"guidance_scale": 3}, "model.generator.guidance_scale=2.0, not 3.0"),
-        ({"config": str(config)}, r"experiment.tokenizer_checkpoint=\S*/tokenizer\.\w+, not \S*/another\.\w+"),
-        ({"checkpoint": str(weights)}, rf"weights={row['checkpoint']}, not {weights}"),
     ):
         rows = write_rows(expected=right, **values)
         with pytest.raises(SystemExit, match="1"):
@@ -184,6 +178,13 @@ def test_a_bad_row_is_an_input_error(
         check(monkeypatch, "tiny", "--rows", write_rows(**values))
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: &a [*a]", b"[" * 5000])
+def test_what_is_no_file_of_rows(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "rows.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=r"rows\.yaml: "):
+        check_row.read(tmp_path / "rows.yaml")
+
+
 def test_an_unknown_row_is_an_input_error(write_rows: WriteRows, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="rear_x, expected one of tiny"):
         check(monkeypatch, "rear_x", "--rows", write_rows())
@@ -207,19 +208,46 @@ def test_each_number_is_judged_by_its_tolerance(tmp_path: Path, monkeypatch: pyt
     assert verdicts("ar_l") == {"all": "PASS", "fid": "PASS", "inception_score": None}
 
 
-def test_scores_of_other_features_get_no_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = copy.copy(SHIPPED["rear_b"])
-    row.checkpoint = str(tmp_path)
-    monkeypatch.chdir(ROOT)
-    (tmp_path / "model.safetensors").touch()
-    config = load_config(["experiment.output_dir=unused", *row.arguments()])
-    save_config(config, tmp_path / "samples.yaml")
-    weights = check_row.find_weights(str(tmp_path)).path.resolve()
-    made_from = dict(flat({"model": asdict(config.model), "sampling": asdict(config.sampling)}))
-    (tmp_path / "samples.json").write_text(json.dumps({"provenance": made_from, "weights": str(weights)}))
-    for sha256, count in (("6726825d" * 8, 0), ("0" * 64, 1)):
-        report = {"provenance": {"weights": {"sha256": sha256}}}
-        assert len(check_row.other_settings(row, config, tmp_path / "samples.npz", report)) == count
+def test_samples_of_another_origin_get_no_verdict(
+    write_rows: WriteRows, content: dict[str, Any], tmp_path: Path
+) -> None:
+    row = check_row.read(write_rows(expected={"fid": [1.0, 0.1]})).rows["tiny"]
+    row.checkpoint = str(shutil.copy(row.checkpoint, tmp_path / "model.safetensors"))
+    arguments = [f"experiment.output_dir={tmp_path / 'samples'}", *row.arguments()]
+    sample_imagenet_rear.main(load_config(arguments))
+    samples = tmp_path / "samples.npz"
+
+    def others(*overrides: str, features: str = "6726825d" * 8) -> list[str]:
+        provenance = {"weights": {"sha256": features}, "samples": {"sha256": file_sha256(samples)}}
+        config = load_config([*arguments, *overrides])
+        return check_row.other_settings(row, config, samples, {"provenance": provenance})
+
+    assert others() == []
+    assert others(features="0" * 64) == ["features of weights with sha256 00000000, not 6726825d"]
+    assert [line.partition("=")[0] for line in others("model.generator.order=random")] == ["model.generator.order"]
+    whole = samples.read_bytes()
+    with np.load(samples) as arrays:
+        np.savez(samples, arr_0=255 - arrays["arr_0"], arr_1=arrays["arr_1"])  # foreign samples of the same sizes
+    [line] = others()
+    assert line.startswith("sha256 of samples.npz=")
+    samples.write_bytes(whole)
+    state = load_state_dict(Path(row.checkpoint))
+    for overrides, key, source in (
+        ((), "generator_checkpoint", Path(row.checkpoint)),
+        ("experiment.tokenizer_checkpoint=", "tokenizer_checkpoint", tmp_path / "tokenizer.safetensors"),
+    ):
+        if key == "tokenizer_checkpoint":
+            save_weights(state, Path(row.checkpoint))
+            state = load_state_dict(Path(load_config(arguments).experiment.tokenizer_checkpoint))
+            overrides = (f"experiment.tokenizer_checkpoint={source}",)
+        name = next(name for name, value in state.items() if value.is_floating_point())
+        save_weights({**state, name: state[name] + 0.1}, source)
+        [line] = others(*overrides)
+        assert line.startswith(f"sha256 of experiment.{key}=")
+    record = json.loads((tmp_path / "samples.json").read_text())
+    del record["files"]  # of an earlier version
+    (tmp_path / "samples.json").write_text(json.dumps(record))
+    assert any(line.startswith("sha256 of samples.npz=None, not ") for line in others())
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -1,6 +1,7 @@
 """Codes and a codebook without images: training and sampling as with the whole tokenizer, and one line elsewhere."""
 
 import json
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import torch
 from data.codes.token_store import TokenStore
 from evaluation.inputs import open_input
 from modeling.loading import load_tokenizer
+from modeling.sampling.image_sampler import PassThroughDecoder
+from modeling.tokenizers.codes_only import CodesOnly
 from scripts import (
     complete_images,
     convert_tokens,
@@ -29,6 +32,8 @@ from tests.processes import ROOT, run_script
 from tests.script_config import script_config
 from utils.config import load_config
 from utils.errors import InputError
+from utils.files.sample_chunks import SampleChunks
+from utils.files.weights import read_record
 from utils.images import to_uint8
 from utils.run.metrics_file import read_metrics
 
@@ -96,12 +101,27 @@ def test_sampled_codes_are_those_of_the_images(
     store.verify()
     assert (store.meta.num_samples, store.meta.codebook_size, store.meta.grid_size) == (37, 24, None)
     assert store.class_ids.tolist() == [i % 5 for i in range(37)]
+    assert store.meta.tokenizer_sha256 == read_record(run / "model.safetensors")["tokenizer_sha256"]
     whole = load_config(sampling_of(tokenizer_arguments, run, tmp_path / "y", "experiment.allow_other_tokenizer=true"))
     sample_imagenet_rear.main(whole)
     decoded = load_tokenizer(whole).decode(torch.from_numpy(store.codes.astype(np.int64)))
     images = np.load(tmp_path / "y.npz")["arr_0"]
     assert abs(to_uint8(decoded, "truncate").astype(int) - images).max() <= 1
     assert sorted(path.name for path in sampled.parent.iterdir()) == ["x.json", "x.tokens", "x.yaml"]
+
+
+def test_ids_of_a_large_codebook_are_stored_whole(tiny_arguments: list[str], tmp_path: Path) -> None:
+    """Of 65,536 codes, the most that a store holds."""
+    config = load_config([*tiny_arguments, f"experiment.output_dir={tmp_path / 'x'}"])
+    tokenizer = CodesOnly(replace(config.model.vq_model, codebook_size=65_536, model_type="codes_only"))
+    codes = torch.tensor([[0, 255, 256, 65_535] * 4, [256, 511, 4096, 40_000] * 4])
+    decoder = PassThroughDecoder(tokenizer.codebook_size)
+    chunk_files = SampleChunks(tmp_path / "chunks", 2, 2)
+    chunk_files.open({})
+    chunk_files.save(range(2), decoder.finish(decoder.start(codes)))
+    labels = np.array([0, 1])
+    sample_imagenet_rear.pack_codes(chunk_files, tmp_path / "x.tokens", tokenizer, config, labels, {}, {})
+    assert TokenStore(tmp_path / "x.tokens").codes.tolist() == codes.tolist()
 
 
 @pytest.mark.multiprocess

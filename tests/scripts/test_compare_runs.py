@@ -98,6 +98,14 @@ def test_epochs_are_those_of_the_step_and_none_is_made_up(runs: list[Path], tmp_
         compare_runs.main([runs[0], make_run(tmp_path / "bare", [early])], None, "epoch", tmp_path / "x.png")
 
 
+def test_no_other_file_is_overwritten(runs: list[Path]) -> None:
+    metrics = runs[0] / "metrics.jsonl"
+    before = metrics.read_bytes()
+    with pytest.raises(InputError, match=r"--output .*metrics\.jsonl: expected a name that ends in \.png"):
+        compare_runs.main(runs, None, "step", metrics)
+    assert metrics.read_bytes() == before
+
+
 def test_runs_of_other_metrics_get_a_panel_for_each(
     tmp_path: Path, drawn: list[Axes], capsys: pytest.CaptureFixture[str]
 ) -> None:

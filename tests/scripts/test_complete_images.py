@@ -1,6 +1,7 @@
 """Completions against the tokenizer and the sampler by hand; what stays, and what is refused."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling.loading import load_tokenizer
+from modeling.loading import load_generator, load_tokenizer
 from modeling.rear import ReAR
 from modeling.sampling.generate import generate
 from modeling.sampling.inpainting import region_mask
 from scripts import complete_images
+from tests.processes import run_script
 from tests.script_config import script_config
+from tests.scripts.test_demo import change_size
 from utils.config import load_config
 from utils.errors import InputError
-from utils.files.weights import save_weights
+from utils.files.weights import load_state_dict, save_weights
 from utils.images import to_float
 from utils.randomness import image_uniforms
 
@@ -62,7 +65,7 @@ def test_files(arguments: list[str], tmp_path: Path, batch_size: int, label: int
     assert arrays["inputs"].shape == (5, 16, 16, 3)
 
     tokenizer = load_tokenizer(config)
-    model = complete_images.load_model(config, tokenizer).eval()
+    model = load_generator(Path(config.experiment.generator_checkpoint), config.model).eval()
     codes = tokenizer.encode(to_float(torch.from_numpy(arrays["inputs"])))
     mask = torch.from_numpy(arrays["kept"]).flatten().expand(5, -1)
     labels = torch.full((5,), model.null_class if label is None else label)
@@ -75,6 +78,9 @@ def test_files(arguments: list[str], tmp_path: Path, batch_size: int, label: int
 
     figures = json.loads((tmp_path / "out/completions.json").read_text())
     assert figures["kept_codes"] == "8 of 16"
+    decoded = (tokenizer.decode(codes) * 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    of_tokenizer = np.square((decoded.astype(float) - arrays["inputs"])[:, 8:] / 255).mean(axis=(1, 2, 3))
+    assert figures["psnr_of_the_tokenizer"] == pytest.approx((-10 * np.log10(of_tokenizer)).mean(), abs=1e-3)
     error = (arrays["images"].astype(float) - arrays["inputs"].repeat(2, axis=0))[:, 8:] / 255
     assert figures["psnr"] == pytest.approx((-10 * np.log10(np.square(error).mean(axis=(1, 2, 3)))).mean(), rel=1e-5)
     assert Image.open(tmp_path / "out/completions.png").size == (4 * 18 - 2, 5 * 18 - 2)
@@ -175,3 +181,52 @@ def test_other_completions_are_not_replaced(
     with pytest.raises(InputError, match=r"completions.npz: .*sampling.seed: found 42, expected 1;"):
         run(arguments, tmp_path / "out", "sampling.seed=1")
     np.testing.assert_array_equal(run(arguments, tmp_path / "out")["images"], before["images"])
+
+
+def test_the_provenance_has_all_that_the_completions_depend_on(arguments: list[str], tmp_path: Path) -> None:
+    run(arguments, tmp_path / "out")
+    for key, other in (
+        ("model.generator.guidance_scale", "3"),
+        ("model.generator.guidance_scale_pow", "1"),
+        ("model.generator.randomize_temperature", "0.7"),
+        ("model.generator.top_k", "3"),
+        ("model.generator.top_p", "0.7"),
+        ("sampling.uint8_rule", "round"),
+        ("completion.num_completions", "1"),
+        ("completion.class_label", "2"),
+    ):
+        with pytest.raises(InputError, match=rf"completions\.npz: exists with another provenance: {key}: found "):
+            run(arguments, tmp_path / "out", f"{key}={other}")
+
+
+def test_a_kill_before_the_record_is_no_obstacle(arguments: list[str], tmp_path: Path) -> None:
+    command = ["scripts/complete_images.py", *arguments, f"experiment.output_dir={tmp_path / 'out'}"]
+    assert run_script(command, tmp_path, REAR_FAULT="record").returncode == -signal.SIGKILL
+    assert (tmp_path / "out/completions.npz").is_file()
+    with pytest.raises(InputError, match=r"completions\.npz: .*sampling\.seed: found 42, expected 1;"):
+        run(arguments, tmp_path / "out", "sampling.seed=1")
+    run(arguments, tmp_path / "out")
+    files = json.loads((tmp_path / "out/completions.json").read_text())["files"]
+    assert sorted(files) == ["completions.npz", "completions.png", "inputs.npz"]
+    (tmp_path / "out/inputs.npz").write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"completions\.npz: exists, but .*inputs\.npz: found 3 bytes, expected "):
+        run(arguments, tmp_path / "out")
+
+
+def test_a_mask_is_that_of_the_order_of_the_training(arguments: list[str], tmp_path: Path) -> None:
+    """Not of a config that was written later: a raster model cannot complete any region."""
+    config = load_config([*arguments[:2], "experiment.output_dir=unused"])
+    state = load_state_dict(Path(str(config.experiment.generator_checkpoint)))
+    record = {"step": 3, "config": {"model.generator.order": "raster"}}
+    save_weights(state, tmp_path / "x.safetensors", record)
+    weights = f"experiment.generator_checkpoint={tmp_path / 'x.safetensors'}"
+    with pytest.raises(InputError, match=r"completion\.keep=left:0\.5: expected top:SHARE, as .*order=raster"):
+        run(arguments, tmp_path / "out", weights, "completion.keep=left:0.5", ANY_ORDER)
+
+
+def test_a_mask_of_too_many_pixels(tmp_path: Path) -> None:
+    path = tmp_path / "mask.png"
+    Image.new("L", (4, 4)).save(path)
+    change_size(path, side=40_000)
+    with pytest.raises(InputError, match=r"mask\.png: found no picture that can be read \(DecompressionBombError\)"):
+        complete_images.read_mask(path, 4, 4)

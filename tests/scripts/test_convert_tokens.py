@@ -50,6 +50,8 @@ def test_wrong_names(jsonl: Path, tmp_path: Path) -> None:
     convert_tokens.main([str(jsonl), str(tmp_path / "a.tokens"), *SIZES])
     with pytest.raises(InputError, match=r"a\.tokens: .*crops_per_image: found 1, expected 5;"):
         convert_tokens.main([str(jsonl), str(tmp_path / "a.tokens"), *SIZES, "--crops-per-image", "5"])
+    with pytest.raises(InputError, match=r"a\.tokens: .*image_seq_len: found 16, expected 8;"):
+        convert_tokens.main([str(jsonl), str(tmp_path / "a.tokens"), *SIZES, "--image-seq-len", "8"])
     convert_tokens.main([str(tmp_path / "a.tokens"), str(jsonl)])  # is that already
     jsonl.write_bytes(jsonl.read_bytes()[: -len(jsonl.read_bytes().splitlines(keepends=True)[-1])])
     with pytest.raises(InputError, match=r"a\.tokens: exists and is not made from .*codes\.jsonl as it is now"):

@@ -151,6 +151,7 @@ def test_weights_that_compute_no_numbers_are_an_input_error(arguments: list[str]
         ("cut.jpg", "no picture that can be read"),
         ("wide.png", "too many pixels"),
         ("bomb.png", "no picture that can be read"),
+        ("strip.png", "found 1 x 250000 pixels, expected at most 100 times"),
         ("large.bmp", f"found {MAX_BYTES + 1} bytes"),
     ],
 )
@@ -161,6 +162,8 @@ def test_bad_uploads(model: DemoModel, tmp_path: Path, name: str, message: str) 
     elif name in ("wide.png", "bomb.png"):
         small.save(path)
         change_size(path, side=8000 if name == "wide.png" else 40_000)
+    elif name == "strip.png":
+        Image.new("1", (1, 250_000)).save(path)
     elif name == "cut.jpg":
         small.save(path)
         path.write_bytes(path.read_bytes()[:-300])
@@ -191,15 +194,17 @@ def test_uploads_are_cropped_like_images_of_a_folder(model: DemoModel, tmp_path:
 
 
 def test_names_of_classes(arguments: list[str], tmp_path: Path) -> None:
-    assert names_of_classes(load_config(arguments)) == ["0", "1", "2", "3", "4"]
+    assert names_of_classes(load_config(arguments), None) == ["0", "1", "2", "3", "4"]
     make_noise_images(tmp_path, 1, 16, 16)
     named = load_config([*arguments, f"dataset.params.train_shards_path_or_url={tmp_path}"])
-    assert names_of_classes(named) == ["0 cat", "1 dog", "2", "3", "4"]
+    assert names_of_classes(named, None) == ["0 cat", "1 dog", "2", "3", "4"]
     (tmp_path / "exported").mkdir()
     (tmp_path / "exported/classes.json").write_text('["a", "b", "c", "d", "e"]')
     exported = load_config([*arguments, f"experiment.generator_checkpoint={tmp_path / 'exported'}"])
-    assert names_of_classes(exported) == ["0 a", "1 b", "2 c", "3 d", "4 e"]
-    imagenet = names_of_classes(load_config(["config=configs/rear_b.yaml", "dataset.params.pretokenization=null"]))
+    assert names_of_classes(exported, None) == ["0 a", "1 b", "2 c", "3 d", "4 e"]
+    assert names_of_classes(exported, ["v", "w"]) == ["0 v", "1 w", "2", "3", "4"]
+    imagenet_config = load_config(["config=configs/rear_b.yaml", "dataset.params.pretokenization=null"])
+    imagenet = names_of_classes(imagenet_config, None)
     assert (len(imagenet), imagenet[207], imagenet[360]) == (1000, "207 golden retriever", "360 otter")
 
 

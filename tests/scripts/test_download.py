@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import ROOT
+from utils.files.lock import only_writer
 
 CONTENT = b"weights" * 1000
 
@@ -75,6 +76,13 @@ def test_a_file_that_differs_gets_no_name(endpoint: str, tmp_path: Path, monkeyp
         "error: ckpt/reAR-S.safetensors.download/reAR-S.safetensors: sha256: found "
     )
     assert not (tmp_path / "ckpt/reAR-S.safetensors").exists()
+
+
+def test_a_file_is_downloaded_by_one_process(endpoint: str, tmp_path: Path) -> None:
+    with only_writer(tmp_path / "ckpt/reAR-S.safetensors"):
+        done = download(tmp_path, endpoint)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ckpt/reAR-S.safetensors: in use by process ")
 
 
 def test_no_hub_is_one_line(tmp_path: Path) -> None:

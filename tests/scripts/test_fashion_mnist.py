@@ -63,6 +63,7 @@ def test_shards(pixels: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.Ca
     files = {
         "classes.json",
         "shards.json",
+        "provenance.json",
         *(f"{name}.tar" for name in names),
         *(f"{name}.index.npz" for name in names),
     }
@@ -76,7 +77,7 @@ def test_shards(pixels: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.Ca
     main(["out/shards"])
     assert Path("out/shards/shards.json").stat().st_mtime_ns == before
     Path("out/other").mkdir()
-    with pytest.raises(InputError, match="out/other: exists with other content"):
+    with pytest.raises(InputError, match=r"out/other: exists, but .* holds no provenance"):
         main(["out/other"])
 
 
@@ -93,8 +94,9 @@ def test_a_folder(pixels: dict[str, np.ndarray], tmp_path: Path, source: str) ->
     assert train.class_names == [f"{number}_{name}" for number, name in enumerate(CLASS_NAMES)]
     check(train, pixels["train"])
     check(ImageFolder(Path("out/heldout")), pixels["t10k"])
-    with pytest.raises(InputError, match="out: exists"):
-        main(["out", "--folder", "--source", source])
+    main(["out", "--folder", "--source", source])
+    with pytest.raises(InputError, match="out: exists with another provenance: form: found folder, expected shards"):
+        main(["out", "--source", source])
 
 
 def test_missing_and_wrong_files(pixels: dict[str, np.ndarray], tmp_path: Path) -> None:

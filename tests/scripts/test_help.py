@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import STANDALONE
 from utils.keys import keys_of
 from utils.schema import Config
 
@@ -65,7 +66,7 @@ def test_help_explains_the_keys_without_torch(script: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("launcher", "name"),
     [
-        (["torch.distributed.run", "--standalone", "--nproc_per_node=2"], "sample_imagenet_rear.py"),
+        ([*STANDALONE, "--nproc_per_node=2"], "sample_imagenet_rear.py"),
         (["accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
          + ["--dynamo_backend=no"], "train_rear.py"),
     ],

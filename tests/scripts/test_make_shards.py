@@ -42,7 +42,7 @@ def test_images_labels_and_names(images: Path, tmp_path: Path, capsys: pytest.Ca
     files = make(images, "out", "--heldout", "0.3")
     assert "out: 13 images and 5 held out, of 3 classes, in 4 shards" in capsys.readouterr().out
     assert sorted(files) == [
-        *("classes.json", "heldout-000000.index.npz", "heldout-000000.tar", "shards.json"),
+        *("classes.json", "heldout-000000.index.npz", "heldout-000000.tar", "provenance.json", "shards.json"),
         *(f"train-{i:06d}.{suffix}" for i in range(3) for suffix in ("index.npz", "tar")),
     ]
     train, validation = (open_images(str(tmp_path / f"out/{split}-*.tar")) for split in ("train", "heldout"))
@@ -89,8 +89,40 @@ def test_kills_and_processes_change_nothing(images: Path, tmp_path: Path) -> Non
     (tmp_path / "killed.chunks").mkdir()  # as after a kill at the very end
     assert make(images, "killed") == expected
     assert not (tmp_path / "killed.chunks").exists()
-    with pytest.raises(InputError, match="killed: exists with other content"):
+    with pytest.raises(InputError, match="killed: exists with another provenance: "):
         make(images, "killed", "--heldout", "0.3")
+
+
+def replace_pixels(path: Path) -> None:
+    """Another image of the same name and size in bytes."""
+    content = bytearray(path.read_bytes())
+    content[-30] ^= 1
+    path.write_bytes(content)
+
+
+def test_images_replaced_under_their_names_are_another_source(images: Path, tmp_path: Path) -> None:
+    make(images, "out")
+    replace_pixels(images / "n03/a.v1.JPEG")
+    with pytest.raises(InputError, match=r"out: exists with another provenance: sizes and times of the images: found"):
+        make(images, "out")
+
+
+def test_a_damaged_shard_is_not_complete(images: Path, tmp_path: Path) -> None:
+    expected = make(images, "out")
+    cut = tmp_path / "out/train-000001.tar"
+    cut.write_bytes(expected[cut.name][:-1024])
+    with pytest.raises(InputError, match=rf"{cut}: found \d+ bytes, expected {len(expected[cut.name])} bytes"):
+        make(images, "out")
+    cut.unlink()
+    with pytest.raises(InputError, match=rf"out: exists, but {cut}: found no file, expected"):
+        make(images, "out")
+    command = ["scripts/make_shards.py", str(images), str(tmp_path / "killed"), "--samples-per-shard", "5"]
+    assert run_script(command, tmp_path, REAR_FAULT="join.begin").returncode == -signal.SIGKILL
+    chunks = tmp_path / "killed.chunks"
+    (chunks / "shards/train-000001.tar").write_bytes(b"cut")
+    (chunks / "shards/train-000002.index.npz").unlink()
+    (chunks / "000000000003.json").write_text("{")
+    assert make(images, "killed") == expected
 
 
 def test_class_names_from_a_file(images: Path, tmp_path: Path) -> None:
@@ -107,7 +139,7 @@ def test_class_names_from_a_file(images: Path, tmp_path: Path) -> None:
 
 def test_errors(images: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
-    with pytest.raises(InputError, match="there: exists with other content"):
+    with pytest.raises(InputError, match=r"there: exists, but .*holds no provenance"):
         make(images, "there")
     with pytest.raises(InputError, match="nothing: no such folder"):
         make(tmp_path / "nothing", "out")
@@ -116,14 +148,17 @@ def test_errors(images: Path, tmp_path: Path) -> None:
         make(images, "out")
     assert not (tmp_path / "out").exists()
     (images / "n01/x.png").rename(images / "n01/a_v1.png")
-    with pytest.raises(InputError, match=r"out\.chunks: .*images: found \w+, expected"):
+    with pytest.raises(InputError, match=r"out\.chunks: .*names of the images: found \w+, expected"):
         make(images, "out")
     with pytest.raises(InputError, match="has the same key 'n01/a_v1' as "):
         make(images, "out3")
     with pytest.raises(SystemExit):
         make(images, "out", "--heldout", "1")
-    with pytest.raises(SystemExit):
-        make(images, "out", "--prefix", "heldout")
+    for prefix in ("heldout", "heldout-more", "../out", "a/b", "a*", "{a}", ""):  # held out, lost or matching others
+        with pytest.raises(SystemExit):
+            make(images, "out", "--prefix", prefix)
+    with pytest.raises(InputError, match="found in the folder of the images"):
+        make_shards.main([str(images), str(images / "out")])
     for arguments in ([], [str(images)], [str(images), "out", "--index", "x.tar"], [str(images), "--index", "x.tar"]):
         with pytest.raises(SystemExit):
             make_shards.main(arguments)

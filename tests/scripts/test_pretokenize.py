@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image
 
+from data.codes.store_files import write_meta
 from data.codes.token_store import TokenStore, open_tokens
 from data.images.reading import open_images
 from data.images.transforms import adm_center_crop
 from modeling.loading import load_tokenizer
-from scripts import pretokenize
+from scripts import make_shards, pretokenize
 from tests.conftest import make_noise_images
 from tests.processes import ROOT, run_script
 from utils.config import load_config
@@ -143,6 +145,59 @@ def test_the_store_records_its_provenance(tiny_arguments: list[str], images: Pat
     assert meta.settings["dataset.preprocessing.pretokenize_crops"] == "ten_crop"
 
 
+def replace_image(path: Path) -> None:
+    """Another image of the same name and class."""
+    Image.open(path).transpose(Image.Transpose.ROTATE_180).save(path)
+
+
+def test_images_replaced_under_their_names_are_another_source(
+    tiny_arguments: list[str], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    finished = arguments(tiny_arguments, images, tmp_path / "finished.tokens")
+    killed = arguments(tiny_arguments, images, tmp_path / "killed.tokens")
+    pretokenize.main(load_config(finished))
+    monkeypatch.setattr(pretokenize, "join", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretokenize.main(load_config(killed))
+    monkeypatch.undo()
+    replace_image(images / "dog/1.png")
+    for command, name in ((finished, r"finished\.tokens"), (killed, r"killed\.tokens\.chunks")):
+        with pytest.raises(InputError, match=rf"{name}: exists with another provenance: source_files: found "):
+            pretokenize.main(load_config(command))
+    store = tmp_path / "finished.tokens"
+    write_meta(store, replace(TokenStore(store).meta, source_files=None))  # of an earlier version
+    pretokenize.main(load_config(finished))
+    assert "records no sizes and times of its images" in capsys.readouterr().out
+
+
+def test_shards_that_state_their_content_may_be_copied(
+    tiny_arguments: list[str], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shards.main([str(images), str(tmp_path / "shards")])
+    shards = tmp_path / "shards/train-*.tar"
+    finished = arguments(tiny_arguments, shards, tmp_path / "finished.tokens")
+    killed = arguments(tiny_arguments, shards, tmp_path / "killed.tokens")
+    pretokenize.main(load_config(finished))
+    monkeypatch.setattr(pretokenize, "join", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pretokenize.main(load_config(killed))
+    monkeypatch.undo()
+    shard = tmp_path / "shards/train-000000.tar"
+    os.utime(shard, (1, 1))
+    pretokenize.main(load_config(finished))
+    content = bytearray(shard.read_bytes())
+    content[content.rindex(b"IDAT") + 9] ^= 1  # of the same size
+    shard.write_bytes(content)
+    for command in (finished, killed):
+        with pytest.raises(InputError, match="source_files: found"):
+            pretokenize.main(load_config(command))
+    content[content.rindex(b"IDAT") + 9] ^= 1
+    shard.write_bytes(content)
+    pretokenize.main(load_config(killed))
+    meta = [TokenStore(tmp_path / f"{name}.tokens").meta for name in ("finished", "killed")]
+    assert meta[0].sha256 == meta[1].sha256
+
+
 def test_only_a_store(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     output = tmp_path / "codes.tokens"
     pretokenize.main(
@@ -201,13 +256,17 @@ def test_a_typo_ends_before_the_slow_imports(tmp_path: Path) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("kind", ["no image", "strip"])
 def test_skip_leaves_bad_images_out(
-    tiny_arguments: list[str], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    tiny_arguments: list[str], images: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
 ) -> None:
     whole, some = tmp_path / "whole.tokens", tmp_path / "some.tokens"
     skip = ["dataset.params.on_bad_sample=skip", "dataset.params.num_workers_per_gpu=1"]
     pretokenize.main(load_config(arguments(tiny_arguments, images, whole)))
-    (images / "cat/2.png").write_bytes(b"broken")
+    if kind == "strip":
+        Image.new("1", (1, 250_000)).save(images / "cat/2.png")
+    else:
+        (images / "cat/2.png").write_bytes(b"broken")
     with pytest.raises(InputError, match=r"1 of 6 images cannot be decoded.*max_bad_fraction=0\.001: .*cat/2\.png"):
         pretokenize.main(load_config(arguments(tiny_arguments, images, some, *skip)))
     pretokenize.main(load_config(arguments(tiny_arguments, images, some, *skip, "dataset.params.max_bad_fraction=0.2")))

@@ -71,10 +71,7 @@ def test_training_and_sampling_by_hand(project: Path) -> None:
 def test_the_bash_scripts_train_sample_and_score(project: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (37, 16, 16, 3), np.uint8)
     np.savez(project / "VIRTUAL_imagenet256_labeled.npz", arr_0=images)
-    (project / "home/accelerate").mkdir(parents=True)  # of a user who trains other things with DeepSpeed
-    (project / "home/accelerate/default_config.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {}\n")
-    trained = typed("bash scripts_bash/rear_train.sh", project, NUM_GPUS="2", HF_HOME=str(project / "home"))
-    assert "default_config.yaml is not used" in trained.stderr
+    typed("bash scripts_bash/rear_train.sh", project, NUM_GPUS="2")
     assert load_state_dict(project / "outputs/rear_b/model.safetensors")
     variables = {"REFERENCE": "VIRTUAL_imagenet256_labeled.npz", "BACKEND": "efficientnet_lite0", "NUM_GPUS": "2"}
     scored = typed("bash scripts_bash/rear_test.sh sampling.seed=3", project, **variables)

@@ -16,8 +16,8 @@ from modeling.rear import ReAR
 from modeling.sampling.cached_decoding import DecodingState
 from modeling.sampling.generate import CodeSampler
 from modeling.sampling.image_sampler import ImageSampler
-from scripts import sample_imagenet_rear
-from tests.processes import ROOT, rank_environments, run_script, start_script
+from scripts import make_shards, sample_imagenet_rear
+from tests.processes import ROOT, STANDALONE, rank_environments, run_script, start_script
 from utils.config import load_config
 from utils.errors import InputError
 from utils.files.sample_chunks import SampleChunks
@@ -55,7 +55,7 @@ def sample(tiny_arguments: list[str], checkpoint: Path, output: Path, *overrides
 
 
 def torchrun(tiny_arguments: list[str], checkpoint: Path, output: Path, *overrides: str, processes: int) -> Path:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, "-m", *STANDALONE, f"--nproc_per_node={processes}"]
     command += [str(ROOT / SCRIPT)]
     command += arguments_of(tiny_arguments, checkpoint, output, *overrides)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -184,6 +184,22 @@ def test_classes_by_name(tiny_arguments: list[str], checkpoint: Path, tmp_path: 
         sample(tiny_arguments, checkpoint, tmp_path / "y", data, "sampling.class_labels=[dgo]")
 
 
+def test_a_name_of_two_classes_is_none(tiny_arguments: list[str], checkpoint: Path, tmp_path: Path) -> None:
+    """As "crane" among ImageNet's titles: bird and machine."""
+    data = tmp_path / "images"
+    for name in ("0", "1", "2"):
+        (data / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(data / name / "0.png")
+    (tmp_path / "titles.txt").write_text("0 crane\n1 2\n2 crane\n")
+    make_shards.main([str(data), str(tmp_path / "shards"), "--class-names", str(tmp_path / "titles.txt")])
+    arguments = [*tiny_arguments, f"dataset.params.train_shards_path_or_url={tmp_path / 'shards/*.tar'}"]
+    with pytest.raises(InputError, match=r"class_labels: found 'crane', the name of the classes \[0, 2\] of .*shards"):
+        sample(arguments, checkpoint, tmp_path / "x", "sampling.class_labels=[crane]")
+    assert not list(tmp_path.glob("x*"))
+    npz = sample(arguments, checkpoint, tmp_path / "x", "sampling.class_labels=[2]", "sampling.images_per_class=1")
+    assert np.load(npz)["arr_1"].tolist() == [2]
+
+
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
@@ -266,6 +282,25 @@ def test_a_run_resumes_where_it_ended(
     assert sample(tiny_arguments, checkpoint, tmp_path / "x").read_bytes() == npz.read_bytes()
     assert asked == [range(16, 24), range(24, 32), range(32, 37)]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.json", "x.npz", "x.png", "x.yaml"]
+
+
+def test_a_damaged_chunk_is_made_again(
+    tiny_arguments: list[str], checkpoint: Path, npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 4)
+        with pytest.raises(OSError, match="the disk is gone"):
+            sample(tiny_arguments, checkpoint, tmp_path / "x")
+    chunks = SampleChunks(tmp_path / "x.chunks", 37, 8)
+    damaged = [chunks.path(chunk) for chunk in chunks.chunks[1:4]]
+    content = damaged[0].read_bytes()
+    for path, now in zip(damaged, (content[:-40], b"", b"\0" * len(content)), strict=True):
+        path.write_bytes(now)
+    asked = interrupt_after(monkeypatch, 5)
+    assert sample(tiny_arguments, checkpoint, tmp_path / "x").read_bytes() == npz.read_bytes()
+    assert asked == chunks.chunks[1:]
+    printed = capsys.readouterr().out
+    assert all(f"{path}: damaged" in printed for path in damaged)
 
 
 def test_killed_while_packing(
@@ -371,6 +406,15 @@ def test_what_is_complete_is_not_made_again(
     sample(tiny_arguments, checkpoint, tmp_path / "x", *few)
     assert (npz.stat().st_mtime_ns, asked) == (before, [])
     assert "x.npz: already made" in capsys.readouterr().out
+    (tmp_path / "x.images/000003.png").rename(tmp_path / "3.png")
+    with pytest.raises(InputError, match=r"x\.images: found 7 images, expected 8"):
+        sample(tiny_arguments, checkpoint, tmp_path / "x", *few)
+    (tmp_path / "3.png").rename(tmp_path / "x.images/000003.png")
+    content = npz.read_bytes()
+    npz.write_bytes(content[:-30] + bytes([content[-30] ^ 1]) + content[-29:])  # of the same size
+    with pytest.raises(InputError, match=r"x\.npz: exists, but .*x\.npz: found sha256 .*, expected"):
+        sample(tiny_arguments, checkpoint, tmp_path / "x", *few)
+    npz.write_bytes(content)
     with pytest.raises(InputError, match=r"x\.npz: .*sampling\.num_fid_samples: found 8"):
         sample(tiny_arguments, checkpoint, tmp_path / "x", "sampling.num_fid_samples=3", "sampling.save_png=true")
     npz.unlink()

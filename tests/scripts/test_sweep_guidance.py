@@ -212,6 +212,26 @@ def test_scores_of_another_origin_are_not_mixed(
         run(arguments, tmp_path / "x", *few, f"sweep.reference={tmp_path / 'other.npz'}")
 
 
+def test_scores_of_other_features_are_not_mixed(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = ("sweep.guidance_scale=[1]", "sampling.num_fid_samples=4")
+    run(arguments, tmp_path / "x", *few)
+    monkeypatch.setattr(StubExtractor, "weights_sha256", "others")
+    with pytest.raises(InputError, match=r"sha256 of the feature weights: found none, expected others;"):
+        run(arguments, tmp_path / "x", *few)
+
+
+def test_the_choosing_half_chooses() -> None:
+    settings = [sweep_guidance.Setting(scale, 0.0, 1.0) for scale in (1.0, 2.0, 3.0)]
+    distances = ((5.0, 1.0), (3.0, 9.0), (4.0, 2.0))
+    scores = {
+        setting: {"choosing_half": choosing, "other_half": other}
+        for setting, (choosing, other) in zip(settings, distances, strict=True)
+    }
+    assert sweep_guidance.best_of(scores) == settings[1]
+
+
 def test_values_that_are_not_finite_name_the_setting(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ def run(arguments: list[str], output_dir: Path, *overrides: str) -> list[dict]:
 
 def launch(arguments: list[str], output_dir: Path, *overrides: str, processes: int) -> subprocess.CompletedProcess:
     """With the launch script, as a user would."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the environment's accelerate
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the environment's torchrun
     config_file = arguments[0].removeprefix("config=")
     variables = {"CONFIG": config_file, "NUM_GPUS": str(processes), "OUTPUT_DIR": str(output_dir)}
     return subprocess.run(
@@ -71,6 +71,24 @@ def test_training_learns_and_writes_its_run_folder(tiny_arguments: list[str], tm
     assert load_config([f"config={tmp_path / 'run/config.yaml'}"]).training.max_train_steps == 30
 
 
+def test_a_step_is_trained_at_the_ratios_of_its_number(
+    tiny_arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[float, float]] = []
+    original = train_rear.training_step
+
+    def recording(*arguments, max_ratio, order_ratio, **rest):
+        used.append((max_ratio, order_ratio))
+        return original(*arguments, max_ratio=max_ratio, order_ratio=order_ratio, **rest)
+
+    monkeypatch.setattr(train_rear, "training_step", recording)
+    steps = {"randomness_anneal_end": 4, "order_anneal_start": 1, "order_anneal_end": 3}
+    schedule = ["model.generator.order=annealed", *(f"model.generator.{name}={step}" for name, step in steps.items())]
+    rows = run(tiny_arguments, tmp_path / "run", *schedule, "training.max_train_steps=4")
+    assert used == [(1, 1), (0.75, 1), (0.5, 0.5), (0.25, 0)]
+    assert [(row["train/perturbation_ratio"], row["train/random_order_ratio"]) for row in rows] == used
+
+
 def test_plain_ar_has_the_cross_entropy_as_its_loss(tiny_arguments: list[str], tmp_path: Path) -> None:
     off = ["model.generator.perturb_mode=none", "model.generator.transition_alignment=false"]
     rows = run(tiny_arguments, tmp_path / "run", *off, "training.max_train_steps=2")
@@ -96,6 +114,16 @@ def test_a_resumed_run_with_an_ema_equals_an_uninterrupted_one(
     raw = load_file(tmp_path / "whole/checkpoint-40/model.safetensors")
     final = load_file(tmp_path / "whole/model.safetensors")
     assert not torch.equal(raw["lm_head.weight"], final["lm_head.weight"])
+
+
+def test_the_ema_of_a_short_run_has_forgotten_its_initialization(tiny_arguments: list[str], tmp_path: Path) -> None:
+    steps = ["training.use_ema=true", "lr_scheduler.params.warmup_steps=0"]
+    run(tiny_arguments, tmp_path / "none", *steps, "training.max_train_steps=0")
+    run(tiny_arguments, tmp_path / "run", *steps)
+    files = ("none/model.safetensors", "run/checkpoint-40/model.safetensors", "run/model.safetensors")
+    initial, final, ema = (load_file(tmp_path / name)["lm_head.weight"] for name in files)
+    assert (ema - final).norm() < (initial - final).norm() / 3
+    assert "EMA: its decay rises to training.ema_decay=0.9999 until step 899" in (tmp_path / "run/log.txt").read_text()
 
 
 def test_accumulation_changes_no_loss(tiny_arguments: list[str], tmp_path: Path, seen_ids: list) -> None:
@@ -146,8 +174,8 @@ def test_fine_tuning_starts_from_trained_weights_and_resumes(tiny_arguments: lis
     run(tiny_arguments, tmp_path / "first", "training.max_train_steps=3")
     trained = load_file(tmp_path / "first/model.safetensors")
     more = [f"experiment.init_from={tmp_path / 'first'}", "model.generator.condition_num_classes=7"]
-    run(tiny_arguments, tmp_path / "none", *more, "training.max_train_steps=0")
-    start = load_file(tmp_path / "none/model.safetensors")
+    run(tiny_arguments, tmp_path / "none", *more, "training.max_train_steps=0", "training.use_ema=true")
+    start = load_file(tmp_path / "none/model.safetensors")  # the EMA
     assert torch.equal(start["embeddings.weight"][:25], trained["embeddings.weight"][:25])
     assert torch.equal(start["lm_head.weight"], trained["lm_head.weight"])
     assert "with new rows for the classes" in (tmp_path / "none/log.txt").read_text()

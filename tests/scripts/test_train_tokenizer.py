@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from modeling.loading import load_tokenizer
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
-from scripts import train_tokenizer
+from scripts import reconstruct, train_tokenizer
 from tests.processes import run_script
 from tests.script_config import script_config
 from utils.distributed import DistributedContext
@@ -76,6 +76,13 @@ def test_training_run(tiny_arguments: list[str], images: Path, tmp_path: Path) -
     assert {value.dtype for value in weights.values()} == {torch.float16}
     config.experiment.tokenizer_checkpoint = str(run / "tokenizer.safetensors")
     assert load_tokenizer(config).codebook_size == 24
+
+    config.experiment.output_dir = str(tmp_path / "reconstructions")
+    reconstruct.main(config)  # of the weights as saved, rounded to float16
+    of_file = json.loads((tmp_path / "reconstructions/reconstruct.json").read_text())
+    names = ("images", "psnr", "l1", "codebook_used", "codebook_perplexity")
+    assert [of_file[name] for name in names] == pytest.approx([figures[name] for name in names], rel=1e-6)
+    assert rows[-1]["heldout/psnr"] == figures["psnr"]
 
 
 def test_another_tokenizer_is_trained(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:

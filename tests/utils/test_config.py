@@ -319,8 +319,36 @@ def test_a_guidance_of_0_is_none(capsys: pytest.CaptureFixture) -> None:
 def test_a_run_cannot_stop_after_its_end() -> None:
     arguments = [OUT, "training.max_train_steps=10"]
     check_training(load_config([*arguments, "training.stop_steps=10"]))
-    with pytest.raises(ConfigError, match=r"stop_steps=11: expected at most max_train_steps=10"):
+    with pytest.raises(ConfigError, match=r"stop_steps=11: expected at most training\.max_train_steps=10"):
         check_training(load_config([*arguments, "training.stop_steps=11"]))
+
+
+ANNEALED = "model.generator.order=annealed"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "start", "end"),
+    [
+        ([ANNEALED, "model.generator.order_anneal_end=1000"], "order_anneal_start=125000", "order_anneal_end=1000"),
+        ([ANNEALED, "model.generator.order_anneal_start=200_000"], "order_anneal_start=200000", "_end=187500"),
+        (["model.generator.randomness_anneal_start=187501"], "randomness_anneal_start=187501", "_end=187500"),
+        (["optimizer.params.learning_rate=1e-6"], "lr_scheduler.params.end_lr=1e-05", "learning_rate=1e-06"),
+    ],
+)
+def test_a_schedule_begins_before_it_ends(arguments: list[str], start: str, end: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_training(load_config([OUT, *arguments]))
+    assert f"{start}: expected at most " in str(error.value)
+    assert end in str(error.value)
+
+
+def test_a_schedule_may_be_a_step_and_unused_ones_do_not_count() -> None:
+    step = [f"model.generator.{name}_anneal_{end}=2000" for name in ("order", "randomness") for end in ("start", "end")]
+    check_training(load_config([OUT, ANNEALED, *step]))
+    check_training(load_config([OUT, "model.generator.order_anneal_end=1000"]))  # order=raster
+    clean = "model.generator.perturb_mode=none"
+    check_training(load_config([OUT, clean, "model.generator.randomness_anneal_start=200_000"]))
+    check_training(load_config([OUT, "optimizer.params.learning_rate=1e-5"]))
 
 
 def test_sharded_blocks_are_not_compiled() -> None:
@@ -403,6 +431,17 @@ def test_a_typo_ends_a_script_at_once(script: str, tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.strip().count("\n") == 0
     assert "did you mean" in result.stderr
+
+
+@pytest.mark.parametrize("script", ["train_rear", "train_tokenizer"])
+def test_every_trainer_checks_its_schedules(script: str, tmp_path: Path) -> None:
+    arguments = [f"experiment.output_dir={tmp_path / 'run'}", "optimizer.params.learning_rate=1e-6"]
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts" / f"{script}.py", *arguments], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("config error: lr_scheduler.params.end_lr=1e-05: ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_every_key_is_read_somewhere() -> None:

@@ -11,14 +11,20 @@ import pytest
 import torch
 
 from tests.processes import free_port
-from utils.distributed import DistributedContext, init_distributed, launch_environment
+from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, TrainingError
 from utils.files.lock import only_writer
 
 
-def child(rank: int, port: int, work: Callable[[DistributedContext], object], results: multiprocessing.Queue) -> None:
+def child(
+    rank: int,
+    port: int,
+    restart_count: str,
+    work: Callable[[DistributedContext], object],
+    results: multiprocessing.Queue,
+) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RESTART_COUNT": restart_count}
     with init_distributed(launch_timeout=60, group_timeout=5) as ctx:
         try:
             result = work(ctx)
@@ -28,11 +34,19 @@ def child(rank: int, port: int, work: Callable[[DistributedContext], object], re
         ctx.barrier()
 
 
-def on_two_ranks(work: Callable[[DistributedContext], object]) -> list[object]:
-    """What `work` gives on rank 0 and 1."""
+def on_two_ranks(
+    work: Callable[[DistributedContext], object], port: int | None = None, restart_counts: tuple[str, str] = ("0", "0")
+) -> list[object]:
+    """What `work` gives on rank 0 and 1.
+
+    Args:
+        port: of a store that runs already.
+    """
     context = multiprocessing.get_context("fork")
-    results, port = context.Queue(), free_port()
-    processes = [context.Process(target=child, args=(rank, port, work, results)) for rank in range(2)]
+    results, port = context.Queue(), port or free_port()
+    processes = [
+        context.Process(target=child, args=(rank, port, restart_counts[rank], work, results)) for rank in range(2)
+    ]
     for process in processes:
         process.start()
     of_ranks = dict(results.get(timeout=90) for _ in processes)
@@ -104,23 +118,17 @@ def test_differences_are_named_by_rank_0() -> None:
     assert theirs == "SystemExit: 1"
 
 
-@pytest.mark.parametrize(
-    ("environment", "message"),
-    [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 in the environment, but no RANK: start with torchrun or accelerate"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' in the environment: expected a number"),
-        ({"WORLD_SIZE": "2", "RANK": "x", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, "RANK='x' in the environment"),
-    ],
-)
-def test_a_half_set_environment_is_one_line(
-    environment: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=message):
-        launch_environment()
+@pytest.mark.multiprocess
+def test_restarted_ranks_meet_in_the_store_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It still holds the entries of their last start; the agents have counted a different number of restarts."""
+    agent = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+
+    def work(ctx: DistributedContext) -> float:
+        return ctx.all_reduce_sum(torch.tensor(1.0 + ctx.rank)).item()
+
+    for counts in (("0", "0"), ("0", "1"), ("2", "1")):
+        assert on_two_ranks(work, port=agent.port, restart_counts=counts) == [3, 3]
 
 
 @pytest.mark.multiprocess

@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.runs import launch_environment
 from utils.console import Console, unbreakable_console
-from utils.errors import REPORT, InputError, input_errors_exit
+from utils.errors import INSTALL_COMPILER, PROCESSES, REPORT, InputError, input_errors_exit
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,12 +24,31 @@ ROOT = Path(__file__).parents[2]
         (FileExistsError(errno.EEXIST, "File exists", "a", None, "b"), "error: a: b: File exists"),
         (OSError("5 requested and 0 written"), "error: 5 requested and 0 written"),
         (MemoryError(), "error: out of memory: MemoryError; a smaller batch needs less"),
+        (RuntimeError("can't start new thread"), f"error: {PROCESSES}"),
+        (BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)), f"error: {PROCESSES}"),
+        (RuntimeError("InvalidCxxCompiler: No working C++ compiler found in x"), f"error: {INSTALL_COMPILER}"),
     ],
 )
 def test_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit, match="1"), input_errors_exit():
         raise error
     assert capsys.readouterr().err == line + "\n"
+
+
+COMPILE = """
+import torch
+from utils.errors import input_errors_exit
+with input_errors_exit():
+    torch.compile(torch.sin)(torch.ones(3))
+"""
+
+
+@pytest.mark.slow
+def test_compiling_without_a_compiler(tmp_path: Path) -> None:
+    environment = launch_environment() | {"CXX": "absent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"error: {INSTALL_COMPILER}")
+    assert "Traceback" not in done.stderr
 
 
 def test_our_own_mistakes_keep_their_traceback_and_say_so(capsys: pytest.CaptureFixture) -> None:

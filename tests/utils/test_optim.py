@@ -193,11 +193,11 @@ def test_resumed_updates_are_the_uninterrupted_ones(
 def test_the_moving_average_starts_from_the_weights() -> None:
     model = nn.Linear(3, 2)
     expected = model.weight.detach().clone()
-    average = MovingAverage(model, 0.75)
-    for step in range(3):
+    average = MovingAverage(model, 0.15)
+    for step, decay in enumerate([1 / 10, 0.15, 0.15]):  # rises as (1 + n) / (10 + n)
         nn.init.constant_(model.weight, step)
-        expected.lerp_(torch.full((2, 3), float(step)), 0.25)
-        average.update(model)
+        expected.lerp_(torch.full((2, 3), float(step)), 1 - decay)
+        average.update(model, age=step)
     torch.testing.assert_close(average.module.weight, expected, rtol=0, atol=0)
     assert not average.module.training
 

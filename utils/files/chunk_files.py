@@ -7,18 +7,24 @@ Not joblib, dask or luigi, which start the processes themselves: here torchrun o
 record finished work.
 """
 
+import json
 import os
 import shutil
 import time
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from utils.errors import InputError
 from utils.faults import fault_point
 from utils.files.atomic import atomic_file
-from utils.files.provenance import is_made, write_record
+from utils.files.json_file import read_json
+from utils.files.provenance import is_made, provenance_in, write_record
 
 if TYPE_CHECKING:  # torch is slow to import, and conversions do without
     from utils.distributed import DistributedContext
@@ -50,12 +56,17 @@ class ChunkFiles:
         """Whether there may be chunks of an earlier run; not while or after they are removed."""
         return self._record.exists()
 
+    def recorded(self, key: str) -> Any:
+        """The value of `key` in the provenance of the chunks of an earlier run; None without them."""
+        return (provenance_in(read_json(self._record)) or {}).get(key) if self.can_resume else None
+
     def open(self, provenance: dict[str, Any]) -> None:
         """Create the folder, or resume from the chunks of an earlier run; raises InputError if these have another
         provenance, or none."""
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.can_resume:
             is_made(self.folder, provenance, self._record, remedy="finish that run first or delete the folder")
+            self._delete_damaged()
         elif next(self.folder.glob(f"*{self.suffix}"), None):
             raise InputError(f"{self.folder}: found chunks but no {PROVENANCE_FILE}; delete the folder to start again")
         else:
@@ -83,6 +94,14 @@ class ChunkFiles:
         names = {entry.name for entry in os.scandir(self.folder)}
         return [chunk for chunk in self.chunks if self.path(chunk).name not in names]
 
+    def _delete_damaged(self) -> None:
+        """Delete chunks that were damaged since they were written, which are then missing."""
+        for chunk in self.chunks:
+            path = self.path(chunk)
+            if path.exists() and not is_readable(path):
+                print(f"{path}: damaged; it is made again")
+                path.unlink()
+
     @contextmanager
     def writing(self, chunk: range) -> Iterator[Path]:
         """Yield a path to write a chunk to, renamed at the end. Two processes may write the same chunk."""
@@ -102,3 +121,18 @@ class ChunkFiles:
         self._record.unlink(missing_ok=True)
         if self.folder.exists():
             shutil.rmtree(self.folder)
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a chunk file is complete: its length (.npy), its checksums (.npz) or its syntax (.json)."""
+    try:
+        if path.suffix == ".npy":
+            np.load(path, mmap_mode="r")
+        elif path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                return archive.testzip() is None
+        elif path.suffix == ".json":
+            json.loads(path.read_bytes())
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error):
+        return False
+    return True

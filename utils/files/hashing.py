@@ -7,29 +7,26 @@ from typing import Any
 
 from tqdm import tqdm
 
+from utils.errors import errors_name
+
 CHUNK_BYTES = 1 << 20
 
 
 def file_sha256(path: Path, progress: bool = False) -> str:
     """sha256 of the content, in hexadecimal; `progress` shows a bar after a second."""
-    digest = hashlib.sha256()
-    total = path.stat().st_size
-    bar = tqdm(total=total, unit="B", unit_scale=True, desc=f"sha256 {path.name}", delay=1, disable=not progress)
-    with path.open("rb") as file, bar:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()
+    return range_sha256(path, 0, path.stat().st_size, progress)
 
 
-def range_sha256(path: Path, start: int, stop: int) -> str:
-    """sha256 of the bytes `start` to `stop - 1` of a file."""
+def range_sha256(path: Path, start: int, stop: int, progress: bool = False) -> str:
+    """sha256 of the bytes `start` to `stop - 1` of a file; `progress` shows a bar after a second."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    bar = tqdm(total=stop - start, unit="B", unit_scale=True, desc=f"sha256 {path.name}", delay=1, disable=not progress)
+    with errors_name(path), path.open("rb") as file, bar:
         file.seek(start)
         while start < stop and (chunk := file.read(min(CHUNK_BYTES, stop - start))):
             digest.update(chunk)
             start += len(chunk)
+            bar.update(len(chunk))
     return digest.hexdigest()
 
 

@@ -2,20 +2,20 @@
 repositories also as `OWNER/REPO`."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 
 from utils.errors import InputError, first_line
+from utils.files.text import user_path
 from utils.files.weight_formats import is_index, shards_of
 
 SCHEME = "hf://"
 FILE = re.compile(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+)")
 REPOSITORY = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)(?:@([^/]+))?")
-NOT_AVAILABLE = (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError)
 
 
 def local_file(source: str) -> Path:
@@ -34,7 +34,9 @@ def local_file(source: str) -> Path:
         for shard in shards_of(path) if is_index(path) else ():
             hf_hub_download(repository, f"{folder}/{shard}".lstrip("/"), revision=revision)
         return path
-    except NOT_AVAILABLE as error:
+    except InputError:  # of the index
+        raise
+    except Exception as error:  # releases of huggingface_hub use different network libraries
         raise _not_available(source, error) from error
 
 
@@ -50,7 +52,7 @@ def local_folder(source: str | Path, files: Sequence[str], **download: Any) -> P
 
     Raises InputError without such a folder or repository.
     """
-    path, name = Path(source).expanduser(), REPOSITORY.fullmatch(str(source))
+    path, name = user_path(str(source)), REPOSITORY.fullmatch(str(source))
     if path.is_dir():
         return path
     has_scheme = str(source).startswith(SCHEME)
@@ -61,14 +63,17 @@ def local_folder(source: str | Path, files: Sequence[str], **download: Any) -> P
     options: dict[str, Any] = {"revision": name[2], "allow_patterns": [*files], **download}
     try:
         return Path(str(snapshot_download(name[1], **options)))
-    except NOT_AVAILABLE as error:
+    except Exception as error:
         raise _not_available(source if has_scheme else f"{source}: no such folder", error) from error
 
 
-def upload_folder(folder: Path, repository: str, *, private: bool | None = None, token: str | None = None) -> str:
-    """Upload the files of a folder to a model repository, which is created if needed; returns the URL of the commit.
+def upload_files(
+    files: Mapping[str, Path | bytes], repository: str, *, private: bool | None = None, token: str | None = None
+) -> str:
+    """Upload files to a model repository, which is created if needed; returns the URL of the commit.
 
     Args:
+        files: contents by name in the repository.
         private: of a new repository; None: the account's default.
         token: None: the token of `hf auth login` or HF_TOKEN.
 
@@ -77,11 +82,13 @@ def upload_folder(folder: Path, repository: str, *, private: bool | None = None,
     try:
         api = HfApi(token=token)
         api.create_repo(repository, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload model"))
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        return str(api.create_commit(repository, operations, commit_message="Upload model"))
     except Exception as error:  # releases of huggingface_hub use different network libraries
         raise InputError(f"{repository}: upload failed: {first_line(error)}") from error
 
 
 def _not_available(source: str | Path, error: Exception) -> InputError:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return InputError(f"{source}: neither on the Hub nor in its cache: {' '.join(lines[:2])}")
+    reason = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error  # the Hub's own words
+    lines = [line.strip() for line in str(reason).splitlines() if line.strip() and "For more information" not in line]
+    return InputError(f"{source}: neither on the Hub nor in its cache: {' '.join(lines[:3])}")

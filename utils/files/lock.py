@@ -16,7 +16,7 @@ from pathlib import Path
 
 from filelock import LeaseCompromise, OwnerRecord, SoftFileLease, Timeout
 
-from utils.errors import InputError
+from utils.errors import InputError, errors_name
 
 LOCK = ".lock"
 LEASE_S, HEARTBEAT_S = 30, 5
@@ -26,7 +26,7 @@ POLL_S = 0.1
 
 @contextmanager
 def only_writer(path: Path, inside: bool = False) -> Iterator[None]:
-    """Hold the lock of `path`; missing parent folders are created.
+    """Hold the lock of `path`; missing parent folders are created, and removed at the end if they are empty.
 
     Args:
         path: the file or folder to write.
@@ -38,19 +38,20 @@ def only_writer(path: Path, inside: bool = False) -> Iterator[None]:
     if not inside and path.name in ("", ".."):
         raise InputError(f"{path}: expected a path that ends in a name")
     lock_path = path / LOCK if inside else path.with_name(path.name + LOCK)
-    is_new = inside and not path.exists()
-    lock_path.parent.mkdir(parents=True, exist_ok=True)
+    new_folders = [folder for folder in lock_path.parents if not folder.exists()]
     lock = SoftFileLease(
         lock_path, lease_duration=LEASE_S, heartbeat_interval=HEARTBEAT_S, on_compromise=_exit_if_replaced
     )
-    _acquire(lock, path)
     try:
+        with errors_name(lock_path):
+            lock_path.parent.mkdir(parents=True, exist_ok=True)
+            _acquire(lock, path)
         yield
     finally:
         lock.release()
-        if is_new:
-            with suppress(OSError):  # not empty
-                path.rmdir()
+        with suppress(OSError):  # not empty
+            for folder in new_folders:
+                folder.rmdir()
 
 
 def owner_inside(folder: Path) -> int | None:
@@ -68,6 +69,19 @@ def is_in_use(folder: Path) -> bool:
     if owner.hostname.partition("?")[0] == socket.gethostname():
         return _runs_here(owner)
     return time.time() - touch / 1e9 < LEASE_S
+
+
+def still_held(folder: Path) -> bool:
+    """Whether the lock of this process is still in `folder`; ends this process if it is another's now."""
+    try:
+        (folder / LOCK).stat()
+    except FileNotFoundError:
+        return False
+    except OSError:  # of the mount; writing reports it
+        return True
+    if owner_inside(folder) not in (None, os.getpid()):
+        _exit(folder / LOCK)
+    return True
 
 
 def _acquire(lock: SoftFileLease, path: Path) -> None:
@@ -103,11 +117,11 @@ def _last_touch(lock_path: Path) -> int | None:
 def _runs_here(owner: OwnerRecord) -> bool:
     """Whether this machine runs the owner: the process of its number, unless that is a zombie or started later."""
     try:
-        fields = Path(f"/proc/{owner.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = Path(f"/proc/{owner.pid}/stat").read_bytes().rpartition(b")")[2].split()
     except OSError:
         return False
     state, started = fields[0], int(fields[19])  # since boot, as in the lower half of filelock's start token
-    return state not in "ZX" and owner.start is not None and owner.start % 2**64 == started
+    return state not in b"ZX" and owner.start is not None and owner.start % 2**64 == started
 
 
 def _mark_if_abandoned(lock_path: Path) -> None:
@@ -122,5 +136,9 @@ def _mark_if_abandoned(lock_path: Path) -> None:
 def _exit_if_replaced(compromise: LeaseCompromise) -> None:
     """End this process, which was suspended for so long that another one took over its lock."""
     if compromise.reason == "owner-changed":
-        print(f"error: {compromise.lock_file}: taken over by another process", file=sys.stderr, flush=True)
-        os._exit(1)
+        _exit(compromise.lock_file)
+
+
+def _exit(lock_path: str | Path) -> None:
+    print(f"error: {lock_path}: taken over by another process", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import DTypeLike
 
-from utils.errors import InputError
+from utils.errors import InputError, errors_name
 from utils.files.atomic import atomic_file
 
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)  # constant, so that equal arrays give equal files
@@ -55,15 +55,17 @@ class StoredImages:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Images `start` to `stop`, uint8 (stop - start, H, W, 3)."""
-        image_bytes = int(np.prod(self.shape[1:]))
-        offset = self.offset + start * image_bytes
-        rows = np.fromfile(self.path, dtype=np.uint8, count=(stop - start) * image_bytes, offset=offset)
-        return rows.reshape(stop - start, *self.shape[1:])
+        images = np.empty((stop - start, *self.shape[1:]), dtype=np.uint8)
+        with errors_name(self.path), self.path.open("rb") as file:
+            file.seek(self.offset + start * int(np.prod(self.shape[1:])))
+            if file.readinto(images.data) != images.nbytes:
+                raise InputError(f"{self.path}: ends before image {stop - 1}; it was cut after opening")
+        return images
 
 
 def locate_images(path: Path) -> StoredImages:
     """Find `arr_0` in an npz; raises InputError unless it is uncompressed uint8 (N, H, W, 3)."""
-    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+    with errors_name(path), zipfile.ZipFile(path) as archive, path.open("rb") as file:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         if "arr_0" not in names:
             raise InputError(f"{path}: arr_0 is missing, found {', '.join(names) or 'no array'}")

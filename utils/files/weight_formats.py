@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from utils.errors import InputError
+from utils.errors import InputError, errors_name
 
 EXPECTED = "expected a file of safetensors or torch.save"
 INDEX_SUFFIX = ".index.json"
@@ -23,17 +23,19 @@ def read_contents(path: Path) -> Any:
     if not path.is_file():
         problem = "found a folder, expected a weights file" if path.is_dir() else "no such weights file"
         raise InputError(f"{path}: {problem}")
-    with path.open("rb") as file:
+    with errors_name(path), path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     if head[5:9] == b"\0\0\0{":  # safetensors: the size of the header in 8 bytes, then its JSON
         try:
-            return load_file(path)
+            with errors_name(path):
+                return load_file(path)
         except SafetensorError as error:
             raise InputError(f"{path}: damaged or cut off safetensors file: {error}") from error
     if not head.startswith((b"PK\x03\x04", b"\x80")):  # torch.save: a zip archive, before torch 1.6 a pickle
         raise InputError(f"{path}: found {_describe(head)}; {EXPECTED}")
     try:
-        with path.open("rb") as file, warnings.catch_warnings():  # given a path, torch.load looks at the suffix
+        # Given a path, torch.load would look at the suffix.
+        with errors_name(path), path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):
@@ -55,7 +57,7 @@ def shards_of(index: Path) -> dict[str, set[str]]:
     """Names of the files next to an index, each with its keys; raises InputError unless it is a valid index."""
     shards: dict[str, set[str]] = {}
     try:
-        for key, name in json.loads(index.read_text())["weight_map"].items():
+        for key, name in json.loads(index.read_bytes())["weight_map"].items():
             shards.setdefault(name, set()).add(key)
         are_names = all(Path(name).name == name for name in shards)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

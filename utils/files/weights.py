@@ -16,12 +16,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from utils.errors import InputError
-from utils.files.atomic import atomic_file
+from utils.errors import InputError, first_of
+from utils.files.atomic import atomic_file, set_permissions
 from utils.files.weight_formats import is_index, read_contents, shards_of
 
 RECORD = "re-ar"  # key in the metadata of a safetensors file
-NAMES_IN_ERRORS = 3
+RECORD_TYPES = {
+    "step": int,
+    **dict.fromkeys(("tokenizer_sha256", "data", "code", "tensors_sha256"), str),
+    "class_names": list,
+    "untrained_classes": list,
+    "config": dict,
+}
 # Names above a state dict and prefixes of its keys: DDP and AveragedModel (module), torch.compile (_orig_mod),
 # Lightning (state_dict, model). No key of this project's modules begins with one.
 WRAPPERS = ("state_dict", "model", "module", "_orig_mod", "ema", "generator")
@@ -54,12 +60,13 @@ def _read_shards(index: Path) -> tuple[dict[str, Tensor], list[str]]:
     shards = shards_of(index)
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
-        raise InputError(f"{index}: {len(missing)} of {len(shards)} shards are missing ({_first(missing)})")
+        raise InputError(f"{index}: {len(missing)} of {len(shards)} shards are missing ({first_of(missing)})")
     for name, keys in shards.items():
         tensors, _ = _read_file(index.parent / name)
         if different := sorted(keys ^ tensors.keys()):
             raise InputError(
-                f"{index.parent / name}: {len(different)} keys differ from those in {index.name} ({_first(different)})"
+                f"{index.parent / name}: {len(different)} keys differ from those in {index.name} "
+                f"({first_of(different)})"
             )
         state |= tensors
     return state, [f"joined {len(shards)} shards"]
@@ -85,7 +92,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         raise InputError(f"{path}: damaged, found tensors of sha256 {found[:12]}..., expected {expected[:12]}...")
     bad = [key for key, value in contents.items() if value.dtype in FLOATS and not _is_finite(value)]
     if bad:
-        raise InputError(f"{path}: {len(bad)} of {len(contents)} tensors hold NaN or infinity ({_first(bad)})")
+        raise InputError(f"{path}: {len(bad)} of {len(contents)} tensors hold NaN or infinity ({first_of(bad)})")
     return contents, changes
 
 
@@ -128,18 +135,25 @@ def save_weights(state_dict: dict[str, Tensor], path: Path, record: dict[str, An
             save_file(state, partial, metadata)
         except SafetensorError as error:  # a full disk
             raise OSError(errno.EIO, str(error), str(path)) from error
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)
+        set_permissions(partial)
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of `save_weights` in a file; empty without one."""
+    """The record of `save_weights` in a file; empty without one. Raises InputError for values of other types than
+    those of `RECORD_TYPES`, which a stranger's file may hold."""
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get(RECORD, "{}"))
-    except (OSError, SafetensorError, ValueError):  # `load_state_dict` reports them
+            text = (file.metadata() or {}).get(RECORD, "{}")
+    except (OSError, SafetensorError):  # `load_state_dict` reports them
         return {}
+    try:
+        record = json.loads(text)
+        wrong = [key for key, type in RECORD_TYPES.items() if not isinstance(record.get(key), type | None)]
+    except (ValueError, AttributeError, RecursionError):
+        wrong = [RECORD]
+    if wrong:
+        raise InputError(f"{path}: damaged, found no valid {wrong[0]} in its metadata")
+    return record
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], source: object) -> None:
@@ -168,7 +182,7 @@ def check_fits(module: nn.Module, state: dict[str, Tensor], source: object) -> N
         ],
     }
     if any(problems.values()):
-        found = "; ".join(f"{len(names)} {problem} ({_first(names)})" for problem, names in problems.items() if names)
+        found = "; ".join(f"{len(names)} {problem} ({first_of(names)})" for problem, names in problems.items() if names)
         raise InputError(f"{source}: does not fit {type(module).__name__} as configured: {found}")
 
 
@@ -183,10 +197,6 @@ def tensors_sha256(state: dict[str, Tensor]) -> str:
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _first(names: list[str]) -> str:
-    return ", ".join(names[:NAMES_IN_ERRORS]) + (", ..." if len(names) > NAMES_IN_ERRORS else "")
 
 
 def _name(dtype: torch.dtype) -> str:

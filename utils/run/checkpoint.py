@@ -10,11 +10,13 @@ renamed at the end, and depend on the number of processes.
 """
 
 import logging
+import math
 import pickle
 import re
 import shutil
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -23,11 +25,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from utils.errors import InputError
+from utils.errors import InputError, environment_error, first_line
 from utils.faults import fault_point
-from utils.files.atomic import sync
+from utils.files.atomic import atomic_folder
 from utils.files.weights import check_fits, load_state_dict, save_weights
-from utils.run.manifest import MANIFEST_FILE, Provenance, TrainingState, check_sizes, write_manifest
+from utils.run.manifest import Provenance, TrainingState, check_sizes, write_manifest
 from utils.run.sharding import is_sharded
 from utils.schema import ExperimentConfig
 
@@ -158,13 +160,11 @@ def write_checkpoint(output_dir: Path, state: TrainingState, provenance: Provena
     """
     step = state.global_step
     final = output_dir / f"checkpoint-{step}"
-    partial = final.with_name(final.name + ".tmp")
     nonfinite = [name for name, tensor in named_tensors(snapshot) if not torch.isfinite(tensor).all()]
     if nonfinite:
         raise InputError(f"{final.name}: found a value that is not finite in {nonfinite[0]}; it is not written")
-    try:
-        _remove_unfinished(output_dir)
-        partial.mkdir(parents=True)
+    _remove_unfinished(output_dir)
+    with atomic_folder(final, replace=True) as partial:
         fault_point("save.begin", step)
         for file, content in snapshot.items():
             if file.endswith(".safetensors"):
@@ -172,19 +172,9 @@ def write_checkpoint(output_dir: Path, state: TrainingState, provenance: Provena
             else:
                 torch.save(content, partial / file)
             fault_point(f"save.{Path(file).stem}", step)
-        for path in partial.iterdir():
-            sync(path)
         fault_point("save.manifest", step)
         write_manifest(partial, state, provenance)
-        sync(partial / MANIFEST_FILE)
-        sync(partial)
         fault_point("save.rename", step)
-        if final.exists():
-            final.rename(final.with_name(final.name + ".deleted"))
-        partial.rename(final)
-        sync(output_dir)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return final
 
 
@@ -314,12 +304,14 @@ class CheckpointSaver:
             self.last_good = str(write_checkpoint(self.output_dir, state, self.provenance, snapshot))
         except Exception as error:  # a full disk is an OSError or torch's RuntimeError; all ranks must learn of any
             self.failures_in_a_row += 1
-            free = shutil.disk_usage(self.output_dir).free
-            needed = sum(tensor.nbytes for _, tensor in named_tensors(snapshot))
+            needed, free = sum(tensor.nbytes for _, tensor in named_tensors(snapshot)), math.nan
+            with suppress(OSError):  # the mount is gone
+                free = shutil.disk_usage(self.output_dir).free
             self.logger.error(
-                f"checkpoint-{state.global_step} was not written (failure {self.failures_in_a_row} of "
-                f"{self.experiment.max_save_failures} in a row): {str(error).splitlines()[0]}; needed "
-                f"{needed / 1e9:.3f} GB, free {free / 1e9:.3f} GB"
+                f"{self.output_dir / f'checkpoint-{state.global_step}'} was not written (failure "
+                f"{self.failures_in_a_row} of {self.experiment.max_save_failures} in a row): "
+                f"{environment_error(error) or first_line(error)}; needed {needed / 1e9:.3f} GB, free "
+                f"{free / 1e9:.3f} GB"
             )
             return
         self.failures_in_a_row = 0

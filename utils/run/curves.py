@@ -103,6 +103,12 @@ def draw_curve(axes: "Axes", name: str, points: Points, **style: Any) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
+def plain_label(text: str) -> str:
+    """For a legend or a title: matplotlib reads `$...$` as mathematics, and leaves out labels that begin with `_`."""
+    escaped = text.replace("$", r"\$")
+    return f" {escaped}" if text.startswith("_") else escaped
+
+
 def save_figure(figure: "Figure", path: Path) -> None:
     """Write a PNG atomically."""
     with atomic_file(path) as partial:

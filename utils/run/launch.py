@@ -9,11 +9,12 @@ from typing import TypeVar
 
 from utils.config import Config, flat
 from utils.config_checks import accumulation_steps
-from utils.distributed import DistributedContext, ignored_launcher_settings, init_distributed
+from utils.distributed import DistributedContext, init_distributed
+from utils.launch_variables import ignored_launcher_settings
 from utils.precision import deterministic, matmul_precision
 from utils.run.failure import reason_of
-from utils.run.manifest import Provenance, TrainingData
-from utils.run.resume import Start, check_same_run, find_start
+from utils.run.manifest import Provenance, TrainingData, read_manifest
+from utils.run.resume import Start, check_same_run, find_start, is_finished
 from utils.run.run_environment import code_facts
 from utils.run.status import note_failed_start, read_status_or_none
 
@@ -57,10 +58,18 @@ class Launch:
         """
         data = self.ctx.rank0_first(open_it)
         self.ctx.assert_same_on_all_ranks("data", {"hash": data.fingerprint, "samples": len(data)})
-        provenance = Provenance(asdict(self.config), data.fingerprint, self.code_hash, tokenizer_sha256)
+        provenance = Provenance(
+            config=asdict(self.config),
+            data_hash=data.fingerprint,
+            code_hash=self.code_hash,
+            tokenizer_sha256=tokenizer_sha256,
+            class_names=data.class_names,
+        )
         self.notes += self.ctx.broadcast_from_rank0(
             check_same_run, self.start, self.config, provenance, self.global_batch_size
         )
+        if is_finished(self.start, self.config):  # nothing is trained: the weights stay what they were made from
+            provenance = read_manifest(Path(str(self.start.checkpoint))).provenance
         return data, provenance
 
 

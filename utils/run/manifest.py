@@ -7,10 +7,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
+from utils.config import flat
 from utils.errors import InputError
+from utils.files.atomic import write_text
 from utils.files.hashing import file_sha256, hash_of
+from utils.keys import SILENT, keys_of
+from utils.schema import SAMPLING_KEYS, Config
 
 MANIFEST_FILE = "manifest.json"
+# Of the config. The others say where and how it runs, logs and samples.
+WEIGHTS_SECTIONS = ("model.", "optimizer.", "lr_scheduler.", "training.", "vq_training.", "dataset.preprocessing.")
 VERSIONED_PACKAGES = ["torch", "accelerate", "numpy", "safetensors"]
 
 
@@ -25,6 +31,7 @@ class TrainingState:
     skipped_images: int = 0  # unreadable images that were left out, once per pass
     trained_s: float = 0.0  # seconds of training, pauses included
     started_from: str | None = None  # the path in experiment.resume=PATH that the run started from
+    ema_start: int = 0  # the step at which the EMA began
 
 
 class TrainingData(Protocol):
@@ -32,6 +39,9 @@ class TrainingData(Protocol):
 
     @property
     def fingerprint(self) -> str: ...  # equal for equal samples in equal order
+
+    @property
+    def class_names(self) -> list[str] | None: ...  # in the order of the class ids; None: unknown
 
     def __len__(self) -> int: ...
 
@@ -43,13 +53,36 @@ class Provenance:
     config: dict[str, Any] = field(default_factory=dict)  # the resolved config, by section
     data_hash: str = ""  # fingerprint of the training data
     code_hash: str = ""  # of the Python sources
-    tokenizer_sha256: str | None = None  # of the weights of the generator's tokenizer; None: unknown
+    tokenizer_sha256: str | None = None  # `Tokenizer.sha256` of the generator's tokenizer; None: unknown
+    class_names: list[str] | None = None  # of the training data, in the order of the class ids; None: unknown
+    untrained_classes: list[int] | None = None  # ids of the classes without training samples; None: unknown
 
     def record(self, step: int) -> dict[str, Any]:
-        """For a single weights file; without the config, whose folder names would make files of equal weights
-        differ."""
-        hashes = {"code": self.code_hash, "data": self.data_hash}
-        return {"step": step, "tokenizer_sha256": self.tokenizer_sha256, **hashes}
+        """For a single weights file. Of the config, it has the values that decide the weights, without paths, which
+        would make files of equal weights differ."""
+        values = {key: value for key, value in flat(self.config) if decides_weights(key) and not is_start(key)}
+        return {
+            "step": step,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "code": self.code_hash,
+            "data": self.data_hash,
+            "class_names": self.class_names,
+            "untrained_classes": self.untrained_classes,
+            "config": values,
+        }
+
+
+def decides_weights(key: str) -> bool:
+    """Whether another value of this config key trains other weights. Data and tokenizer are compared by their hashes
+    instead of their paths."""
+    known = keys_of(Config).get(key)
+    is_silent = known is not None and known.has(SILENT)
+    return is_start(key) or (key.startswith(WEIGHTS_SECTIONS) and key not in SAMPLING_KEYS and not is_silent)
+
+
+def is_start(key: str) -> bool:
+    """The path of the weights that fine-tuning starts from."""
+    return key.endswith(".init_from")
 
 
 @dataclass
@@ -83,7 +116,7 @@ def write_manifest(folder: Path, state: TrainingState, provenance: Provenance) -
     )
     content = asdict(manifest)
     content["sha256"] = hash_of(content)
-    (folder / MANIFEST_FILE).write_text(json.dumps(content, indent=1) + "\n")
+    write_text(folder / MANIFEST_FILE, json.dumps(content, indent=1) + "\n")
 
 
 def read_manifest(folder: Path) -> Manifest:

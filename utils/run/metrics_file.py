@@ -8,7 +8,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from utils.errors import InputError, environment_error
+from utils.errors import InputError, environment_error, errors_name
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -35,24 +35,23 @@ class MetricsFile:
         try:
             self.flush()
         except OSError as error:
-            warnings.warn(
-                f"{self.path}: {environment_error(error)}; its lines are kept for the next write", stacklevel=4
-            )
+            warnings.warn(f"{environment_error(error)}; its lines are kept for the next write", stacklevel=4)
 
     def flush(self) -> None:
         """Append all lines kept in memory, or none; raises OSError if they are still not written."""
         if not self._unwritten:
             return
-        with self.path.open("ab+") as file:
-            size = file.tell()
-            file.seek(max(size - 1, 0))
-            is_torn = file.read() not in (b"", b"\n")  # last line cut by a kill
-        try:
-            with self.path.open("a") as file:
-                file.write("\n\n" * is_torn + self._unwritten)
-        except OSError:
-            os.truncate(self.path, size)
-            raise
+        with errors_name(self.path):
+            with self.path.open("ab+") as file:
+                size = file.tell()
+                file.seek(max(size - 1, 0))
+                is_torn = file.read() not in (b"", b"\n")  # last line cut by a kill
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write("\n\n" * is_torn + self._unwritten)
+            except OSError:
+                os.truncate(self.path, size)
+                raise
         self._unwritten = ""
 
 
@@ -63,7 +62,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     damaged line, except one cut by a kill.
     """
     try:
-        lines = path.read_text(errors="replace").split("\n")
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from error
     rows: dict[float, dict[str, float]] = {}
@@ -83,6 +82,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         values = json.loads(line)
-        return values if isinstance(values["step"], int) else None
-    except (ValueError, KeyError, TypeError):
+        is_row = "started" in values or all(isinstance(value, int | float | None) for value in values.values())
+        return values if is_row and isinstance(values["step"], int) else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None

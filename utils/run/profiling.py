@@ -12,6 +12,7 @@ from torch.profiler import profile, record_function
 from utils.config import Config
 from utils.config_checks import profiled_steps
 from utils.distributed import DistributedContext
+from utils.files.atomic import atomic_folder
 from utils.run.run_environment import log_and_continue
 
 
@@ -46,10 +47,9 @@ def _recorded(folder: Path, logger: logging.Logger) -> Iterator[None]:
         with profile() as trace:
             yield
     finally:
-        with log_and_continue(logger, f"profile in {folder}"):
-            folder.mkdir(exist_ok=True)
+        with log_and_continue(logger, f"profile in {folder}"), atomic_folder(folder, replace=True) as partial:
             if on_gpu:
-                torch.cuda.memory._dump_snapshot(str(folder / "memory.pickle"))
-            trace.export_chrome_trace(str(folder / "trace.json.gz"))
+                torch.cuda.memory._dump_snapshot(str(partial / "memory.pickle"))
+            trace.export_chrome_trace(str(partial / "trace.json.gz"))
         if on_gpu:
             torch.cuda.memory._record_memory_history(enabled=None)

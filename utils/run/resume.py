@@ -1,5 +1,6 @@
 """Where a run starts: the rules of `experiment.resume` (docs/cluster.md), and what a checkpoint may be resumed with."""
 
+import textwrap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,24 @@ from utils.run.checkpoint import (
     load_weights,
     step_of,
 )
-from utils.run.manifest import MANIFEST_FILE, Provenance, TrainingState, read_manifest, verify, versions
-from utils.run.weights_path import FINAL_FILE, check_tokenizer, find_weights, resolve_path
+from utils.run.manifest import (
+    MANIFEST_FILE,
+    Provenance,
+    TrainingState,
+    decides_weights,
+    read_manifest,
+    verify,
+    versions,
+)
+from utils.run.weights_path import (
+    FINAL_FILE,
+    NO_TOKENIZER,
+    TrainedWeights,
+    check_tokenizer,
+    check_weights,
+    find_weights,
+    resolve_path,
+)
 from utils.schema import Config, TrainingConfig
 
 WORDS = ("auto", "true", "false")  # values of experiment.resume that are not paths
@@ -32,16 +49,21 @@ class Start:
 
     Attributes:
         checkpoint: a verified checkpoint folder, or a weights file; None: from scratch.
-        weights_only: `checkpoint` is a weights file; optimizer, step and data order start anew.
+        weights: the weights file, with its record; None: `checkpoint` is none.
         notices: lines for the log.
         back_up: checkpoints in `output_dir` that are damaged or of later steps, and final weights of later steps. They
             are renamed before training.
     """
 
     checkpoint: str | None = None
-    weights_only: bool = False
+    weights: TrainedWeights | None = None
     notices: tuple[str, ...] = ()
     back_up: tuple[Path, ...] = ()
+
+    @property
+    def weights_only(self) -> bool:
+        """`checkpoint` is a weights file; optimizer, step and data order start anew."""
+        return self.weights is not None
 
 
 def find_start(output_dir: Path, resume: str) -> Start:
@@ -111,7 +133,8 @@ def _start_from_checkpoint(
 
 
 def _start_from_weights(output_dir: Path, resume: str) -> Start:
-    weights, final = find_weights(resume).path, output_dir / FINAL_FILE
+    found, final = find_weights(resume), output_dir / FINAL_FILE
+    weights = found.path
     if weights.resolve() == final.resolve():
         raise InputError(
             f"experiment.resume={resume}: found the final weights of this run itself, expected a checkpoint; to start "
@@ -121,7 +144,12 @@ def _start_from_weights(output_dir: Path, resume: str) -> Start:
     if final.is_file():
         back_up.append(final)
     notice = f"{weights}: no {MANIFEST_FILE} there: only the weights are loaded; training starts at step 0"
-    return Start(str(weights), weights_only=True, notices=(notice, *_describe(back_up)), back_up=tuple(back_up))
+    return Start(
+        str(weights),
+        weights=found,
+        notices=(notice, *_describe(back_up)),
+        back_up=tuple(back_up),
+    )
 
 
 def _newest_good(folders: list[Path]) -> tuple[Path | None, dict[Path, str]]:
@@ -158,7 +186,7 @@ def back_up(start: Start) -> None:
 
 
 def check_same_run(start: Start, config: Config, provenance: Provenance, global_batch_size: int) -> list[str]:
-    """Compare with the run that wrote the checkpoint, before anything is loaded.
+    """Compare with the run that wrote the checkpoint or the weights, before anything is loaded.
 
     Keys annotated as MAY_CHANGE or SILENT in the schema may differ.
 
@@ -166,11 +194,13 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
         A line for the log for each allowed difference.
 
     Raises:
-        InputError: another model, optimizer, data or tokenizer, or another global batch without
-            `training.allow_batch_change`.
+        InputError: another model, optimizer, data, classes or tokenizer, another global batch without
+            `training.allow_batch_change`, or other values for a run that has no steps left.
     """
-    if start.checkpoint is None or start.weights_only:
+    if start.checkpoint is None:
         return []
+    if start.weights is not None:
+        return _check_weights(start.weights, config, provenance)
     manifest = read_manifest(Path(start.checkpoint))
     keys = keys_of(type(config))
     changes = _differences(manifest.provenance.config, asdict(config))
@@ -191,6 +221,13 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
         )
     trained_with = manifest.provenance.tokenizer_sha256
     check_tokenizer(trained_with, provenance.tokenizer_sha256, start.checkpoint, config.experiment)
+    _check_classes(manifest.provenance.class_names, provenance, start.checkpoint)
+    other_weights = [line for key, line in changes.items() if decides_weights(key)]
+    if other_weights and is_finished(start, config):
+        raise InputError(
+            f"{start.checkpoint}: the run has no steps left, found {'; '.join(other_weights)}; use another "
+            "experiment.output_dir, or the values of the run"
+        )
     written_at = manifest.state.global_batch_size
     if written_at != global_batch_size and not config.training.allow_batch_change:
         raise InputError(
@@ -203,6 +240,38 @@ def check_same_run(start: Start, config: Config, provenance: Provenance, global_
         notices.append("the code has changed")
     notices += _differences(manifest.versions, versions()).values()
     return [f"since {Path(start.checkpoint).name}: {notice}" for notice in notices]
+
+
+def _check_weights(weights: TrainedWeights, config: Config, provenance: Provenance) -> list[str]:
+    """`check_same_run` for weights without a checkpoint."""
+    _check_classes(weights.class_names, provenance, weights.path)
+    if provenance.tokenizer_sha256 is None:  # training of a tokenizer
+        return []
+    check_weights(weights, provenance.tokenizer_sha256, config)
+    return [] if weights.tokenizer_sha256 is not None else [f"{weights.path}: {NO_TOKENIZER}"]
+
+
+def _check_classes(trained: list[str] | None, provenance: Provenance, source: object) -> None:
+    """Raise InputError if the classes of the weights and of the data have names, and not the same."""
+    found = provenance.class_names
+    if None in (trained, found) or trained == found:
+        return
+    raise InputError(
+        f"{source}: trained on the classes {shortened(trained)}, found {shortened(found)} in the training data; "
+        "use the data of that run, or start from its weights with experiment.init_from, whose classes are new"
+    )
+
+
+def shortened(names: list[str] | None) -> str:
+    """For a message."""
+    return textwrap.shorten(", ".join(names or []), 80, placeholder=" ...")
+
+
+def is_finished(start: Start, config: Config) -> bool:
+    """Whether the run resumes from a checkpoint of its last step."""
+    if start.checkpoint is None or start.weights_only:
+        return False
+    return read_manifest(Path(start.checkpoint)).state.global_step == last_step(config.training)
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
@@ -220,8 +289,11 @@ def starting_state(start: Start, config: Config, global_batch_size: int) -> Trai
     """
     resume = config.experiment.resume
     if start.checkpoint is not None and not start.weights_only:
-        state = read_manifest(Path(start.checkpoint)).state
+        manifest = read_manifest(Path(start.checkpoint))
+        state = manifest.state
         state.global_batch_size = global_batch_size
+        if f"{EMA}.safetensors" not in manifest.files:  # see `load_modules`
+            state.ema_start = state.global_step
     else:
         state = TrainingState(global_step=0, global_batch_size=global_batch_size, samples_seen=0)
     if resume not in WORDS:
@@ -238,6 +310,22 @@ def starting_state(start: Start, config: Config, global_batch_size: int) -> Trai
 def last_step(training: TrainingConfig) -> int:
     """The number of steps after which the run ends."""
     return training.max_train_steps if training.stop_steps is None else training.stop_steps
+
+
+def untrained_classes(start: Start, without_samples: list[int]) -> list[int] | None:
+    """Classes that neither this run nor the one that it starts from has samples of; None: unknown, since what it starts
+    from does not record its own.
+
+    Args:
+        without_samples: classes without samples in the training data.
+    """
+    if start.checkpoint is None:
+        return without_samples
+    if start.weights is not None:
+        before = start.weights.record.get("untrained_classes")
+    else:
+        before = read_manifest(Path(start.checkpoint)).provenance.untrained_classes
+    return None if before is None else [class_id for class_id in without_samples if class_id in before]
 
 
 def load_start(start: Start, resumable: Resumable) -> list[str]:

@@ -42,7 +42,7 @@ def commit() -> str:
     """git's description of the sources; empty without git."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     try:
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8").stdout.strip()
     except OSError:
         return ""
 

@@ -1,5 +1,6 @@
 """Signals that stop a run after its step in progress, and stack traces of a run that hangs."""
 
+import ctypes
 import faulthandler
 import os
 import signal
@@ -15,14 +16,24 @@ FROM_TERMINAL = (signal.SIGINT, signal.SIGHUP)  # Ctrl-C, and a terminal that is
 SHOW_STACKS = signal.SIGUSR2
 SAME_PRESS_S = 1.0  # workers get a Ctrl-C from the terminal and again from torchrun
 STDERR = 2
+OF_LAUNCHERS = {"TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"}  # variables that torchrun and accelerate set
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+def end_on_sigterm() -> None:
+    """SIGTERM ends this process, also as PID 1 of a container, and arrives when its launcher is gone: an orphan would
+    keep the device and the lock of a folder that a restart uses."""
+    if OF_LAUNCHERS & os.environ.keys():
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getpid() == 1:  # the kernel drops signals to PID 1 that have no handler
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
 
 
 class StopSignals:
     """Inside `with`, a stop signal only sets `received` to its name; a second Ctrl-C raises KeyboardInterrupt. SIGUSR2
     prints the stacks of all threads.
 
-    Terminal signals that were ignored before (nohup, background jobs) stay ignored. The end of torchrun counts as a
-    signal: a surviving worker would write to a folder that a restart uses.
+    Terminal signals that were ignored before (nohup, background jobs) stay ignored.
 
     Attributes:
         received: name of the last stop signal; None without one.
@@ -30,13 +41,10 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: str | None = None
-        self._parent = os.getppid()
         self._interrupted_at: float | None = None
         self._previous: dict[signal.Signals, object] = {}
 
     def requested(self) -> bool:
-        if self.received is None and "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._parent:
-            self.received = "torchrun is gone"
         return self.received is not None
 
     def __enter__(self) -> "StopSignals":

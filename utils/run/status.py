@@ -10,7 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from utils.distributed import DistributedContext
-from utils.errors import InputError
+from utils.errors import InputError, errors_name
 from utils.files.atomic import atomic_file
 from utils.files.json_file import read_json
 from utils.files.lock import owner_inside
@@ -93,9 +93,9 @@ def write_status(output_dir: Path, status: Status, rank: int = 0) -> None:
     text = json.dumps(asdict(status), indent=1) + "\n"
     try:
         with atomic_file(path, f".{rank}.tmp") as partial:  # ranks may fail at the same time
-            partial.write_text(text)
+            partial.write_text(text, encoding="utf-8")
     except OSError:
-        with path.open("r+") as file:
+        with errors_name(path), path.open("r+", encoding="utf-8") as file:
             file.write(text)
             file.truncate()
 

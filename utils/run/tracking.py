@@ -55,7 +55,7 @@ class WandbRun:
         id_file = self.output_dir / "wandb_run_id"
         run_id = secrets.token_hex(4)
         if first_step > 0 and id_file.is_file():
-            run_id = id_file.read_text().split()[0]
+            run_id = id_file.read_text(encoding="utf-8").split()[0]
         if mode != "disabled":
             write_text(id_file, run_id + "\n")
         self._run = open_run(self.config, self.output_dir, run_id, facts, is_online=mode == "online")

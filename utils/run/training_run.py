@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from utils.distributed import DistributedContext
 from utils.errors import TrainingError
 from utils.faults import fault_point
+from utils.files.lock import still_held
 from utils.files.weights import save_weights
 from utils.run.checkpoint import CheckpointSaver, Optimizers, Resumable, weights_of
 from utils.run.estimates import TrainingCost, memory_estimate
@@ -106,6 +107,7 @@ class TrainingRun:
         self._saver = CheckpointSaver(config.experiment, provenance, start.checkpoint, self.logger)
         self._signals = StopSignals()
         self._stop_reason: str | None = None
+        self._folder_is_lost = False  # known to rank 0
         self._nonfinite_in_a_row = 0
 
     @property
@@ -203,7 +205,11 @@ class TrainingRun:
         is_nonfinite, interrupted, stop, save_failed = flags_of_any_rank(
             self.ctx,
             on_device=~torch.isfinite(torch.stack(list(values))).all(),
-            on_host=[self._signals.requested(), self._stop_reason is not None, self._saver.gave_up],
+            on_host=[
+                self._signals.requested() or self._folder_is_lost,
+                self._stop_reason is not None,
+                self._saver.gave_up,
+            ],
         )
         self.triggers.interrupted = interrupted
         if stop:
@@ -250,7 +256,14 @@ class TrainingRun:
         metrics = self._metrics.log_line() | values
         metrics["train/nonfinite_steps"] = self.state.nonfinite_steps
         self._update_progress()
+        self._watch_folder()
         self.log(metrics)
+
+    def _watch_folder(self) -> None:
+        """If the run folder was deleted or moved, the run saves its state and ends: without its lock, a second launch
+        could write to the folder too."""
+        if self.ctx.is_rank0 and not still_held(self.output_dir):
+            self._folder_is_lost = True
 
     def log(self, metrics: dict[str, float]) -> None:
         """Log further metrics of the state after the last step."""
@@ -299,6 +312,7 @@ class TrainingRun:
             self.ctx.barrier()  # without a limit, which the save before this one may exceed
             self.state.skipped_images = self._metrics.skipped_images()
             self.state.trained_s = self._metrics.trained_s
+            self._watch_folder()
             if self.ctx.is_rank0:
                 self._warn_of_full_disk()
             if self.ctx.is_rank0 or self._resumable.is_sharded:  # then all ranks send their shards
@@ -331,7 +345,7 @@ class TrainingRun:
             The run is complete; False after a stop signal.
 
         Raises:
-            TrainingError: the save failed.
+            TrainingError: the save failed, or the run folder was deleted during training.
         """
         step = self.state.global_step
         if self._launched.start.checkpoint != str(self.output_dir / f"checkpoint-{step}"):
@@ -340,6 +354,14 @@ class TrainingRun:
         failed = self.ctx.broadcast_from_rank0(lambda: self._saver.failures_in_a_row > 0)
         if failed:
             raise TrainingError(f"step {step}: the save failed at the end; {self._saver.describe_last_good()}")
+        if self.ctx.broadcast_from_rank0(lambda: self._folder_is_lost):
+            if self.ctx.is_rank0:
+                prepare_run_folder(self.config)
+            if not self.triggers.is_last:
+                raise TrainingError(
+                    f"step {step}: {self.output_dir} was deleted or moved during training; it now holds "
+                    f"checkpoint-{step}, from which the same command resumes"
+                )
         status = self._status.now
         if self.triggers.is_last:
             status.status = "completed"

@@ -14,7 +14,6 @@ reference: outputs/quickstart/tokenizer/reference.npz
 
 import difflib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,9 +26,11 @@ from msgspec import Meta
 from utils.config import Config, TextLoader, flat, load_config
 from utils.config_checks import check_training
 from utils.errors import InputError, first_line
+from utils.files.atomic import write_text_once
 from utils.files.hashing import file_sha256, hash_of
 from utils.files.json_file import read_json
 from utils.files.provenance import differences
+from utils.files.text import read_text, user_path
 from utils.keys import ConfigError, did_you_mean
 
 Stage = Literal["train", "sample", "evaluate", "sweep"]
@@ -148,7 +149,7 @@ class Plan:
         if not path.exists():
             facts = self.resolved()
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_once(path, json.dumps({"plan": facts, "sha256": hash_of(facts)}, indent=1) + "\n")
+            write_text_once(path, json.dumps({"plan": facts, "sha256": hash_of(facts)}, indent=1) + "\n")
         return self.check_stored()
 
     def check_stored(self) -> str:
@@ -232,10 +233,10 @@ def read_plan(words: Sequence[str]) -> tuple[Plan, dict[str, str]]:
     if wrong:
         raise InputError(f"command line: {wrong[0]!r} is not of the form key=value")
     given = {name: value for name, _, value in pairs}
-    path = Path(given.pop("config", "")).expanduser()
+    path = user_path(given.pop("config", ""))
     if not path.is_file():
         raise InputError(f"config={path if path.name else ''}: no such file; give the YAML file of a plan")
-    content = _read_yaml(path.read_bytes(), source=str(path))
+    content = _read_yaml(read_text(path), source=str(path))
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a mapping of keys, found a {type(content).__name__}")
     others = {}
@@ -257,7 +258,7 @@ def read_plan(words: Sequence[str]) -> tuple[Plan, dict[str, str]]:
         raise InputError(f"{path}: {error}") from error
 
 
-def _read_yaml(text: str | bytes, source: str) -> Any:
+def _read_yaml(text: str, source: str) -> Any:
     try:
         return yaml.load(text, TextLoader)
     except yaml.YAMLError as error:
@@ -287,15 +288,3 @@ def _to_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).strip()
-
-
-def _write_once(path: Path, text: str) -> None:
-    """Write a file unless it exists; of several processes at the same time, the first one wins."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text)
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        pass
-    finally:
-        partial.unlink()

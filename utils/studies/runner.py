@@ -25,7 +25,7 @@ from tqdm import tqdm
 from utils.errors import InputError
 from utils.files.lock import is_in_use, only_writer
 from utils.processes import num_cpus
-from utils.run.signals import STOP_SIGNALS, StopSignals
+from utils.run.signals import PR_SET_PDEATHSIG, STOP_SIGNALS, StopSignals
 from utils.run.status import EXIT_PREEMPTED, read_status_or_none
 from utils.studies.cells import Cell, State, cells_of
 from utils.studies.plan import Plan, Stage
@@ -33,7 +33,6 @@ from utils.studies.plan import Plan, Stage
 POLL_S = 0.1
 REFRESH_S, REFRESH_LOG_S = 2, 300  # of the progress bar in a terminal, and in a file
 ERROR_CHARACTERS = 300
-PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 LIBC = ctypes.CDLL(None)
 ENDED_BY_A_STOP = (EXIT_PREEMPTED, *(-number for number in STOP_SIGNALS))  # a batch system may signal all processes
 
@@ -163,7 +162,8 @@ class Runner:
         state.plan_sha256 = state.plan_sha256 or self.plan_sha256
         cell.write(state)
         command = cell.command(stage)
-        log = (cell.folder / f"{stage}.log").open("ab")
+        log_path = cell.folder / f"{stage}.log"
+        log = log_path.open("ab")
         log.write(f"\n{datetime.now(timezone.utc).isoformat(timespec='seconds')} {shlex.join(command)}\n".encode())
         log.flush()
         process = subprocess.Popen(

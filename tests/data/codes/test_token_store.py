@@ -279,3 +279,47 @@ def test_missing_and_damaged_stores(tmp_path: Path) -> None:
     (path / "meta.json").write_text("{}")
     with pytest.raises(InputError, match="cannot be opened"):
         open_tokens(path, *SIZES)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "found"),
+    [
+        ("tokens", np.zeros((50, 6), dtype=np.int64), "<i8, expected <u2"),
+        ("tokens", np.zeros((50, 6), dtype=np.uint16, order="F"), "<u2 in Fortran order"),
+        ("tokens", np.zeros((50, 6), dtype=">u2"), ">u2, expected <u2"),
+        ("class_ids", np.zeros(50), "<f8, expected <i4"),
+    ],
+)
+def test_arrays_whose_rows_would_be_read_wrongly(tmp_path: Path, name: str, array: np.ndarray, found: str) -> None:
+    write_store(tmp_path / "a.tokens", *random_samples(50))
+    np.save(tmp_path / f"a.tokens/{name}.npy", array)
+    with pytest.raises(InputError, match=rf"{name}\.npy: found .*{found}"):
+        TokenStore(tmp_path / "a.tokens")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "found"),
+    [
+        ("tokens", np.full((50, 6), 1024, dtype=np.uint16), "codes from 1024 to 1024 .*, expected 0 to 1023"),
+        ("class_ids", np.full(50, -1, dtype=np.int32), "class_labels from -1 to -1 .*, expected 0 to 9"),
+        ("class_ids", np.full(50, 10, dtype=np.int32), "class_labels from 10 to 10"),
+    ],
+)
+def test_samples_that_the_model_does_not_have(tmp_path: Path, name: str, values: np.ndarray, found: str) -> None:
+    """On a GPU a code above the codebook would be read as a class."""
+    write_store(tmp_path / "a.tokens", *random_samples(50))
+    np.save(tmp_path / f"a.tokens/{name}.npy", values)
+    store = TokenStore(tmp_path / "a.tokens")
+    with pytest.raises(InputError, match=rf"a\.tokens: found {found}"):
+        store.__getitems__([3, 7])
+
+
+@pytest.mark.parametrize(
+    "change", [{"image_seq_len": "6"}, {"class_names": 3}, {"sha256": [1]}, {"settings": [1]}, {"unknown": 1}]
+)
+def test_a_meta_of_other_types(tmp_path: Path, change: dict) -> None:
+    write_store(tmp_path / "a.tokens", *random_samples(50))
+    meta = tmp_path / "a.tokens/meta.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | change))
+    with pytest.raises(InputError, match=r"cannot be opened as a token store: .*" + next(iter(change))):
+        TokenStore(tmp_path / "a.tokens")

@@ -2,12 +2,13 @@
 
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from data.images.image_folder import ImageFolder
+from data.images.image_folder import ImageFolder, is_plain
 from data.images.reading import open_images
 from data.images.tar_shards import TarShards
 from scripts import make_shards
@@ -46,6 +47,43 @@ def test_names_with_a_dot_first_are_no_images(tmp_path: Path, capsys: pytest.Cap
     source = ImageFolder(root)
     assert (len(source), source.class_names) == (1, ["a"])
     assert capsys.readouterr().err == ""
+
+
+def test_folders_of_a_system_are_no_classes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    added = ("@eaDir", "#recycle", "__MACOSX", "lost+found", "$RECYCLE.BIN", ".Trash-1000")
+    root = fill(tmp_path, "a/1.png", "b/1.png", "b/@eaDir/1.png/SYNOPHOTO_THUMB_M.png", *(f"{x}/9.png" for x in added))
+    source = ImageFolder(root)
+    assert (source.class_names, [source.key(i) for i in range(2)]) == (["a", "b"], ["a/1.png", "b/1.png"])
+    assert len(source) == 2
+    fill(root, "plain/1.png", "plain/@eaDir/1.png")
+    assert is_plain(root / "plain")
+    with tarfile.open(root / "x.tar", "w") as tar:
+        (root / "1.cls").write_text("0")
+        for name, file in (("1.png", "a/1.png"), ("1.cls", "1.cls"), ("@eaDir/1.png", "a/1.png")):
+            tar.add(root / file, name)
+    assert len(open_images(str(root / "x.tar"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        (["train/a/1.png", "val/a/1.png"], "found the folders train, val, which are splits"),
+        (["train/1.png", "Test/1.png", "extra/1.png"], "found the folders Test, train, which are splits"),
+        (["test/a/1.png", ".git/1.png", "@eaDir/1.png"], "found the folders test, which are splits"),
+        (["data/a/1.png", "data/b/1.png"], "data: found no image nearer than a/1.png, expected at most 0"),
+        (["x/train/a/1.png", "y/1.png"], "x: found no image nearer than train/a/1.png, expected at most 1"),
+    ],
+)
+def test_folders_that_are_no_classes_are_named(tmp_path: Path, files: list[str], found: str) -> None:
+    root = fill(tmp_path / "images", *files)
+    with pytest.raises(InputError, match=f"^{root}.*{found}"):
+        make_shards.main([str(root), str(tmp_path / "out")])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
+
+
+def test_folders_that_look_odd_and_are_classes(tmp_path: Path) -> None:
+    root = fill(tmp_path, "train/1.png", "bus/old/1.png", "car/1.png", "car/deep/er/2.png")
+    assert ImageFolder(root).class_names == ["bus", "car", "train"]
 
 
 def test_folders_that_are_numbers_are_in_the_order_of_numbers(tmp_path: Path) -> None:
@@ -112,7 +150,7 @@ def test_validation_classes_are_matched_by_name(tmp_path: Path) -> None:
 def test_shards_of_different_classes_are_refused(tmp_path: Path) -> None:
     for name, classes in (("x", "ab"), ("y", "ac")):
         make_shards.main(
-            [str(fill(tmp_path / name, *(f"{c}/1.png" for c in classes))), str(tmp_path / f"shards/{name}")]
+            [str(fill(tmp_path / name, *(f"{c}/{name}.png" for c in classes))), str(tmp_path / f"shards/{name}")]
         )
     with pytest.raises(InputError, match=r"y/classes\.json: found other class names than in .*x/classes\.json"):
         open_images(str(tmp_path / "shards/*/*.tar"))

@@ -4,9 +4,11 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 
-from data.images.image_io import ImageDecoding
+from data.images.image_io import MAX_ASPECT_RATIO, ImageDecoding
+from utils.errors import InputError
 
 RAMP = np.linspace(0, 65535, 256 * 16).reshape(16, 256)
 
@@ -103,3 +105,21 @@ def test_the_first_of_several_frames(noise: Image.Image) -> None:
     content = encoded(noise, "TIFF", save_all=True, append_images=[Image.new("RGB", noise.size)])
     found = pixels(content)
     np.testing.assert_array_equal(found, np.asarray(noise))
+
+
+@pytest.mark.parametrize("size", [(1, 250_000), (49_000_000, 1), (2, 2 * MAX_ASPECT_RATIO + 1)])
+def test_a_strip_is_refused_before_it_is_decoded(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enlarged to the shorter edge of a crop, it would cost gigabytes."""
+    content = encoded(Image.new("1", size))
+    monkeypatch.setattr(PngImageFile, "load", None)
+    with pytest.raises(InputError, match=f"{size[0]} x {size[1]} pixels, expected at most {MAX_ASPECT_RATIO} times"):
+        ImageDecoding().decode(content)
+
+
+def test_the_longest_image_that_is_read() -> None:
+    assert pixels(encoded(Image.new("L", (MAX_ASPECT_RATIO, 1)))).shape == (1, MAX_ASPECT_RATIO, 3)
+
+
+def test_formats_whose_readers_start_programs_are_not_read(noise: Image.Image) -> None:
+    with pytest.raises(UnidentifiedImageError):
+        ImageDecoding().decode(encoded(noise, "EPS"))

@@ -18,6 +18,7 @@ from data.batch_sampler import SampleIndex
 from data.images.reading import ImageDataset, open_images
 from data.images.transforms import pretokenize_transform, training_transform
 from data.loading import Batches
+from scripts import make_shards
 from utils.errors import InputError
 from utils.schema import PreprocessingConfig
 
@@ -139,6 +140,10 @@ def test_augmentation_is_keyed_by_pass_and_index(tmp_path: Path) -> None:
     assert len(set(crops)) == 4
 
 
+def other_shard(folder: Path) -> Path:
+    return write_shard(folder / "other.tar", [{"__key__": "three", "png": encode(picture(7)), "cls": "2"}])
+
+
 def damaged(folder: Path, case: str) -> Path:
     """A shard `bad.tar` with one kind of damage in its second sample."""
     path, png = folder / "bad.tar", encode(picture(7))
@@ -164,6 +169,9 @@ def damaged(folder: Path, case: str) -> Path:
         "cut in a header": whole[: member_end + 100],
         "cut between members": whole[:member_end],
         "garbage inside": whole[:member_end] + b"x" * 512 + whole[member_end + 512 :],
+        "joined by cat": whole + other_shard(folder).read_bytes(),
+        "zeros inside": whole[:member_end] + bytes(512) + whole[member_end:],
+        "garbage after": whole + b"x",
     }
     path.write_bytes(contents.get(case, whole))
     return path
@@ -184,6 +192,9 @@ def damaged(folder: Path, case: str) -> Path:
         ("cut in a header", "after 1 images"),
         ("cut between members", "at byte 2048, after 1 images"),
         ("garbage inside", "at byte 2048, after 1 images"),
+        ("joined by cat", "data after the end mark at byte 4096, after 2 images"),
+        ("zeros inside", "data after the end mark at byte 2048, after 1 images"),
+        ("garbage after", "data after the end mark at byte 4096, after 2 images"),
         ("undecodable", "'two'.*cannot decode"),
         ("truncated image", "'two'.*cannot decode"),
     ],
@@ -193,6 +204,38 @@ def test_damage_is_named_in_one_line(tmp_path: Path, case: str, expected: str) -
     with pytest.raises(InputError, match=f"^{path}.*{expected}") as error:
         values(open_images(str(path)))
     assert "\n" not in str(error.value)
+    if "decode" not in expected:
+        with pytest.raises(InputError, match=f"^{path}.*{expected}"):
+            make_shards.main(["--index", str(path), "--processes", "1"])
+        assert not path.with_suffix(".index.npz").exists()
+
+
+def test_a_sample_in_two_shards_names_both(shards: Path) -> None:
+    copy = shards / "a-000001 (1).tar"
+    copy.write_bytes((shards / "a-000001.tar").read_bytes())
+    for indexed in (False, True):
+        with pytest.raises(InputError, match=r"found 2 keys") as error:
+            open_images(str(shards / "a-*.tar"))
+        for path in (copy, shards / "a-000001.tar"):
+            assert f"{path}, sample 'dir/4'" in str(error.value)
+        if not indexed:
+            make_shards.main(["--index", str(shards / "a-*.tar"), "--processes", "1"])
+    with pytest.raises(InputError, match=r"0,0}\.tar: found .*a-000000\.tar twice"):
+        open_images(str(shards / "a-00000{0,0}.tar"))
+    copy.unlink()
+    copy.symlink_to("a-000001.tar")
+    with pytest.raises(InputError, match=r"found 2 keys"):
+        open_images(str(shards / "a-*.tar"))
+
+
+def test_two_class_ids_of_one_sample_are_refused(tmp_path: Path) -> None:
+    path = add(tmp_path / "a.tar", {"1.cls": b"0", "1.png": encode(picture(1))})
+    with tarfile.open(path, "a") as tar:  # as `tar --append` of a corrected file
+        member = tarfile.TarInfo("1.cls")
+        member.size = 1
+        tar.addfile(member, io.BytesIO(b"1"))
+    with pytest.raises(InputError, match=r"a\.tar, sample '1': found two class ids, expected one"):
+        open_images(str(path))
 
 
 def test_a_folder_in_the_place_of_a_class_id_is_none(tmp_path: Path) -> None:

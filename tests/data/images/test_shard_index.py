@@ -39,7 +39,7 @@ def test_the_writer_records_what_the_headers_contain(shard: Path) -> None:
 
 
 def test_with_an_index_no_header_is_read(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: object) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("a shard was opened as a tar")
 
     monkeypatch.setattr(tarfile, "open", refuse)
@@ -60,6 +60,26 @@ def test_an_index_of_another_shard_is_refused(shard: Path) -> None:
         TarShards(str(shard))
     index_path(shard).unlink()
     assert len(TarShards(str(shard))) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("class_ids", lambda values: values - 9),  # would be read as codes by the model
+        ("class_ids", lambda values: values + 0.5),
+        ("offsets", lambda values: values - 10**6),
+        ("offsets", lambda values: values[:, None]),
+        ("offsets", lambda values: values + 10**6),
+        ("sizes", lambda values: -values),
+        ("sizes", lambda values: values + 2**62),
+        ("keys", lambda values: np.arange(len(values))),
+    ],
+)
+def test_values_of_a_stranger(shard: Path, name: str, change: object) -> None:
+    columns = dict(np.load(index_path(shard)))
+    np.savez(index_path(shard), **columns | {name: change(columns[name])})
+    with pytest.raises(InputError, match=rf"{index_path(shard)}: damaged .*--index"):
+        TarShards(str(shard))
 
 
 def flip(content: bytes) -> bytes:

@@ -6,10 +6,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1"]
 
 
 def start(script: str, arguments: list[str], ranks: int = 1, **environment: str) -> subprocess.Popen:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    launcher = [*TORCHRUN, f"--nproc_per_node={ranks}"] if ranks > 1 else []
     command = [sys.executable, *launcher, f"scripts/{script}", *arguments]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 

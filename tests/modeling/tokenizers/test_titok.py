@@ -1,6 +1,7 @@
 """TiTok computes the published function: numbers of the published code, with made-up small and with formula weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from modeling.tokenizers.registry import config_from_state_dict
 from modeling.tokenizers.titok import TiTokVQ
 from tests.modeling.tokenizers.made_up import formula_images, set_formula_weights
 from utils.errors import InputError
+from utils.files.weights import weights_sha256
 from utils.schema import VQModelConfig
 
 FIXTURES = Path(__file__).parents[2] / "fixtures/tokenizers"
@@ -42,6 +44,22 @@ def config_of(name: str) -> VQModelConfig:
         del published[key]
     sizes = {"vit_enc_model_size": "tiny", "vit_dec_model_size": "tiny", "resolution": 32}
     return VQModelConfig(model_type="titok", **{**published, **sizes, **TINY[name]})
+
+
+@pytest.mark.parametrize("is_legacy", [True, False])
+def test_the_hash_tells_another_normalization(is_legacy: bool) -> None:
+    """It decides codes and images, and the weights do not show it."""
+    sizes = PIXEL_DECODER if is_legacy else {}
+    config = VQModelConfig(
+        **{"model_type": "titok", "is_legacy": is_legacy, "num_latent_tokens": 4, "resolution": 32, **sizes},
+        **{"vit_enc_model_size": "tiny", "vit_dec_model_size": "tiny", "vit_dec_patch_size": 8},
+        use_l2_norm=is_legacy,
+    )
+    usual = TiTokVQ.from_section(config)
+    other = TiTokVQ.from_section(replace(config, use_l2_norm=not is_legacy))
+    other.load_state_dict(usual.state_dict())
+    assert usual.sha256() == weights_sha256(usual)  # as in the stores of earlier versions
+    assert other.sha256() != usual.sha256()
 
 
 def check(model: TiTokVQ, expected: dict[str, Tensor], images: Tensor, every: int) -> None:

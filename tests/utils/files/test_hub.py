@@ -1,8 +1,14 @@
-"""Names on the Hub, with a cache written by hand: nothing is downloaded here."""
+"""Names on the Hub, with a cache written by hand, or a Hub on this machine that fails."""
 
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
+import huggingface_hub.constants
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -89,3 +95,63 @@ def test_a_folder_is_looked_up_on_the_hub_only_when_asked(tmp_path: Path, monkey
         with pytest.raises(InputError, match=r"neither on the Hub nor in its cache: cannot reach the Hub$"):
             hub.local_folder(source, [])
     assert asked == [("someone/model", None)] * 2 + [("someone/model", "v2"), ("outputs/raer", None)]
+
+
+class FailingHub(BaseHTTPRequestHandler):
+    """The first folder of a path is how it fails."""
+
+    def do_HEAD(self) -> None:
+        kind = self.path.split("/")[1]
+        if kind == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            return
+        self.send_response({"circle": 302, "refused": 403}.get(kind, 200))
+        self.send_header("Location", self.path)
+        self.send_header("X-Error-Message", "Accept the licence on the\x1b[2J page of the model")
+        self.send_header("Content-Length", "9" if kind == "cut" else "0")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+@pytest.fixture
+def failing_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), FailingHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("reset", "Connection reset by peer"),
+        ("circle", "redirects"),
+        ("refused", r"403 Forbidden: Accept the licence on the\\x1b\[2J page"),
+        ("cut", ""),
+        ("no_hub", ""),
+    ],
+)
+def test_a_hub_that_fails_is_one_line_with_its_reason(
+    kind: str, reason: str, failing_hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"{failing_hub}/{kind}")
+    monkeypatch.setattr(
+        huggingface_hub.constants,
+        "HUGGINGFACE_CO_URL_TEMPLATE",
+        failing_hub + f"/{kind}/{{repo_id}}/{{revision}}/{{filename}}",
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(InputError, match=rf"^hf://a/b: neither on the Hub nor in its cache: .*{reason}") as error:
+        hub.local_folder("hf://a/b", ["*"], endpoint=f"{failing_hub}/{kind}", cache_dir=tmp_path)
+    assert "\n" not in str(error.value)
+    if kind != "cut":  # the client tries that again for seconds
+        with pytest.raises(InputError, match=rf"^hf://a/b/c: neither on the Hub nor in its cache: .*{reason}"):
+            hub.local_file("hf://a/b/c")

@@ -108,6 +108,7 @@ def test_damaged_files(tmp_path: Path, damage: Callable[[bytes], bytes], problem
 
 def test_other_files(tmp_path: Path) -> None:
     assert_refused(tmp_path / "x.npz", "no such file")
+    assert_refused(tmp_path, r"found a folder, expected an npz of images; pack the images with numpy\.savez")
     compressed, no_header, short = (tmp_path / f"{name}.npz" for name in ("compressed", "no_header", "short"))
     np.savez_compressed(compressed, arr_0=IMAGES)
     assert_refused(compressed, "arr_0 is compressed, expected an npz of numpy.savez")

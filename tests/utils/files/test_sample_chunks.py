@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from utils.errors import InputError
-from utils.files.chunk_files import PROVENANCE_FILE
+from utils.files.chunk_files import PROVENANCE_FILE, ChunkFiles
 from utils.files.sample_chunks import SampleChunks
 
 PROVENANCE = {"sampling.seed": 42, "sampling.compile": "auto"}
@@ -72,6 +72,28 @@ def test_chunks_without_a_provenance(chunk_files: SampleChunks) -> None:
     assert not chunk_files.can_resume
     with pytest.raises(InputError, match=r"x\.chunks: .*provenance\.json"):
         chunk_files.open(PROVENANCE)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".json"])
+def test_damaged_chunks_of_every_kind_are_missing(tmp_path: Path, suffix: str) -> None:
+    chunk_files = ChunkFiles(tmp_path / "x.chunks", num_items=5, chunk_size=1, suffix=suffix)
+    chunk_files.open(PROVENANCE)
+    for chunk in chunk_files.chunks:
+        with chunk_files.writing(chunk) as partial, partial.open("wb") as file:
+            if suffix == ".json":
+                file.write(b'{"samples": 1}')
+            elif suffix == ".npz":
+                np.savez(file, codes=np.arange(99))
+            else:
+                np.save(file, np.arange(99))
+    whole = chunk_files.path(chunk_files.chunks[0]).read_bytes()
+    middle = len(whole) // 2
+    for chunk, content in zip(
+        chunk_files.chunks, (whole[:-1], b"", b"\xff" * len(whole), whole[:middle]), strict=False
+    ):
+        chunk_files.path(chunk).write_bytes(content)
+    chunk_files.open(PROVENANCE)
+    assert chunk_files.missing() == chunk_files.chunks[:4]
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", "{}", '{"provenance": 1}'])

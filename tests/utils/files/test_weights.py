@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from utils.errors import InputError
-from utils.files.weights import load_state_dict, load_strict, weights_sha256
+from utils.files.weights import RECORD, load_state_dict, load_strict, read_record, weights_sha256
 
 
 class Exploit:
@@ -65,3 +65,13 @@ def test_the_hash_is_that_of_the_values(linear: nn.Linear) -> None:
     other.bias.data[1] += 1e-6
     assert weights_sha256(other) != weights_sha256(linear)
     assert weights_sha256(linear.bfloat16()) != weights_sha256(other)
+
+
+@pytest.mark.parametrize(
+    "text", ["[1]", "3", "{", "[" * 100_000, '{"step": "9"}', '{"tokenizer_sha256": [1]}', '{"data": {"a": 1}}']
+)
+def test_a_record_of_other_types_is_damage(tmp_path: Path, text: str) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors", {RECORD: text})
+    for read in (read_record, load_state_dict):
+        with pytest.raises(InputError, match=r"w\.safetensors: damaged, found no valid [\w-]+ in its metadata"):
+            read(tmp_path / "w.safetensors")

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 from PIL import Image
 
-from utils.run.curves import save_training_curves
+from utils.run.curves import draw_curve, panel_grid, plain_label, save_figure, save_training_curves
 
 Panels = dict[str, dict[str, np.ndarray]]  # by title: curves (2, points) by label
 
@@ -85,3 +85,12 @@ def test_a_first_row_is_drawn_and_no_row_is_no_picture(tmp_path: Path, drawn: li
         "train/grad_norm": [[50], [2.0]],
         "train/loss": [[50], [6.0]],
     }
+
+
+@pytest.mark.parametrize("name", ["$\\no_command$", "_hidden", "a$b"])
+def test_labels_are_drawn_as_they_are(name: str, tmp_path: Path) -> None:
+    figure, (axes,) = panel_grid(1)
+    axes.set_title(plain_label(name))
+    draw_curve(axes, name, ([1, 2], [1.0, 2.0]), label=plain_label(name))
+    assert [text.get_text().replace("\\$", "$").strip() for text in axes.legend().get_texts()] == [name]
+    save_figure(figure, tmp_path / "x.png")

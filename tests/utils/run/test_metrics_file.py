@@ -72,7 +72,10 @@ def test_a_torn_last_line_costs_no_other(path: Path, torn: str) -> None:
     assert steps(path) == [1, 2]
 
 
-@pytest.mark.parametrize("damaged", ['{"step": 2, "lo', "[2]", '{"loss": 1}', '{"step": null}'])
+@pytest.mark.parametrize(
+    "damaged",
+    ['{"step": 2, "lo', "[2]", '{"loss": 1}', '{"step": null}', '{"step": 2, "loss": "x"}', "[" * 100_000, '"step"'],
+)
 def test_another_damaged_line_is_named(path: Path, damaged: str) -> None:
     path.write_text(f'{{"step": 1}}\n{damaged}\n{{"step": 3}}\n')
     with pytest.raises(InputError, match=r"metrics\.jsonl: line 2: found .*, expected a JSON object with a step"):

@@ -42,6 +42,21 @@ def test_flops_are_those_that_torch_counts(classes: int, slices: int) -> None:
     assert training_cost(model, config, slices).flops * BATCH == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
+def test_flops_of_attention_are_those_that_torch_counts() -> None:
+    """With so many and so narrow tokens that attention is most of the cost."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 1, "intermediate_size": 32}
+    overrides = [*(f"model.generator.{name}={value}" for name, value in sizes.items()), "model.vq_model.resolution=512"]
+    config = config_of(*overrides, "model.vq_model.codebook_size=8", "training.per_gpu_batch_size=1")
+    model = ReAR(config.model).train()
+    with FlopCounterMode(display=False) as counter:
+        codes = torch.zeros(1, 1024, dtype=torch.int64)
+        next_token_loss(model(codes, torch.zeros(1, dtype=torch.int64)).logits, codes).backward()
+    counted = counter.get_flop_counts()["Global"]
+    of_attention = sum(flops for op, flops in counted.items() if "attention" in str(op) or "bmm" in str(op))
+    assert of_attention > 0.7 * counter.get_total_flops()
+    assert training_cost(model, config).flops == pytest.approx(counter.get_total_flops(), rel=0.1)
+
+
 def kept_bytes(model: ReAR, config: Config) -> int:
     """By the forward pass for the backward pass."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -23,6 +23,7 @@ from utils.run.training_run import GC_EVERY, TrainingRun
 
 class Data:
     fingerprint = "data"
+    class_names = None
 
     def __len__(self) -> int:
         return 50

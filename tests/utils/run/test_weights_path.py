@@ -1,6 +1,7 @@
 """What a path to weights means; runs and damaged checkpoints are in tests/faults/test_provenance.py."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,31 @@ def test_a_run_a_checkpoint_and_a_file_in_it(tmp_path: Path) -> None:
     assert (model.path, model.step) == (checkpoint / "model.safetensors", 4)
     (tmp_path / "config.yaml").touch()
     for path in (tmp_path, checkpoint, model.path):
-        assert find_run_folder(path) == tmp_path
+        assert find_run_folder(find_weights(str(path))) == tmp_path
+
+
+def test_a_file_of_another_origin_does_not_belong_to_the_run_around_it(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    own = Provenance(data_hash="").record(4)
+    for name, record, is_of_run in (
+        ("model.safetensors", own, True),
+        ("weights/0000003.safetensors", {**own, "step": 3}, True),
+        ("weights/0000003.safetensors", {**own, "step": 3, "data": "other"}, False),
+        ("model.safetensors", {**own, "code": "other"}, False),
+        ("model.safetensors", None, False),  # a published file
+        ("foreign.safetensors", own, False),
+        ("weights/best.safetensors", own, False),
+        ("unwrapped_model/model.safetensors", None, False),
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        save_weights(STATE, path, record)
+        assert (find_run_folder(find_weights(str(path))) == tmp_path) == is_of_run, (name, record)
+        path.unlink()
+    shutil.rmtree(tmp_path / "checkpoint-4")  # nothing contradicts, and the folder has the published layout
+    save_weights(STATE, tmp_path / "unwrapped_model/model.safetensors")
+    assert find_run_folder(find_weights(str(tmp_path / "unwrapped_model/model.safetensors"))) == tmp_path
 
 
 @pytest.mark.parametrize("name", PUBLISHED_FILES)
