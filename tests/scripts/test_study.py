@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.faults.slurm import Slurm, installed
 from tests.processes import ROOT, WAIT_S
 from utils.run.metrics_file import read_metrics
 from utils.run.status import read_status_or_none
@@ -175,9 +176,7 @@ def wait_for_cell(output: Path, name: str, step: int) -> None:
 
 
 @pytest.fixture
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    from tests.faults.slurm import Slurm, installed
-
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     installed()
     slurm = Slurm(tmp_path_factory.mktemp("slurm"))
     try:
@@ -189,7 +188,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_tasks_of_a_job_array_share_the_cells_and_are_requeued(slurm: Any, tiny: TinyStudy, tmp_path: Path) -> None:
+def test_tasks_of_a_job_array_share_the_cells_and_are_requeued(slurm: Slurm, tiny: TinyStudy, tmp_path: Path) -> None:
     output = tmp_path / "slurm"
     train_only = ["stages=[train]", "metric=val/ar_loss", "n=null", "reference=null", "workers=1"]
     validated = ["experiment.eval_every=150", tiny.data[0].replace("pretokenization", "eval_pretokenization")]
