@@ -4,6 +4,7 @@
     torchrun --nproc_per_node=8 evaluation/evaluator.py REF.npz SAMPLES.npz
     python evaluation/evaluator.py REF.npz SAMPLES.npz --backend timm:vit_large_patch14_dinov2.lvd142m
     python evaluation/evaluator.py REF.npz SAMPLES.npz SAMPLES_2.npz --backend efficientnet_lite0
+    python evaluation/evaluator.py --compare A.npz B.npz REF.npz
 
 Images are arr_0, uint8 NHWC; REF.npz may hold stored statistics. Prints inception_score, fid, sfid, precision and
 recall as evaluations/evaluator.py of https://github.com/openai/guided-diffusion does, then KID. The numbers do not
@@ -17,10 +18,14 @@ a second reference for the same samples it is <SAMPLES>.<REF>.<backend>.json. Ex
 weights, device, code and versions are not computed again. The features of the reference are kept in
 <REF>.<backend>.features.safetensors. `--log-to RUN` also appends the numbers to the metrics of the training run, at the
 step of the sampled weights.
+
+--compare prints the difference of the Frechet distances of two files with equally many samples, and its bootstrap
+interval over the images, which says nothing about retraining. It writes <A>.compared_with_<B>.<backend>.json.
 """
 
 import argparse
 import sys
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +36,7 @@ if __name__ == "__main__":
 import torch
 
 from evaluation.collect import FeatureSums, collect
+from evaluation.comparison import SCOPE, compare
 from evaluation.features import EncoderFeatures, Extractor
 from evaluation.inception import Inception
 from evaluation.inputs import Npz, check_statistics, open_input
@@ -45,8 +51,10 @@ from evaluation.report import (
     find_same,
     names_in_log,
     new_report,
+    print_comparison,
     print_files,
     print_metrics,
+    write_comparison,
     write_report,
 )
 from evaluation.run_log import find_step, log_scores
@@ -109,11 +117,35 @@ class Evaluator:
             report["metrics"] |= {"kid": of_features.mean, "kid_std": of_features.std}
         else:
             report["metrics"] = {
-                "frechet_distance": frechet_distance(self.reference_sums.pool.gaussian(), sums.pool.gaussian()),
+                "frechet_distance": frechet_distance(self.reference_gaussian, sums.pool.gaussian()),
                 "kernel_distance": of_features.mean,
                 "kernel_distance_std": of_features.std,
             }
         return report
+
+    def compare(self, a: Npz, b: Npz) -> dict[str, Any]:
+        """The report of the difference of two opened files. Raises InputError for different numbers of samples."""
+        counts = [len(npz.images) for npz in (a, b)]
+        if counts[0] != counts[1]:
+            raise InputError(
+                f"{b.images.path}: found {counts[1]} samples, expected {counts[0]} as in {a.images.path}: Frechet "
+                "distances are comparable at equal N only"
+            )
+        reports, features = {}, {}
+        for name, npz in (("a", a), ("b", b)):
+            reports[name] = new_report(self.reference, npz, self.extractor, self.settings)
+            collected = self._collect(npz, title=name.upper()).features
+            assert collected is not None
+            features[name] = collected.to(self.device)
+        difference = compare(self.reference_gaussian, features_a=features["a"], features_b=features["b"], ctx=self.ctx)
+        provenance = reports["a"]["provenance"]
+        samples = {name: report["provenance"].pop("samples") for name, report in reports.items()}
+        return {
+            "provenance": provenance | samples,
+            "warnings": list(dict.fromkeys(reports["a"]["warnings"] + reports["b"]["warnings"])),
+            "metrics": asdict(difference),
+            "scope": SCOPE,
+        }
 
     def _adm_metrics(self, samples: Npz, sums: FeatureSums) -> dict[str, float]:
         """The five numbers. All processes call it."""
@@ -130,7 +162,7 @@ class Evaluator:
         of_samples = gaussians(samples, sums)
         return {
             "inception_score": sums.score.inception_score(),
-            "fid": frechet_distance(of_reference["pool"], of_samples["pool"]),
+            "fid": frechet_distance(self.reference_gaussian, of_samples["pool"]),
             "sfid": frechet_distance(of_reference["spatial"], of_samples["spatial"]),
             "precision": precision,
             "recall": recall,
@@ -156,6 +188,13 @@ class Evaluator:
         if self.settings["backend"] == "inception":
             check_statistics(npz, self.extractor.weights_sha256)
         return npz
+
+    @property
+    def reference_gaussian(self) -> Gaussian:
+        """Of the pool features."""
+        if self.settings["backend"] == "inception":
+            return gaussians(self.reference, self.reference_sums)["pool"]
+        return self.reference_sums.pool.gaussian()
 
     def _collect(self, npz: Npz, title: str) -> FeatureSums:
         return collect(
@@ -205,9 +244,16 @@ def add_feature_options(parser: argparse.ArgumentParser) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reference", type=user_path, help="npz of reference images")
+    parser.add_argument("reference", type=user_path, nargs="?", help="npz of reference images")
     parser.add_argument(
-        "samples", type=user_path, nargs="+", help="npz of generated images; several share the reference"
+        "samples", type=user_path, nargs="*", help="npz of generated images; several share the reference"
+    )
+    parser.add_argument(
+        "--compare",
+        type=user_path,
+        nargs=3,
+        metavar=("A", "B", "REF"),
+        help="the difference of two npz of generated images",
     )
     parser.add_argument(
         "--backend", type=backend_name, default="inception", help="inception, efficientnet_lite0 or timm:NAME[:FILE]"
@@ -220,12 +266,16 @@ def main() -> None:
     )
     add_feature_options(parser)
     args = parser.parse_intermixed_args()
+    if args.compare and (args.reference or args.log_to):
+        parser.error("--compare A B REF: expected no other files, and no --log-to")
+    if not args.compare and not args.samples:
+        parser.error("expected REF.npz and SAMPLES.npz, or --compare A.npz B.npz REF.npz")
     with init_distributed() as ctx:
         steps: dict[Path, int] = {}
         if args.log_to:
             steps = ctx.broadcast_from_rank0(lambda: {path: find_step(path, args.log_to) for path in args.samples})
         evaluator = Evaluator(
-            args.reference,
+            args.compare[2] if args.compare else args.reference,
             ctx,
             backend=args.backend,
             inception=args.inception,
@@ -233,6 +283,13 @@ def main() -> None:
             batch_size=args.batch_size,
             device=args.device,
         )
+        if args.compare:
+            a, b = (evaluator.open(path) for path in args.compare[:2])
+            report = evaluator.compare(a, b)
+            if ctx.is_rank0:
+                print_comparison(report)
+                print(f"report: {write_comparison(report, *args.compare[:2])}", file=sys.stderr)
+            return
         opened = [evaluator.open(path) for path in args.samples]  # errors in any file come before the work
         for path, npz in zip(args.samples, opened, strict=True):
             report = evaluator(npz)

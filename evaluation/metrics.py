@@ -27,12 +27,12 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     never takes the root of an eigenvalue that is only rounding error, so fewer images than dimensions are no problem.
     Source: Heusel et al. 2017, https://arxiv.org/abs/1706.08500.
     """
-    trace_of_root = torch.linalg.svdvals(_factor(a.sigma).T @ _factor(b.sigma)).sum().item()
+    trace_of_root = torch.linalg.svdvals(root_factor(a.sigma).T @ root_factor(b.sigma)).sum().item()
     difference = a.mu - b.mu
     return float(difference @ difference + np.trace(a.sigma) + np.trace(b.sigma) - 2 * trace_of_root)
 
 
-def _factor(sigma: np.ndarray) -> Tensor:
+def root_factor(sigma: np.ndarray) -> Tensor:
     """L (D, r) with L L^T = sigma of rank r."""
     eigenvalues, eigenvectors = torch.linalg.eigh(torch.from_numpy(sigma))  # (D,), (D, D)
     noise = eigenvalues[-1] * len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps  # threshold of the numerical rank

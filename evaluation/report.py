@@ -140,6 +140,29 @@ def names_in_log(report: dict[str, Any]) -> dict[str, float]:
     return {f"{name}_{model}" if model else name: value for name, value in report["metrics"].items()}
 
 
+def print_comparison(report: dict[str, Any]) -> None:
+    """Of `Evaluator.compare`."""
+    provenance, metrics = report["provenance"], report["metrics"]
+    for warning in report["warnings"]:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    title = TITLES["fid" if provenance["backend"] == "inception" else "frechet_distance"]
+    title = title.format(encoder=_encoder_title(report))
+    for name in ("a", "b"):
+        print(f"{name.upper()}: {title} {metrics[name]} (N = {provenance[name]['images']}, {provenance[name]['file']})")
+    interval = f"95 % interval {metrics['low']:+.4g} to {metrics['high']:+.4g}"
+    relative = 100 * metrics["difference"] / metrics["a"]
+    print(f"B - A: {metrics['difference']:+.4g} ({relative:+.2f} %), {interval}")
+    print(report["scope"])
+
+
+def write_comparison(report: dict[str, Any], a: Path, b: Path) -> Path:
+    """Write `<a>.compared_with_<b>.<backend>.json`."""
+    path = a.with_suffix(f".compared_with_{b.stem}.{file_label(report['provenance'])}.json")
+    figures = {key: value for key, value in report.items() if key != "provenance"}
+    write_record(a, report["provenance"], record=path, figures=figures)
+    return path
+
+
 def write_report(report: dict[str, Any], samples: Path) -> Path:
     """Write `<samples>.<backend>.json`, or `<samples>.<backend>-<distance>.json` for a distance other than the usual.
 

@@ -26,7 +26,15 @@ WAIT_S = 90  # no test relies on it; it keeps a hanging process from hanging the
 STARTED: list[BaseProcess] = []  # by the test in progress
 
 SERVER = multiprocessing.get_context("forkserver")
-SCRIPTS = ("sample_imagenet_rear", "pretokenize", "reconstruct", "train_tokenizer", "make_shards", "convert_tokens")
+SCRIPTS = (
+    "sample_imagenet_rear",
+    "pretokenize",
+    "reconstruct",
+    "train_tokenizer",
+    "make_shards",
+    "convert_tokens",
+    "study",
+)
 IMPORTED_LATE = (
     "torch._dynamo",
     "torch.distributed.fsdp",

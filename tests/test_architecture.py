@@ -148,6 +148,7 @@ GROWING = {
     ("utils/files/lock.py", "lock_path"): "a lock",
     ("utils/run/metrics_file.py", "self.path"): "grows for the whole run",
     ("utils/run/status.py", "path"): "on a full disk",
+    ("utils/studies/runner.py", "log_path"): "output of processes, all attempts",
 }
 # Renames and deletions of whole folders, in one step each.
 RENAMES = {"utils/run/checkpoint.py": "to delete", "utils/run/resume.py": "to keep as a backup"}

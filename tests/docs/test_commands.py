@@ -21,6 +21,7 @@ from torch.distributed.run import get_args_parser
 from tests.docs.pages import PAGES, ROOT, commands, fences, page_name
 from utils.config import load_config
 from utils.config_checks import accumulation_steps
+from utils.studies.plan import read_plan
 
 COMMANDS = sorted({command for page in PAGES for command in commands(page)})
 # By commands: make_config.py, export_model.py.
@@ -107,7 +108,18 @@ def test_the_hooks_run_the_installed_ruff() -> None:
         assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
+def check_study(arguments: list[str]) -> None:
+    """`reference` is made by an earlier command."""
+    words = [word for word in arguments if "=" in word]
+    _, others = read_plan([*words, f"reference={ROOT}/README.md"])
+    assert {*others} <= {"workers"}
+    assert {*arguments} - {*words} <= {"report", "--status"}
+
+
 def check_arguments(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    if script in ("scripts/study.py", "scripts_bash/slurm_study.sbatch"):
+        check_study(arguments)
+        return
     overrides = [word for word in arguments if OVERRIDE.fullmatch(word)]
     if overrides:
         paths = [word.replace("config=", f"config={ROOT}/") for word in overrides]

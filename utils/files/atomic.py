@@ -13,6 +13,7 @@ from pathlib import Path
 
 from utils.errors import errors_name
 
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # what link reports on such a mount
 NOT_SUPPORTED = (errno.EINVAL, errno.ENOTSUP)  # what fsync reports on such a mount
 
 
@@ -51,6 +52,27 @@ def write_text(path: Path, text: str) -> None:
     """Write a small file in UTF-8, atomically. If several processes write it at the same time, the last one wins."""
     with atomic_file(path, f".{os.getpid()}.tmp") as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def write_text_once(path: Path, text: str) -> None:
+    """As `write_text`, unless the file exists: of several processes that write it at the same time, the first one wins,
+    or the last one on a mount without hard links."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with errors_name(path):
+            partial.write_text(text, encoding="utf-8")
+            sync(partial)
+            try:
+                os.link(partial, path)
+            except FileExistsError:
+                return
+            except OSError as error:
+                if error.errno not in NO_HARD_LINKS:
+                    raise
+                partial.replace(path)
+            sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def publish(partial: Path, path: Path, replace: bool = False) -> None:

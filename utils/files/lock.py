@@ -7,6 +7,7 @@ it too.
 """
 
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -56,6 +57,18 @@ def only_writer(path: Path, inside: bool = False) -> Iterator[None]:
 def owner_inside(folder: Path) -> int | None:
     """Process number of the owner of the lock in `folder`, which may be dead; None without a lock."""
     return SoftFileLease(folder / LOCK).pid
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether another process holds the lock in `folder`: it runs on this machine, or has touched the lock within the
+    last `LEASE_S` on another one."""
+    lock_path = folder / LOCK
+    owner, touch = SoftFileLease(lock_path).owner, _last_touch(lock_path)
+    if owner is None or touch is None:
+        return False
+    if owner.hostname.partition("?")[0] == socket.gethostname():
+        return _runs_here(owner)
+    return time.time() - touch / 1e9 < LEASE_S
 
 
 def still_held(folder: Path) -> bool:

@@ -1,10 +1,12 @@
 """A name exists only when its file or folder is complete; an error changes nothing."""
 
+import errno
 from pathlib import Path
 
 import pytest
 
-from utils.files.atomic import atomic_file, atomic_folder, write_text
+from utils.files import atomic
+from utils.files.atomic import atomic_file, atomic_folder, write_text, write_text_once
 
 
 def test_a_file_takes_the_place_of_the_old_one_at_the_end(tmp_path: Path) -> None:
@@ -30,6 +32,26 @@ def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_file(path):
         pass  # nothing written
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("has_hard_links", [True, False])
+def test_the_first_of_several_writers_wins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_hard_links: bool
+) -> None:
+    """On a mount without hard links, a file is written, too."""
+
+    def link(source: Path, target: Path) -> None:
+        raise OSError(errno.EPERM, "not supported", str(source))
+
+    if not has_hard_links:
+        monkeypatch.setattr(atomic.os, "link", link)
+    path = tmp_path / "plan.json"
+    write_text_once(path, "first")
+    assert path.read_text() == "first"
+    if has_hard_links:
+        write_text_once(path, "second")
+        assert path.read_text() == "first"
     assert list(tmp_path.iterdir()) == [path]
 
 

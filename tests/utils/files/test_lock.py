@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 from tests.faults.runs import launch_environment
 from utils.errors import InputError
 from utils.files import lock
-from utils.files.lock import only_writer, owner_inside
+from utils.files.lock import is_in_use, only_writer, owner_inside
 
 HOLD = """
 import sys, time
@@ -107,6 +108,23 @@ def test_an_owner_on_another_machine_that_is_silent_is_replaced(elsewhere: Path,
     with only_writer(elsewhere):
         pass
     assert f"process {os.getpid()} on node7" in capsys.readouterr().err
+
+
+def test_whether_a_folder_is_in_use(tmp_path: Path) -> None:
+    """By a process that runs on this machine, or an owner on another one that touched the lock lately."""
+    assert not is_in_use(tmp_path)
+    with only_writer(tmp_path, inside=True):
+        assert is_in_use(tmp_path)
+    assert not is_in_use(tmp_path)
+    for host, start, age_s, expected in (
+        (socket.gethostname(), 5, 0, False),  # the number of this process, which started at another time
+        ("node7", 5, 0, True),
+        ("node7", 5, lock.LEASE_S + 1, False),
+    ):
+        record = f"filelock/2\npid={os.getpid()}\nhost={host}\nmode=lease\ntoken=ab\nduration=30\nstart={start}\n"
+        (tmp_path / lock.LOCK).write_text(record)
+        os.utime(tmp_path / lock.LOCK, (time.time() - age_s,) * 2)
+        assert is_in_use(tmp_path) == expected, host
 
 
 def test_an_owner_on_another_machine_that_touches_its_lock_stays(
