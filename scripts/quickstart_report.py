@@ -1,9 +1,10 @@
-"""Table and picture of a finished quick start.
+"""A page with the results of a finished quick start.
 
     python scripts/quickstart_report.py outputs/quickstart
 
-Reads the files of scripts_bash/quickstart.sh. Prints the table; writes report.md and samples_by_region.png
-(a column of samples for each region, the first ones, not selected) to the same folder.
+Reads the files of scripts_bash/quickstart.sh. Prints a table, and writes to the same folder report.html (samples,
+training curves, reconstructions and the table, in one file) and samples_by_region.png (a column of samples for each
+region, the first ones, not selected).
 """
 
 import argparse
@@ -21,23 +22,68 @@ from utils.errors import input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.json_file import read_json
 from utils.files.text import user_path
+from utils.html_page import commands, heading, page, paragraph, picture, table
 from utils.images import GRID_GAP, make_grid, write_png
 from utils.run.metrics_file import read_metrics
 
 ROWS = 6
 CAPTION_HEIGHT = 14  # pixels above the grid
+FRECHET = "Frechet distance (EfficientNet-Lite0) to {number} held-out tiles"
+NEXT = """\
+# Images of two classes, with another seed and guidance scale
+python scripts/sample_imagenet_rear.py config=configs/rear_blue_marble.yaml sampling.class_labels=[3,7] \
+  sampling.seed=1 sampling.num_fid_samples=16 sampling.save_png=true model.generator.guidance_scale=2 \
+  experiment.generator_checkpoint={folder}/rear experiment.output_dir={folder}/other_samples
+# The lower halves of held-out tiles, completed
+python scripts/complete_images.py config=configs/rear_blue_marble.yaml experiment.generator_checkpoint={folder}/rear \
+  completion.inputs="{folder}/images/heldout-*.tar" experiment.output_dir={folder}/completed
+# The same training without the method, plain AR, and both in one picture
+python scripts/train_rear.py config=configs/rear_blue_marble.yaml dataset.params.pretokenization={folder}/train.tokens \
+  model.generator.perturb_mode=none model.generator.transition_alignment=false experiment.output_dir={folder}/ar
+python scripts/compare_runs.py {folder}/rear {folder}/ar
+"""
 
 
 def main(folder: Path) -> None:
-    table = "\n".join(f"| {name} | {value} |" for name, value in [("quantity", "value"), ("---", "---"), *rows(folder)])
-    write_text(folder / "report.md", table + "\n")
-    picture = folder / "samples_by_region.png"
+    picture_path = folder / "samples_by_region.png"
     class_names = read_json(folder / "images/classes.json")
-    write_png(picture, samples_by_class(np.load(folder / "samples.npz"), class_names))
-    print(f"{table}\n\nLook at {picture}, {folder}/rear/training_curves.png and {folder}/tokenizer/reconstructions.png")
+    write_png(picture_path, samples_by_class(np.load(folder / "samples.npz"), class_names))
+    numbers = rows(folder)
+    write_text(folder / "report.html", report(folder, numbers))
+    print("\n".join(f"| {name} | {value} |" for name, value in [("quantity", "value"), ("---", "---"), *numbers]))
+    print(f"\nOpen {folder / 'report.html'} in a browser: samples, training curves, reconstructions and this table")
+
+
+def report(folder: Path, numbers: list[tuple[str, str]]) -> str:
+    """The text of the page."""
+    return page(
+        "reAR: the quick start",
+        [
+            paragraph(
+                "A small reAR was trained on satellite tiles of twelve regions. Its samples should look like tiles of "
+                "their region: the same colours, coasts and clouds, but no tile twice. They cannot be sharper than the "
+                "tokenizer's reconstructions below."
+            ),
+            picture(folder / "samples_by_region.png", "Samples of the trained model: a column for each region"),
+            picture(
+                folder / "tokenizer/reconstructions.png",
+                "Held-out tiles and their reconstructions by the tokenizer, which is not trained here",
+            ),
+            picture(folder / "rear/training_curves.png", "Training: the cross-entropy falls, and the cosines rise"),
+            table(numbers, header=("quantity", "value")),
+            paragraph(
+                "The Frechet distance compares features of two sets of images: lower is better. It is not FID, and "
+                "comparable for equal numbers of images only. The trained model should be far below the untrained one; "
+                "other tiles of the training regions show what is attainable."
+            ),
+            heading("What to try next"),
+            commands(NEXT.format(folder=folder)),
+        ],
+    )
 
 
 def rows(folder: Path) -> list[tuple[str, str]]:
+    """Quantities and values of the table."""
     tokenizer = read_json(folder / "tokenizer/reconstruct.json")
     steps = [row for row in read_metrics(folder / "rear/metrics.jsonl") if "train/loss" in row]
     first, last = steps[0], steps[-1]
@@ -47,7 +93,7 @@ def rows(folder: Path) -> list[tuple[str, str]]:
         for name in ("samples", "untrained_samples", "tokenizer/reconstructions", "train_tiles/reference")
     }
     number = len(np.load(folder / "samples.npz")["arr_1"])
-    frechet = f"Frechet distance (EfficientNet-Lite0) to {number} held-out tiles"
+    frechet = FRECHET.format(number=number)
     return [
         ("tokenizer, held-out tiles: PSNR", f"{tokenizer['psnr']:.2f} dB"),
         ("tokenizer, held-out tiles: mean absolute error", f"{tokenizer['l1'] * 255:.2f} of 255 grey levels"),

@@ -17,12 +17,14 @@ LAUNCH=(env OMP_NUM_THREADS=$(((OMP_NUM_THREADS + PROCESSES - 1) / PROCESSES)) t
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # threads that spin while they wait take the CPU from each other
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184 # keep freed memory: scoring is faster
 
-CONFIG=(config=configs/rear_blue_marble.yaml dataset.params.pretokenization="$OUT/train.tokens"
-  dataset.params.train_shards_path_or_url="$OUT/images/train-*.tar"
-  dataset.params.eval_shards_path_or_url="$OUT/images/heldout-*.tar"
-  training.global_batch_size=32 training.per_gpu_batch_size=$((32 / PROCESSES)) "$@")
-SAMPLE=("${LAUNCH[@]}" scripts/sample_imagenet_rear.py "${CONFIG[@]}" sampling.num_fid_samples="$NUM_SAMPLES")
-RECONSTRUCT=(python scripts/reconstruct.py "${CONFIG[@]}" sampling.num_fid_samples="$NUM_SAMPLES")
+TOKENS=(dataset.params.pretokenization="$OUT/train.tokens")
+TRAIN_TILES=(dataset.params.train_shards_path_or_url="$OUT/images/train-*.tar")
+HELD_OUT_TILES=(dataset.params.eval_shards_path_or_url="$OUT/images/heldout-*.tar")
+BATCH=(training.global_batch_size=32 training.per_gpu_batch_size=$((32 / PROCESSES)))
+CONFIG=(config=configs/rear_blue_marble.yaml)
+TRAIN=(scripts/train_rear.py "${CONFIG[@]}" "${TOKENS[@]}" "${TRAIN_TILES[@]}" "${HELD_OUT_TILES[@]}" "${BATCH[@]}" "$@")
+SAMPLE=("${LAUNCH[@]}" scripts/sample_imagenet_rear.py "${CONFIG[@]}" "${TRAIN_TILES[@]}" "$@" sampling.num_fid_samples="$NUM_SAMPLES")
+RECONSTRUCT=(python scripts/reconstruct.py "${CONFIG[@]}" "${HELD_OUT_TILES[@]}" "$@" sampling.num_fid_samples="$NUM_SAMPLES")
 
 STARTED=() NAMES=()
 step() { printf '\n== %s\n' "$*"; STARTED+=("$SECONDS"); NAMES+=("$*"); }
@@ -31,12 +33,13 @@ step "1/6 images: tiles of the Blue Marble in twelve regions"
 run python scripts/build_blue_marble.py "$OUT/images"
 
 step "2/6 codes: the tokenizer on the training tiles, and its reconstructions of held-out tiles"
-[[ -d $OUT/train.tokens ]] || run "${LAUNCH[@]}" scripts/pretokenize.py "${CONFIG[@]}"
+[[ -d $OUT/train.tokens ]] || run "${LAUNCH[@]}" scripts/pretokenize.py "${CONFIG[@]}" "${TOKENS[@]}" "${TRAIN_TILES[@]}" \
+  training.per_gpu_batch_size=$((32 / PROCESSES)) "$@"
 run "${RECONSTRUCT[@]}" experiment.output_dir="$OUT/tokenizer"
 
 step "3/6 training: reAR on the codes (rerun the same command to resume)"
-run "${LAUNCH[@]}" scripts/train_rear.py "${CONFIG[@]}" experiment.output_dir="$OUT/rear"
-run python scripts/train_rear.py "${CONFIG[@]}" experiment.output_dir="$OUT/untrained" training.stop_steps=0
+run "${LAUNCH[@]}" "${TRAIN[@]}" experiment.output_dir="$OUT/rear"
+run python "${TRAIN[@]}" experiment.output_dir="$OUT/untrained" training.stop_steps=0
 
 step "4/6 samples of the trained and of an untrained model"
 run "${SAMPLE[@]}" experiment.output_dir="$OUT/samples" experiment.generator_checkpoint="$OUT/rear"

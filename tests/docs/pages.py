@@ -27,7 +27,12 @@ def prose(page: Path) -> str:
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of the fenced blocks of bash, without comments; those joined by && are several."""
-    text = "\n".join(block for language, block in fences(page) if language == "bash").replace("\\\n", " ")
+    """The commands of the fenced blocks of bash."""
+    return commands_of("\n".join(block for language, block in fences(page) if language == "bash"))
+
+
+def commands_of(text: str) -> list[str]:
+    """The commands of a text, without comments; those joined by && are several."""
+    text = text.replace("\\\n", " ")
     lines = [" ".join(map(shlex.quote, shlex.split(line, comments=True))) for line in text.splitlines()]
     return [command for line in lines if line for command in line.split(" '&&' ")]

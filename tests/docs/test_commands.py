@@ -18,12 +18,14 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
-from tests.docs.pages import PAGES, ROOT, commands, fences, page_name
+from scripts.quickstart_report import NEXT
+from tests.docs.pages import PAGES, ROOT, commands, commands_of, fences, page_name
 from utils.config import load_config
 from utils.config_checks import accumulation_steps
 from utils.studies.plan import read_plan
 
-COMMANDS = sorted({command for page in PAGES for command in commands(page)})
+OF_THE_REPORT = commands_of(NEXT.format(folder="outputs/quickstart"))
+COMMANDS = sorted({command for page in PAGES for command in commands(page)} | {*OF_THE_REPORT})
 # By commands: make_config.py, export_model.py.
 WRITTEN_BY_OTHERS = re.compile(r"outputs/\w+/((rear|tokenizer)\.yaml|config\.json)")
 BROUGHT = {"LOC_synset_mapping.txt"}
@@ -52,8 +54,9 @@ def split(command: str) -> tuple[dict[str, str], list[str]]:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_every_fenced_block_is_checked(page: Path) -> None:
-    """Here the commands; in test_seams.py the examples of extending.md, in test_export_model.py those of python.md."""
-    assert {language for language, _ in fences(page)} <= {"bash", "python", "yaml"}
+    """Here the commands; in test_seams.py the examples of extending.md, in test_export_model.py those of python.md, in
+    test_pages.py how to cite."""
+    assert {language for language, _ in fences(page)} <= {"bash", "python", "yaml", "bibtex"}
     assert page.name in ("extending.md", "python.md") or "python" not in dict(fences(page))
     assert page.read_text().count("```") == 2 * len(fences(page))
 

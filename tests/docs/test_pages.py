@@ -7,8 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.docs.pages import PAGES, ROOT, page_name, prose
+from tests.docs.pages import PAGES, ROOT, fences, page_name, prose
 from utils.config import load_config
 from utils.schema import Config
 
@@ -63,8 +64,8 @@ def test_named_keys_exist(page: Path) -> None:
             assert name.split(".")[0] not in sections or is_file or name in known, name
 
 
-def test_the_readme_lists_every_folder_in_one_line() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_contributing_lists_every_folder_in_one_line() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
     folders = {"configs", "scripts_bash", "tests", "docs", "data/embedded"}
     for package in PACKAGES:
         for folder, _, files in os.walk(ROOT / package):
@@ -80,9 +81,18 @@ def test_the_readme_leads_to_every_page() -> None:
         assert f"]({page_name(page)})" in text, page
 
 
+def test_the_paper_is_cited_as_in_citation_cff() -> None:
+    bibtex = dict(fences(ROOT / "README.md"))["bibtex"]
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    assert re.findall(r"title += \{(.*)\}", bibtex) == [paper["title"]]
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    assert re.findall(r"author += \{(.*)\}", bibtex) == [authors]
+    assert re.findall(r"arXiv:[\d.]+", bibtex) == [paper["identifiers"][0]["value"]]
+
+
 def test_the_readme_says_whether_a_gpu_was_measured() -> None:
     measured = any(page.parent.name == "benchmarks" for page in PAGES)
-    assert ("No GPU figure exists yet" in (ROOT / "README.md").read_text()) != measured
+    assert ("no GPU figure exists yet" in (ROOT / "README.md").read_text()) != measured
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=page_name)
