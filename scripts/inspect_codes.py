@@ -35,6 +35,8 @@ READS = {
 
 @dataclass
 class InspectionConfig:
+    """The tokens to look at."""
+
     rows: list[NonNegativeInt] | None = key(None, "rows of the codes to decode; null: random ones")
     num_images: PositiveInt = key(40, "number of random rows")
 

@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from utils.keys import (
     MISSING,
+    REQUIRED,
     Fraction,
     FractionBelow1,
     MayChange,
@@ -41,6 +42,8 @@ GuidanceScale = Annotated[float, Meta(ge=0, le=1000)]
 
 @dataclass
 class ExperimentConfig:
+    """The run: its folder, saves, logs, validation and the weights that it starts from."""
+
     project: Silent[str] = key("rear", "wandb project")
     name: Silent[str] = key("rear", "wandb run name")
     entity: Silent[str | None] = key(None, "wandb entity (user or team); null: wandb's default")
@@ -83,7 +86,7 @@ class TokenizerConfig:
     token_size: PositiveInt = key(256, "Z, width of a codebook vector")
     num_latent_tokens: PositiveInt = key(
         256,
-        "N, tokens per image; must be given for titok and codes_only",
+        "N, tokens per image (levels: those of channel_mult); must be given for titok and codes_only",
         equals=GRID,
     )
     resolution: PositiveInt = key(256, "height and width of an image in pixels")
@@ -95,7 +98,7 @@ class ConvTokenizerConfig(TokenizerConfig):
 
     hidden_channels: PositiveInt = key(128, "channels of the first level")
     channel_mult: NonEmpty[list[PositiveInt]] = key(
-        [1, 1, 2, 2, 4], "channels of each level as multiples; each but one halves"
+        [1, 1, 2, 2, 4], "channels of each level, as multiples of hidden_channels; the resolution halves between levels"
     )
     num_res_blocks: PositiveInt = key(2, "residual blocks per level")
 
@@ -135,19 +138,25 @@ class VQModelConfig(VQGANConfig, VQPlusConfig, TiTokConfig):
 class TapConfig:
     """An alignment tap: a projector of a hidden state, and the vectors that it should point at (docs/alignment.md)."""
 
-    name: str  # of the projector, <name>_align_mlp, and of train/<name>_cos
-    target: str = "codebook"  # codebook, permuted_codebook, encoder or stored: modeling/targets/
-    source: str | None = None  # of encoder: efficientnet_lite0 or timm:NAME[:FILE]; of stored: a file
-    layer: NonNegativeInt = 0  # block, from 0, whose output is read
-    positions: Literal["own", "next"] = "own"  # where a token is the input, or where it is predicted
-    weight: NonNegativeFloat = 1.0  # of the term in train/proj_loss; 0: no term
-    end_step: NonNegativeInt | None = None  # step from which on the term is 0; None: never
-    exclude: Literal["none", "perturbed"] = "none"  # positions that are left out
-    z_dim: PositiveInt | None = None  # Z, width of the target; None: model.generator.z_dim
+    name: str = key(REQUIRED, "name of the term in the log (train/<name>_cos) and of its projector (<name>_align_mlp)")
+    target: str = key(
+        "codebook", "what the projection is compared with: codebook, permuted_codebook, encoder or stored"
+    )
+    source: str | None = key(
+        None, "of encoder: efficientnet_lite0 or timm:NAME[:FILE]; of stored: an .npy file; of the others: null"
+    )
+    layer: NonNegativeInt = key(0, "block, from 0, whose output the projector reads")
+    positions: Literal["own", "next"] = key("own", "where a token is the input (own) or is predicted (next)")
+    weight: NonNegativeFloat = key(1.0, "weight of the term in train/proj_loss; 0: no term")
+    end_step: NonNegativeInt | None = key(None, "step from which on the term is 0; null: never")
+    exclude: Literal["none", "perturbed"] = key("none", "perturbed: leave out the positions with a replaced token")
+    z_dim: PositiveInt | None = key(None, "Z, width of a target vector; null: model.generator.z_dim")
 
 
 @dataclass
 class GeneratorConfig:
+    """The transformer: sizes, sampling, perturbation, orders and embedding regularization."""
+
     hidden_size: PositiveInt = key(768, "D, width of the blocks")
     num_hidden_layers: PositiveInt = key(24, "number of blocks")
     num_attention_heads: PositiveInt = key(16, "attention heads of each block; divides hidden_size")
@@ -208,6 +217,8 @@ class ModelConfig:
 
 @dataclass
 class DatasetParams:
+    """Training and validation data: tokens, images, or both."""
+
     pretokenization: str | None = key(
         None, "tokens: a .jsonl (converted once to a store next to it) or a .tokens store; null: train on images"
     )
@@ -228,6 +239,8 @@ class DatasetParams:
 
 @dataclass
 class PreprocessingConfig:
+    """From image files to the pixels that a tokenizer sees."""
+
     crop_size: PositiveInt = key(256, "height and width in pixels", equals="model.vq_model.resolution")
     resize_shorter_edge: PositiveInt = key(
         256, "pixels, before the crop", default_from="dataset.preprocessing.crop_size"
@@ -249,6 +262,8 @@ class DatasetConfig:
 
 @dataclass
 class OptimizerParams:
+    """Learning rate, betas and weight decay."""
+
     learning_rate: PositiveFloat = key(4e-4, "peak learning rate")
     beta1: FractionBelow1 = key(0.9, "AdamW's beta1")
     beta2: FractionBelow1 = key(0.96, "AdamW's beta2")
@@ -258,13 +273,17 @@ class OptimizerParams:
 
 @dataclass
 class ParamGroupConfig:
-    pattern: str  # regular expression, searched for in the names of parameters
-    lr_factor: NonNegativeFloat = 1.0  # learning rate as a multiple of the schedule's
-    weight_decay: NonNegativeFloat | None = None  # None: as without the group
+    """Learning rate and weight decay of the parameters whose names match a pattern (docs/training.md)."""
+
+    pattern: str = key(REQUIRED, "regular expression, searched for in the names of the parameters")
+    lr_factor: NonNegativeFloat = key(1.0, "learning rate as a multiple of the schedule's")
+    weight_decay: NonNegativeFloat | None = key(None, "weight decay; null: as without the group")
 
 
 @dataclass
 class OptimizerConfig:
+    """The optimizer and its parameter groups."""
+
     name: Literal["adamw", "muon"] = key(
         "adamw",
         "adamw: decoupled weight decay; muon: Muon for the blocks' matrices, AdamW for the rest (torch >= 2.9)",
@@ -277,6 +296,8 @@ class OptimizerConfig:
 
 @dataclass
 class LRSchedulerParams:
+    """Peak, warm-up and end of the learning rate."""
+
     learning_rate: PositiveFloat = key(
         4e-4, "peak learning rate of the optimizer", equals="optimizer.params.learning_rate"
     )
@@ -286,12 +307,16 @@ class LRSchedulerParams:
 
 @dataclass
 class LRSchedulerConfig:
+    """The learning-rate schedule."""
+
     scheduler: Literal["cosine"] = key("cosine", "linear warm-up, then cosine to end_lr")
     params: LRSchedulerParams = section(LRSchedulerParams)
 
 
 @dataclass
 class TrainingConfig:
+    """The optimizer steps: batch, precision, length, EMA, faults and processes."""
+
     gradient_accumulation_steps: Silent[PositiveInt] = key(
         1, "micro-batches per step; derived if global_batch_size is given"
     )
@@ -330,6 +355,8 @@ class TrainingConfig:
 
 @dataclass
 class SamplingConfig:
+    """The images that the sampling script and the demo page make."""
+
     num_fid_samples: PositiveInt = key(50_000, "images in the npz")
     class_labels: list[str] | None = key(
         None, "classes to sample, alternating: ids or names (a number is an id); null: all in order"

@@ -85,7 +85,7 @@ def test_the_readme_says_whether_a_gpu_was_measured() -> None:
     assert ("No GPU figure exists yet" in (ROOT / "README.md").read_text()) != measured
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs"], ids=page_name)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent == ROOT / "docs"], ids=page_name)
 def test_a_page_begins_with_a_command(page: Path) -> None:
     lines = page.read_text().splitlines()
     assert lines[0].startswith("# ")
