@@ -50,12 +50,11 @@ HEAD = """# Config keys
 
 ```bash
 python -m utils.config --keys
-python scripts/train_rear.py --help
 python -m utils.config config=configs/rear_b.yaml training.seed=1
 ```
 
-The first command prints these keys in the terminal, the second those that a script reads, the third the resolved
-config. The YAML file of `config=` overrides the defaults below, and `key=value` arguments override both.
+The first command prints these keys in the terminal, the second the resolved config of a run; `--help` of a script prints
+the keys that it reads. The YAML file of `config=` overrides the defaults below, and `key=value` arguments override both.
 
 `docs/generate.py` writes this page from `utils/schema.py` and the scripts; edit the keys there.
 """
