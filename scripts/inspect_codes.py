@@ -37,8 +37,8 @@ READS = {
 class InspectionConfig:
     """The tokens to look at."""
 
-    rows: list[NonNegativeInt] | None = key(None, "rows of the codes to decode; null: random ones")
-    num_images: PositiveInt = key(40, "number of random rows")
+    rows: list[NonNegativeInt] | None = key(None, "indices of the samples to decode; null: random ones")
+    num_images: PositiveInt = key(40, "number of random samples")
 
 
 @dataclass

@@ -58,17 +58,19 @@ class ExperimentConfig:
     max_save_failures: Silent[PositiveInt] = key(3, "end the run after this many failed saves in a row")
     generate_every: Silent[PositiveInt] = key(5_000, "steps between sample grids")
     log_every: Silent[PositiveInt] = key(50, "steps between log lines, each the mean over these steps")
-    eval_every: Silent[NonNegativeInt] = key(0, "steps between validation losses (dataset.params.eval_...); 0: none")
+    eval_every: Silent[NonNegativeInt] = key(0, "steps between validation losses (on dataset.params.eval_...); 0: none")
     eval_samples: Silent[NonNegativeInt] = key(
         0, "samples for a Frechet distance to the validation images, with each validation loss; 0: none"
     )
     init_from: str | None = key(None, "fine-tune from these weights, given as generator_checkpoint; classes are new")
     resume: Silent[str] = key(
         "auto",
-        "auto: resume if there is a checkpoint; true: require one; false: start anew; or the path of one",
+        "auto: resume if there is a checkpoint; true: require one; false: start from step 0; or the path of one",
         words=("auto", "true", "false"),
     )
-    tokenizer_checkpoint: Silent[str] = key("ckpt/maskgitvq.bin", ".bin, .safetensors or hf://OWNER/REPO/FILE")
+    tokenizer_checkpoint: Silent[str] = key(
+        "ckpt/maskgitvq.bin", "tokenizer weights: .bin, .safetensors or hf://OWNER/REPO/FILE"
+    )
     allow_other_tokenizer: Silent[bool] = key(False, "accept another tokenizer than the one the weights are trained on")
     generator_checkpoint: Silent[str | None] = key(
         None, "weights to sample from: a file (or hf://...), checkpoint or run folder"
@@ -131,7 +133,7 @@ class TiTokConfig(ConvTokenizerConfig):
 
 @dataclass
 class VQModelConfig(VQGANConfig, VQPlusConfig, TiTokConfig):
-    """The keys of all tokenizers in one section, as in the published files; each tokenizer gets those of its config."""
+    """Keys of all tokenizers in one section, as in the published files; one of another tokenizer is an error."""
 
 
 @dataclass
@@ -202,7 +204,7 @@ class GeneratorConfig:
     encode_align_layer_idx: NonNegativeInt = key(0, "block, from 0, whose output the encode term reads")
     decode_align_layer_idx: NonNegativeInt = key(18, "block, from 0, whose output the decode term reads")
     mask_perturbed_encode: MayChange[bool] = key(
-        True, "encode term at unperturbed positions only (released code); false: at all (paper)"
+        True, "encode term at unperturbed positions only (released code); false: at all positions (paper)"
     )
     projection_dim: PositiveInt = key(2048, "hidden width of the projectors")
     z_dim: PositiveInt = key(256, "output width of the projectors", equals="model.vq_model.token_size")
@@ -243,7 +245,7 @@ class PreprocessingConfig:
 
     crop_size: PositiveInt = key(256, "height and width in pixels", equals="model.vq_model.resolution")
     resize_shorter_edge: PositiveInt = key(
-        256, "pixels, before the crop", default_from="dataset.preprocessing.crop_size"
+        256, "shorter edge of an image in pixels before the crop", default_from="dataset.preprocessing.crop_size"
     )
     random_crop: bool = key(False, "random instead of center crop of training images")
     random_flip: bool = key(True, "mirror training images with probability 1/2")
@@ -267,7 +269,7 @@ class OptimizerParams:
     learning_rate: PositiveFloat = key(4e-4, "peak learning rate")
     beta1: FractionBelow1 = key(0.9, "AdamW's beta1")
     beta2: FractionBelow1 = key(0.96, "AdamW's beta2")
-    weight_decay: NonNegativeFloat = key(0.03, "not on biases, norms, embeddings and 1-D parameters")
+    weight_decay: NonNegativeFloat = key(0.03, "weight decay; none on biases, norms, embeddings and 1-D parameters")
     momentum: FractionBelow1 = key(0.95, "Muon's momentum")
 
 
@@ -342,14 +344,14 @@ class TrainingConfig:
         5, "end the run after this many steps in a row with a non-finite loss or gradient"
     )
     launch_timeout: Silent[PositiveInt] = key(120, "seconds until all processes must have joined")
-    process_group_timeout: Silent[PositiveInt] = key(600, "seconds after which a silent rank is taken for dead")
+    process_group_timeout: Silent[PositiveInt] = key(600, "seconds without an answer after which a rank counts as dead")
     fsdp: Silent[bool] = key(False, "shard parameters, gradients, optimizer state and EMA over all ranks (FSDP2)")
     profile: Silent[str | None] = key(
         None, "START:STOP: trace steps START to STOP - 1, from 0, to <output_dir>/profile/; null: none"
     )
     deterministic: bool = key(False, "bit-equal results on a GPU, slower")
     stop_steps: Silent[NonNegativeInt | None] = key(
-        None, "end the run at this step with a checkpoint; schedules stay as they are"
+        None, "end the run at this step with a checkpoint; schedules do not change"
     )
 
 
@@ -367,7 +369,9 @@ class SamplingConfig:
     order: Literal["raster", "random"] = key(
         "raster", "order of the tokens; random: for models trained in random orders"
     )
-    uint8_rule: Literal["truncate", "round"] = key("truncate", "float to uint8; the published code truncates")
+    uint8_rule: Literal["truncate", "round"] = key(
+        "truncate", "conversion of pixels to uint8; the published code truncates"
+    )
     compile: Literal["auto", "on", "off"] = key("auto", "compile decoding (with CUDA graphs on CUDA); auto: on CUDA")
     mixed_precision: Literal["auto", "bf16", "no"] = key(
         "auto", "bf16 (on CUDA the image decoder in fp16) or no (float32); auto: bf16 on CUDA"
