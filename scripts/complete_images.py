@@ -36,11 +36,13 @@ READS = {
 
 @dataclass
 class CompletionConfig:
+    """Inpainting and outpainting."""
+
     inputs: str | None = key(None, "images to complete: a folder of images, a folder per class, or tar shards")
     keep: str = key(
         "top:0.5",
-        "kept tokens: top:SHARE, left:SHARE, center:SHARE (a square with this share of each side), border:SHARE "
-        "(all but a square) or a square picture, white where tokens are kept",
+        "conditioning tokens: top:SHARE, left:SHARE, center:SHARE (a square with this share of each side), "
+        "border:SHARE (all but a square) or a square picture as mask, white at conditioning tokens",
     )
     num_images: PositiveInt = key(40, "number of inputs, from the first on")
     num_completions: PositiveInt = key(3, "completions of each image; the k-th, from 0, uses sampling.seed + k")

@@ -35,6 +35,8 @@ READS = {
 
 @dataclass
 class DemoConfig:
+    """The demo page."""
+
     host: str = key("127.0.0.1", "address that the page listens on; 0.0.0.0: other machines can connect too")
     port: Annotated[int, Meta(ge=1, le=65_535)] = key(7860, "port of the page")
     max_images: PositiveInt = key(16, "largest number of images per click")

@@ -35,8 +35,10 @@ READS = {
 
 @dataclass
 class InspectionConfig:
-    rows: list[NonNegativeInt] | None = key(None, "rows of the codes to decode; null: random ones")
-    num_images: PositiveInt = key(40, "number of random rows")
+    """The tokens to look at."""
+
+    rows: list[NonNegativeInt] | None = key(None, "indices of the samples to decode; null: random ones")
+    num_images: PositiveInt = key(40, "number of random samples")
 
 
 @dataclass

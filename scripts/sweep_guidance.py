@@ -38,6 +38,8 @@ READS = {
 
 @dataclass
 class SweepConfig:
+    """Lists of settings to compare."""
+
     reference: str | None = key(None, "npz of images: one half selects the best setting, the other half scores it")
     guidance_scale: NonEmpty[list[GuidanceScale]] = key(
         [1.0, 2.0, 4.0, 8.0], "values of model.generator.guidance_scale, combined with all values below"

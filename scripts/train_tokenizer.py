@@ -41,6 +41,8 @@ READS = {
 
 @dataclass
 class VQTrainingConfig:
+    """Losses of tokenizer training."""
+
     init_from: str | None = key(None, "tokenizer weights to start from; null: random")
     commitment_weight: NonNegativeFloat = key(0.25, "beta of the VQ-VAE loss")
     entropy_weight: NonNegativeFloat = key(0.0, "weight of each token's entropy minus that of their mean")

@@ -21,6 +21,7 @@ from msgspec import Meta, ValidationError, convert, inspect
 from utils.errors import InputError
 
 MISSING = "???"  # default of a key that must be given
+REQUIRED: Any = dataclasses.MISSING  # default of a value that must be given in each entry of a list
 
 # Annotations: what another value means for a run that is resumed. Without one, another value in the section model is
 # refused (it makes another model), and elsewhere accepted and logged.

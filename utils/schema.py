@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from utils.keys import (
     MISSING,
+    REQUIRED,
     Fraction,
     FractionBelow1,
     MayChange,
@@ -41,6 +42,8 @@ GuidanceScale = Annotated[float, Meta(ge=0, le=1000)]
 
 @dataclass
 class ExperimentConfig:
+    """The run: its folder, saves, logs, validation and the weights that it starts from."""
+
     project: Silent[str] = key("rear", "wandb project")
     name: Silent[str] = key("rear", "wandb run name")
     entity: Silent[str | None] = key(None, "wandb entity (user or team); null: wandb's default")
@@ -55,17 +58,19 @@ class ExperimentConfig:
     max_save_failures: Silent[PositiveInt] = key(3, "end the run after this many failed saves in a row")
     generate_every: Silent[PositiveInt] = key(5_000, "steps between sample grids")
     log_every: Silent[PositiveInt] = key(50, "steps between log lines, each the mean over these steps")
-    eval_every: Silent[NonNegativeInt] = key(0, "steps between validation losses (dataset.params.eval_...); 0: none")
+    eval_every: Silent[NonNegativeInt] = key(0, "steps between validation losses (on dataset.params.eval_...); 0: none")
     eval_samples: Silent[NonNegativeInt] = key(
         0, "samples for a Frechet distance to the validation images, with each validation loss; 0: none"
     )
     init_from: str | None = key(None, "fine-tune from these weights, given as generator_checkpoint; classes are new")
     resume: Silent[str] = key(
         "auto",
-        "auto: resume if there is a checkpoint; true: require one; false: start anew; or the path of one",
+        "auto: resume if there is a checkpoint; true: require one; false: start from step 0; or the path of one",
         words=("auto", "true", "false"),
     )
-    tokenizer_checkpoint: Silent[str] = key("ckpt/maskgitvq.bin", ".bin, .safetensors or hf://OWNER/REPO/FILE")
+    tokenizer_checkpoint: Silent[str] = key(
+        "ckpt/maskgitvq.bin", "tokenizer weights: .bin, .safetensors or hf://OWNER/REPO/FILE"
+    )
     allow_other_tokenizer: Silent[bool] = key(False, "accept another tokenizer than the one the weights are trained on")
     generator_checkpoint: Silent[str | None] = key(
         None, "weights to sample from: a file (or hf://...), checkpoint or run folder"
@@ -83,7 +88,7 @@ class TokenizerConfig:
     token_size: PositiveInt = key(256, "Z, width of a codebook vector")
     num_latent_tokens: PositiveInt = key(
         256,
-        "N, tokens per image; must be given for titok and codes_only",
+        "N, tokens per image (levels: those of channel_mult); must be given for titok and codes_only",
         equals=GRID,
     )
     resolution: PositiveInt = key(256, "height and width of an image in pixels")
@@ -95,7 +100,7 @@ class ConvTokenizerConfig(TokenizerConfig):
 
     hidden_channels: PositiveInt = key(128, "channels of the first level")
     channel_mult: NonEmpty[list[PositiveInt]] = key(
-        [1, 1, 2, 2, 4], "channels of each level as multiples; each but one halves"
+        [1, 1, 2, 2, 4], "channels of each level, as multiples of hidden_channels; the resolution halves between levels"
     )
     num_res_blocks: PositiveInt = key(2, "residual blocks per level")
 
@@ -128,26 +133,32 @@ class TiTokConfig(ConvTokenizerConfig):
 
 @dataclass
 class VQModelConfig(VQGANConfig, VQPlusConfig, TiTokConfig):
-    """The keys of all tokenizers in one section, as in the published files; each tokenizer gets those of its config."""
+    """Keys of all tokenizers in one section, as in the published files; a key of another tokenizer is an error."""
 
 
 @dataclass
 class TapConfig:
     """An alignment tap: a projector of a hidden state, and the vectors that it should point at (docs/alignment.md)."""
 
-    name: str  # of the projector, <name>_align_mlp, and of train/<name>_cos
-    target: str = "codebook"  # codebook, permuted_codebook, encoder or stored: modeling/targets/
-    source: str | None = None  # of encoder: efficientnet_lite0 or timm:NAME[:FILE]; of stored: a file
-    layer: NonNegativeInt = 0  # block, from 0, whose output is read
-    positions: Literal["own", "next"] = "own"  # where a token is the input, or where it is predicted
-    weight: NonNegativeFloat = 1.0  # of the term in train/proj_loss; 0: no term
-    end_step: NonNegativeInt | None = None  # step from which on the term is 0; None: never
-    exclude: Literal["none", "perturbed"] = "none"  # positions that are left out
-    z_dim: PositiveInt | None = None  # Z, width of the target; None: model.generator.z_dim
+    name: str = key(REQUIRED, "name of the term in the log (train/<name>_cos) and of its projector (<name>_align_mlp)")
+    target: str = key(
+        "codebook", "what the projection is compared with: codebook, permuted_codebook, encoder or stored"
+    )
+    source: str | None = key(
+        None, "of encoder: efficientnet_lite0 or timm:NAME[:FILE]; of stored: an .npy file; of the others: null"
+    )
+    layer: NonNegativeInt = key(0, "block, from 0, whose output the projector reads")
+    positions: Literal["own", "next"] = key("own", "where a token is the input (own) or is predicted (next)")
+    weight: NonNegativeFloat = key(1.0, "weight of the term in train/proj_loss; 0: no term")
+    end_step: NonNegativeInt | None = key(None, "step from which on the term is 0; null: never")
+    exclude: Literal["none", "perturbed"] = key("none", "perturbed: leave out the positions with a replaced token")
+    z_dim: PositiveInt | None = key(None, "Z, width of a target vector; null: model.generator.z_dim")
 
 
 @dataclass
 class GeneratorConfig:
+    """The transformer: sizes, sampling, perturbation, orders and embedding regularization."""
+
     hidden_size: PositiveInt = key(768, "D, width of the blocks")
     num_hidden_layers: PositiveInt = key(24, "number of blocks")
     num_attention_heads: PositiveInt = key(16, "attention heads of each block; divides hidden_size")
@@ -193,7 +204,7 @@ class GeneratorConfig:
     encode_align_layer_idx: NonNegativeInt = key(0, "block, from 0, whose output the encode term reads")
     decode_align_layer_idx: NonNegativeInt = key(18, "block, from 0, whose output the decode term reads")
     mask_perturbed_encode: MayChange[bool] = key(
-        True, "encode term at unperturbed positions only (released code); false: at all (paper)"
+        True, "encode term at unperturbed positions only (released code); false: at all positions (paper)"
     )
     projection_dim: PositiveInt = key(2048, "hidden width of the projectors")
     z_dim: PositiveInt = key(256, "output width of the projectors", equals="model.vq_model.token_size")
@@ -208,6 +219,8 @@ class ModelConfig:
 
 @dataclass
 class DatasetParams:
+    """Training and validation data: tokens, images, or both."""
+
     pretokenization: str | None = key(
         None, "tokens: a .jsonl (converted once to a store next to it) or a .tokens store; null: train on images"
     )
@@ -228,9 +241,11 @@ class DatasetParams:
 
 @dataclass
 class PreprocessingConfig:
+    """From image files to the pixels that a tokenizer sees."""
+
     crop_size: PositiveInt = key(256, "height and width in pixels", equals="model.vq_model.resolution")
     resize_shorter_edge: PositiveInt = key(
-        256, "pixels, before the crop", default_from="dataset.preprocessing.crop_size"
+        256, "shorter edge of an image in pixels before the crop", default_from="dataset.preprocessing.crop_size"
     )
     random_crop: bool = key(False, "random instead of center crop of training images")
     random_flip: bool = key(True, "mirror training images with probability 1/2")
@@ -249,22 +264,28 @@ class DatasetConfig:
 
 @dataclass
 class OptimizerParams:
+    """Learning rate, betas and weight decay."""
+
     learning_rate: PositiveFloat = key(4e-4, "peak learning rate")
     beta1: FractionBelow1 = key(0.9, "AdamW's beta1")
     beta2: FractionBelow1 = key(0.96, "AdamW's beta2")
-    weight_decay: NonNegativeFloat = key(0.03, "not on biases, norms, embeddings and 1-D parameters")
+    weight_decay: NonNegativeFloat = key(0.03, "weight decay; none on biases, norms, embeddings and 1-D parameters")
     momentum: FractionBelow1 = key(0.95, "Muon's momentum")
 
 
 @dataclass
 class ParamGroupConfig:
-    pattern: str  # regular expression, searched for in the names of parameters
-    lr_factor: NonNegativeFloat = 1.0  # learning rate as a multiple of the schedule's
-    weight_decay: NonNegativeFloat | None = None  # None: as without the group
+    """Learning rate and weight decay of the parameters whose names match a pattern (docs/training.md)."""
+
+    pattern: str = key(REQUIRED, "regular expression, searched for in the names of the parameters")
+    lr_factor: NonNegativeFloat = key(1.0, "learning rate as a multiple of the schedule's")
+    weight_decay: NonNegativeFloat | None = key(None, "weight decay; null: as without the group")
 
 
 @dataclass
 class OptimizerConfig:
+    """The optimizer and its parameter groups."""
+
     name: Literal["adamw", "muon"] = key(
         "adamw",
         "adamw: decoupled weight decay; muon: Muon for the blocks' matrices, AdamW for the rest (torch >= 2.9)",
@@ -277,6 +298,8 @@ class OptimizerConfig:
 
 @dataclass
 class LRSchedulerParams:
+    """Peak, warm-up and end of the learning rate."""
+
     learning_rate: PositiveFloat = key(
         4e-4, "peak learning rate of the optimizer", equals="optimizer.params.learning_rate"
     )
@@ -286,12 +309,16 @@ class LRSchedulerParams:
 
 @dataclass
 class LRSchedulerConfig:
+    """The learning-rate schedule."""
+
     scheduler: Literal["cosine"] = key("cosine", "linear warm-up, then cosine to end_lr")
     params: LRSchedulerParams = section(LRSchedulerParams)
 
 
 @dataclass
 class TrainingConfig:
+    """The optimizer steps: batch, precision, length, EMA, faults and processes."""
+
     gradient_accumulation_steps: Silent[PositiveInt] = key(
         1, "micro-batches per step; derived if global_batch_size is given"
     )
@@ -317,19 +344,21 @@ class TrainingConfig:
         5, "end the run after this many steps in a row with a non-finite loss or gradient"
     )
     launch_timeout: Silent[PositiveInt] = key(120, "seconds until all processes must have joined")
-    process_group_timeout: Silent[PositiveInt] = key(600, "seconds after which a silent rank is taken for dead")
+    process_group_timeout: Silent[PositiveInt] = key(600, "seconds without an answer after which a rank counts as dead")
     fsdp: Silent[bool] = key(False, "shard parameters, gradients, optimizer state and EMA over all ranks (FSDP2)")
     profile: Silent[str | None] = key(
         None, "START:STOP: trace steps START to STOP - 1, from 0, to <output_dir>/profile/; null: none"
     )
     deterministic: bool = key(False, "bit-equal results on a GPU, slower")
     stop_steps: Silent[NonNegativeInt | None] = key(
-        None, "end the run at this step with a checkpoint; schedules stay as they are"
+        None, "end the run at this step with a checkpoint; schedules do not change"
     )
 
 
 @dataclass
 class SamplingConfig:
+    """The images that the sampling script and the demo page make."""
+
     num_fid_samples: PositiveInt = key(50_000, "images in the npz")
     class_labels: list[str] | None = key(
         None, "classes to sample, alternating: ids or names (a number is an id); null: all in order"
@@ -340,7 +369,9 @@ class SamplingConfig:
     order: Literal["raster", "random"] = key(
         "raster", "order of the tokens; random: for models trained in random orders"
     )
-    uint8_rule: Literal["truncate", "round"] = key("truncate", "float to uint8; the published code truncates")
+    uint8_rule: Literal["truncate", "round"] = key(
+        "truncate", "conversion of pixels to uint8; the published code truncates"
+    )
     compile: Literal["auto", "on", "off"] = key("auto", "compile decoding (with CUDA graphs on CUDA); auto: on CUDA")
     mixed_precision: Literal["auto", "bf16", "no"] = key(
         "auto", "bf16 (on CUDA the image decoder in fp16) or no (float32); auto: bf16 on CUDA"

@@ -227,10 +227,12 @@ class TrainingRun:
         self.state.nonfinite_steps += 1
         self._nonfinite_in_a_row += 1
         in_a_row, limit = self._nonfinite_in_a_row, self.config.training.max_nonfinite_steps
-        what = "loss or gradient not finite"
-        self.logger.warning(f"step {self.state.global_step}: {what}, update skipped ({in_a_row} in a row)")
+        step = self.state.global_step
+        self.logger.warning(f"step {step}: loss or gradient not finite, update skipped ({in_a_row} in a row)")
         if in_a_row >= limit:
-            self._fail(f"{what} for {in_a_row} steps in a row (training.max_nonfinite_steps={limit})")
+            self._fail(
+                f"loss or gradient not finite for {in_a_row} steps in a row (training.max_nonfinite_steps={limit})"
+            )
         self.warn("first skipped update", "a loss or gradient was not finite")
 
     def _fail(self, reason: str) -> None:
