@@ -53,8 +53,9 @@ python -m utils.config --keys
 python -m utils.config config=configs/rear_b.yaml training.seed=1
 ```
 
-The first command prints these keys in the terminal, the second the resolved config of a run; `--help` of a script prints
-the keys that it reads. The YAML file of `config=` overrides the defaults below, and `key=value` arguments override both.
+The first command prints these keys in the terminal, the second the resolved config of a run. `--help` of a script
+prints the keys that it reads. The YAML file of `config=` overrides the defaults below, and `key=value` arguments
+override both.
 
 `docs/generate.py` writes this page from `utils/schema.py` and the scripts; edit the keys there.
 """
