@@ -53,7 +53,7 @@ python -m utils.config --keys
 python -m utils.config config=configs/rear_b.yaml training.seed=1
 ```
 
-The first command prints these keys in the terminal, the second the resolved config of a run; `--help` of a script
+The first command prints these keys in the terminal, the second the resolved config of a run. `--help` of a script
 prints the keys that it reads. The YAML file of `config=` overrides the defaults below, and `key=value` arguments
 override both.
 
@@ -187,7 +187,7 @@ def two_panels() -> tuple[Figure, list[Axes]]:
 
 def save(figure: Figure, path: Path) -> None:
     """Write an SVG atomically, without date and random names: the same figure gives the same file."""
-    with rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}), atomic_file(path) as partial:
+    with rc_context({"svg.hashsalt": path.name}), atomic_file(path) as partial:
         FigureCanvasSVG(figure).print_svg(partial, metadata={"Date": None})
 
 
