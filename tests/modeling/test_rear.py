@@ -98,12 +98,8 @@ def test_arms_of_a_study_start_from_the_same_common_weights(tiny_config: ModelCo
     tap = TapConfig("repa", target="encoder", z_dim=12, layer=1)
     others = {
         "ar": weights_of(tiny_config, init_projectors_last=True, transition_alignment=False),
-        "repa": weights_of(
-            tiny_config, init_projectors_last=True, encode_align=False, decode_align=False, taps=[tap]
-        ),
-        "permuted": weights_of(
-            tiny_config, init_projectors_last=True, transition_alignment_target="permuted_codebook"
-        ),
+        "repa": weights_of(tiny_config, init_projectors_last=True, encode_align=False, decode_align=False, taps=[tap]),
+        "permuted": weights_of(tiny_config, init_projectors_last=True, transition_alignment_target="permuted_codebook"),
         "rar": weights_of(tiny_config, init_projectors_last=True, order="annealed"),
         "ar, by default": weights_of(tiny_config, transition_alignment=False),
     }
