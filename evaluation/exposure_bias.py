@@ -8,7 +8,6 @@ which teacher forcing cannot see.
 Legend: n pairs of sequences, one of each model, with the same class and random numbers; N codes each. Values in nats.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +18,12 @@ import numpy as np
 from evaluation.studies.statistics import Contrast, verdict
 from utils.console import markdown_table
 from utils.run.curves import plain_label, save_figure
+from utils.run.run_config import CELL
 
 if TYPE_CHECKING:  # a slow import
     from matplotlib.axes import Axes
 
 NORMAL_95 = 1.959964  # half the width of a 95 % interval in standard errors
-CELL = re.compile(r"(.+)/seed(\d+)")  # name of a student that is a cell of a study
 MARGIN_PCT = 3.0  # of the contrasts, as in studies
 QUANTITIES = ("forward_kl", "reverse_kl", "excess_error")  # of a student, each [mean, low, high]
 

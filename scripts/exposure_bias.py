@@ -32,7 +32,7 @@ from tqdm import tqdm
 from data.codes.conversion import edge_of_square
 from data.codes.store_files import StoreMeta
 from data.codes.token_writer import new_token_store
-from evaluation.exposure_bias import CELL, draw, interval, report, summarize
+from evaluation.exposure_bias import draw, interval, report, summarize
 from modeling.divergence import Divergences, divergences
 from modeling.loading import load_generator
 from modeling.rear import ReAR
@@ -48,7 +48,7 @@ from utils.files.sample_chunks import SampleChunks
 from utils.files.text import user_path
 from utils.files.weights import weights_sha256
 from utils.randomness import Stream
-from utils.run.run_config import load_run_config
+from utils.run.run_config import load_run_config, names_of_runs
 from utils.run.weights_path import TrainedWeights, as_trained, find_weights
 
 SEQUENCES_AT_ONCE = 250
@@ -146,7 +146,7 @@ def measure(teacher: str, students: list[str], folder: Path, count: int, seed: i
     known = {result["sha256"]: result for result in done.values()}
     results: dict[str, dict[str, Any]] = {}
     entropy: list[float] = read_json(path)["entropy"] if done else []
-    names = names_of(students)
+    names = names_of_runs(students)
     for name, source in zip(names, students, strict=True):
         q, student_weights = load_model(source)
         check_student(p, q, source, teacher_tokenizer=weights.tokenizer_sha256, weights=student_weights)
@@ -194,20 +194,6 @@ def divergences_of(p: ReAR, q: ReAR, count: int, seed: int, title: str) -> tuple
 
 def batches(indices: range) -> list[range]:
     return [indices[start : start + SEQUENCES_AT_ONCE] for start in range(0, len(indices), SEQUENCES_AT_ONCE)]
-
-
-def names_of(students: list[str]) -> list[str]:
-    """`<arm>/seed<k>` of cells of a study, else names of the folders; the paths if two names are equal.
-
-    Raises InputError for a student that is given twice.
-    """
-    paths = [Path(student).resolve() for student in students]
-    for path, student in zip(paths, students, strict=True):
-        if paths.count(path) > 1:
-            raise InputError(f"{student}: given twice, expected each student once")
-    cells = [CELL.fullmatch("/".join(path.parts[-3:-1])) for path in paths]
-    names = [path.name if cell is None else cell[0] for path, cell in zip(paths, cells, strict=True)]
-    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def test_arms_are_compared_by_seed() -> None:
     [
         (["sample", "{0}", "x.npz", "--n", "3"], r"x.npz: expected a name that ends in .tokens"),
         (["measure", "{0}", "{1}", "--output", "out", "--n", "1"], r"--n 1: expected at least 2"),
-        (["measure", "{0}", "{1}", "{1}", "--output", "out"], r"given twice, expected each student once"),
+        (["measure", "{0}", "{1}", "{1}", "--output", "out"], r"given twice, expected each run once"),
         (["measure", "{0}", "absent", "--output", "out"], r"absent: no such file or folder"),
         (["measure", "{0}", "{other}", "--output", "out"], r"found codebook_size=24, expected 4, that of the teacher"),
     ],
