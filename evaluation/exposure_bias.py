@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from evaluation.studies.statistics import Contrast, verdict
+from evaluation.studies.statistics import bootstrap_interval, log_ratios, percent, sign_flip_p
 from utils.console import markdown_table
 from utils.run.curves import plain_label, save_figure
 from utils.run.run_config import CELL
@@ -24,7 +24,6 @@ if TYPE_CHECKING:  # a slow import
     from matplotlib.axes import Axes
 
 NORMAL_95 = 1.959964  # half the width of a 95 % interval in standard errors
-MARGIN_PCT = 3.0  # of the contrasts, as in studies
 QUANTITIES = ("forward_kl", "reverse_kl", "excess_error")  # of a student, each [mean, low, high]
 
 
@@ -112,7 +111,7 @@ def report(students: dict[str, dict[str, Any]], entropy: Sequence[float]) -> str
     baseline, *others = arms_of(students)
     contrasts = [line for arm in others for line in _contrasts(arm, baseline)]
     if contrasts:
-        head = ["arm", "quantity", "seeds", "difference", "95 % interval", "p", "alone it would be"]
+        head = ["arm", "quantity", "seeds", "difference", "95 % interval over seeds", "p, not adjusted"]
         parts.append(markdown_table(head, contrasts))
     return "\n\n".join(parts)
 
@@ -127,20 +126,16 @@ def _contrasts(arm: Arm, baseline: Arm) -> list[list[str]]:
     if len(seeds) < 2:
         return []
     lines = []
-    for quantity in ("forward_kl", "reverse_kl"):
-        values = [[one.students[seed][quantity][0] for seed in seeds] for one in (arm, baseline)]
-        contrast = Contrast.of(values[0], values[1], MARGIN_PCT)
-        lines.append(
-            [
-                f"{arm.name} against {baseline.name}",
-                quantity,
-                str(len(seeds)),
-                f"{contrast.effect_pct:+.2f} %",
-                f"{contrast.low_pct:+.2f} to {contrast.high_pct:+.2f} %",
-                f"{contrast.p:.3g}",
-                verdict(contrast, adjusted_p=contrast.p, margin_pct=MARGIN_PCT),
-            ]
+    for quantity in QUANTITIES:
+        ours, theirs = ([one.students[seed][quantity][0] for seed in seeds] for one in (arm, baseline))
+        is_ratio = quantity != "excess_error"  # which may be negative
+        differences = log_ratios(ours, theirs) if is_ratio else np.subtract(ours, theirs)
+        effect, low, high = map(
+            percent if is_ratio else float, (float(differences.mean()), *bootstrap_interval(differences))
         )
+        unit = "%" if is_ratio else "nats"
+        numbers = [f"{effect:+.3f} {unit}", f"{low:+.3f} to {high:+.3f} {unit}", f"{sign_flip_p(differences):.3g}"]
+        lines.append([f"{arm.name} against {baseline.name}", quantity, str(len(seeds)), *numbers])
     return lines
 
 

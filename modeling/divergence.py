@@ -13,6 +13,8 @@ from torch import Tensor
 
 from modeling.rear import ReAR
 
+LOGITS_AT_ONCE = 2**23  # in float64
+
 
 def conditional_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p || q) (B, N) of log-probabilities (B, N, V); a code that p excludes adds 0."""
@@ -43,9 +45,10 @@ class Divergences:
 @torch.inference_mode()
 def divergences(p: ReAR, q: ReAR, codes: Tensor, class_labels: Tensor) -> Divergences:
     """For the contexts in codes (B, N) of classes (B,); models in eval mode."""
-    log_p, log_q = (log_probabilities(model, codes, class_labels) for model in (p, q))
-    return Divergences(
-        p_to_q=conditional_kl(log_p, log_q).cpu(),
-        q_to_p=conditional_kl(log_q, log_p).cpu(),
-        entropy_p=conditional_entropy(log_p).cpu(),
-    )
+    size = max(1, LOGITS_AT_ONCE // (codes.shape[1] * p.codebook_size))
+    parts = []
+    for rows, labels in zip(codes.split(size), class_labels.split(size), strict=True):
+        log_p, log_q = (log_probabilities(model, rows, labels) for model in (p, q))
+        parts.append((conditional_kl(log_p, log_q), conditional_kl(log_q, log_p), conditional_entropy(log_p)))
+    p_to_q, q_to_p, entropy_p = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
+    return Divergences(p_to_q, q_to_p, entropy_p)

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from data.codes.conversion import edge_of_square
-from data.codes.store_files import StoreMeta
+from data.codes.store_files import StoreMeta, check_codebook_size
 from data.codes.token_writer import new_token_store
 from evaluation.exposure_bias import draw, interval, report, summarize
 from modeling.divergence import Divergences, divergences
@@ -106,6 +106,7 @@ def sample(teacher: str, output: Path, count: int, seed: int) -> None:
         "seed": seed,
         "device": model.cls_token.device.type,
     }
+    check_codebook_size(output, model.codebook_size)
     chunk_files = SampleChunks(output.with_suffix(".chunks"), count, SAMPLES_PER_CHUNK)
     if not chunk_files.can_resume and is_made(output, provenance):
         print(f"{output}: already made from the same weights")

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from modeling import divergence
 from modeling.divergence import conditional_entropy, conditional_kl, divergences, log_probabilities
 from modeling.rear import ReAR
 from utils.schema import GeneratorConfig, ModelConfig, VQModelConfig
@@ -54,6 +55,15 @@ def test_sums_over_contexts_are_the_divergences_of_whole_sequences(label: int) -
     assert (log_q.exp() @ found.q_to_p.sum(1)).item() == pytest.approx(reverse, rel=1e-9)
     assert (log_p.exp() @ found.entropy_p.sum(1)).item() == pytest.approx(-(log_p.exp() @ log_p).item(), rel=1e-9)
     assert abs(forward - reverse) > 0.01
+
+
+def test_batches_that_are_split_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = small_model(0), small_model(1), SEQUENCES, torch.arange(256) % 2
+    whole = divergences(*arguments)
+    monkeypatch.setattr(divergence, "LOGITS_AT_ONCE", 16 * 100)
+    split = divergences(*arguments)
+    for name in ("p_to_q", "q_to_p", "entropy_p"):
+        torch.testing.assert_close(getattr(split, name), getattr(whole, name), rtol=1e-5, atol=1e-7)
 
 
 @torch.no_grad()

@@ -152,9 +152,11 @@ def test_arms_are_compared_by_seed() -> None:
     assert arms[1].values("reverse_kl").mean() == pytest.approx(3.2, rel=0.02)
     assert arms[0].excess_band()[0] == pytest.approx([0.1, 0.2, 0.3, 0.4])
     table = report(students, [9.0, 8.9, 9.1])
-    row = next(line for line in table.splitlines() if "rear against ar | reverse_kl" in line)
-    assert "| 8 |" in row
-    assert "real: lower" in row
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| rear against ar")]
+    assert [row[1:3] for row in rows] == [[quantity, "8"] for quantity in ("forward_kl", "reverse_kl", "excess_error")]
+    assert float(rows[1][3].split()[0]) == pytest.approx(-20, abs=1)
+    assert rows[1][5] == "0.00781 |"  # the smallest of 8 seeds: all differences are negative
+    assert rows[2][3] == "+0.000 nats"
 
 
 @pytest.mark.parametrize(
