@@ -37,12 +37,13 @@ def draw(figures: dict[str, Any], path: Path) -> None:
         _draw_positions(entropy, result["prediction_entropy"], {"tokens": "-", "samples": "--"}, color)
         _draw_use(use, result["samples"]["frequencies"], color, f"samples of {plain_label(name)}")
     _draw_use(use, figures["tokens"]["frequencies"], "black", "tokens")
-    accuracy.set(title="top-1 token accuracy; dashed: 10 % of the context replaced", xlabel="position")
+    accuracy.set(title="token accuracy; dashed: corrupted context", xlabel="position")
     recovered.set(title="cosine of recovered codebook vectors", xlabel="block")
-    cka.set(title="linear CKA of block output and vectors", xlabel="block")
-    swapped.set(title="loss, nats; dashed: replaced by the nearest code", xlabel="share of the context replaced")
-    entropy.set(title="entropy of predictions, nats; dashed: on own samples", xlabel="position")
+    cka.set(title="linear CKA with codebook vectors", xlabel="block")
+    swapped.set(title="loss, nats; dashed: by the nearest code", xlabel="share of the context replaced")
+    entropy.set(title="entropy of predictions, nats; dashed: samples", xlabel="position")
     use.set(title="frequency of codes, most frequent first", xlabel="rank")
+    recovered.axhline(figures["tokens"]["mean_vector_cosine"], color="0.5", linewidth=0.8, label="mean vector")
     for axes in (recovered, cka):
         for kind in result["cka"] if axes is cka else cosines:
             axes.plot([], [], LINE_STYLES[kind], color="black", label=_meaning(kind))

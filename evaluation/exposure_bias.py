@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy import stats
 
 from evaluation.studies.statistics import bootstrap_interval, log_ratios, percent, sign_flip_p
 from utils.console import markdown_table
@@ -23,14 +24,14 @@ from utils.run.run_config import CELL
 if TYPE_CHECKING:  # a slow import
     from matplotlib.axes import Axes
 
-NORMAL_95 = 1.959964  # half the width of a 95 % interval in standard errors
 QUANTITIES = ("forward_kl", "reverse_kl", "excess_error")  # of a student, each [mean, low, high]
 
 
 def interval(values: np.ndarray) -> list[float]:
-    """Mean and 95 % normal interval [mean, low, high] of independent values (n,)."""
+    """Mean and its 95 % t-interval [mean, low, high], of independent values (n,)."""
     mean, error = values.mean(), values.std(ddof=1) / np.sqrt(len(values))
-    return [float(mean), float(mean - NORMAL_95 * error), float(mean + NORMAL_95 * error)]
+    half_width = stats.t.ppf(0.975, len(values) - 1) * error
+    return [float(mean), float(mean - half_width), float(mean + half_width)]
 
 
 def summarize(forward: np.ndarray, free_running: np.ndarray, reverse: np.ndarray) -> dict[str, Any]:
@@ -64,10 +65,6 @@ class Arm:
 
     name: str
     students: dict[int, dict[str, Any]]
-
-    def values(self, quantity: str) -> np.ndarray:
-        """(number of seeds,) means of a quantity of `QUANTITIES`."""
-        return np.array([student[quantity][0] for student in self.students.values()])
 
     def curves(self, name: str) -> np.ndarray:
         """(number of seeds, N) of `by_position`."""

@@ -138,7 +138,7 @@ def analyze(options: argparse.Namespace) -> None:
         return
     if encoder is not None:
         tokens.encoder_features = features_of(encoder, tokens, tokenizer)
-    data = code_use(tokens.codes, tokenizer.codebook_size)
+    data = code_use(tokens.codes, tokenizer.codebook_size) | {"mean_vector_cosine": mean_vector_cosine(tokens)}
     results = {name: analysis(model.to(device).eval(), tokens, options.seed, name) for name, model in models.items()}
     figures = {"tokens": {"source": tokens.source, **data}, "code_shape": tokenizer.code_shape, "models": results}
     draw(figures, options.output / FIGURE_FILE)
@@ -287,6 +287,12 @@ def representation(model: ReAR, tokens: Tokens, progress: tqdm) -> dict[str, Any
         "cka": {kind: [both[kind, layer].cka() for layer in layers] for kind in kinds},
         "recovered_cosine": {kind: [(cosines[kind, layer] / count).tolist() for layer in layers] for kind in POSITIONS},
     }
+
+
+def mean_vector_cosine(tokens: Tokens) -> float:
+    """What a constant reaches in place of a recovered vector: the mean of one half against the other."""
+    fit, test = (F.embedding(tokens.codes[torch.cat([*half])], tokens.codebook) for half in tokens.halves)
+    return float(F.cosine_similarity(fit.mean((0, 1)), test, dim=-1).mean())
 
 
 def covariances(

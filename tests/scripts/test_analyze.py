@@ -84,8 +84,9 @@ def test_an_untrained_model_knows_the_current_code_only(found: dict, tokens: tup
     own, following = (np.array(result["recovered_cosine"][kind]) for kind in ("own", "next"))
     assert own.shape == (2, 16)
     assert own.mean() > 0.8  # codes and positions together have more than 32 dimensions
-    mean = tokens[2].mean(0, keepdim=True)
-    constant = F.cosine_similarity(mean, tokens[2][tokens[0]], dim=-1).mean().item()  # what a constant would reach
+    vectors = tokens[2][tokens[0]]
+    constant = F.cosine_similarity(vectors[::2].mean((0, 1)), vectors[1::2], dim=-1).mean().item()
+    assert found["tokens"]["mean_vector_cosine"] == pytest.approx(constant, rel=1e-5)
     assert following.mean() < constant + 0.1
     assert min(result["cka"]["own"]) > 5 * max(result["cka"]["next"])
 
