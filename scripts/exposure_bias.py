@@ -20,7 +20,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
@@ -85,27 +85,34 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_model(source: str) -> tuple[ReAR, TrainedWeights]:
-    """The model of a run, in eval mode on the GPU or the CPU; raises InputError for missing weights or config."""
+class Loaded(NamedTuple):
+    model: ReAR  # in eval mode, on the GPU or the CPU
+    weights: TrainedWeights
+    sha256: str  # of the weights without projectors
+
+
+def load(source: str) -> Loaded:
+    """The model of a run; raises InputError for missing weights or config."""
     weights = find_weights(source)
     for notice in weights.notices:
         print(notice)
     config, _ = as_trained(load_run_config(source, []), weights)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return load_generator(weights.path, config.model).to(device).eval(), weights
+    model = load_generator(weights.path, config.model).to(device).eval()
+    return Loaded(model, weights, weights_sha256(model))
+
+
+def provenance_of(teacher: Loaded, count: int, seed: int) -> dict[str, Any]:
+    device = teacher.model.cls_token.device.type
+    return {"sha256 of the teacher": teacher.sha256, "n": count, "seed": seed, "device": device}
 
 
 def sample(teacher: str, output: Path, count: int, seed: int) -> None:
     """Write the token store, or resume from chunk files."""
     if output.suffix != ".tokens":
         raise InputError(f"{output}: expected a name that ends in .tokens")
-    model, weights = load_model(teacher)
-    provenance = {
-        "sha256 of the teacher": weights_sha256(model),
-        "n": count,
-        "seed": seed,
-        "device": model.cls_token.device.type,
-    }
+    p = load(teacher)
+    model, provenance = p.model, provenance_of(p, count=count, seed=seed)
     check_codebook_size(output, model.codebook_size)
     chunk_files = SampleChunks(output.with_suffix(".chunks"), count, SAMPLES_PER_CHUNK)
     if not chunk_files.can_resume and is_made(output, provenance):
@@ -119,9 +126,9 @@ def sample(teacher: str, output: Path, count: int, seed: int) -> None:
     meta = StoreMeta(
         image_seq_len=model.image_seq_len,
         codebook_size=model.codebook_size,
-        class_names=weights.class_names,
+        class_names=p.weights.class_names,
         grid_size=edge_of_square(model.image_seq_len),
-        tokenizer_sha256=weights.tokenizer_sha256,
+        tokenizer_sha256=p.weights.tokenizer_sha256,
     )
     with new_token_store(output, meta) as writer:
         for chunk, codes in zip(chunk_files.chunks, chunk_files.load(), strict=True):
@@ -135,13 +142,8 @@ def measure(teacher: str, students: list[str], folder: Path, count: int, seed: i
     """Write the results; those of students that are in the JSON are kept."""
     if count < 2:
         raise InputError(f"--n {count}: expected at least 2, for an interval")
-    p, weights = load_model(teacher)
-    provenance = {
-        "sha256 of the teacher": weights_sha256(p),
-        "n": count,
-        "seed": seed,
-        "device": p.cls_token.device.type,
-    }
+    p = load(teacher)
+    provenance = provenance_of(p, count=count, seed=seed)
     path = folder / RESULT_FILE
     done = read_json(path)["students"] if is_made(path, provenance) else {}
     known = {result["sha256"]: result for result in done.values()}
@@ -149,13 +151,12 @@ def measure(teacher: str, students: list[str], folder: Path, count: int, seed: i
     entropy: list[float] = read_json(path)["entropy"] if done else []
     names = names_of_runs(students)
     for name, source in zip(names, students, strict=True):
-        q, student_weights = load_model(source)
-        check_student(p, q, source, teacher_tokenizer=weights.tokenizer_sha256, weights=student_weights)
-        sha256 = weights_sha256(q)
-        if sha256 not in known:
-            estimates, entropy = divergences_of(p, q, count, seed, title=name)
-            known[sha256] = {"sha256": sha256, "weights": str(student_weights.path), **estimates}
-        results[name] = {**known[sha256], "step": student_weights.step}
+        q = load(source)
+        check_student(source, student=q, teacher=p)
+        if q.sha256 not in known:
+            estimates, entropy = divergences_of(p.model, q.model, count=count, seed=seed, title=name)
+            known[q.sha256] = {"sha256": q.sha256, "weights": str(q.weights.path), **estimates}
+        results[name] = {**known[q.sha256], "step": q.weights.step}
         write_record(path, provenance, figures={"entropy": entropy, "students": {**done, **results}})
     text = report(results, entropy)
     write_text(folder / TABLE_FILE, f"{text}\n")
@@ -163,16 +164,18 @@ def measure(teacher: str, students: list[str], folder: Path, count: int, seed: i
     print(text, f"look at {folder / FIGURE_FILE}", sep="\n\n")
 
 
-def check_student(
-    teacher: ReAR, student: ReAR, source: str, teacher_tokenizer: str | None, weights: TrainedWeights
-) -> None:
-    """Raises InputError for a student over other sequences."""
+def check_student(source: str, student: Loaded, teacher: Loaded) -> None:
+    """Raises InputError for a student over other sequences; prints a line if it was trained on the teacher's data."""
     for name in ("codebook_size", "image_seq_len", "num_classes"):
-        found, expected = getattr(student, name), getattr(teacher, name)
+        found, expected = getattr(student.model, name), getattr(teacher.model, name)
         if found != expected:
             raise InputError(f"{source}: found {name}={found}, expected {expected}, that of the teacher")
-    if None not in (teacher_tokenizer, weights.tokenizer_sha256) and weights.tokenizer_sha256 != teacher_tokenizer:
+    trained, expected = student.weights.tokenizer_sha256, teacher.weights.tokenizer_sha256
+    if None not in (trained, expected) and trained != expected:
         raise InputError(f"{source}: trained on the tokens of another tokenizer than the teacher")
+    data = student.weights.record.get("data")
+    if data is not None and data == teacher.weights.record.get("data") and student.sha256 != teacher.sha256:
+        print(f"{source}: trained on the data of the teacher, not on its samples: the teacher is not what it learned")
 
 
 def divergences_of(p: ReAR, q: ReAR, count: int, seed: int, title: str) -> tuple[dict[str, Any], list[float]]:

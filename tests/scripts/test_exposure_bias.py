@@ -21,10 +21,10 @@ from utils.files.weights import save_weights
 from utils.randomness import Stream
 
 
-def save_run(model: ReAR, folder: Path) -> Path:
-    """What the script needs of a run folder."""
+def save_run(model: ReAR, folder: Path, data: str = "unknown") -> Path:
+    """What the script needs of a run folder; `data`: hash of the training data."""
     folder.mkdir(parents=True)
-    save_weights(model.state_dict(), folder / "model.safetensors")
+    save_weights(model.state_dict(), folder / "model.safetensors", {"data": data})
     save_config(replace(load_config(["experiment.output_dir=unused"]), model=model.config), folder / "config.yaml")
     return folder
 
@@ -34,7 +34,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A teacher and two cells of a study."""
     folder = tmp_path_factory.mktemp("runs")
     paths = [folder / "teacher", folder / "study/ar/seed1/run", folder / "study/rear/seed1/run"]
-    return [str(save_run(small_model(seed), path)) for seed, path in enumerate(paths)]
+    data = ["photos", "samples of the teacher", "photos"]
+    return [str(save_run(small_model(seed), path, data[seed])) for seed, path in enumerate(paths)]
 
 
 def measure(arguments: list[str], output: Path, *more: str) -> dict:
@@ -42,8 +43,12 @@ def measure(arguments: list[str], output: Path, *more: str) -> dict:
     return json.loads((output / "exposure_bias.json").read_text())
 
 
-def test_estimates_agree_with_full_enumeration(runs: list[str], tmp_path: Path) -> None:
+def test_estimates_agree_with_full_enumeration(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = measure(runs, tmp_path / "out", "--n", "2000")
+    notices = [line for line in capsys.readouterr().out.splitlines() if "not on its samples" in line]
+    assert [notice.partition(":")[0] for notice in notices] == [runs[2]]
     assert list(found["students"]) == ["ar/seed1", "rear/seed1"]
     p = small_model(0)
     for q, student in zip((small_model(1), small_model(2)), found["students"].values(), strict=True):
