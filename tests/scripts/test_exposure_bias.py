@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from data.codes.token_store import TokenStore
 from evaluation.exposure_bias import arms_of, report, summarize
-from modeling.divergence import divergences
+from modeling.divergence import Divergences, divergences
 from modeling.rear import ReAR
 from modeling.sampling.model_samples import ModelSamples
 from scripts import exposure_bias, sample_imagenet_rear
@@ -18,7 +19,6 @@ from tests.modeling.test_divergence import SEQUENCES, log_probability_of, small_
 from utils.config import load_config, save_config
 from utils.errors import InputError
 from utils.files.weights import save_weights
-from utils.randomness import Stream
 
 
 def save_run(model: ReAR, folder: Path, data: str = "unknown") -> Path:
@@ -139,10 +139,19 @@ def test_a_killed_sampling_resumes(runs: list[str], tmp_path: Path, monkeypatch:
     assert TokenStore(resumed).fingerprint == TokenStore(whole).fingerprint
 
 
-def test_measured_contexts_are_not_those_of_the_store() -> None:
+def test_measured_contexts_are_not_those_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    contexts = []
+
+    def recorded(p: ReAR, q: ReAR, codes: Tensor, class_labels: Tensor) -> Divergences:
+        contexts.append(codes)
+        return divergences(p, q, codes, class_labels)
+
+    monkeypatch.setattr(exposure_bias, "divergences", recorded)
     model = small_model(0)
-    codes = [ModelSamples(model, seed=1, stream=stream)(range(40))[0] for stream in (Stream.SAMPLING, Stream.ANALYSIS)]
-    assert not torch.equal(*codes)
+    exposure_bias.divergences_of(model, model, count=40, seed=1, title="")
+    stored = ModelSamples(model, seed=1)(range(40))[0]
+    assert (contexts[0] == contexts[1]).all()
+    assert not torch.equal(contexts[0], stored)
 
 
 def test_arms_are_compared_by_seed() -> None:
