@@ -20,7 +20,7 @@ from utils.config import load_config, save_config
 from utils.distributed import init_distributed
 from utils.errors import InputError
 from utils.files.weights import save_weights
-from utils.randomness import Stream
+from utils.randomness import Stream, validation_uniforms
 from utils.schema import Config
 
 
@@ -101,6 +101,31 @@ def test_cka_is_that_of_all_positions(found: dict, config: Config, tokens: tuple
             covariances.add(state[:, positions].flatten(0, 1), codebook[codes].flatten(0, 1))
             expected.append(covariances.cka())
         assert found["models"]["random"]["cka"][kind] == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def test_nearest_codes_replace_the_context_where_random_ones_do(
+    found: dict, config: Config, tokens: tuple[Tensor, ...]
+) -> None:
+    codes, labels, codebook = tokens
+    distances = torch.cdist(codebook, codebook)
+    nearest = distances.fill_diagonal_(torch.inf).argmin(1)
+    losses = found["models"]["random"]["loss_with_swapped_codes"]
+    assert losses["rates"] == [0.1, 0.25, 0.5]
+    for rate, loss in zip(losses["rates"], losses["nearest"], strict=True):
+        replaced = validation_uniforms(range(50), 33)[:, 1:17] < rate
+        context = torch.where(replaced, nearest[codes], codes)
+        logits = make_model(config, trained=True)(context, labels).logits
+        assert loss == pytest.approx(F.cross_entropy(logits.mT, codes).item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_entropies_of_predictions(found: dict, config: Config, tokens: tuple[Tensor, ...]) -> None:
+    model = make_model(config, trained=True)
+    contexts = {"tokens": tokens[:2], "samples": ModelSamples(model, 1, Stream.ANALYSIS)(range(50))}
+    for name, (codes, labels) in contexts.items():
+        expected = torch.distributions.Categorical(logits=model(codes, labels).logits).entropy().mean(0)
+        assert found["models"]["random"]["prediction_entropy"][name] == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 def test_samples_are_compared_with_the_tokens(found: dict, config: Config, tokens: tuple[Tensor, ...]) -> None:
