@@ -40,9 +40,9 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     accuracy.set(title="token accuracy; dashed: corrupted context", xlabel="position")
     recovered.set(title="cosine of recovered codebook vectors", xlabel="block")
     cka.set(title="linear CKA with codebook vectors", xlabel="block")
-    swapped.set(title="loss, nats; dashed: by the nearest code", xlabel="share of the context replaced")
+    swapped.set(title="loss, nats; dashed: by the nearest token", xlabel="share of the context replaced")
     entropy.set(title="entropy of predictions, nats; dashed: samples", xlabel="position")
-    use.set(title="frequency of codes, most frequent first", xlabel="rank")
+    use.set(title="frequency of tokens, most frequent first", xlabel="rank")
     recovered.axhline(figures["tokens"]["mean_vector_cosine"], color="0.5", linewidth=0.8, label="mean vector")
     for axes in (recovered, cka):
         for kind in result["cka"] if axes is cka else cosines:
@@ -54,14 +54,14 @@ def draw(figures: dict[str, Any], path: Path) -> None:
     for axes in grid[:2].flat:
         axes.grid(alpha=0.3)
     for (name, result), (own, following, on_grid) in zip(models.items(), grid[2:], strict=True):
-        _draw_map(own, result["recovered_cosine"]["own"], f"{plain_label(name)}: recovered vector of the current code")
-        _draw_map(following, result["recovered_cosine"]["next"], f"{plain_label(name)}: of the predicted code")
+        _draw_map(own, result["recovered_cosine"]["own"], f"{plain_label(name)}: recovered vector of the current token")
+        _draw_map(following, result["recovered_cosine"]["next"], f"{plain_label(name)}: of the predicted token")
         _draw_on_grid(on_grid, result["accuracy"]["clean"], figures["code_shape"], plain_label(name))
     save_figure(figure, path)
 
 
 def _meaning(kind: str) -> str:
-    return {"own": "current code", "next": "predicted code", "encoder": "encoder features"}[kind]
+    return {"own": "current token", "next": "predicted token", "encoder": "encoder features"}[kind]
 
 
 def _draw_positions(
@@ -78,7 +78,7 @@ def _draw_layers(axes: "Axes", curves: dict[str, Any], color: str) -> None:
 
 
 def _draw_swapped(axes: "Axes", result: dict[str, Any], color: str) -> None:
-    losses, clean = result["loss_with_swapped_codes"], float(np.mean(result["loss"]["clean"]))
+    losses, clean = result["loss_with_swapped_tokens"], float(np.mean(result["loss"]["clean"]))
     for kind, style in (("random", "-"), ("nearest", "--")):
         axes.plot([0, *losses["rates"]], [clean, *losses[kind]], style, color=color, marker=".")
 

@@ -8,9 +8,9 @@ validation data of the first config, else its training tokens. For each model:
 
 - token accuracy and loss by position, on clean context and with 10 % of it replaced at random;
 - codebook vectors recovered from each block's output by a linear map, fitted to one half of the images: cosine by
-  position on the other half, of the current code (own) and of the predicted one (next);
+  position on the other half, of the current token (own) and of the predicted one (next);
 - linear CKA of each block's output with these vectors and, with --encoder, with features of the decoded images;
-- loss with a share of the context replaced by random codes, or by the codes with the nearest vectors;
+- loss with a share of the context replaced by random tokens, or by the tokens with the nearest vectors;
 - entropy and codebook use of the model's samples (temperature 1, no guidance) against the tokens.
 
 Writes analysis.json (all numbers) and analysis.png (a page of figures) to --output, and prints a table.
@@ -235,7 +235,7 @@ def analysis(model: ReAR, tokens: Tokens, seed: int, name: str) -> dict[str, Any
                 "corrupted": by_position(corrupted, lambda one: one.loss),
             },
             **representation(model, tokens, progress),
-            "loss_with_swapped_codes": {"rates": SWAP_RATES, **robustness(model, tokens, progress)},
+            "loss_with_swapped_tokens": {"rates": SWAP_RATES, **robustness(model, tokens, progress)},
             "prediction_entropy": {
                 "tokens": by_position(clean, lambda one: one.entropy),
                 "samples": by_position(on_samples, lambda one: one.entropy),
@@ -298,8 +298,8 @@ def mean_vector_cosine(tokens: Tokens) -> float:
 def covariances(
     model: ReAR, tokens: Tokens, batches: Sequence[Tensor], progress: tqdm
 ) -> dict[tuple[str, int], Covariances]:
-    """Of each block's output with the codebook vectors of the current code ("own") and the predicted one ("next"), and
-    with the features of the current code's patch ("encoder")."""
+    """Of each block's output with the codebook vectors of the current token ("own") and the predicted one ("next"), and
+    with the features of the current token's patch ("encoder")."""
     found: dict[tuple[str, int], Covariances] = {}
     for rows in batches:
         targets = dict.fromkeys(POSITIONS, F.embedding(tokens.codes[rows], tokens.codebook))  # (B, N, Z)

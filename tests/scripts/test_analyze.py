@@ -75,7 +75,7 @@ def test_losses_are_those_of_the_validator(found: dict, config: Config, tokens: 
     assert np.mean(result["accuracy"]["clean"]) == pytest.approx(expected.correct_tokens)
     assert np.mean(result["loss"]["corrupted"]) == pytest.approx(expected.ar_loss_perturbed, rel=1e-5)
     # The same share of the context, replaced in the same way.
-    assert result["loss_with_swapped_codes"]["random"][0] == pytest.approx(expected.ar_loss_perturbed, rel=1e-5)
+    assert result["loss_with_swapped_tokens"]["random"][0] == pytest.approx(expected.ar_loss_perturbed, rel=1e-5)
 
 
 def test_an_untrained_model_knows_the_current_code_only(found: dict, tokens: tuple[Tensor, ...]) -> None:
@@ -110,7 +110,7 @@ def test_nearest_codes_replace_the_context_where_random_ones_do(
     codes, labels, codebook = tokens
     distances = torch.cdist(codebook, codebook)
     nearest = distances.fill_diagonal_(torch.inf).argmin(1)
-    losses = found["models"]["random"]["loss_with_swapped_codes"]
+    losses = found["models"]["random"]["loss_with_swapped_tokens"]
     assert losses["rates"] == [0.1, 0.25, 0.5]
     for rate, loss in zip(losses["rates"], losses["nearest"], strict=True):
         replaced = validation_uniforms(range(50), 33)[:, 1:17] < rate
