@@ -6,6 +6,7 @@ KL(p(. | context) || q(. | context)). The inner one is summed over the codebook,
 Legend: B sequences, N codes each, V codebook size. Values are in nats.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,16 +40,27 @@ class Divergences:
 
     p_to_q: Tensor  # KL(p || q)
     q_to_p: Tensor  # KL(q || p)
-    entropy_p: Tensor
 
 
 @torch.inference_mode()
 def divergences(p: ReAR, q: ReAR, codes: Tensor, class_labels: Tensor) -> Divergences:
     """For the contexts in codes (B, N) of classes (B,); models in eval mode."""
-    size = max(1, LOGITS_AT_ONCE // (codes.shape[1] * p.codebook_size))
     parts = []
-    for rows, labels in zip(codes.split(size), class_labels.split(size), strict=True):
+    for rows, labels in _split(p, codes, class_labels):
         log_p, log_q = (log_probabilities(model, rows, labels) for model in (p, q))
-        parts.append((conditional_kl(log_p, log_q), conditional_kl(log_q, log_p), conditional_entropy(log_p)))
-    p_to_q, q_to_p, entropy_p = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
-    return Divergences(p_to_q, q_to_p, entropy_p)
+        parts.append((conditional_kl(log_p, log_q), conditional_kl(log_q, log_p)))
+    p_to_q, q_to_p = (torch.cat(values).cpu() for values in zip(*parts, strict=True))
+    return Divergences(p_to_q, q_to_p)
+
+
+@torch.inference_mode()
+def entropies(p: ReAR, codes: Tensor, class_labels: Tensor) -> Tensor:
+    """Entropies (B, N) on the CPU of the next token, for the contexts in codes (B, N) of classes (B,)."""
+    batches = _split(p, codes, class_labels)
+    return torch.cat([conditional_entropy(log_probabilities(p, rows, labels)) for rows, labels in batches]).cpu()
+
+
+def _split(model: ReAR, codes: Tensor, class_labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Codes (B, N) and class labels (B,) in parts whose logits fit in memory."""
+    size = max(1, LOGITS_AT_ONCE // (codes.shape[1] * model.codebook_size))
+    return zip(codes.split(size), class_labels.split(size), strict=True)

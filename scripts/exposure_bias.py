@@ -27,13 +27,14 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from data.codes.conversion import edge_of_square
 from data.codes.store_files import StoreMeta, check_codebook_size
 from data.codes.token_writer import new_token_store
 from evaluation.exposure_bias import draw, interval, report, summarize
-from modeling.divergence import Divergences, divergences
+from modeling.divergence import divergences, entropies
 from modeling.loading import load_generator
 from modeling.rear import ReAR
 from modeling.sampling.image_sampler import class_labels_of
@@ -83,6 +84,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     measuring.add_argument("--n", type=positive, default=10_000, help="sequences of each model (default: %(default)s)")
     measuring.add_argument("--seed", type=natural, default=1, help="of their samples (default: %(default)s)")
     return parser.parse_args(argv)
+
+
+Contexts = list[tuple[Tensor, Tensor]]  # batches of codes (B, N) and class labels (B,)
 
 
 class Loaded(NamedTuple):
@@ -149,12 +153,15 @@ def measure(teacher: str, students: list[str], folder: Path, count: int, seed: i
     known = {result["sha256"]: result for result in done.values()}
     results: dict[str, dict[str, Any]] = {}
     entropy: list[float] = read_json(path)["entropy"] if done else []
+    of_teacher: Contexts = []  # sampled when they are needed
     names = names_of_runs(students)
     for name, source in zip(names, students, strict=True):
         q = load(source)
         check_student(source, student=q, teacher=p)
         if q.sha256 not in known:
-            estimates, entropy = divergences_of(p.model, q.model, count=count, seed=seed, title=name)
+            of_teacher = of_teacher or contexts_of(p.model, count=count, seed=seed, title="teacher: sampling")
+            entropy = entropy or entropy_of(p.model, of_teacher)
+            estimates = estimates_of(p.model, q.model, of_teacher, seed=seed, title=name)
             known[q.sha256] = {"sha256": q.sha256, "weights": str(q.weights.path), **estimates}
         results[name] = {**known[q.sha256], "step": q.weights.step}
         write_record(path, provenance, figures={"entropy": entropy, "students": {**done, **results}})
@@ -178,22 +185,31 @@ def check_student(source: str, student: Loaded, teacher: Loaded) -> None:
         print(f"{source}: trained on the data of the teacher, not on its samples: the teacher is not what it learned")
 
 
-def divergences_of(p: ReAR, q: ReAR, count: int, seed: int, title: str) -> tuple[dict[str, Any], list[float]]:
-    """Estimates of `summarize` for q, and the entropy of p. Both models sample with the same random numbers, so that
-    their difference is less noisy."""
-    samples = [ModelSamples(model, seed, Stream.ANALYSIS) for model in (p, q)]
-    parts: list[list[Divergences]] = []
-    with tqdm(total=count, desc=title, unit="sequence") as progress:
-        for indices in batches(range(count)):
-            parts.append([divergences(p, q, *of_model(indices)) for of_model in samples])
-            progress.update(len(indices))
-    of_teacher, of_student = zip(*parts, strict=True)
-    estimates = summarize(
-        forward=torch.cat([part.p_to_q for part in of_teacher]).numpy(),
-        free_running=torch.cat([part.p_to_q for part in of_student]).numpy(),
-        reverse=torch.cat([part.q_to_p for part in of_student]).numpy(),
+def contexts_of(model: ReAR, count: int, seed: int, title: str) -> Contexts:
+    """Sequences of a model in batches. All models get the same random numbers, which makes their differences less noisy;
+    they are not those of `sample`."""
+    samples = ModelSamples(model, seed, Stream.ANALYSIS)
+    return [samples(indices) for indices in tqdm(batches(range(count)), title, unit="batch", delay=2)]
+
+
+def entropy_of(p: ReAR, of_teacher: Contexts) -> list[float]:
+    """In nats per sequence, [mean, low, high]."""
+    return interval(torch.cat([entropies(p, *batch) for batch in of_teacher]).sum(1).numpy())
+
+
+def estimates_of(p: ReAR, q: ReAR, of_teacher: Contexts, seed: int, title: str) -> dict[str, Any]:
+    """`summarize` for a student q."""
+    count = sum(len(codes) for codes, _ in of_teacher)
+    of_student = contexts_of(q, count=count, seed=seed, title=f"{title}: sampling")
+    on_teacher, on_student = (
+        [divergences(p, q, *batch) for batch in tqdm(contexts, f"{title}: contexts of {whose}", unit="batch", delay=2)]
+        for contexts, whose in ((of_teacher, "the teacher"), (of_student, "the student"))
     )
-    return estimates, interval(torch.cat([part.entropy_p for part in of_teacher]).sum(1).numpy())
+    return summarize(
+        forward=torch.cat([part.p_to_q for part in on_teacher]).numpy(),
+        free_running=torch.cat([part.p_to_q for part in on_student]).numpy(),
+        reverse=torch.cat([part.q_to_p for part in on_student]).numpy(),
+    )
 
 
 def batches(indices: range) -> list[range]:

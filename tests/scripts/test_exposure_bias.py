@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 from data.codes.token_store import TokenStore
 from evaluation.exposure_bias import arms_of, report, summarize
-from modeling.divergence import Divergences, divergences
+from modeling.divergence import divergences
 from modeling.rear import ReAR
 from modeling.sampling.model_samples import ModelSamples
 from scripts import exposure_bias, sample_imagenet_rear
@@ -85,13 +84,13 @@ def test_a_student_equal_to_the_teacher_has_no_error(runs: list[str], tmp_path: 
 def test_students_can_be_added(runs: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = measure(runs[:2], tmp_path, "--n", "20")
     measured = []
-    original = exposure_bias.divergences_of
+    original = exposure_bias.estimates_of
 
     def recorded(*arguments: object, title: str, **more: object) -> object:
         measured.append(title)
         return original(*arguments, title=title, **more)
 
-    monkeypatch.setattr(exposure_bias, "divergences_of", recorded)
+    monkeypatch.setattr(exposure_bias, "estimates_of", recorded)
     both = measure(runs, tmp_path, "--n", "20")
     assert measured == ["rear/seed1"]
     assert both["students"]["ar/seed1"] == first["students"]["ar/seed1"]
@@ -139,19 +138,11 @@ def test_a_killed_sampling_resumes(runs: list[str], tmp_path: Path, monkeypatch:
     assert TokenStore(resumed).fingerprint == TokenStore(whole).fingerprint
 
 
-def test_measured_contexts_are_not_those_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    contexts = []
-
-    def recorded(p: ReAR, q: ReAR, codes: Tensor, class_labels: Tensor) -> Divergences:
-        contexts.append(codes)
-        return divergences(p, q, codes, class_labels)
-
-    monkeypatch.setattr(exposure_bias, "divergences", recorded)
+def test_measured_contexts_are_not_those_of_the_store() -> None:
     model = small_model(0)
-    exposure_bias.divergences_of(model, model, count=40, seed=1, title="")
-    stored = ModelSamples(model, seed=1)(range(40))[0]
-    assert (contexts[0] == contexts[1]).all()
-    assert not torch.equal(contexts[0], stored)
+    ((measured, _),) = exposure_bias.contexts_of(model, count=40, seed=1, title="")
+    assert measured.shape == (40, 4)
+    assert not torch.equal(measured, ModelSamples(model, seed=1)(range(40))[0])
 
 
 def test_arms_are_compared_by_seed() -> None:
