@@ -186,8 +186,8 @@ def check_student(source: str, student: Loaded, teacher: Loaded) -> None:
 
 
 def contexts_of(model: ReAR, count: int, seed: int, title: str) -> Contexts:
-    """Sequences of a model in batches. All models get the same random numbers, which makes their differences less noisy;
-    they are not those of `sample`."""
+    """Sequences of a model in batches. The random numbers are the same for all models, which makes differences less
+    noisy, and not those of `sample`."""
     samples = ModelSamples(model, seed, Stream.ANALYSIS)
     return [samples(indices) for indices in tqdm(batches(range(count)), title, unit="batch", delay=2)]
 
