@@ -154,8 +154,9 @@ def draw(students: dict[str, dict[str, Any]], path: Path) -> None:
     by_position.plot([], [], "k--", label="contexts of the student")
     excess.axhline(0, color="0.5", linewidth=0.8)
     excess.set(title="accumulated excess error, 95 % interval", xlabel="position", ylabel="nats")
-    totals.autoscale(False)  # the diagonal does not widen the panel
+    limits = totals.get_xlim(), totals.get_ylim()  # of the points: the diagonal does not widen the panel
     totals.axline((0, 0), slope=1, color="0.7", linewidth=0.8, zorder=0)
+    totals.set(xlim=limits[0], ylim=limits[1])
     totals.set(
         title="per sequence, 95 % intervals over sequences", xlabel="forward KL(p || q)", ylabel="reverse KL(q || p)"
     )
