@@ -187,7 +187,7 @@ def two_panels() -> tuple[Figure, list[Axes]]:
 
 def save(figure: Figure, path: Path) -> None:
     """Write an SVG atomically, without date and random names: the same figure gives the same file."""
-    with rc_context({"svg.hashsalt": path.name}), atomic_file(path) as partial:
+    with rc_context({"svg.hashsalt": path.name, "svg.fonttype": "none"}), atomic_file(path) as partial:
         FigureCanvasSVG(figure).print_svg(partial, metadata={"Date": None})
 
 

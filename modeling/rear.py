@@ -90,12 +90,13 @@ class ReAR(PretrainedModel):
         self.adaln_before_head = FinalLayer(hidden_size)
         self.lm_head = nn.Linear(hidden_size, self.codebook_size)
 
+        drawn_first = () if generator.init_projectors_last else PUBLISHED_TAPS
         for tap in self.taps:
-            if tap.name in PUBLISHED_TAPS:
+            if tap.name in drawn_first:
                 self.add_module(projector_name(tap), projector(hidden_size, generator.projection_dim, tap.z_dim))
         self.init_weights()
         for tap in self.taps:
-            if tap.name not in PUBLISHED_TAPS:  # last, so that for a seed it leaves all other weights as they are
+            if tap.name not in drawn_first:  # last, so that for a seed it leaves all other weights as they are
                 mlp = projector(hidden_size, generator.projection_dim, tap.z_dim)
                 init_layers(mlp)
                 self.add_module(projector_name(tap), mlp)

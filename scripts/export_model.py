@@ -33,8 +33,8 @@ from modeling.rear import ReAR
 from modeling.sampling.generate_images import generate_images
 from modeling.tokenizers.tokenizer import Tokenizer
 from utils.arguments import natural
-from utils.config import Config, load_config
-from utils.errors import InputError, first_of, input_errors_exit
+from utils.config import Config
+from utils.errors import first_of, input_errors_exit
 from utils.files.atomic import atomic_folder, write_text
 from utils.files.hashing import hash_of
 from utils.files.hub import SCHEME, upload_files
@@ -47,8 +47,9 @@ from utils.images import make_captioned_grid, write_png
 from utils.run.checkpoint import EMA
 from utils.run.manifest import MANIFEST_FILE
 from utils.run.metrics_file import METRICS_FILE, read_metrics
+from utils.run.run_config import load_run_config
 from utils.run.run_environment import code_facts
-from utils.run.weights_path import TrainedWeights, find_generator_weights, find_run_folder, find_weights
+from utils.run.weights_path import TrainedWeights, find_generator_weights, find_run_folder
 from utils.schema import SAMPLING_NAMES
 
 EXPORT_FILE, SAMPLES_FILE = "export.json", "samples.png"
@@ -78,17 +79,6 @@ def main(options: argparse.Namespace) -> None:
         if options.push is not None:
             url = upload_files(files_to_upload(options.folder, card), options.push, private=options.private)
             print(f"{options.folder}: uploaded, {url}")
-
-
-def load_run_config(run: str, overrides: list[str]) -> Config:
-    """The config of the run that wrote RUN, or `config=` of the overrides; raises InputError without one."""
-    sources = []
-    if not any(override.startswith("config=") for override in overrides):
-        folder = find_run_folder(find_weights(run))
-        if folder is None:
-            raise InputError(f"{run}: found no config.yaml of a run that wrote it; give config=FILE.yaml")
-        sources = [f"config={folder / 'config.yaml'}"]
-    return load_config([*sources, "experiment.output_dir=unused", f"experiment.generator_checkpoint={run}", *overrides])
 
 
 def export(config: Config, folder: Path, options: argparse.Namespace) -> str:

@@ -25,6 +25,7 @@ class Stream(IntEnum):
     SAMPLING_ORDERS = 7
     REFERENCE_HALVES = 8
     CODEBOOK_PERMUTATION = 9
+    ANALYSIS = 10
 
 
 def philox(stream: Stream, seed: int, key: int) -> np.random.Philox:

@@ -208,6 +208,11 @@ class GeneratorConfig:
     )
     projection_dim: PositiveInt = key(2048, "hidden width of the projectors")
     z_dim: PositiveInt = key(256, "output width of the projectors", equals="model.vq_model.token_size")
+    init_projectors_last: bool = key(
+        False,
+        "draw the initial projectors after all other weights, which are then equal for a seed with and without "
+        "alignment terms; false: encode and decode projector first, as in earlier runs",
+    )
     taps: list[TapConfig] = key([], "further alignment terms, such as REPA's (docs/alignment.md)")
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling.rear import ReAR
-from utils.schema import GeneratorConfig, ModelConfig
+from utils.schema import GeneratorConfig, ModelConfig, TapConfig
 
 
 @pytest.mark.parametrize(
@@ -85,3 +85,27 @@ def test_modulations_once_per_class_change_neither_outputs_nor_gradients(tiny_mo
     for of_each, of_classes in zip(*results, strict=True):
         torch.testing.assert_close(of_each, of_classes, rtol=1e-4, atol=1e-6)
     assert results[0][0][0].sub(results[0][0][4]).abs().max() > 1e-3  # images of one class have their own codes
+
+
+def weights_of(config: ModelConfig, seed: int = 3, **changes: object) -> dict[str, torch.Tensor]:
+    generator = dataclasses.replace(config.generator, **changes)
+    torch.manual_seed(seed)
+    return ReAR(dataclasses.replace(config, generator=generator)).state_dict()
+
+
+def test_arms_of_a_study_start_from_the_same_common_weights(tiny_config: ModelConfig) -> None:
+    rear = weights_of(tiny_config, init_projectors_last=True)
+    tap = TapConfig("repa", target="encoder", z_dim=12, layer=1)
+    others = {
+        "ar": weights_of(tiny_config, init_projectors_last=True, transition_alignment=False),
+        "repa": weights_of(tiny_config, init_projectors_last=True, encode_align=False, decode_align=False, taps=[tap]),
+        "permuted": weights_of(tiny_config, init_projectors_last=True, transition_alignment_target="permuted_codebook"),
+        "rar": weights_of(tiny_config, init_projectors_last=True, order="annealed"),
+        "ar, by default": weights_of(tiny_config, transition_alignment=False),
+    }
+    for name, found in others.items():
+        common = rear.keys() & found.keys()
+        assert len(common) >= len(rear) - 12, name  # all but the two projectors
+        assert all(torch.equal(rear[key], found[key]) for key in common), name
+    # As trained so far, the projectors of encode and decode term are drawn first.
+    assert not torch.equal(weights_of(tiny_config)["lm_head.weight"], rear["lm_head.weight"])
