@@ -44,7 +44,7 @@ import torch
 from tqdm import tqdm
 
 from data.codes.conversion import store_to_jsonl
-from data.codes.store_files import MAX_CODEBOOK_SIZE, StoreMeta
+from data.codes.store_files import StoreMeta
 from data.codes.token_store import TokenStore
 from data.codes.token_writer import new_token_store
 from data.images.image_io import ImageDecoding
@@ -65,6 +65,7 @@ from utils.images import to_float
 from utils.precision import matmul_precision
 from utils.processes import num_cpus
 from utils.schema import DatasetConfig
+from utils.token_ids import MAX_CODEBOOK_SIZE, token_dtype
 
 IMAGES_PER_CHUNK = 256  # rounded up to a multiple of the batch size
 
@@ -203,10 +204,11 @@ def encode(
     dataset: DatasetConfig,
     ctx: DistributedContext,
 ) -> None:
-    """Write chunks of (n * K, N + 1) uint16: each crop's codes, and 1 if its image is to be left out. Rank 0 shows the
-    progress of all ranks."""
+    """Write chunks (n * K, N + 1) of `token_dtype`: each crop's codes, and 1 if its image is to be left out. Rank 0
+    shows the progress of all ranks."""
     items = [list(chunk[i : i + batch_size]) for chunk in chunks for i in range(0, len(chunk), batch_size)]
     batches = Batches(images, items, dataset.params.num_workers_per_gpu, ctx.device.type == "cuda")
+    dtype = token_dtype(tokenizer.codebook_size)
     num_finished = len(images) - sum(map(len, chunk_files.missing()))
     with tqdm(total=len(images), initial=num_finished, unit="image", smoothing=0, disable=not ctx.is_rank0) as progress:
         for chunk in chunks:
@@ -217,7 +219,7 @@ def encode(
                 crops = cut_crops(batch["image"].to(ctx.device), dataset.preprocessing)  # (b, K, H, W, 3)
                 is_bad = batch["skipped"].repeat_interleave(crops.shape[1])[:, None]
                 codes = tokenizer.encode(to_float(crops.flatten(0, 1))).cpu()  # (b * K, N)
-                rows.append(torch.cat([codes, is_bad], dim=1).numpy().astype(np.uint16))
+                rows.append(torch.cat([codes, is_bad], dim=1).numpy().astype(dtype))
             with chunk_files.writing(chunk) as partial, partial.open("wb") as file:
                 np.save(file, np.concatenate(rows))
             if ctx.is_rank0:
