@@ -33,6 +33,7 @@ class StoreMeta:
     tokenizer_sha256: str | None = None  # of the tokenizer's weights; None: unknown (jsonl)
     source_sha256: str | None = None  # `fingerprint` of the images; None: unknown (jsonl)
     source_files: str | None = None  # `files_fingerprint` of the images; None: unknown
+    shard_samples: list[int] | None = None  # images of each shard, in order; None: unknown (jsonl, folder)
     settings: dict[str, int | str | bool] | None = None  # of pre-tokenization, by config key
     sha256: dict[str, str] | None = None  # of the rows of tokens.npy and class_ids.npy, without their headers
     num_samples: int = 0  # n

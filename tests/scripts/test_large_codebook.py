@@ -114,8 +114,9 @@ def train_and_measure(arguments: list[str], result: Path) -> None:
 
 @pytest.mark.slow
 def test_two_steps_with_24_layers_fit_6_gib(tmp_path: Path) -> None:
-    """A quarter of the width, since weights, gradients and moments of 1.0 billion parameters alone take 15 GiB."""
-    sizes = ["hidden_size=256", "intermediate_size=1024"]
+    """At width 192, since weights, gradients and moments of the 1.0 billion parameters at width 1024 alone take
+    15 GiB."""
+    sizes = ["hidden_size=192", "intermediate_size=768"]
     arguments = config_of(tmp_path, [], *(f"model.generator.{size}" for size in sizes))
     make_project(arguments, tmp_path)
     process = SERVER.Process(target=train_and_measure, args=(arguments, tmp_path / "peak"))
