@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.images.shard_index import write_index
+from data.images.shard_index import index_path, load_index, write_index
 from data.images.shard_urls import (
     PIPE,
     RemoteFile,
@@ -22,7 +22,14 @@ from data.images.shard_urls import (
     read_small,
     without_query,
 )
-from data.images.tar_shards import CLASS_NAMES_FILE, COUNTS_FILE, read_headers
+from data.images.tar_shards import (
+    CLASS_NAMES_FILE,
+    COUNTS_FILE,
+    ShardSamples,
+    check_counts,
+    read_class_names,
+    read_headers,
+)
 from utils.errors import InputError
 from utils.files.atomic import atomic_file
 from utils.files.lock import LOCK, only_writer
@@ -66,37 +73,63 @@ class ShardCache:
         urls = expand_urls(pattern)
         paths = [self.path_of(url) for url in urls]
         with only_writer(self.folder, inside=True, wait=True):
-            missing = [(url, path) for url, path in zip(urls, paths, strict=True) if not path.exists()]
+            missing = [url for url, path in zip(urls, paths, strict=True) if not path.exists()]
             if missing:
                 self._download(pattern, missing)
         return paths
 
-    def _download(self, pattern: str, missing: list[tuple[str, Path]]) -> None:
+    def _download(self, pattern: str, missing: list[str]) -> None:
         for leftover in self.folder.rglob("*.tmp"):  # of a killed process
             leftover.unlink()
         with ThreadPoolExecutor(DOWNLOADS) as threads:
-            files = list(threads.map(describe_url, [url for url, _ in missing]))
+            files = list(threads.map(describe_url, missing))
         self._check_space(pattern, files)
-        for folder, url in {path.parent: url for url, path in missing}.items():
-            folder.mkdir(parents=True, exist_ok=True)
-            copy_companions(url, folder)
+        self.copy_companions(missing)
         total = sum(file.size or 0 for file in files) or None
         with tqdm(total=total, desc="downloading shards", unit="B", unit_scale=True, delay=2) as progress:
             threads = ThreadPoolExecutor(DOWNLOADS)
-            downloads = [threads.submit(self._download_one, url, path, progress) for url, path in missing]
+            downloads = [threads.submit(self.fetch_one, url, progress) for url in missing]
             try:
                 for download in downloads:
                     download.result()
             finally:
                 threads.shutdown(cancel_futures=True)
 
-    def _download_one(self, url: str, path: Path, progress: tqdm) -> None:
-        download(url, path, progress)
+    def fetch_one(self, url: str, progress: tqdm | None = None) -> Path:
+        """Copy a shard, whether there is a copy or not, and write its index. Raises InputError if it cannot be read, is
+        damaged or is not as in shards.json; there is no copy then."""
+        path = self.path_of(url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as partial, partial.open("wb") as file:
+            for block in read_blocks(url):
+                file.write(block)
+                if progress is not None:
+                    progress.update(len(block))
         try:
-            write_index(path, read_headers(path))
+            index = read_headers(path)
+            [index.sha256] = check_counts([], {path: index})
         except InputError as error:
             path.unlink()
-            raise InputError(f"{url}: {error}") from error
+            raise InputError(f"{url}: {str(error).removeprefix(f'{path}: ')}") from error
+        write_index(path, index, path.stat().st_size)
+        return path
+
+    def copy_companions(self, urls: list[str]) -> None:
+        """Copy classes.json and shards.json from the folders of shards, where they have them."""
+        for folder, url in {self.path_of(url).parent: url for url in urls if not url.startswith(PIPE)}.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            address = without_query(url)
+            for name in (CLASS_NAMES_FILE, COUNTS_FILE):
+                content = read_small(address.rpartition("/")[0] + f"/{name}" + url.removeprefix(address))
+                if content is not None:
+                    with atomic_file(folder / name) as partial:
+                        partial.write_bytes(content)
+
+    def samples_of(self, urls: list[str]) -> ShardSamples:
+        """The samples of shards by the indices of their copies, of which only these need to be there still."""
+        paths = [self.path_of(url) for url in urls]
+        indices = [load_index(index_path(path))[0] for path in paths]
+        return ShardSamples(urls, indices, read_class_names(paths), [index.sha256 for index in indices])
 
     def _check_space(self, pattern: str, files: list[RemoteFile]) -> None:
         needed = sum(file.size or 0 for file in files)
@@ -113,24 +146,3 @@ class ShardCache:
                 f"dataset.params.cache_dir={self.folder}: found {free / GB:.3g} GB free, expected {needed / GB:.3g} "
                 f"for the shards of {pattern}"
             )
-
-
-def download(url: str, path: Path, progress: tqdm | None = None) -> None:
-    """Copy a file, atomically; raises InputError as `read_blocks`."""
-    with atomic_file(path) as partial, partial.open("wb") as file:
-        for block in read_blocks(url):
-            file.write(block)
-            if progress is not None:
-                progress.update(len(block))
-
-
-def copy_companions(url: str, folder: Path) -> None:
-    """Copy classes.json and shards.json from the folder of a shard, if it has them."""
-    if url.startswith(PIPE):
-        return
-    parent, query = without_query(url).rpartition("/")[0], url[len(without_query(url)) :]
-    for name in (CLASS_NAMES_FILE, COUNTS_FILE):
-        content = read_small(f"{parent}/{name}{query}")
-        if content is not None:
-            with atomic_file(folder / name) as partial:
-                partial.write_bytes(content)

@@ -45,9 +45,9 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(".index.npz")
 
 
-def write_index(shard: Path, index: ShardIndex) -> None:
+def write_index(shard: Path, index: ShardIndex, shard_bytes: int) -> None:
     columns = {name: getattr(index, name) for name in COLUMNS}
-    columns["shard_bytes"] = np.array([shard.stat().st_size])
+    columns["shard_bytes"] = np.array([shard_bytes])
     columns["shard_sha256"] = np.array([index.sha256.encode()], dtype="S64")
     if index.labels is not None:
         columns["labels"] = np.array([label.encode() for label in index.labels])
@@ -59,6 +59,18 @@ def read_index(shard: Path) -> ShardIndex | None:
     path = index_path(shard)
     if not path.is_file():
         return None
+    index, expected = load_index(path)
+    found = shard.stat().st_size
+    if found != expected:
+        raise InputError(
+            f"{shard}: found {found} bytes, expected {expected} as in {path}; restore the shard or rewrite the index: "
+            "make_shards.py --index"
+        )
+    return index
+
+
+def load_index(path: Path) -> tuple[ShardIndex, int]:
+    """The index in a file, and the size of its shard in bytes; raises InputError if it is damaged."""
     try:
         with np.load(path) as columns:
             sha256 = columns["shard_sha256"][0].decode()
@@ -72,13 +84,7 @@ def read_index(shard: Path) -> ShardIndex | None:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: damaged ({error}); delete it or rewrite it: make_shards.py --index") from error
-    found = shard.stat().st_size
-    if found != expected:
-        raise InputError(
-            f"{shard}: found {found} bytes, expected {expected} as in {path}; restore the shard or rewrite the index: "
-            "make_shards.py --index"
-        )
-    return index
+    return index, expected
 
 
 def _check_values(index: ShardIndex, shard_bytes: int) -> None:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import IO, Any
 from urllib.parse import urlparse
 
 import fsspec
@@ -132,7 +132,7 @@ def read_blocks(url: str) -> Iterator[bytes]:
 
 
 @contextmanager
-def _opened(url: str, position: int, size: int | None) -> Iterator[BinaryIO]:
+def _opened(url: str, position: int, size: int | None) -> Iterator[IO[bytes]]:
     """The file at a URL from a byte on."""
     if url.startswith(PIPE):
         with subprocess.Popen(url.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE) as process:
@@ -146,16 +146,17 @@ def _opened(url: str, position: int, size: int | None) -> Iterator[BinaryIO]:
         return
     files, path = _open(url)
     with files.open(path, "rb", block_size=BLOCK_BYTES, cache_type="none") as file:
-        if getattr(file, "size", None) not in (None, size):
-            raise InputError(f"{url}: found {file.size} bytes, {size} before; it was changed while it was read")
-        if position and file.seekable() and size is not None:
-            file.seek(position)
-        else:
+        found = getattr(file, "size", None)  # None: of a server that does not serve parts
+        if found is not None and found != size:
+            raise InputError(f"{url}: found {found} bytes, {size} before; it was changed while it was read")
+        if found is None:
             _skip(file, position)
+        else:
+            file.seek(position)
         yield file
 
 
-def _skip(file: BinaryIO, count: int) -> None:
+def _skip(file: IO[bytes], count: int) -> None:
     while count and (block := file.read(min(count, BLOCK_BYTES))):
         count -= len(block)
 
@@ -210,15 +211,15 @@ class Retry:
 
 def status_of(error: Exception) -> int | None:
     """HTTP status of an error of aiohttp, of the Hub or of gcsfs."""
-    response = getattr(error, "response", None)
-    found = [getattr(error, "status", None), getattr(response, "status_code", None), getattr(error, "code", None)]
-    return next((int(value) for value in found if isinstance(value, int) or str(value).isdecimal()), None)
+    places = ((error, "status"), (getattr(error, "response", None), "status_code"), (error, "code"))
+    found = (str(getattr(place, name, None)) for place, name in places)
+    return next((int(value) for value in found if value.isdecimal()), None)
 
 
 def describe_error(error: Exception) -> str:
     """In a few words."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
     status = status_of(error)
+    if isinstance(error, FileNotFoundError) or status == 404:
+        return "no such file"
     text = first_line(error)
     return text if status is None or str(status) in text else f"status {status}: {text}"

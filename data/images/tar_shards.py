@@ -337,8 +337,8 @@ def _class_ids(shard: Path, classes: dict[str, str]) -> tuple[dict[str, int], li
     if numbers:
         key = next(key for key, text in classes.items() if not _is_class_id(text))
         raise InputError(
-            f"{shard}, sample {printable(key)!r}: found the class {classes[key]!r} next to {numbers} class ids, expected "
-            "numbers only, or names only"
+            f"{shard}, sample {printable(key)!r}: found the class {classes[key]!r} next to {numbers} class ids, "
+            "expected numbers only, or names only"
         )
     labels = sorted(set(classes.values()))
     ids = {label: class_id for class_id, label in enumerate(labels)}
