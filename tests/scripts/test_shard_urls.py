@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from data.codes.token_store import TokenStore
@@ -44,9 +43,8 @@ def content(store: Path) -> dict[str, object]:
     return {**files, "meta.json": {**meta, "source_files": None}}
 
 
-@pytest.mark.multiprocess
-def test_stores_from_files_from_urls_and_after_a_kill_are_equal(
-    tiny_arguments: list[str], server: ShardServer, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_stores_from_files_and_from_urls_are_equal(
+    tiny_arguments: list[str], server: ShardServer, tmp_path: Path
 ) -> None:
     pretokenize.main(load_config(pretokenizing(tiny_arguments, f"{server.folder}/{SHARDS}", tmp_path / "files.tokens")))
     expected = content(tmp_path / "files.tokens")
@@ -61,6 +59,14 @@ def test_stores_from_files_from_urls_and_after_a_kill_are_equal(
     pretokenize.main(load_config(alone))  # nothing left to do: the shards are not read again
     assert len(server.asked) == asked
 
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_killed_run_continues_with_another_number_of_processes(
+    tiny_arguments: list[str], server: ShardServer, tmp_path: Path
+) -> None:
+    pretokenize.main(load_config(pretokenizing(tiny_arguments, f"{server.folder}/{SHARDS}", tmp_path / "files.tokens")))
+    expected = content(tmp_path / "files.tokens")
     killed = pretokenizing(tiny_arguments, server.url(SHARDS), tmp_path / "killed.jsonl")
     command = ["scripts/pretokenize.py", *killed]
     assert run_script(command, tmp_path, processes=2, REAR_FAULT="chunk.rename.2").returncode == 1
@@ -113,22 +119,35 @@ def training(tiny_arguments: list[str], shards: str, output: Path, *more: str) -
     ]
 
 
-@pytest.mark.multiprocess
 def test_training_from_urls_is_training_from_files(
     tiny_arguments: list[str], server: ShardServer, tmp_path: Path
 ) -> None:
-    runs = {"files": f"{server.folder}/{SHARDS}", "urls": server.url(SHARDS)}
-    for name, shards in runs.items():
-        command = ["scripts/train_rear.py", *training(tiny_arguments, shards, tmp_path / name)]
-        if name == "urls":  # stopped on the way, and resumed
-            done = run_script([*command, "training.stop_steps=3"], tmp_path, processes=2)
-            assert done.returncode == 0, done.stderr
-        done = run_script(command, tmp_path, processes=2)
+    train_rear.main(load_config(training(tiny_arguments, f"{server.folder}/{SHARDS}", tmp_path / "files")))
+    command = training(tiny_arguments, server.url(SHARDS), tmp_path / "urls")
+    train_rear.main(load_config([*command, "training.stop_steps=3"]))  # stopped on the way, and resumed
+    train_rear.main(load_config(command))
+    check_training(server, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_train_from_urls_as_from_files(
+    tiny_arguments: list[str], server: ShardServer, tmp_path: Path
+) -> None:
+    command = ["scripts/train_rear.py", *training(tiny_arguments, server.url(SHARDS), tmp_path / "urls")]
+    files = training(tiny_arguments, f"{server.folder}/{SHARDS}", tmp_path / "files")
+    for arguments in (["scripts/train_rear.py", *files], [*command, "training.stop_steps=3"], command):
+        done = run_script(arguments, tmp_path, processes=2)
         assert done.returncode == 0, done.stderr
-    weights = {name: (tmp_path / name / "model.safetensors").read_bytes() for name in runs}
-    assert weights["urls"] == weights["files"]
+    check_training(server, tmp_path)
+
+
+def check_training(server: ShardServer, folder: Path) -> None:
+    """Runs `files` and `urls` have equal weights, and each shard was downloaded once."""
+    weights = [(folder / name / "model.safetensors").read_bytes() for name in ("files", "urls")]
+    assert weights[0] == weights[1]
     read = [name for name, start in server.asked if name.endswith(".tar") and start == 0]
-    assert sorted(read) == [f"train-{i:06d}.tar" for i in range(5)]  # once, by one of two processes
+    assert sorted(read) == [f"train-{i:06d}.tar" for i in range(5)]
 
 
 def test_a_cache_that_is_too_small_ends_before_the_start(
@@ -138,17 +157,3 @@ def test_a_cache_that_is_too_small_ends_before_the_start(
     with pytest.raises(InputError, match=r"5 shards of .* do not fit .*cache_size_gb=1e-06; give a larger cache"):
         train_rear.main(load_config(command))
     assert not server.asked
-
-
-def test_codes_of_images_are_in_the_order_of_the_shards(
-    tiny_arguments: list[str], server: ShardServer, tmp_path: Path
-) -> None:
-    """Local shards are cut at their borders, so that no batch spans two."""
-    output = tmp_path / "one.tokens"
-    pretokenize.main(load_config(pretokenizing(tiny_arguments, f"{server.folder}/{SHARDS}", output)))
-    single = [
-        *pretokenizing(tiny_arguments, f"{server.folder}/{SHARDS}", tmp_path / "b.tokens"),
-        "training.per_gpu_batch_size=1",
-    ]
-    pretokenize.main(load_config(single))
-    np.testing.assert_array_equal(TokenStore(output).codes, TokenStore(tmp_path / "b.tokens").codes)
