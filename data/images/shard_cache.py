@@ -54,7 +54,8 @@ class ShardCache:
     @classmethod
     def of(cls, params: DatasetParams) -> "ShardCache | None":
         """None without `cache_dir`."""
-        return None if params.cache_dir is None else cls(user_path(params.cache_dir), params.cache_size_gb * GB)
+        folder, max_bytes = params.cache_dir, params.cache_size_gb * GB
+        return None if folder is None else cls(user_path(folder), max_bytes)
 
     def path_of(self, url: str) -> Path:
         """Of the copy. Shards of one remote folder are in one local folder, with their classes.json and shards.json."""
@@ -122,8 +123,8 @@ class ShardCache:
             for name in (CLASS_NAMES_FILE, COUNTS_FILE):
                 content = read_small(address.rpartition("/")[0] + f"/{name}" + url.removeprefix(address))
                 if content is not None:
-                    with atomic_file(folder / name) as partial:
-                        partial.write_bytes(content)
+                    with atomic_file(folder / name) as partial, partial.open("wb") as file:
+                        file.write(content)
 
     def samples_of(self, urls: list[str]) -> ShardSamples:
         """The samples of shards by the indices of their copies, of which only these need to be there still."""
