@@ -17,6 +17,7 @@ class Fault:
     status: int = 0  # answered in place of the file; 0: the file
     retry_after: str | None = None
     break_after: int | None = None  # bytes, then the connection is closed
+    short: int | None = None  # bytes of the answer, which states that there are no more
     delay: float = 0.0  # seconds, before the answer
 
 
@@ -82,6 +83,7 @@ class Answers(BaseHTTPRequestHandler):
             stop = min(int(given[2]) + 1, len(content)) if given[2] else len(content)
             part = content[start:stop]
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        part = part[: fault.short]
         self._answer(206 if given else 200, headers, part, fault.break_after)
         if is_get:
             with self.server.lock:

@@ -121,6 +121,8 @@ def read_blocks(url: str) -> Iterator[bytes]:
             with _opened(url, position, size) as file:
                 while block := file.read(BLOCK_BYTES):
                     position += len(block)
+                    if size is not None and position > size:
+                        raise InputError(f"{url}: found more than the {size} bytes that the server stated")
                     retry.failures = 0
                     yield block
             if size is None or position == size:

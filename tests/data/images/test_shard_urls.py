@@ -74,6 +74,7 @@ def content_of(server: ShardServer, name: str = "a-000000.tar") -> bytes:
         [Fault(break_after=700)],
         [Fault(break_after=0), Fault(break_after=1999), Fault(break_after=1)],
         [Fault(status=503), Fault(status=429, retry_after="0"), Fault(status=500)],
+        [Fault(short=500), Fault(short=0)],
         [Fault(delay=0.2)],
     ],
 )
@@ -95,6 +96,7 @@ def test_a_stream_is_continued_where_it_broke(server: ShardServer) -> None:
     ("fault", "expected"),
     [
         (Fault(break_after=300), r"at byte 0 of \d+: .*; tried 8 times"),
+        (Fault(short=0), r"at byte 0 of \d+: the connection ended; tried 8 times"),
         (Fault(status=503), r"at byte 0 of \d+: .*503.*; tried 8 times"),
         (Fault(status=403), "403"),
         (Fault(status=404), "no such file"),
