@@ -170,10 +170,10 @@ class _ToEncode:
             settings=settings,
         )
 
-    def data_set(self, source: ImageSource) -> ImageDataset:
-        transform = pretokenize_transform(self.preprocessing)
-        bad_fraction = allowed_bad_fraction(self.config.dataset.params)
-        return ImageDataset(source, transform, self.config.training.seed, bad_fraction)
+    def data_set(self, source: ImageSource, max_bad_fraction: float) -> ImageDataset:
+        return ImageDataset(
+            source, pretokenize_transform(self.preprocessing), self.config.training.seed, max_bad_fraction
+        )
 
     def rows(self, images: ImageDataset, items: list[list[int]]) -> Iterator[np.ndarray]:
         """Of each batch of image numbers, rows (b * K, N + 1) of `token_dtype`: each crop's codes, and 1 if its image
@@ -203,7 +203,7 @@ class ImagesToEncode(_ToEncode):
         self, source: ImageSource, config: Config, tokenizer: Tokenizer, output: Path, ctx: DistributedContext
     ) -> None:
         super().__init__(config, tokenizer, output, ctx)
-        self.images = self.data_set(source)
+        self.images = self.data_set(source, allowed_bad_fraction(config.dataset.params))
         # No batch spans two chunks or shards: kernels may round differently for another batch size.
         chunk_size = -(-IMAGES_PER_CHUNK // self.batch_size) * self.batch_size
         self.chunk_files = ChunkFiles(
@@ -260,6 +260,8 @@ class ShardsToEncode(_ToEncode):
         self.ctx.rank0_first(self._copy_companions)
         mine = [chunk.start for chunk in missing[self.ctx.rank :: self.ctx.size]]
         total = len(self.urls)
+        # The bad images of a single shard may be more than those of all: `join` counts them.
+        any_fraction = 1.0 if allowed_bad_fraction(self.config.dataset.params) else 0.0
 
         def num_finished() -> int:
             return total - len(self.chunk_files.missing())
@@ -276,7 +278,8 @@ class ShardsToEncode(_ToEncode):
                 source = TarShards(self.urls[number], copies=[path])
                 source.decoding = ImageDecoding.of(self.preprocessing)
                 source.check_class_ids(self.config.model.generator.condition_num_classes)
-                rows = self.rows(self.data_set(source), self.batches_of(range(len(source))))
+                images = self.data_set(source, any_fraction)
+                rows = self.rows(images, self.batches_of(range(len(source))))
                 # Only now: data workers are forked while no other thread runs.
                 following = [self.urls[later] for later in mine[position + 1 : position + 2]]
                 copies += [downloads.submit(self.copies.fetch_one, url) for url in following]

@@ -122,7 +122,7 @@ class TarShards(ShardSamples):
 
     Args:
         pattern: as for `find_shards`, or URLs.
-        copies: local copies of shards at URLs, which are named by the pattern in messages.
+        copies: of the shards, if the pattern names URLs.
     """
 
     def __init__(self, pattern: str, copies: list[Path] | None = None) -> None:

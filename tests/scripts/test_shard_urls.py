@@ -95,6 +95,22 @@ def test_shards_that_changed_are_another_source(
         pretokenize.main(load_config(command))
 
 
+def test_unreadable_images_are_left_out_up_to_a_fraction_of_all(
+    tiny_arguments: list[str], server: ShardServer, tmp_path: Path
+) -> None:
+    shard = server.folder / "train-000004.tar"  # of two images
+    content = bytearray(shard.read_bytes())
+    content[content.index(b"IHDR")] ^= 1
+    shard.write_bytes(content)
+    skip = ["dataset.params.on_bad_sample=skip", "dataset.params.max_bad_fraction=0.1"]
+    command = pretokenizing(tiny_arguments, server.url(SHARDS), tmp_path / "codes.tokens")
+    pretokenize.main(load_config([*command, *skip]))
+    assert TokenStore(tmp_path / "codes.tokens").meta.num_skipped == 1
+    other = pretokenizing(tiny_arguments, server.url(SHARDS), tmp_path / "other.tokens")
+    with pytest.raises(InputError, match=r"1 of 18 images cannot be decoded.*: http://.*train-000004\.tar, sample"):
+        pretokenize.main(load_config([*other, skip[0]]))
+
+
 def test_a_key_in_two_shards_names_both(tiny_arguments: list[str], server: ShardServer, tmp_path: Path) -> None:
     for name in ("shards.json", "classes.json"):
         (server.folder / name).unlink()
