@@ -17,6 +17,8 @@ from data.images.image_folder import class_folders, class_name
 from data.images.image_io import ImageDecoding
 from data.images.image_source import ImageSource
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
+from data.images.shard_cache import ShardCache
+from data.images.shard_urls import is_url
 from data.images.tar_shards import find_shards, has_shards, read_class_names
 from data.images.transforms import training_transform
 from data.loading import Batch, Batches, on_device, read_batch
@@ -25,7 +27,7 @@ from utils.errors import InputError
 from utils.files.text import same_letters
 from utils.randomness import training_uniforms
 from utils.run.weights_path import TrainedWeights, check_classes
-from utils.schema import Config, GeneratorConfig
+from utils.schema import Config, DatasetParams, GeneratorConfig
 
 TrainingSet = TokenStore | ImageDataset | CodesAndImages
 
@@ -73,7 +75,8 @@ def open_training_images(config: Config) -> ImageSource:
     path = config.dataset.params.train_shards_path_or_url
     assert path is not None
     classes = config.model.generator.condition_num_classes
-    return open_images(path, classes, ImageDecoding.of(config.dataset.preprocessing))
+    decoding, cache = ImageDecoding.of(config.dataset.preprocessing), ShardCache.of(config.dataset.params)
+    return open_images(path, num_classes=classes, decoding=decoding, cache=cache)
 
 
 def open_codes(config: Config, key: str = "pretokenization") -> TokenStore:
@@ -93,7 +96,7 @@ def training_classes(config: Config) -> tuple[list[str], str] | None:
     """Class names of the training data in the order of their ids, and their source: the codes, else the images. None:
     the data have no names. Raises InputError if codes and images have different names."""
     params = config.dataset.params
-    images = _image_classes(params.train_shards_path_or_url)
+    images = _image_classes(params)
     store = Path(params.pretokenization).with_suffix(".tokens") if params.pretokenization is not None else None
     names = open_store(store)[0].class_names if store is not None and store.is_dir() else None
     if names is None:
@@ -106,10 +109,16 @@ def training_classes(config: Config) -> tuple[list[str], str] | None:
     return names, str(store)
 
 
-def _image_classes(images: str | None) -> list[str] | None:
-    if images is not None and Path(images).is_dir():
+def _image_classes(params: DatasetParams) -> list[str] | None:
+    """Of `train_shards_path_or_url`; of URLs, as far as they are in the cache."""
+    images, cache = params.train_shards_path_or_url, ShardCache.of(params)
+    if images is None:
+        return None
+    if is_url(images):
+        return None if cache is None else read_class_names(cache.paths_of(images))
+    if Path(images).is_dir():
         return list(map(class_name, class_folders(Path(images))))
-    return read_class_names(find_shards(images)) if images is not None and has_shards(images) else None
+    return read_class_names(find_shards(images)) if has_shards(images) else None
 
 
 def known_classes(config: Config, trained: list[str] | None) -> tuple[list[str], str] | None:

@@ -12,6 +12,7 @@ from data.codes.token_store import TokenStore
 from data.images.image_io import ImageDecoding
 from data.images.notices import check_unreadable
 from data.images.reading import CroppedImages, ImageDataset, allowed_bad_fraction, evenly_spaced, open_images
+from data.images.shard_cache import ShardCache
 from data.images.transforms import center_crop_transform
 from data.loading import Batch, Batches, on_device
 from data.training_batches import check_tokenizer, open_codes, training_classes
@@ -76,7 +77,9 @@ def open_center_crops(config: Config) -> ImageDataset:
     if params.eval_shards_path_or_url is None:
         raise InputError("dataset.params.eval_shards_path_or_url: missing; give tar shards or a folder per class")
     transform = center_crop_transform(preprocessing)
-    source = open_images(params.eval_shards_path_or_url, decoding=ImageDecoding.of(preprocessing))
+    source = open_images(
+        params.eval_shards_path_or_url, decoding=ImageDecoding.of(preprocessing), cache=ShardCache.of(params)
+    )
     return ImageDataset(source, transform, seed=0, max_bad_fraction=allowed_bad_fraction(params))
 
 

@@ -21,7 +21,7 @@ from data.images.reading import evenly_spaced
 from data.validation_data import ValidationPixels, ValidationSet, open_validation_data, validation_batches
 from evaluation.loss_by_position import draw_loss_by_position
 from evaluation.sample_distance import SampleDistance
-from modeling.losses import token_losses
+from modeling.losses import token_scores
 from modeling.perturbation import num_perturbation_uniforms, switch_codes
 from modeling.rear import ReAR
 from modeling.robust_embedding import Tap
@@ -144,11 +144,11 @@ def validation_losses(
 def batch_sums(model: nn.Module, validation: ValidationTokens, rows: slice) -> Tensor:
     """Sums over a batch, (N + 2,) float64: loss of each position, correct codes, loss on the perturbed context."""
     codes, class_labels = validation.codes[rows], validation.class_labels[rows]
-    logits = model(codes, class_labels).logits  # (B, N, V)
-    losses = token_losses(logits, codes).double()  # (B, N)
-    correct = logits.argmax(dim=-1) == codes  # (B, N)
-    perturbed_losses = token_losses(model(validation.perturbed_codes[rows], class_labels).logits, codes).double()
-    return torch.cat([losses.sum(0), correct.sum()[None], perturbed_losses.sum()[None]])
+    clean = token_scores(model(codes, class_labels, target_codes=codes).logits, codes)
+    perturbed_codes = validation.perturbed_codes[rows]
+    perturbed = token_scores(model(perturbed_codes, class_labels, target_codes=codes).logits, codes)
+    losses, perturbed_losses = clean.losses.double(), perturbed.losses.double()  # (B, N)
+    return torch.cat([losses.sum(0), clean.correct.sum()[None], perturbed_losses.sum()[None]])
 
 
 @contextmanager
@@ -231,12 +231,12 @@ class ValidationAlignment:
                     batch = self._batches[self._numbers[rows[turn]]]
                     sums[rows[turn]] = self._sums(model, batch)
                 else:
-                    model(validation.codes[:1], validation.class_labels[:1])
+                    model(validation.codes[:1], validation.class_labels[:1], target_codes=validation.codes[:1])
         *totals, count = ctx.all_reduce_sum(sums).sum(0).tolist()
         return {f"val/{tap.name}_cos": total / count for tap, total in zip(self.taps, totals, strict=True)}
 
     def _sums(self, model: nn.Module, batch: "ValidationAlignment.Batch") -> Tensor:
-        projections = model(batch.codes, batch.class_labels).projections
+        projections = model(batch.codes, batch.class_labels, target_codes=batch.codes).projections
         others = [tap for tap in self.taps if tap not in self._of_images]
         vectors = self.targets(others, batch.codes, {})
         vectors |= {name: values.to(batch.codes.device) for name, values in batch.vectors.items()}

@@ -1,6 +1,6 @@
 """The training objective as pure functions of tensors (paper, section 3: https://arxiv.org/abs/2510.04450).
 
-Legend: B images, N codes per image, V codebook size, Z width of a codebook vector, M rows of logits.
+Legend: B images, N codes per image, V codebook size, D hidden size, Z width of a codebook vector, M rows of logits.
 """
 
 from collections.abc import Mapping, Sequence
@@ -8,15 +8,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modeling.robust_embedding import Tap
+from utils.token_ids import LOGITS_IN_SLICE
 
 if TYPE_CHECKING:  # the losses need torch only
     from utils.schema import GeneratorConfig
 
 LOGITS_AT_ONCE = 2**22  # in float32
 Metric = Tensor | tuple[Tensor, Tensor]  # a mean over the batch, or (sum, count) of a mean over part of it; scalars
+
+
+@dataclass
+class TokenScores:
+    """How well logits predict the codes."""
+
+    losses: Tensor  # (B, N) float32, cross-entropies in nats
+    correct: Tensor  # (B, N) bool, whether the code has the largest logit
 
 
 @dataclass
@@ -56,13 +66,35 @@ def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return CrossEntropy.apply(logits.flatten(0, 1), targets.flatten().long()).view(targets.shape)
 
 
+def token_scores(logits: Tensor | TokenScores, targets: Tensor) -> TokenScores:
+    """Of logits (B, N, V) for clean codes (B, N); scores stay as they are."""
+    if isinstance(logits, TokenScores):
+        return logits
+    return TokenScores(losses=token_losses(logits, targets), correct=logits.argmax(dim=-1) == targets)
+
+
+def head_scores(head: nn.Module, hidden: Tensor, targets: Tensor) -> TokenScores:
+    """`token_scores` of the logits `head(hidden)` for clean codes (B, N), hidden (B, N, D), without ever holding more
+    than LOGITS_IN_SLICE logits: the backward pass computes them again, slice by slice."""
+
+    def scores_of(rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        scores = token_scores(head(rows)[None], codes[None])
+        return scores.losses[0], scores.correct[0]
+
+    size = max(1, LOGITS_IN_SLICE // head.out_features)  # type: ignore[operator]
+    slices = zip(hidden.flatten(0, 1).split(size), targets.flatten().split(size), strict=True)
+    scores = [checkpoint(scores_of, rows, codes, use_reentrant=False) for rows, codes in slices]
+    losses, correct = (torch.cat(values).view(targets.shape) for values in zip(*scores, strict=True))
+    return TokenScores(losses, correct)
+
+
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean of `token_losses`."""
     return token_losses(logits, targets).mean()
 
 
 def rear_loss(
-    logits: Tensor,
+    logits: Tensor | TokenScores,
     projections: Mapping[str, Tensor],
     codes: Tensor,
     targets: Mapping[str, Tensor],
@@ -75,14 +107,15 @@ def rear_loss(
     A new term is added to `loss` and to `metrics` here; all metrics are logged as means over steps and ranks.
 
     Args:
-        logits: (B, N, V) of the model on the perturbed context.
+        logits: (B, N, V) of the model on the perturbed context, or the scores of a codebook above LARGE_CODEBOOK.
         projections: by tap, (B, N, Z).
         codes: (B, N) clean codes, the targets.
         targets: by tap, (B, N, Z) target vectors of `codes`; a tap without an entry has ended, and its term is 0.
         perturbation_mask: (B, N) bool, true where the context has another code.
     """
     metrics = dict[str, Metric]()
-    ar_loss = next_token_loss(logits, codes)
+    scores = token_scores(logits, codes)
+    ar_loss = scores.losses.mean()
     proj_loss = torch.zeros_like(ar_loss)
     clean = ~perturbation_mask
     for tap in taps:
@@ -103,7 +136,7 @@ def rear_loss(
         "train/loss": loss,
         "train/ar_loss": ar_loss,  # cross-entropy, nats per code
         "train/proj_loss": proj_loss,  # weighted sum of the alignment terms; 0 without taps
-        "train/correct_tokens": (logits.argmax(dim=-1) == codes).float().mean(),  # top-1 accuracy
+        "train/correct_tokens": scores.correct.float().mean(),  # top-1 accuracy
     }
     metrics.update({name: value.detach() for name, value in scalars.items()})
     return LossTerms(loss, metrics)

@@ -28,11 +28,13 @@ from torch.utils.checkpoint import checkpoint
 
 from modeling.blocks import Block, FinalLayer, gather_rows
 from modeling.input_validation import checked_class_labels, checked_codes, checked_orders
+from modeling.losses import TokenScores, head_scores
 from modeling.pretrained_model import PretrainedModel
 from modeling.robust_embedding import projector
 from modeling.taps import PUBLISHED_TAPS, is_projector, projector_name, taps_of
 from utils.files.weights import load_state_dict, load_strict
 from utils.schema import Config, ModelConfig
+from utils.token_ids import LARGE_CODEBOOK
 
 # Unused rows of the published tables.
 POSITION_SLACK = 1024
@@ -43,7 +45,7 @@ TIMESTEP_SLACK = 100
 class ReAROutput:
     """Row i is for code x(i+1) in the order of the image."""
 
-    logits: Tensor  # (B, N, V)
+    logits: Tensor | TokenScores  # (B, N, V); of a codebook above LARGE_CODEBOOK, the scores of `target_codes`
     projections: dict[str, Tensor]  # by tap, (B, N, Z); none of a model without projectors
 
 
@@ -150,7 +152,12 @@ class ReAR(PretrainedModel):
         return {"embeddings.weight", "cls_token", "pos_embed", "target_aware_pos_embed", "timesteps_embeddings"}
 
     def forward(
-        self, codes: Tensor, class_labels: Tensor, orders: Tensor | None = None, class_rows: Tensor | None = None
+        self,
+        codes: Tensor,
+        class_labels: Tensor,
+        orders: Tensor | None = None,
+        class_rows: Tensor | None = None,
+        target_codes: Tensor | None = None,
     ) -> ReAROutput:
         """Teacher-forced pass for training.
 
@@ -159,6 +166,8 @@ class ReAR(PretrainedModel):
             class_labels: (U,) int, 0 to C - 1, or `null_class`.
             orders: (B, N) int, for each image the codes 0 to N - 1 in the order of their prediction; None: raster.
             class_rows: (B,) int, the index into `class_labels` of each image; None: U = B, one label per image.
+            target_codes: (B, N) int, the clean codes in the order of their prediction. With a codebook above
+                LARGE_CODEBOOK, whose logits would fill the memory, the output has their scores in place of the logits.
 
         Raises:
             ValueError: other shapes or types or, on a CPU, other values; checking values would wait for a GPU.
@@ -182,8 +191,10 @@ class ReAR(PretrainedModel):
             for tap in self.taps:
                 if tap.block == layer:
                     projections[tap.name] = self.get_submodule(projector_name(tap))(tap.read(x, prefix=2))  # (B, N, Z)
-        logits = self.lm_head(self.adaln_before_head(x[:, 1:-1], condition[:, 1:-1], class_rows))  # (B, N, V)
-        return ReAROutput(logits, projections)
+        hidden = self.adaln_before_head(x[:, 1:-1], condition[:, 1:-1], class_rows)  # (B, N, D)
+        if target_codes is not None and self.codebook_size > LARGE_CODEBOOK:
+            return ReAROutput(head_scores(self.lm_head, hidden, target_codes), projections)
+        return ReAROutput(self.lm_head(hidden), projections)
 
     def embed_prefix(self, class_labels: Tensor) -> Tensor:
         """(B,) class ids -> (B, 2, D) embeddings of [cls, class], without positions."""

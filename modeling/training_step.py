@@ -43,10 +43,10 @@ def training_step(
     context, perturbation_mask = perturb(codes, batch["perturbation_uniforms"], max_ratio, config.model)
     orders = training_orders(batch["order_uniforms"], order_ratio, generator) if order_ratio > 0 else None
     vectors = targets(targets.active(step), codes, batch, orders)  # (B, N, Z) by tap
-    with autocast(config.training, codes.device):
-        output = model(context, batch["class_labels"], orders, batch["class_rows"])
     if orders is not None:  # targets in the order of the outputs
         codes, perturbation_mask = codes.gather(1, orders), perturbation_mask.gather(1, orders)
+    with autocast(config.training, codes.device):
+        output = model(context, batch["class_labels"], orders, batch["class_rows"], codes)
     return rear_loss(
         logits=output.logits,
         projections=output.projections,

@@ -27,7 +27,7 @@ from utils.schema import Config
 READS = {
     "experiment": "output_dir tokenizer_checkpoint generator_checkpoint allow_other_tokenizer",
     "model": "all",
-    "dataset.params": "train_shards_path_or_url pretokenization",  # for class names
+    "dataset.params": "train_shards_path_or_url pretokenization cache_dir cache_size_gb",  # for class names
     "training": "enable_tf32",
     "sampling": "all",
 }
@@ -41,7 +41,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data.codes.store_files import StoreMeta, check_codebook_size
+from data.codes.store_files import StoreMeta
 from data.codes.token_writer import new_token_store
 from data.training_batches import classes_to_sample
 from modeling.loading import load_generator, load_tokenizer
@@ -63,6 +63,7 @@ from utils.images import make_grid, write_png
 from utils.precision import matmul_precision
 from utils.run.image_provenance import image_provenance
 from utils.run.weights_path import find_generator_weights
+from utils.token_ids import token_dtype
 
 GRID_COLUMNS, GRID_IMAGES = 10, 50
 
@@ -70,10 +71,8 @@ GRID_COLUMNS, GRID_IMAGES = 10, 50
 def main(config: Config) -> None:
     output = Path(config.experiment.output_dir)
     tokenizer = load_tokenizer(config)
-    if not tokenizer.has_images:
-        check_codebook_size(output.with_name(output.name + ".tokens"), tokenizer.codebook_size)
-        if config.sampling.save_png:
-            raise tokenizer.no_images("sampling.save_png=true")
+    if config.sampling.save_png and not tokenizer.has_images:
+        raise tokenizer.no_images("sampling.save_png=true")
     with init_distributed() as ctx, ctx.locked(output):
         sample(config, tokenizer, output, ctx)
 
@@ -145,7 +144,7 @@ def check_other_outputs(chunk_files: SampleChunks, output: Path, result: Path) -
 def sample_chunks(
     chunks: Iterable[range], indices: list[int], sampler: ImageSampler, config: Config
 ) -> Iterator[tuple[range, np.ndarray]]:
-    """Yield each chunk of `indices` with its images (B, H, W, 3) uint8, or codes (B, N) uint16 of a tokenizer without
+    """Yield each chunk of `indices` with its images (B, H, W, 3) uint8, or codes (B, N) of a tokenizer without
     images. A GPU decodes a chunk while it samples the next."""
     last_chunk, pending = None, None
     for chunk in chunks:
@@ -215,8 +214,8 @@ def pack_codes(
     write_record(store, provenance, figures=figures, files=sorted(store.iterdir()))
     chunk_files.remove()
     print(
-        f"{len(labels)} samples in {store}: decode its tokens.npy, uint16 {len(labels), tokenizer.image_seq_len}, with "
-        "the tokenizer of the codes; their classes are in class_ids.npy"
+        f"{len(labels)} samples in {store}: decode its tokens.npy, {token_dtype(tokenizer.codebook_size)} "
+        f"{len(labels), tokenizer.image_seq_len}, with the tokenizer of the codes; their classes are in class_ids.npy"
     )
 
 

@@ -29,7 +29,7 @@ from utils.schema import Config, GuidanceScale, Temperature
 READS = {
     "experiment": "output_dir tokenizer_checkpoint generator_checkpoint allow_other_tokenizer",
     "model": "all",
-    "dataset.params": "train_shards_path_or_url pretokenization",  # for class names
+    "dataset.params": "train_shards_path_or_url pretokenization cache_dir cache_size_gb",  # for class names
     "training": "enable_tf32",
     "sampling": "all but save_png",
     "sweep": "all",

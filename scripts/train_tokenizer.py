@@ -73,6 +73,7 @@ from torch import Tensor, nn
 from data.batch_sampler import permutation_of_pass
 from data.images.image_io import ImageDecoding
 from data.images.reading import ImageDataset, allowed_bad_fraction, open_images
+from data.images.shard_cache import ShardCache
 from data.images.transforms import training_transform
 from data.loading import Batches, on_device
 from data.training_batches import TrainingBatches
@@ -210,7 +211,9 @@ def open_training_images(config: Config) -> ImageDataset:
     """Cropped and flipped as the config says."""
     params, preprocessing = config.dataset.params, config.dataset.preprocessing
     assert params.train_shards_path_or_url is not None  # `check_image_keys`
-    source = open_images(params.train_shards_path_or_url, decoding=ImageDecoding.of(preprocessing))
+    source = open_images(
+        params.train_shards_path_or_url, decoding=ImageDecoding.of(preprocessing), cache=ShardCache.of(params)
+    )
     return ImageDataset(source, training_transform(preprocessing), config.training.seed, allowed_bad_fraction(params))
 
 

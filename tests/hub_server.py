@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import parse_qs
 
 COMMIT = "0" * 40
 
@@ -47,6 +48,10 @@ def local_hub() -> Iterator[Hub]:
         hub.server_close()
 
 
+def file_facts(files: dict[str, bytes], name: str) -> dict[str, Any]:
+    return {"type": "file", "path": name, "size": len(files[name]), "oid": COMMIT}
+
+
 class Answers(BaseHTTPRequestHandler):
     server: Hub
 
@@ -66,6 +71,10 @@ class Answers(BaseHTTPRequestHandler):
             paths = [file["path"] for file in json.loads(body)["files"]]
             answers = [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]
             self._json({"files": answers})
+        elif found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/paths-info/[^/]+", self.path):
+            files = self.server.files[f"datasets/{found[1]}"]
+            asked = parse_qs(body.decode())["paths"] if b"=" in body else json.loads(body)["paths"]
+            self._json([file_facts(files, name) for name in asked if name in files])
         elif found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/commit/main", self.path):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
@@ -84,22 +93,28 @@ class Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.asked.append(f"{self.command} {self.path}")
         path = self.path.partition("?")[0]
-        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/[^/]+", path):
+        path = path.replace("/api/datasets/", "/api/models/datasets/")
+        repository = r"((?:datasets/)?[^/]+/[^/]+)"
+        if found := re.fullmatch(rf"/api/models/{repository}(?:/(revision|tree)/[^/]+)?", path):
             files = self.server.files.get(found[1])
             if files is None:
                 self._json({"error": "Repository not found"}, 404, **{"X-Error-Code": "RepoNotFound"})
             elif found[2] == "tree":
-                self._json([{"type": "file", "path": name, "size": len(files[name]), "oid": COMMIT} for name in files])
+                self._json([file_facts(files, name) for name in files])
             else:
                 siblings = [{"rfilename": name} for name in files]
                 self._json({"_id": "0", "id": found[1], "sha": COMMIT, "siblings": siblings})
-        elif found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+        elif found := re.fullmatch(rf"/{repository}/resolve/[^/]+/(.+)", path):
             content = self.server.files.get(found[1], {}).get(found[2])
             if content is None:
                 self._json({"error": "Entry not found"}, 404, **{"X-Error-Code": "EntryNotFound"})
             else:
                 tag = hashlib.sha256(content).hexdigest()
-                self._answer(content, 200, **{"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
+                headers = {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT}
+                part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+                if part:
+                    content = content[int(part[1]) : int(part[2]) + 1]
+                self._answer(content, 206 if part else 200, **headers)
         else:
             self._json({"error": "unknown"}, 404)
 

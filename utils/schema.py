@@ -230,10 +230,12 @@ class DatasetParams:
         None, "tokens: a .jsonl (converted once to a store next to it) or a .tokens store; null: train on images"
     )
     train_shards_path_or_url: str | None = key(
-        None, 'training images: tar shards ("a-{000..252}.tar" or a glob) or a folder per class'
+        None, 'training images: tar shards ("a-{000..252}.tar", a glob or URLs) or a folder per class'
     )
     eval_pretokenization: str | None = key(None, "validation tokens, as pretokenization")
     eval_shards_path_or_url: str | None = key(None, "validation images, as train_shards_path_or_url")
+    cache_dir: Silent[str | None] = key(None, "folder on a local disk for copies of shards at URLs")
+    cache_size_gb: Silent[PositiveFloat] = key(200.0, "largest size of cache_dir in GB (10^9 bytes)")
     num_workers_per_gpu: Silent[NonNegativeInt | None] = key(
         None, "data loader processes per rank; 0: the main process; null: 12 for images, 2 for tokens, up to the CPUs"
     )

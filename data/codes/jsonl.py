@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 
 from utils.errors import InputError, errors_name
+from utils.token_ids import LARGE_CODEBOOK, token_dtype
 
 MAX_LINE_BYTES = 2**24  # far above published lines: a file that is one long line must not fill the memory
 READ_BYTES = 2**18  # at once
@@ -24,7 +25,7 @@ HEAD, MIDDLE, TAIL = '{"class_id": ', ', "tokens": [', "]}\n"
 class Sizes(NamedTuple):
     """Limits of token ids and class ids."""
 
-    codebook_size: int  # V, at most 65536
+    codebook_size: int  # V, at most 2^32
     image_seq_len: int  # N
     num_classes: int  # C
 
@@ -60,7 +61,7 @@ class BadLines:
 class LineRange(NamedTuple):
     """The lines of a file whose first byte is in a given range."""
 
-    codes: np.ndarray  # (n, N) uint16, of the good lines
+    codes: np.ndarray  # (n, N) of `token_dtype`, of the good lines
     class_ids: np.ndarray  # (n,) int32
     num_lines: int
     num_bad: int
@@ -71,7 +72,8 @@ def read_range(path: Path, start: int, stop: int, sizes: Sizes) -> LineRange:
     """Read and check the lines that begin at the bytes `start` to `stop - 1`; bad lines are counted, not raised. Raises
     InputError for a line longer than MAX_LINE_BYTES."""
     parser = LineParser(sizes)
-    row = struct.Struct(f"{sizes.image_seq_len}H")
+    dtype = token_dtype(sizes.codebook_size)
+    row = struct.Struct(f"{sizes.image_seq_len}{dtype.char}")
     rows = bytearray()
     class_ids: list[int] = []
     reasons: list[tuple[int, str]] = []
@@ -93,7 +95,7 @@ def read_range(path: Path, start: int, stop: int, sizes: Sizes) -> LineRange:
                 rows += row.pack(*tokens)  # faster than np.array of the list
             num_lines += 1
             position += len(line)
-    codes = np.frombuffer(rows, dtype=np.uint16).reshape(-1, sizes.image_seq_len)
+    codes = np.frombuffer(rows, dtype=dtype).reshape(-1, sizes.image_seq_len)
     return LineRange(codes, np.array(class_ids, dtype=np.int32), num_lines, num_bad, reasons)
 
 
@@ -150,16 +152,24 @@ def _found(line: bytes, problem: str) -> str:
 
 def format_lines(class_ids: np.ndarray, codes: np.ndarray) -> bytes:
     """Lines of (n,) class ids and (n, N) codes, as `json.dumps` writes them."""
-    texts = [str(code) for code in range(int(codes.max()) + 1)]  # a table is faster than formatting
-    rows = zip(class_ids.tolist(), codes.tolist(), strict=True)
-    lines = (f"{HEAD}{label}{MIDDLE}{', '.join([texts[i] for i in row])}{TAIL}" for label, row in rows)
+    largest = int(codes.max())
+    if largest < LARGE_CODEBOOK:  # a table is faster than formatting; a large one is slower
+        texts = [str(code) for code in range(largest + 1)]
+        rows = (", ".join([texts[code] for code in row]) for row in codes.tolist())
+    else:
+        rows = (str(row)[1:-1] for row in codes.tolist())
+    lines = (f"{HEAD}{label}{MIDDLE}{row}{TAIL}" for label, row in zip(class_ids.tolist(), rows, strict=True))
     return "".join(lines).encode()
 
 
 def formatted_size(class_ids: np.ndarray, codes: np.ndarray) -> int:
     """Length of `format_lines` in bytes, computed without formatting."""
     fixed = len(HEAD) + len(MIDDLE) + len(TAIL) + len(", ") * (codes.shape[1] - 1)
-    return len(codes) * fixed + _num_digits(class_ids, MAX_LABEL_DIGITS) + _num_digits(codes, 5)
+    return (
+        len(codes) * fixed
+        + _num_digits(class_ids, MAX_LABEL_DIGITS)
+        + _num_digits(codes, len(str(np.iinfo(codes.dtype).max)))
+    )
 
 
 def _num_digits(numbers: np.ndarray, at_most: int) -> int:

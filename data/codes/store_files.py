@@ -1,6 +1,7 @@
 """The files of a token store, `<name>.tokens/`, read and checked without torch, whose import alone takes 500 MB.
 
-tokens.npy is (n, N) uint16, class_ids.npy (n,) int32; meta.json holds the fields of `StoreMeta`.
+tokens.npy is (n, N) uint16, or uint32 for a codebook above 2^16; class_ids.npy is (n,) int32; meta.json holds the
+fields of `StoreMeta`.
 """
 
 import json
@@ -15,9 +16,9 @@ from utils.files.atomic import write_text
 from utils.files.hashing import hash_of
 from utils.files.json_file import read_json
 from utils.files.text import same_letters
+from utils.token_ids import MAX_CODEBOOK_SIZE, token_dtype
 
 TOKENS_FILE, CLASS_IDS_FILE, META_FILE = "tokens.npy", "class_ids.npy", "meta.json"
-MAX_CODEBOOK_SIZE = 2**16  # of uint16
 
 
 @dataclass
@@ -32,6 +33,7 @@ class StoreMeta:
     tokenizer_sha256: str | None = None  # of the tokenizer's weights; None: unknown (jsonl)
     source_sha256: str | None = None  # `fingerprint` of the images; None: unknown (jsonl)
     source_files: str | None = None  # `files_fingerprint` of the images; None: unknown
+    shard_samples: list[int] | None = None  # images of each shard, in order; None: unknown (jsonl, folder)
     settings: dict[str, int | str | bool] | None = None  # of pre-tokenization, by config key
     sha256: dict[str, str] | None = None  # of the rows of tokens.npy and class_ids.npy, without their headers
     num_samples: int = 0  # n
@@ -45,7 +47,8 @@ class StoreMeta:
 
 
 def open_store(path: Path) -> tuple[StoreMeta, np.memmap, np.ndarray]:
-    """Meta, codes (n, N) uint16, memory-mapped, and class ids (n,) int32; raises InputError without a good store."""
+    """Meta, codes (n, N) of `token_dtype`, memory-mapped, and class ids (n,) int32; raises InputError without a good
+    store."""
     try:
         values = read_json(path / META_FILE)
         StoreMeta(**values)  # raises for unknown names
@@ -56,7 +59,7 @@ def open_store(path: Path) -> tuple[StoreMeta, np.memmap, np.ndarray]:
         raise InputError(f"{path}: cannot be opened as a token store: {str(error).splitlines()[0]}") from error
     if meta.class_names is not None:
         meta.class_names = list(map(same_letters, meta.class_names))
-    _check_array(path / TOKENS_FILE, codes, (meta.num_samples, meta.image_seq_len), np.dtype(np.uint16))
+    _check_array(path / TOKENS_FILE, codes, (meta.num_samples, meta.image_seq_len), token_dtype(meta.codebook_size))
     _check_array(path / CLASS_IDS_FILE, class_ids, (meta.num_samples,), np.dtype(np.int32))
     return meta, codes, class_ids
 

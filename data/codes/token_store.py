@@ -26,7 +26,7 @@ class TokenStore(Dataset):
     """A `<name>.tokens` folder: n samples of N codes and a class id.
 
     Attributes:
-        codes: (n, N) uint16, memory-mapped; for sequential reading.
+        codes: (n, N) uint16 or uint32, memory-mapped; for sequential reading.
         class_ids: (n,) int32.
         meta: sizes, class names and origin.
         workers: default number of processes that read it.

@@ -13,6 +13,7 @@ from numpy.lib import format as npy
 from data.codes.store_files import CLASS_IDS_FILE, TOKENS_FILE, StoreMeta, check_codebook_size, write_meta
 from utils.errors import InputError
 from utils.files.atomic import atomic_folder
+from utils.token_ids import token_dtype
 
 
 @contextmanager
@@ -32,7 +33,7 @@ class TokenStoreWriter:
 
     def __init__(self, folder: Path, meta: StoreMeta) -> None:
         self.meta = meta
-        self._tokens = _NpyWriter(folder / TOKENS_FILE, np.dtype(np.uint16), (meta.image_seq_len,))
+        self._tokens = _NpyWriter(folder / TOKENS_FILE, token_dtype(meta.codebook_size), (meta.image_seq_len,))
         self._class_ids = _NpyWriter(folder / CLASS_IDS_FILE, np.dtype(np.int32), ())
         self._largest_class_id = -1
 

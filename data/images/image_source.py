@@ -4,7 +4,7 @@ import errno
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +48,11 @@ class ImageSource(ABC):
     @abstractmethod
     def _read(self, index: int) -> bytes: ...
 
+    @property
+    def parts(self) -> list[int]:
+        """Numbers of consecutive images that are stored together, such as those of each shard."""
+        return [len(self)]
+
     def __len__(self) -> int:
         return len(self.class_ids)
 
@@ -83,10 +88,7 @@ class ImageSource(ABC):
     @property
     def fingerprint(self) -> str:
         """Hash of the keys and class ids in their order; the pixels are not read."""
-        digest = hashlib.sha256(self.class_ids.tobytes())
-        for index in range(len(self)):
-            digest.update(to_bytes(self.key(index)) + b"\0")
-        return digest.hexdigest()
+        return fingerprint_of_samples(self.class_ids, map(self.key, range(len(self))))
 
     @property
     def files_fingerprint(self) -> str:
@@ -134,6 +136,14 @@ class ImageSource(ABC):
         table = np.array([new_ids.get(name, -1) for name in self.class_names], dtype=np.int32)
         self.class_ids = table[self.class_ids]
         self.class_names = list(class_names)
+
+
+def fingerprint_of_samples(class_ids: np.ndarray, keys: Iterable[str]) -> str:
+    """Hash of class ids (n,) int32 and n keys."""
+    digest = hashlib.sha256(class_ids.tobytes())
+    for key in keys:
+        digest.update(to_bytes(key) + b"\0")
+    return digest.hexdigest()
 
 
 def is_ignored(name: str) -> bool:

@@ -15,6 +15,8 @@ from data.images.image_folder import ImageFolder
 from data.images.image_io import ImageDecoding
 from data.images.image_source import ImageSource
 from data.images.notices import SkippedImages
+from data.images.shard_cache import ShardCache
+from data.images.shard_urls import is_url
 from data.images.tar_shards import TarShards
 from data.images.transforms import NUM_DRAWS, Transform
 from utils.errors import InputError
@@ -22,17 +24,31 @@ from utils.randomness import Stream, philox, uniforms
 from utils.schema import DatasetParams
 
 
-def open_images(path: str, num_classes: int | None = None, decoding: ImageDecoding | None = None) -> ImageSource:
-    """Open webdataset shards (a path, "a-{000..252}.tar" or a glob) or a folder with a sub-folder per class.
+def open_images(
+    path: str,
+    num_classes: int | None = None,
+    decoding: ImageDecoding | None = None,
+    cache: ShardCache | None = None,
+) -> ImageSource:
+    """Open webdataset shards (a path, "a-{000..252}.tar", a glob, or URLs) or a folder with a sub-folder per class.
 
     Args:
         num_classes: number of classes of the model, if there is one.
         decoding: how files become pixels; None: white behind transparency, EXIF orientation ignored.
+        cache: for copies of shards at URLs.
 
     Raises:
         InputError: nothing there, something damaged, or a class id out of range; the message names file and sample.
     """
-    source = ImageFolder(Path(path)) if os.path.isdir(path) else TarShards(path)
+    source: ImageSource
+    if is_url(path):
+        if cache is None:
+            raise InputError(
+                f"{path}: found URLs, expected local shards, or dataset.params.cache_dir, a folder for copies"
+            )
+        source = TarShards(path, copies=cache.fetch(path))
+    else:
+        source = ImageFolder(Path(path)) if os.path.isdir(path) else TarShards(path)
     source.decoding = decoding or ImageDecoding()
     source.check_class_ids(num_classes)
     return source

@@ -24,6 +24,7 @@ class ShardIndex:
     offsets: np.ndarray  # (n,) int64, of the image, in bytes from the start of the shard
     sizes: np.ndarray  # (n,) int64, of the image, in bytes
     sha256: str = ""  # of the shard; empty: unknown
+    labels: list[str] | None = None  # names of the class ids, which count for this shard only; None: numbers are global
 
     @classmethod
     def of(cls, samples: list[tuple[str, int, int, int]]) -> "ShardIndex":
@@ -44,10 +45,12 @@ def index_path(shard: Path) -> Path:
     return shard.with_suffix(".index.npz")
 
 
-def write_index(shard: Path, index: ShardIndex) -> None:
+def write_index(shard: Path, index: ShardIndex, shard_bytes: int) -> None:
     columns = {name: getattr(index, name) for name in COLUMNS}
-    columns["shard_bytes"] = np.array([shard.stat().st_size])
+    columns["shard_bytes"] = np.array([shard_bytes])
     columns["shard_sha256"] = np.array([index.sha256.encode()], dtype="S64")
+    if index.labels is not None:
+        columns["labels"] = np.array([label.encode() for label in index.labels])
     write_npz(index_path(shard), {name: (column.shape, column.dtype, [column]) for name, column in columns.items()})
 
 
@@ -56,18 +59,7 @@ def read_index(shard: Path) -> ShardIndex | None:
     path = index_path(shard)
     if not path.is_file():
         return None
-    try:
-        with np.load(path) as columns:
-            sha256 = columns["shard_sha256"][0].decode()
-            index = ShardIndex(**{name: columns[name] for name in COLUMNS}, sha256=sha256)
-            expected = int(columns["shard_bytes"][0])
-        if not len(index.keys) == len(index.class_ids) == len(index.offsets) == len(index.sizes) > 0:
-            raise ValueError("columns of different lengths, or empty")
-        _check_values(index, expected)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: damaged ({error}); delete it or rewrite it: make_shards.py --index") from error
+    index, expected = load_index(path)
     found = shard.stat().st_size
     if found != expected:
         raise InputError(
@@ -77,12 +69,32 @@ def read_index(shard: Path) -> ShardIndex | None:
     return index
 
 
+def load_index(path: Path) -> tuple[ShardIndex, int]:
+    """The index in a file, and the size of its shard in bytes; raises InputError if it is damaged."""
+    try:
+        with np.load(path) as columns:
+            sha256 = columns["shard_sha256"][0].decode()
+            labels = [label.decode() for label in columns["labels"]] if "labels" in columns else None
+            index = ShardIndex(**{name: columns[name] for name in COLUMNS}, sha256=sha256, labels=labels)
+            expected = int(columns["shard_bytes"][0])
+        if not len(index.keys) == len(index.class_ids) == len(index.offsets) == len(index.sizes) > 0:
+            raise ValueError("columns of different lengths, or empty")
+        _check_values(index, expected)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: damaged ({error}); delete it or rewrite it: make_shards.py --index") from error
+    return index, expected
+
+
 def _check_values(index: ShardIndex, shard_bytes: int) -> None:
     """Raise ValueError for values that no writer of ours gives: the file may be from someone else."""
     for name in COLUMNS:
         column = getattr(index, name)
         if column.ndim != 1 or column.dtype.kind != ("S" if name == "keys" else "i"):
             raise ValueError(f"{name} of type {column.dtype} and shape {column.shape}")
+    if index.labels is not None and index.class_ids.max() >= len(index.labels):
+        raise ValueError("class ids without a label")
     numbers = (index.class_ids, index.offsets, index.sizes)
     if min(column.min() for column in numbers) < 0 or (index.sizes > shard_bytes - index.offsets).any():
         raise ValueError("negative values, or images beyond the end of the shard")

@@ -180,7 +180,7 @@ def write_shard(path: Path, samples: Iterable[ShardSample]) -> dict[str, Any]:
             rows.append((key, class_id, offset, len(encoded)))
     index = ShardIndex.of(rows)
     index.sha256 = file_sha256(path)
-    write_index(path, index)
+    write_index(path, index, path.stat().st_size)
     return {"samples": len(index), "bytes": path.stat().st_size, "sha256": index.sha256}
 
 
@@ -190,7 +190,7 @@ def index_shards(shards: list[Path], processes: int) -> Iterator[Path]:
 
     def write(chunk: range) -> None:
         path = shards[chunk.start]
-        write_index(path, read_headers(path))
+        write_index(path, read_headers(path), path.stat().st_size)
 
     for chunk in in_processes(write, [range(i, i + 1) for i in range(len(shards))], processes):
         yield shards[chunk.start]

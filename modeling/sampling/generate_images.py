@@ -45,7 +45,7 @@ def generate_images(
             `ImageSampler(model, tokenizer, Config(model=model.config), batch_size)`.
 
     Returns:
-        (n, H, W, 3) uint8; tokens (n, N) uint16 if the tokenizer has no images.
+        (n, H, W, 3) uint8; tokens (n, N) uint16 or uint32 if the tokenizer has no images.
 
     Raises:
         ValueError: no labels, or an argument outside its range.

@@ -23,6 +23,7 @@ from utils.images import to_byte_tensor
 from utils.precision import deterministic
 from utils.randomness import Stream, image_uniforms
 from utils.schema import Config, SamplingConfig
+from utils.token_ids import token_dtype
 
 MEMORY_SHARE = 0.2  # of the GPU's memory, for the decoder's activations
 MAX_ACTIVATIONS = 2**33  # of the decoder, which has six such tensors: each of them stays within 32-bit indices
@@ -161,7 +162,7 @@ class ImageSampler:
         class_labels: Tensor | None = None,
         on_step: Callable[[], object] = lambda: None,
     ) -> np.ndarray:
-        """The images (B, H, W, 3) uint8 with these indices, or codes (B, N) uint16; arguments as for `codes`.
+        """The images (B, H, W, 3) uint8 with these indices, or codes (B, N) of `token_dtype`; arguments as for `codes`.
 
         Raises:
             ValueError: as `codes`.
@@ -277,11 +278,11 @@ class PassThroughDecoder:
         return codes
 
     def finish(self, codes: Tensor) -> np.ndarray:
-        """Codes (B, N) uint16.
+        """Codes (B, N) of `token_dtype`.
 
         Raises:
             NonFiniteError: codes that `CodeSampler` could not sample.
         """
         if not codes_in_range(codes, self.codebook_size):
             raise NonFiniteError(LOGITS_NOT_FINITE)
-        return codes.cpu().numpy().astype(np.uint16)
+        return codes.cpu().numpy().astype(token_dtype(self.codebook_size))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from modeling import losses
-from modeling.losses import next_token_loss, rear_loss, token_losses
+from modeling.losses import head_scores, next_token_loss, rear_loss, token_losses, token_scores
 from modeling.robust_embedding import Tap, alignment_loss, cosine_to_targets
 from utils.schema import GeneratorConfig
 
@@ -37,6 +37,27 @@ def test_the_loss_keeps_no_copy_of_the_logits() -> None:
         next_token_loss(logits, torch.zeros(2, 64, dtype=torch.int64))
     others = [tensor for tensor in kept if tensor.data_ptr() != logits.data_ptr()]
     assert sum(tensor.nbytes for tensor in others) < logits.nbytes / 20
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_scores_in_slices_are_those_of_all_logits(bf16: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "LOGITS_IN_SLICE", 4 * 1000)  # 15 positions: 4, 4, 4 and 3
+    head, kept = torch.nn.Linear(16, 1000), []
+    hidden, codes = torch.randn(3, 5, 16, requires_grad=True), torch.randint(0, 1000, (3, 5))
+    codes[1, 2] = head(hidden)[1, 2].argmax()
+    weights, inputs = torch.randn(3, 5), [hidden, head.weight, head.bias]
+    with torch.autocast("cpu", enabled=bf16):
+        wanted = token_scores(head(hidden), codes)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+            found = head_scores(head, hidden, codes)
+    torch.testing.assert_close(found.losses, wanted.losses)
+    assert torch.equal(found.correct, wanted.correct)
+    assert found.correct[1, 2]
+    assert not any(1000 in tensor.shape[1:] for tensor in kept)  # no logits
+    gradients = [torch.autograd.grad((scores.losses * weights).sum(), inputs) for scores in (found, wanted)]
+    tolerance = {"atol": 0.05, "rtol": 0.05} if bf16 else {}  # the sum over slices is more exact than bf16
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
 
 
 def test_alignment_loss_bounds_and_divisor() -> None:

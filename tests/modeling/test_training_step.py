@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ def test_a_training_step_perturbs_the_context_and_keeps_targets_and_embeddings_c
     batch["perturbation_uniforms"] = torch.rand(6, 33, generator=generator)
     fed = []
 
-    def model(context: torch.Tensor, class_labels: torch.Tensor, orders: None, class_rows: torch.Tensor) -> ReAROutput:
+    def model(
+        context: torch.Tensor, class_labels: torch.Tensor, orders: None, class_rows: torch.Tensor, target_codes: Any
+    ) -> ReAROutput:
         fed.extend([context, class_labels, class_rows])
         return ReAROutput(logits, {"encode": z, "decode": -z})
 

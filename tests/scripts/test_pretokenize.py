@@ -213,7 +213,7 @@ def test_only_a_store(tiny_arguments: list[str], images: Path, tmp_path: Path) -
         ("dataset.params.train_shards_path_or_url=null", "train_shards_path_or_url: missing"),
         ("dataset.params.pretokenization=null", "pretokenization: missing"),
         ("dataset.params.pretokenization=codes.npz", "ends in .jsonl or .tokens"),
-        ("model.vq_model.codebook_size=65537", "codebook_size=65537: expected at most 65536"),
+        ("model.vq_model.codebook_size=4294967297", "codebook_size=4294967297: expected at most 4294967296"),
         ("dataset.preprocessing.crop_size=8", "crop_size=8: expected model.vq_model.resolution=16"),
         ("model.generator.condition_num_classes=1", "dog/0.png: found class id 1, expected less than 1"),
     ],

@@ -13,8 +13,9 @@ import shutil
 import time
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,15 +41,23 @@ class ChunkFiles:
         folder: of the chunk files; `open` creates it.
         chunk_size: items per chunk; the last chunk holds the rest.
         suffix: of the chunk files, such as .npy.
+        parts: numbers of consecutive items, num_items in all, across whose borders no chunk reaches.
 
     Attributes:
         chunks: the range of items of each chunk, in order.
     """
 
-    def __init__(self, folder: Path, num_items: int, chunk_size: int, suffix: str) -> None:
+    def __init__(
+        self, folder: Path, num_items: int, chunk_size: int, suffix: str, parts: Sequence[int] | None = None
+    ) -> None:
         self.folder = folder
         self.suffix = suffix
-        self.chunks = [range(i, min(i + chunk_size, num_items)) for i in range(0, num_items, chunk_size)]
+        ends = list(accumulate(parts or [num_items]))
+        self.chunks = [
+            range(i, min(i + chunk_size, end))
+            for start, end in zip([0, *ends], ends, strict=False)
+            for i in range(start, end, chunk_size)
+        ]
         self._record = folder / PROVENANCE_FILE
 
     @property

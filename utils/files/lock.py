@@ -25,12 +25,13 @@ POLL_S = 0.1
 
 
 @contextmanager
-def only_writer(path: Path, inside: bool = False) -> Iterator[None]:
+def only_writer(path: Path, inside: bool = False, wait: bool = False) -> Iterator[None]:
     """Hold the lock of `path`; missing parent folders are created, and removed at the end if they are empty.
 
     Args:
         path: the file or folder to write.
         inside: the lock file is in the folder `path`; else it is `<path>.lock`.
+        wait: until another process has released it, however long that takes.
 
     Raises InputError, with the owner's name, if another process holds it: at once for an owner on this machine, else
     after watching for up to `LEASE_S` whether the owner touches the lock.
@@ -45,7 +46,7 @@ def only_writer(path: Path, inside: bool = False) -> Iterator[None]:
     try:
         with errors_name(lock_path):
             lock_path.parent.mkdir(parents=True, exist_ok=True)
-            _acquire(lock, path)
+            _acquire(lock, path, wait)
         yield
     finally:
         lock.release()
@@ -84,7 +85,7 @@ def still_held(folder: Path) -> bool:
     return True
 
 
-def _acquire(lock: SoftFileLease, path: Path) -> None:
+def _acquire(lock: SoftFileLease, path: Path, wait: bool) -> None:
     lock_path = Path(lock.lock_file)
     deadline = time.monotonic() + LEASE_S + 2 * HEARTBEAT_S
     first_touch = None
@@ -94,6 +95,9 @@ def _acquire(lock: SoftFileLease, path: Path) -> None:
             return
         except Timeout:
             _mark_if_abandoned(lock_path)
+        if wait:
+            time.sleep(POLL_S)
+            continue
         owner, touch = lock.owner, _last_touch(lock_path)
         was_touched = first_touch is not None and touch not in (None, first_touch)
         name = "another process"

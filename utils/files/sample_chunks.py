@@ -15,13 +15,13 @@ PNG_THREADS = 4
 
 
 class SampleChunks(ChunkFiles):
-    """Chunk files of images (n, H, W, 3) uint8 or codes (n, N) uint16; see `ChunkFiles`."""
+    """Chunk files of images (n, H, W, 3) uint8 or codes (n, N); see `ChunkFiles`."""
 
     def __init__(self, folder: Path, num_images: int, chunk_size: int) -> None:
         super().__init__(folder, num_images, chunk_size, ".npy")
 
     def save(self, chunk: range, images: np.ndarray) -> None:
-        """Write the images (len(chunk), H, W, 3) uint8 of a chunk, or its codes (len(chunk), N) uint16."""
+        """Write the images (len(chunk), H, W, 3) uint8 of a chunk, or its codes (len(chunk), N)."""
         assert len(images) == len(chunk), f"{len(images)} images for {chunk}"
         with self.writing(chunk) as partial_path, partial_path.open("wb") as file:
             np.save(file, images)

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from utils.precision import in_bf16
 from utils.schema import Config
+from utils.token_ids import LARGE_CODEBOOK, LOGITS_IN_SLICE
 
 GIB = 2**30
 MOMENTS = {"Muon": 1}  # by optimizer, each as large as the parameters
@@ -69,10 +70,14 @@ def training_cost(model: nn.Module, config: Config, slices: int = 1) -> Training
 
     per_size, per_width = BLOCK_BYTES[bf16]
     block = per_size * size + per_width * generator.intermediate_size
+    codebook_size = config.model.vq_model.codebook_size
+    logits: float = codebook_size * length
+    if codebook_size > LARGE_CODEBOOK:  # a slice of the micro-batch at a time
+        logits = min(logits, LOGITS_IN_SLICE / batch_size)
     blocks = RESIDUAL_BYTES * size * layers + block if generator.use_checkpoint else block * layers
     return TrainingCost(
         flops=(6 * weights_per_image + 12 * layers * size * length) * length,
-        activation_bytes=(blocks + LOGIT_BYTES[bf16] * config.model.vq_model.codebook_size) * length,
+        activation_bytes=blocks * length + LOGIT_BYTES[bf16] * logits,
     )
 
 

@@ -1,5 +1,6 @@
 """Conversion in chunks: any cut, any number of processes and any kill give the same bytes."""
 
+import json
 import os
 import signal
 import time
@@ -72,6 +73,11 @@ def test_processes_and_ranges_change_nothing(jsonl: Path, monkeypatch: pytest.Mo
 def test_sizes_are_known_before_formatting() -> None:
     class_ids, codes = np.array([0, 9, 10, 123_456_789]), np.array([[0, 9], [10, 99], [100, 65535], [1000, 9999]])
     assert formatted_size(class_ids, codes.astype(np.uint16)) == len(format_lines(class_ids, codes))
+    large = codes.astype(np.uint32)
+    large[2:] += np.array([[65_436, 4_294_901_760], [998_999_000, 999_990_000]], dtype=np.uint32)
+    lines = format_lines(class_ids, large)
+    assert formatted_size(class_ids, large) == len(lines)
+    assert [json.loads(line)["tokens"] for line in lines.splitlines()] == large.tolist()
 
 
 def in_child(function: object, *arguments: object, fault: str = "", kill_after: float = 0.0) -> int:

@@ -226,21 +226,35 @@ def test_writer_leaves_nothing_after_an_error(tmp_path: Path) -> None:
     np.testing.assert_array_equal(write_store(path, codes, class_ids).codes, codes)
     with pytest.raises(InputError, match="no sample"), new_token_store(tmp_path / "b.tokens", StoreMeta(6, 1024)):
         pass
-    with pytest.raises(InputError, match="codebook_size=65537, expected at most 65536"):
-        new_token_store(tmp_path / "b.tokens", StoreMeta(6, 65537)).__enter__()
+    too_large = 2**32 + 1
+    with pytest.raises(InputError, match="codebook_size=4294967297, expected at most 4294967296"):
+        new_token_store(tmp_path / "b.tokens", StoreMeta(6, too_large)).__enter__()
     (tmp_path / "c.jsonl").write_bytes(line())
-    with pytest.raises(InputError, match=r"c\.tokens: codebook_size=65537, expected at most 65536"):
-        jsonl_to_store(tmp_path / "c.jsonl", tmp_path / "c.tokens", SIZES._replace(codebook_size=65537), processes=1)
+    with pytest.raises(InputError, match=r"c\.tokens: codebook_size=4294967297, expected at most 4294967296"):
+        jsonl_to_store(tmp_path / "c.jsonl", tmp_path / "c.tokens", SIZES._replace(codebook_size=too_large), 1)
     assert sorted(tmp_path.iterdir()) == [path, tmp_path / "c.jsonl"]
 
 
-def test_largest_codes_survive(tmp_path: Path) -> None:
-    codes = np.full((3, 2), 65535)
-    with new_token_store(tmp_path / "a.tokens", StoreMeta(2, 65536, class_names=["x", "y"])) as writer:
-        writer.append(codes, np.zeros(3, dtype=np.int64))
+@pytest.mark.parametrize(
+    ("codebook_size", "dtype"), [(2**16, np.uint16), (2**16 + 1, np.uint32), (2**18, np.uint32), (2**32, np.uint32)]
+)
+def test_largest_codes_survive(tmp_path: Path, codebook_size: int, dtype: type) -> None:
+    """Through a store, a jsonl and a store made from that."""
+    largest = codebook_size - 1
+    with new_token_store(tmp_path / "a.tokens", StoreMeta(2, codebook_size, class_names=["x", "y"])) as writer:
+        writer.append(np.full((3, 2), largest), np.zeros(3, dtype=np.int64))
     store = TokenStore(tmp_path / "a.tokens")
-    assert store[2]["codes"].tolist() == [65535, 65535]
+    assert store.codes.dtype == dtype
+    assert store[2]["codes"].tolist() == [largest, largest]
     assert (store.meta.num_classes, store.meta.class_names) == (2, ["x", "y"])
+    store_to_jsonl(store.path, tmp_path / "b.jsonl", 1)
+    again = open_tokens(tmp_path / "b.jsonl", codebook_size=codebook_size, image_seq_len=2, num_classes=2)
+    np.testing.assert_array_equal(again.codes, store.codes)
+    assert again.codes.dtype == dtype
+    wrong = json.dumps({"class_id": 0, "tokens": [0, codebook_size]})
+    (tmp_path / "c.jsonl").write_text(wrong + "\n")
+    with pytest.raises(InputError, match=rf"line 1: .*found {codebook_size}"):
+        open_tokens(tmp_path / "c.jsonl", codebook_size=codebook_size, image_seq_len=2, num_classes=2)
 
 
 def test_other_sizes_are_refused(tmp_path: Path) -> None:

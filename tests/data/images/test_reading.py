@@ -300,14 +300,73 @@ def test_images_whose_names_have_several_dots_are_counted(tmp_path: Path, capsys
     assert "a/22.05.png" in notices
 
 
-def test_members_left_out_are_counted_and_dot_files_are_not(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_members_left_out_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     png = encode(picture(1))
-    members = {"./a/1.png": png, "./a/1.cls": b"0", "./a/._1.png": b"AppleDouble", ".x/2.png": png}
-    source = open_images(str(add(tmp_path / "a.tar", {**members, "a/1.json": b"{}", "./a/1.seg.png": png})))
+    hidden = {"./a/._1.png": b"AppleDouble", ".x/2.png": png, "__MACOSX/a/._1.cls": b"AppleDouble"}
+    members = {"./a/1.png": png, "./a/1.cls": b"0", **hidden, "a/1.json": b"{}", "./a/1.seg.png": png}
+    source = open_images(str(add(tmp_path / "a.tar", members)))
     assert [source.key(i) for i in range(len(source))] == ["./a/1"]
     said = capsys.readouterr().err
-    assert "skipped 2 files" in said
-    assert "such as a/1.json" in said
+    assert "skipped 2 files (no image extension after the first dot), such as a/1.json" in said
+    assert "skipped 3 files (hidden, or added by a system), such as ./a/._1.png" in said
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_classes_by_name(tmp_path: Path, indexed: bool) -> None:
+    """As webdataset's ShardWriter writes texts; the ids are those of the sorted names of all shards."""
+    names = ["dog", "cat", "dog", "éland"]
+    with webdataset.ShardWriter(f"{tmp_path}/a-%06d.tar", maxcount=2, verbose=0) as writer:
+        for i, name in enumerate(names):
+            writer.write({"__key__": str(i), "jpg": picture(20 * i), "cls": name if i else b"dog", "json": {"id": i}})
+    pattern = str(tmp_path / "a-*.tar")
+    if indexed:
+        make_shards.main(["--index", pattern, "--processes", "1"])
+    source = open_images(pattern)
+    assert source.class_names == ["cat", "dog", "éland"]
+    assert source.class_ids.tolist() == [1, 0, 1, 2]
+    (tmp_path / "classes.json").write_text('["éland", "dog", "cat"]')
+    assert open_images(pattern).class_ids.tolist() == [1, 2, 1, 0]
+    (tmp_path / "classes.json").write_text('["dog", "cat"]')
+    with pytest.raises(InputError, match=r"a-000001\.tar: found the class 'éland', expected one of classes\.json"):
+        open_images(pattern)
+    (tmp_path / "classes.json").unlink()
+    write_shard(tmp_path / "a-000002.tar", [{"__key__": "9", "png": encode(picture(1)), "cls": "7"}])
+    with pytest.raises(InputError, match=r"a-000002\.tar: found classes by number, expected names as in .*a-000000"):
+        open_images(pattern)
+
+
+@pytest.mark.parametrize("field", ["cls", "label", "class"])
+def test_classes_in_records_as_img2dataset_writes_them(tmp_path: Path, field: str) -> None:
+    """A .jpg, a caption and a record of each image, in its order of members; no .cls."""
+    members = {}
+    for i in range(3):
+        record = {"caption": "a dog", "url": "https://x/1.jpg", "key": f"{i:09d}", "status": "success", field: 2 - i}
+        contents = {"jpg": encode(picture(i)), "json": json.dumps(record).encode(), "txt": b"a dog"}
+        members |= {f"{i:09d}.{kind}": content for kind, content in contents.items()}
+    path = add(tmp_path / "00000.tar", members)
+    assert open_images(str(path)).class_ids.tolist() == [2, 1, 0]
+    for record, message in (
+        (b"{}", r"found no field cls, label, class"),
+        (b"{", "found no JSON"),
+        (b'{"cls": -1}', "found '-1', expected a number"),
+        (b'{"cls": 1.5}', r"found '1\.5', expected a number"),
+    ):
+        add(path, members | {"000000001.json": record})
+        with pytest.raises(InputError, match=rf"00000\.tar, member '000000001\.json': {message}"):
+            open_images(str(path))
+
+
+def test_images_of_other_names(tmp_path: Path) -> None:
+    """An image need not be the first extension, if it is the only one of its sample."""
+    png = encode(picture(60))
+    path = add(tmp_path / "a.tar", {"1.image.png": png, "1.cls": b"1", "2.cls": b"0", "2.img.png": png})
+    source = open_images(str(path))
+    assert [source.key(i) for i in range(2)] == ["1", "2"]
+    assert source.class_ids.tolist() == [1, 0]
+    assert values(source) == [60, 60]
+    add(path, {"1.image.png": png, "1.mask.png": png, "1.cls": b"1"})
+    with pytest.raises(InputError, match=r"sample '1': found the images 1\.image\.png, 1\.mask\.png, expected one"):
+        open_images(str(path))
 
 
 def test_a_linked_member_is_refused(tmp_path: Path) -> None:
