@@ -30,6 +30,7 @@ ROWS = 6
 CAPTION_HEIGHT = 14  # pixels above the grid
 FRECHET = "Frechet distance (EfficientNet-Lite0) to {number} held-out tiles"
 NEXT = """\
+source .venv/bin/activate # unless the quick start used an environment of yours
 # Images of two classes, with another seed and guidance scale
 python scripts/sample_imagenet_rear.py config=configs/rear_blue_marble.yaml sampling.class_labels=[3,7] \
   sampling.seed=1 sampling.num_fid_samples=16 sampling.save_png=true model.generator.guidance_scale=2 \
