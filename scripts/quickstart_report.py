@@ -29,20 +29,25 @@ from utils.run.metrics_file import read_metrics
 ROWS = 6
 CAPTION_HEIGHT = 14  # pixels above the grid
 FRECHET = "Frechet distance (EfficientNet-Lite0) to {number} held-out tiles"
-NEXT = """\
+NEXT = r"""
 source .venv/bin/activate # unless the quick start used an environment of yours
+
 # Images of two classes, with another seed and guidance scale
-python scripts/sample_imagenet_rear.py config=configs/rear_blue_marble.yaml sampling.class_labels=[3,7] \
-  sampling.seed=1 sampling.num_fid_samples=16 sampling.save_png=true model.generator.guidance_scale=2 \
-  experiment.generator_checkpoint={folder}/rear experiment.output_dir={folder}/other_samples
+python scripts/sample_imagenet_rear.py config=configs/rear_blue_marble.yaml \
+  experiment.generator_checkpoint={folder}/rear experiment.output_dir={folder}/other_samples \
+  sampling.class_labels=[3,7] sampling.seed=1 sampling.num_fid_samples=16 sampling.save_png=true \
+  model.generator.guidance_scale=2
+
 # The lower halves of held-out tiles, completed
-python scripts/complete_images.py config=configs/rear_blue_marble.yaml experiment.generator_checkpoint={folder}/rear \
-  completion.inputs="{folder}/images/heldout-*.tar" experiment.output_dir={folder}/completed
-# The same training without the method, plain AR, and both in one picture
-python scripts/train_rear.py config=configs/rear_blue_marble.yaml dataset.params.pretokenization={folder}/train.tokens \
-  model.generator.perturb_mode=none model.generator.transition_alignment=false experiment.output_dir={folder}/ar
-python scripts/compare_runs.py {folder}/rear {folder}/ar
-"""
+python scripts/complete_images.py config=configs/rear_blue_marble.yaml \
+  experiment.generator_checkpoint={folder}/rear experiment.output_dir={folder}/completed \
+  completion.inputs="{folder}/images/heldout-*.tar"
+
+# The same without the method, plain AR, and both trainings in one picture
+OUT={folder}_ar bash scripts_bash/quickstart.sh \
+  model.generator.perturb_mode=none model.generator.transition_alignment=false
+python scripts/compare_runs.py {folder}/rear {folder}_ar/rear
+""".strip()
 
 
 def main(folder: Path) -> None:
