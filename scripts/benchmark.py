@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from utils.errors import input_errors_exit
 from utils.run.run_environment import describe_environment
 
-COMMANDS = ("sampling", "training", "data")  # modules of scripts/benchmarks
+COMMANDS = ("sampling", "training", "data", "kernels", "predict")  # modules of scripts/benchmarks
 
 
 def main(argv: list[str]) -> None:

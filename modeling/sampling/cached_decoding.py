@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.blocks import NORM_EPS, Attention, Block, BlockModulation, modulate
+from modeling.blocks import NORM_EPS, Attention, Block, BlockModulation, FinalLayer, modulate
 from modeling.rear import ReAR
 
 # Positions whose modulations are computed together and that one CUDA graph serves: it attends to all positions up to
@@ -168,6 +168,8 @@ class DecodingState:
         self.before_first_attention = prepare(before_first_attention)
         self.between_attentions = prepare(between_attentions)
         self.after_last_attention = prepare(after_last_attention)
+        self.write_modulations = prepare(write_modulations)
+        self.compiled = compiled
 
     def start(
         self, class_labels: Tensor, uniforms: Tensor, orders: Tensor | None = None, conditioning: Tensor | None = None
@@ -209,15 +211,19 @@ class DecodingState:
         last = min(first + BUCKET, self.model.image_seq_len + 1)
         condition = self.model.condition(self.distinct_labels, slice(first, last))  # (U, K, D)
         condition = condition.transpose(0, 1).contiguous()  # (K, U, D)
+        if self.compiled:  # of the full size each time, so that nothing is recompiled
+            filled = torch.zeros(BUCKET, self.max_labels, condition.shape[2], device=condition.device)
+            filled[: condition.shape[0], : condition.shape[1]] = condition
+            condition = filled
         for block, tables in zip(self.blocks, self.modulations, strict=True):
-            self._write(tables, block.modulation(block.adaLN_modulation(condition).float()))
-        adaln = self.final_layer.adaLN_modulation(condition).float()
-        self._write(self.final_modulation, self.final_layer.modulation(adaln))
+            self.write_modulations(block, condition, tables)
+        self.write_modulations(self.final_layer, condition, self.final_modulation)
 
-    def _write(self, tables: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
-        """Values (K, U, D), of fewer positions or labels too, into tables (K U, 1, D)."""
-        for table, value in zip(tables, values, strict=True):
-            table.view(BUCKET, self.max_labels, -1)[: value.shape[0], : value.shape[1]].copy_(value)
+
+def write_modulations(layer: Block | FinalLayer, condition: Tensor, tables: tuple[Tensor, ...]) -> None:
+    """Modulations of a layer for a condition (K, U, D), of fewer positions or labels too, into tables (K U, 1, D)."""
+    for table, value in zip(tables, layer.modulation(layer.adaLN_modulation(condition).float()), strict=True):
+        table.view(BUCKET, len(table) // BUCKET, -1)[: value.shape[0], : value.shape[1]].copy_(value)
 
 
 def prefill(state: DecodingState) -> Tensor:

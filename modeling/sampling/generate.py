@@ -262,6 +262,7 @@ class CodeSampler:
     def _compile(self, state: DecodingState) -> StepGraphs | None:
         """Compile the step of a state by running it, and on a GPU capture it."""
         state.set_compiled(True)
+        state.fill_modulations(0)
         state.position.fill_(2)
         ends = sorted({bucket_end(position) for position in range(2, self.steps + 1)})
         if on_gpu(self.device):

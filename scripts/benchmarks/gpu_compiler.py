@@ -18,6 +18,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 import torch.utils._triton
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
@@ -47,6 +48,7 @@ HOPPER = types.SimpleNamespace(  # properties of an H200 that compilers ask for
     gcnArchName="",
     L2_cache_size=50 * 2**20,
 )
+GPU = torch.device("cuda", 0)
 CAPABILITY = HOPPER.major, HOPPER.minor
 PTX_ARCHITECTURE = f"sm_{HOPPER.major}{HOPPER.minor}a"
 
@@ -63,8 +65,9 @@ class Launch:
 
 @dataclass
 class CompiledGraph:
-    """A function, its forward or its backward pass."""
+    """A compiled function: all of it, or its forward or backward pass."""
 
+    name: str
     launches: list[Launch]
     sources: list[tuple[str, str]]  # name and source of each Triton kernel
     problems: list[str]  # what must not be in it: float64, other devices
@@ -78,6 +81,13 @@ class Ledger:
     graphs: list[CompiledGraph] = field(default_factory=list)  # each once
 
 
+class FakeGpu(FakeTensorMode):
+    """Copies of a fake tensor belong to the same mode."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "FakeGpu":
+        return self
+
+
 class GpuCompiler:
     """Compiles and counts; `with GpuCompiler() as compiler` answers in place of the driver until its end.
 
@@ -86,10 +96,9 @@ class GpuCompiler:
     """
 
     def __init__(self) -> None:
-        self.fake = FakeTensorMode()
+        self.fake = FakeGpu()
         self._stack = ExitStack()
         self._ledgers: list[Ledger] = []
-        self._counter: TorchDispatchMode | None = None
 
     def __enter__(self) -> "GpuCompiler":
         from torch._inductor import config as inductor_config
@@ -101,6 +110,7 @@ class GpuCompiler:
         enter(mock.patch.object(F, "scaled_dot_product_attention", attention))
         enter(mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor))  # it looks at values
         enter(inductor_config.patch(joint_graph_constant_folding=False))  # it would compute on the GPU
+        enter(cuda_autocast_on_cpu())
         enter(self.fake)
         return self
 
@@ -134,14 +144,21 @@ class GpuCompiler:
         """In place of `torch.compile`: a graph break, a wait for a value and a branch on one are errors."""
         from torch._inductor.compile_fx import compile_fx
 
+        owner = getattr(function, "__self__", None)  # `nn.Module.compile` compiles a method
+        name = type(owner).__name__ if owner is not None else getattr(function, "__name__", type(function).__name__)
+        inner_compile = partial(self._inner_compile, name)
+
         def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
-            return compile_fx(graph, inputs, inner_compile=self._inner_compile, config_patches=options.get("options"))
+            return compile_fx(graph, inputs, inner_compile=inner_compile, config_patches=options.get("options"))
 
         return COMPILE(function, backend=backend, fullgraph=True)
 
-    def _inner_compile(self, graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable:
-        modes = ("is_inference", "is_backward")
-        compiled = lower(graph, inputs, **{name: bool(options.get(name, False)) for name in modes})
+    def _inner_compile(self, name: str, graph: torch.fx.GraphModule, inputs: list[Any], **options: Any) -> Callable:
+        is_inference, is_backward = (bool(options.get(mode, False)) for mode in ("is_inference", "is_backward"))
+        if not is_inference:
+            name += ", backward" if is_backward else ", forward"
+        with _disable_current_modes():  # of `fake` and of counting; the graph has a mode of its own
+            compiled = lower(name, graph, inputs, is_inference=is_inference, is_backward=is_backward)
         for ledger in self._ledgers:
             ledger.graphs.append(compiled)
 
@@ -235,7 +252,34 @@ def attention(
 COMPILE = torch.compile
 
 
-def lower(graph: torch.fx.GraphModule, inputs: list[Any], is_inference: bool, is_backward: bool) -> CompiledGraph:
+@contextmanager
+def cuda_autocast_on_cpu() -> Iterator[None]:
+    """Inside, layer norms under autocast on a CPU are computed in float32, as on CUDA; products are in bf16 on both."""
+    autocast = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+
+    def in_float32(
+        x: Tensor,
+        shape: list[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        cudnn_enable: bool = True,
+    ) -> Tensor:
+        weight, bias = (None if parameter is None else parameter.float() for parameter in (weight, bias))
+        with torch._C._ExcludeDispatchKeyGuard(autocast):
+            return torch.ops.aten.layer_norm(x.float(), shape, weight, bias, eps, cudnn_enable)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("layer_norm", in_float32, "AutocastCPU", allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
+
+
+def lower(
+    name: str, graph: torch.fx.GraphModule, inputs: list[Any], is_inference: bool, is_backward: bool
+) -> CompiledGraph:
     """Let Inductor generate the GPU's code of a graph of ATen operations, whose inputs are fake tensors."""
     from torch._inductor import compile_fx
     from torch._inductor.debug import DebugContext
@@ -246,9 +290,10 @@ def lower(graph: torch.fx.GraphModule, inputs: list[Any], is_inference: bool, is
     inputs = tree_map_only(Tensor, on_gpu, inputs)
     problems = found_problems(graph)
     modes = {"is_inference": is_inference, "is_backward": is_backward}
-    with driver_answers(), torch.no_grad(), uncounted():
+    with driver_answers(), torch.no_grad():
         fake_mode = next(tensor.fake_mode for tensor in inputs if isinstance(tensor, Tensor))
         compile_fx.view_to_reshape(graph)
+        compile_fx._recursive_record_original_output_strides(graph)
         with V.set_fake_mode(fake_mode):
             compile_fx._recursive_post_grad_passes(graph, is_inference=is_inference)
         lowering = GraphLowering(graph, inputs, compile_fx.shape_env_from_inputs(inputs), **modes)
@@ -264,7 +309,7 @@ def lower(graph: torch.fx.GraphModule, inputs: list[Any], is_inference: bool, is
     sources = re.findall(r"^(triton_\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str='cuda'\)", source, re.M | re.S)
     if lowering.device_types != {"cuda"}:
         problems.append(f"computes on {sorted(lowering.device_types)}, expected cuda only")
-    return CompiledGraph(launches, sources, problems)
+    return CompiledGraph(name, launches, sources, problems)
 
 
 def on_gpu(tensor: Tensor) -> Tensor:
@@ -281,8 +326,7 @@ def copy_to_gpu(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     for node in copied.nodes:
         if "val" in node.meta:
             node.meta["val"] = tree_map_only(Tensor, on_gpu, node.meta["val"])
-        if "device" in node.kwargs:
-            node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
+        node.args, node.kwargs = tree_map_only(torch.device, lambda _: GPU, (node.args, node.kwargs))
     copied.find_nodes(op="output")[0].meta.update(graph.graph.output_node().meta)
     return torch.fx.GraphModule(graph, copied)
 
@@ -307,13 +351,22 @@ def launch_of(node: Any) -> Launch | None:
     if isinstance(node, ExternKernelSchedulerNode):
         name = str(getattr(node.node, "python_kernel_name", None) or type(node.node).__name__)
         moved = sum(node.get_read_write_buffer_accesses(include_reads=True, include_writes=True).values())
-        return Launch("library", name.removeprefix("extern_kernels."), moved, node.estimate_flops() or 0)
+        return Launch("library", name.removeprefix("extern_kernels."), moved, flops_of(node.node.get_origin_node()))
     accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
     parts = [part.get_read_write_buffer_accesses(include_reads=True, include_writes=True) for part in node.get_nodes()]
     # Of a table, only what is gathered: a fused kernel would be taken to read all of it.
     moved = sum(min(count, max(part.get(name, 0) for part in parts)) for name, count in accesses.items())
     origins = sorted({origin.name for part in node.get_nodes() for origin in part.node.get_origins()})
     return Launch("triton", ", ".join(origins), moved, 0)
+
+
+def flops_of(node: torch.fx.Node | None) -> float:
+    """Of an ATen operation; sizes that are symbols have the values that they were traced with."""
+    flops = None if node is None else flop_registry.get(getattr(node.target, "overloadpacket", None))
+    if node is None or flops is None:
+        return 0
+    args, kwargs = tree_map_only(torch.fx.Node, lambda argument: argument.meta["val"], (node.args, node.kwargs))
+    return int(flops(*args, **kwargs, out_val=node.meta["val"]))
 
 
 @contextmanager

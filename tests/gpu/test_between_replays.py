@@ -12,7 +12,6 @@ from modeling.sampling import cached_decoding, generate, step_graph
 IN_THE_LOOP = {"replay", "next_codes", "fill_modulations", "bucket_end"}  # of `CodeSampler._sample`
 # What those call, in a graph or between two; the test says so when a new function is called from there.
 REACHED = IN_THE_LOOP | {
-    "_write",
     "after_attention",
     "after_last_attention",
     "attend",
@@ -36,6 +35,7 @@ REACHED = IN_THE_LOOP | {
     "sample_next_codes",
     "split_heads",
     "update",
+    "write_modulations",
 }
 WAIT = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero", "unique", "masked_select", "bincount"}
 FROM_THE_HOST = {"tensor", "as_tensor", "from_numpy", "pin_memory"}
