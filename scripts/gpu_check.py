@@ -57,6 +57,7 @@ PARTS: dict[str, tuple[str, float]] = {  # test and time limit in seconds, in th
     "speed-sampling": (f"{CHECKS}/test_speed.py::test_speed_sampling", 240),
     "speed-decode": (f"{CHECKS}/test_speed.py::test_speed_decode", 90),
     "speed-training": (f"{CHECKS}/test_speed.py::test_speed_training", 90),
+    "prediction": (f"{CHECKS}/test_speed.py::test_prediction", 120),
 }
 PASS, FAIL, SKIPPED = "PASS", "FAIL", "SKIPPED"
 ENDS = "runs to its end"

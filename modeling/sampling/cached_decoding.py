@@ -45,7 +45,7 @@ def on_gpu(device: torch.device) -> bool:
 
 
 def compile_for_decoding(function: FunctionT, device: torch.device) -> FunctionT:
-    return torch.compile(function, options=FUSION if on_gpu(device) else None)
+    return cast(FunctionT, torch.compile(function, options=FUSION if on_gpu(device) else None))
 
 
 class CastingLinear(nn.Module):

@@ -112,8 +112,11 @@ def next_codes(
     masked: bool = False,
     sample: Callable[[Tensor, DecodingState, Tensor, GeneratorConfig], None] = sample_next_codes,
 ) -> None:
-    """Decode and sample one code of each image; arguments as of `decode_one_token`, and `sample_next_codes`, compiled or
-    not, with its arguments."""
+    """Decode and sample one code of each image; arguments as of `decode_one_token` and `sample_next_codes`.
+
+    Args:
+        sample: `sample_next_codes`, compiled or not.
+    """
     sample(decode_one_token(state, end, masked), state, scales, config)
 
 

@@ -25,9 +25,9 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 import torch.utils._triton
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -104,8 +104,8 @@ class GpuCompiler:
         from torch._inductor import config as inductor_config
 
         enter = self._stack.enter_context
-        enter(mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
-        enter(mock.patch.object(torch.cuda, "is_bf16_supported", lambda *_: True))
+        enter(mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", return_value=False))
+        enter(mock.patch.object(torch.cuda, "is_bf16_supported", return_value=True))
         enter(mock.patch.object(torch, "compile", self._compile))
         enter(mock.patch.object(F, "scaled_dot_product_attention", attention))
         enter(mock.patch.object(nn.init, "trunc_normal_", lambda tensor, **_: tensor))  # it looks at values
@@ -120,7 +120,8 @@ class GpuCompiler:
     def put(self, module: nn.Module, device: str = "cuda") -> Any:
         """Move a module; values are lost."""
         for part in module.modules():
-            for tensors in (part._parameters, part._buffers):
+            groups: tuple[dict[str, Any], ...] = part._parameters, part._buffers
+            for tensors in groups:
                 for name, tensor in tensors.items():
                     if tensor is not None:
                         moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -146,7 +147,7 @@ class GpuCompiler:
 
         owner = getattr(function, "__self__", None)  # `nn.Module.compile` compiles a method
         name = type(owner).__name__ if owner is not None else getattr(function, "__name__", type(function).__name__)
-        inner_compile = partial(self._inner_compile, name)
+        inner_compile: Any = partial(self._inner_compile, name)
 
         def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
             return compile_fx(graph, inputs, inner_compile=inner_compile, config_patches=options.get("options"))
@@ -244,9 +245,7 @@ def attention(
         return torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, log_sums, dropout_p, is_causal, scale=scale
         )[0]
-    return torch.ops.aten._scaled_dot_product_flash_attention(
-        query, key, value, dropout_p, is_causal, scale=scale
-    )[0]
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
 
 
 COMPILE = torch.compile
@@ -289,9 +288,9 @@ def lower(
     graph = copy_to_gpu(graph)
     inputs = tree_map_only(Tensor, on_gpu, inputs)
     problems = found_problems(graph)
-    modes = {"is_inference": is_inference, "is_backward": is_backward}
+    modes: dict[str, Any] = {"is_inference": is_inference, "is_backward": is_backward}
     with driver_answers(), torch.no_grad():
-        fake_mode = next(tensor.fake_mode for tensor in inputs if isinstance(tensor, Tensor))
+        fake_mode = next(tensor.fake_mode for tensor in inputs if isinstance(tensor, FakeTensor))
         compile_fx.view_to_reshape(graph)
         compile_fx._recursive_record_original_output_strides(graph)
         with V.set_fake_mode(fake_mode):
@@ -301,12 +300,14 @@ def lower(
             lowering.run(*inputs)
             code, _ = lowering.codegen()
             found = [launch_of(node) for node in lowering.scheduler.nodes]
-    source = getattr(code, "value", code)
+    source: str = getattr(code, "value", code)  # type: ignore[assignment]
     launches = [launch for launch in found if launch is not None]
     # A combination of independent kernels can be more than one launch; its bytes are those of the first.
     calls = len(re.findall(r"^ +triton_\w+\.run\(", source, re.M))
     launches += [Launch("triton", "another part", 0, 0)] * (calls - sum(one.kind == "triton" for one in launches))
-    sources = re.findall(r"^(triton_\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str='cuda'\)", source, re.M | re.S)
+    sources = re.findall(
+        r"^(triton_\w+) = async_compile\.triton\('\w+', '''(.*?)''', device_str='cuda'\)", source, re.M | re.S
+    )
     if lowering.device_types != {"cuda"}:
         problems.append(f"computes on {sorted(lowering.device_types)}, expected cuda only")
     return CompiledGraph(name, launches, sources, problems)
@@ -378,7 +379,7 @@ def driver_answers() -> Iterator[None]:
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    answers = {
+    answers: dict[str, Callable[..., Any]] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
@@ -386,8 +387,8 @@ def driver_answers() -> Iterator[None]:
         "is_bf16_supported": lambda *_, **__: True,
         "synchronize": lambda device=None: None,
     }
-    only_cuda = {"get_device_capability": lambda device=None: CAPABILITY}
-    only_interface = {
+    only_cuda: dict[str, Callable[..., Any]] = {"get_device_capability": lambda device=None: CAPABILITY}
+    only_interface: dict[str, Callable[..., Any]] = {
         "get_compute_capability": lambda device=None: CAPABILITY[0] * 10 + CAPABILITY[1],
         "is_triton_capable": lambda device=None: True,
         "raise_if_triton_unavailable": lambda device=None: None,
@@ -408,7 +409,7 @@ def driver_answers() -> Iterator[None]:
             stack.enter_context(mock.patch.object(CudaInterface, name, staticmethod(answer)))
         for name in ("current_device", "get_device_properties"):
             stack.enter_context(mock.patch.object(CudaInterface.Worker, name, staticmethod(answers[name])))
-        stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu", lambda: None))
+        stack.enter_context(mock.patch.object(triton_helpers, "set_driver_to_gpu", return_value=None))
         stack.enter_context(config.patch(compile_threads=1))
         driver.set_active(triton_driver)
         for cached in vars(torch.utils._triton).values():  # found without a GPU
@@ -441,7 +442,7 @@ def machine_code(name: str, source: str) -> MachineCode:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
         ptx.write(binary.asm["ptx"])
         ptx.flush()
-        command = [ptxas, "-v", f"--gpu-name={PTX_ARCHITECTURE}", ptx.name, "-o", "/dev/null"]
+        command = [str(ptxas), "-v", f"--gpu-name={PTX_ARCHITECTURE}", ptx.name, "-o", "/dev/null"]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill", output))
     return MachineCode(int(re.findall(r"Used (\d+) registers", output)[0]), spills)

@@ -25,6 +25,7 @@ from modeling.training_step import compile_blocks, training_step
 from scripts.benchmarks.gpu_compiler import CompiledGraph, GpuCompiler, Launch
 from utils.schema import Config
 
+
 @dataclass
 class Counted:
     """A step of a model with few blocks: its launches, those that each further block adds, and what was compiled."""
@@ -45,7 +46,7 @@ def code_of_gpus() -> Iterator[None]:
     """Decoding takes the branches of a GPU."""
     with ExitStack() as stack:
         for module in (cached_decoding, generate_module):
-            stack.enter_context(mock.patch.object(module, "on_gpu", lambda device: True))
+            stack.enter_context(mock.patch.object(module, "on_gpu", return_value=True))
         yield
 
 

@@ -1,7 +1,7 @@
 """Compile what runs on a GPU for Hopper, on any machine, and count kernels, library calls, spills and bytes.
 
-Needs torch's CUDA build (Linux) and no GPU. Fails if a function breaks the graph, waits for a value, computes on the CPU
-or in float64, or if a kernel spills registers. Bytes are those read and written by one call.
+Needs torch's CUDA build (Linux) and no GPU. Fails if a function breaks the graph, waits for a value, computes on the
+CPU or in float64, or if a kernel spills registers. Bytes are those read and written by one call.
 """
 
 import argparse
@@ -63,7 +63,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"{row.part}: {row.function}", flush=True)
             problems += [f"{part}: {graph.name}: {problem}" for problem in problems_of(graph, row)]
     header = ["part", "function", "Triton kernels", "library calls", "spilled bytes", "MB", "GFLOP"]
-    print(markdown_table(header, [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in asdict(row).values()] for row in rows]))
+    print(
+        markdown_table(
+            header, [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in asdict(row).values()] for row in rows]
+        )
+    )
     if problems:
         raise InputError("\n".join(problems))
     return {"torch": torch.__version__, "triton": triton.__version__, "rows": [asdict(row) for row in rows]}

@@ -1,8 +1,8 @@
 """Predict the time of sampling and training on a GPU, on a machine without one.
 
-Kernels, bytes and FLOPs are counted by compiling the product for Hopper (`gpu_counts.py`). A kernel takes its launch and
-the longer of two times: that of its bytes at the card's memory bandwidth, and that of its FLOPs at the card's speed. So a
-prediction is a lower bound for kernels that are less efficient than a large copy and a large matrix product.
+Kernels, bytes and FLOPs are counted by compiling the product for Hopper (`gpu_counts.py`). A kernel takes its launch
+and the longer of two times: that of its bytes at the card's bandwidth, and that of its FLOPs at the card's speed.
+Kernels are less efficient than one large copy or product, so real steps take longer.
 """
 
 import argparse
@@ -15,7 +15,14 @@ import torch
 
 from modeling.sampling.cached_decoding import BUCKET
 from scripts.benchmarks.gpu_compiler import GpuCompiler, Launch
-from scripts.benchmarks.gpu_counts import Counted, count_parameters, decode_step, fill_modulations, optimizer_step, train_step
+from scripts.benchmarks.gpu_counts import (
+    Counted,
+    count_parameters,
+    decode_step,
+    fill_modulations,
+    optimizer_step,
+    train_step,
+)
 from utils.arguments import positive
 from utils.config import ROOT, load_config
 from utils.console import markdown_table
