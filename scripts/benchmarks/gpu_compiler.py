@@ -117,14 +117,15 @@ class GpuCompiler:
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
 
-    def put(self, module: nn.Module, device: str = "cuda") -> Any:
-        """Move a module; values are lost."""
+    def put(self, module: nn.Module, device: str = "cuda", dtype: torch.dtype | None = None) -> Any:
+        """Move a module, and convert its float tensors to a type; values are lost."""
         for part in module.modules():
             groups: tuple[dict[str, Any], ...] = part._parameters, part._buffers
             for tensors in groups:
                 for name, tensor in tensors.items():
                     if tensor is not None:
-                        moved = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                        kept = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+                        moved = torch.empty(tensor.shape, dtype=kept, device=device)
                         is_parameter = isinstance(tensor, nn.Parameter)
                         tensors[name] = nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
         return module
@@ -300,7 +301,7 @@ def lower(
             lowering.run(*inputs)
             code, _ = lowering.codegen()
             found = [launch_of(node) for node in lowering.scheduler.nodes]
-    source: str = getattr(code, "value", code)  # type: ignore[assignment]
+    source = str(getattr(code, "value", code))
     launches = [launch for launch in found if launch is not None]
     # A combination of independent kernels can be more than one launch; its bytes are those of the first.
     calls = len(re.findall(r"^ +triton_\w+\.run\(", source, re.M))

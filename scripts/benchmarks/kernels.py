@@ -21,13 +21,13 @@ from utils.console import markdown_table
 from utils.errors import InputError
 from utils.schema import Config
 
-MODELS = ("s", "b", "l")
+MODELS = ("s", "b", "l")  # reAR-S and -B have blocks of the same size
 PARTS = ("decode", "decode-unguided", "training", "loss", "tokenizer")
 FLOAT64 = ("sample_next_codes",)  # the cumulative distribution of sampling, by design
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="reAR-S, -B, -L")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["b", "l"], help="reAR-S, -B, -L; default: b l")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to compile")
     parser.add_argument("--batch", type=positive, default=128, help="images")
 
@@ -55,26 +55,23 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     import triton
 
     print(f"torch {torch.__version__}, Triton {triton.__version__}, sm_90, batch {arguments.batch}")
+    header = ["part", "function", "Triton kernels", "library calls", "spilled bytes", "MB", "GFLOP"]
+    print(markdown_table(header, []))
     rows, problems = [], []
     with GpuCompiler() as compiler:
         for part, graph in compiled_graphs(compiler, arguments):
             row = row_of(part, graph)
             rows.append(row)
-            print(f"{row.part}: {row.function}", flush=True)
+            cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in asdict(row).values()]
+            print(f"| {' | '.join(cells)} |", flush=True)  # one by one, since each takes seconds
             problems += [f"{part}: {graph.name}: {problem}" for problem in problems_of(graph, row)]
-    header = ["part", "function", "Triton kernels", "library calls", "spilled bytes", "MB", "GFLOP"]
-    print(
-        markdown_table(
-            header, [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in asdict(row).values()] for row in rows]
-        )
-    )
     if problems:
         raise InputError("\n".join(problems))
     return {"torch": torch.__version__, "triton": triton.__version__, "rows": [asdict(row) for row in rows]}
 
 
 def compiled_graphs(compiler: GpuCompiler, arguments: argparse.Namespace) -> Iterator[tuple[str, CompiledGraph]]:
-    """Each with the part of the product that it belongs to. reAR-S and -B have blocks of the same size."""
+    """Each with the part of the product that it belongs to."""
     for model in arguments.models:
         config = load_config([f"config={ROOT}/configs/rear_{model}.yaml", "experiment.output_dir=unused"])
         name = f"reAR-{model.upper()}"
@@ -109,7 +106,7 @@ def compiled_tokenizer(compiler: GpuCompiler, config: Config, images: int = 8) -
     tokenizer = build_tokenizer(config.model.vq_model).eval().requires_grad_(False)
     resolution = config.model.vq_model.resolution
     with torch.inference_mode(), compiler.counting() as ledger:
-        decoder = compiler.put(tokenizer.fast_decoder().half())
+        decoder = compiler.put(tokenizer.fast_decoder(), dtype=torch.float16)
         torch.compile(compiler.put(tokenizer).encode_latents)(
             torch.empty(images, 3, resolution, resolution, device="cuda")
         )

@@ -1,5 +1,5 @@
-"""What is compiled on a GPU, compiled here for Hopper: the kernels are those of the table in docs/gpu.md, and faults are
-found. In processes of their own, since `scripts/benchmarks/gpu_compiler.py` answers in place of the driver."""
+"""What is compiled on a GPU, compiled here for Hopper: the kernels are those of the table in docs/gpu.md, and faults
+are found. In processes of their own, since `scripts/benchmarks/gpu_compiler.py` answers in place of the driver."""
 
 import importlib.util
 import json
