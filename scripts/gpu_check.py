@@ -44,6 +44,7 @@ PARTS: dict[str, tuple[str, float]] = {  # test and time limit in seconds, in th
     "model": (f"{CHECKS}/test_numerics.py::test_model", 60),
     "tokenizer": (f"{CHECKS}/test_numerics.py::test_tokenizer", 120),
     "bf16": (f"{CHECKS}/test_numerics.py::test_bf16", 60),
+    "attention": (f"{CHECKS}/test_numerics.py::test_attention", 60),
     "graphs": (f"{CHECKS}/test_sampling.py::test_graphs", 180),
     "batches": (f"{CHECKS}/test_sampling.py::test_batches", 90),
     "ranks": (f"{CHECKS}/test_sampling.py::test_ranks", 120),

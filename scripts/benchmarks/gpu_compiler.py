@@ -440,10 +440,10 @@ def machine_code(name: str, source: str) -> MachineCode:
         autotuner = getattr(PyCodeCache.load(source), name)
         binary = autotuner._precompile_config(autotuner.configs[0]).kernel
     ptxas = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx", encoding="utf-8") as ptx:
         ptx.write(binary.asm["ptx"])
         ptx.flush()
         command = [str(ptxas), "-v", f"--gpu-name={PTX_ARCHITECTURE}", ptx.name, "-o", "/dev/null"]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        output = subprocess.run(command, capture_output=True, check=True).stderr.decode()
     spills = sum(int(count) for count in re.findall(r"(\d+) bytes spill", output))
     return MachineCode(int(re.findall(r"Used (\d+) registers", output)[0]), spills)

@@ -8,7 +8,6 @@ Kernels are less efficient than one large copy or product, so real steps take lo
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +26,7 @@ from utils.arguments import positive
 from utils.config import ROOT, load_config
 from utils.console import markdown_table
 from utils.errors import InputError
+from utils.files.text import user_path
 from utils.schema import Config
 
 BATCHES = (1, 8, 32, 128, 256, 512)
@@ -54,7 +54,7 @@ NETWORK = 0.9 * 400e9 / 8  # bytes per second and direction of a machine with on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, default=ROOT / "configs/rear_b.yaml", help="YAML file of the model")
+    parser.add_argument("--config", type=user_path, default=ROOT / "configs/rear_b.yaml", help="YAML file of the model")
     parser.add_argument("--gpu", nargs="+", choices=CARDS, default=["h200"], help="one or more cards")
     parser.add_argument("--batch", type=positive, nargs="+", default=list(BATCHES), help="images, one or more values")
     parser.add_argument("--tflops", type=float, help="measured bf16 TFLOP/s, in place of the card's")
