@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config = load_config([f"config={arguments.config}", "experiment.output_dir=unused"])
     rows: list[dict[str, Any]] = []
     with GpuCompiler() as compiler:
-        steps = {part: Steps(compiler, config, part) for part in arguments.parts}
+        steps = {part: count_steps(compiler, config, part) for part in arguments.parts}
     for name in arguments.gpu:
         card = measured(CARDS[name], arguments)
         for part in arguments.parts:
@@ -107,30 +107,19 @@ def measured(card: Card, arguments: argparse.Namespace) -> Card:
     )
 
 
+@dataclass
 class Steps:
-    """Launches of a step for any batch, from those for two batches."""
+    """Launches, bytes and FLOPs of each kernel of a step, for the two batches `COUNTED`."""
 
-    def __init__(self, compiler: GpuCompiler, config: Config, part: str) -> None:
-        self.config, self.part = config, part
-        self._totals = [totals(self._count(compiler, images)) for images in COUNTED]
-
-    def _count(self, compiler: GpuCompiler, images: int) -> list[tuple[Launch, float]]:
-        """Launches, and how often each runs in a step."""
-        config = self.config
-        if self.part == "training":
-            once = [(launch, 1.0) for launch in optimizer_step(config)]
-            return of_all_blocks(train_step(compiler, config, images), config) + once
-        guided = (config.model.generator.guidance_scale or 1) != 1
-        step = of_all_blocks(decode_step(compiler, config, images, guided), config)
-        filled = of_all_blocks(fill_modulations(compiler, config, images, guided), config)
-        return step + [(launch, times / BUCKET) for launch, times in filled]
+    small: dict[tuple[str, str], tuple[float, float, float]]
+    large: dict[tuple[str, str], tuple[float, float, float]]
 
     def predict(self, batch: int, card: Card) -> Prediction:
+        """A step with a batch of any size."""
         launch_s = memory_s = compute_s = moved = flops = count = 0.0
         zero, share = (0.0, 0.0, 0.0), (batch - COUNTED[0]) / (COUNTED[1] - COUNTED[0])
-        small, large = self._totals
-        for kernel in small | large:
-            pairs = zip(small.get(kernel, zero), large.get(kernel, zero), strict=True)
+        for kernel in self.small | self.large:
+            pairs = zip(self.small.get(kernel, zero), self.large.get(kernel, zero), strict=True)
             times, bytes_, work = (max(0.0, a + share * (b - a)) for a, b in pairs)
             count, moved, flops = count + times, moved + bytes_, flops + work
             launch_s += times * card.launch
@@ -148,6 +137,22 @@ class Steps:
             memory_share=memory_s / total,
             compute_share=compute_s / total,
         )
+
+
+def count_steps(compiler: GpuCompiler, config: Config, part: str) -> Steps:
+    small, large = (totals(step_launches(compiler, config, part, images)) for images in COUNTED)
+    return Steps(small, large)
+
+
+def step_launches(compiler: GpuCompiler, config: Config, part: str, images: int) -> list[tuple[Launch, float]]:
+    """Launches, and how often each runs in a step."""
+    if part == "training":
+        once = [(launch, 1.0) for launch in optimizer_step(config)]
+        return of_all_blocks(train_step(compiler, config, images), config) + once
+    guided = (config.model.generator.guidance_scale or 1) != 1
+    step = of_all_blocks(decode_step(compiler, config, images, guided), config)
+    filled = of_all_blocks(fill_modulations(compiler, config, images, guided), config)
+    return step + [(launch, times / BUCKET) for launch, times in filled]
 
 
 def totals(launches: Sequence[tuple[Launch, float]]) -> dict[tuple[str, str], tuple[float, float, float]]:
