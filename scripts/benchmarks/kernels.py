@@ -77,11 +77,11 @@ def compiled_graphs(compiler: GpuCompiler, arguments: argparse.Namespace) -> Ite
         name = f"reAR-{model.upper()}"
         for guided, decode in ((True, "decode"), (False, "decode-unguided")):
             if decode in arguments.parts:
-                part = f"decode step, {name}" + ("" if guided else ", no guidance")
+                part = f"decode step, {name}" + ("" if guided else ", unguided")
                 yield from ((part, graph) for graph in decode_step(compiler, config, arguments.batch, guided).graphs)
         if "training" in arguments.parts:
             for i, graph in enumerate(compiled_blocks(compiler, config, arguments.batch)):
-                labels = "2 labels" if i < 2 else "any number of labels"
+                labels = "2 labels" if i < 2 else "any labels"
                 yield f"training, {name}, {labels}", graph
     config = load_config([f"config={ROOT}/configs/rear_b.yaml", "experiment.output_dir=unused"])
     if "loss" in arguments.parts:
