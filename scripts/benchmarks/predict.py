@@ -36,8 +36,7 @@ NODE = 8  # GPUs of a machine
 
 @dataclass(frozen=True)
 class Card:
-    """What a card reaches in bf16 and in memory bandwidth: of the H200 measured, of the others 80 and 90 % of the data
-    sheet."""
+    """What a card is assumed to reach in bf16 and in memory bandwidth; none of it is measured by this project."""
 
     flops: float  # per second, one large matrix product
     bytes: float  # per second, one large copy, read and written
