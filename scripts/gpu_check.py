@@ -44,6 +44,7 @@ PARTS: dict[str, tuple[str, float]] = {  # test and time limit in seconds, in th
     "model": (f"{CHECKS}/test_numerics.py::test_model", 60),
     "tokenizer": (f"{CHECKS}/test_numerics.py::test_tokenizer", 120),
     "bf16": (f"{CHECKS}/test_numerics.py::test_bf16", 60),
+    "attention": (f"{CHECKS}/test_numerics.py::test_attention", 60),
     "graphs": (f"{CHECKS}/test_sampling.py::test_graphs", 180),
     "batches": (f"{CHECKS}/test_sampling.py::test_batches", 90),
     "ranks": (f"{CHECKS}/test_sampling.py::test_ranks", 120),
@@ -57,6 +58,7 @@ PARTS: dict[str, tuple[str, float]] = {  # test and time limit in seconds, in th
     "speed-sampling": (f"{CHECKS}/test_speed.py::test_speed_sampling", 240),
     "speed-decode": (f"{CHECKS}/test_speed.py::test_speed_decode", 90),
     "speed-training": (f"{CHECKS}/test_speed.py::test_speed_training", 90),
+    "prediction": (f"{CHECKS}/test_speed.py::test_prediction", 120),
 }
 PASS, FAIL, SKIPPED = "PASS", "FAIL", "SKIPPED"
 ENDS = "runs to its end"

@@ -19,24 +19,33 @@ x1 .. xN are the codes in the order of their image (`modeling/orders.py`).
 
 import copy
 import math
+from collections.abc import Callable
 from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeling.blocks import NORM_EPS, Attention, Block, BlockModulation, modulate
+from modeling.blocks import NORM_EPS, Attention, Block, BlockModulation, FinalLayer, modulate
 from modeling.rear import ReAR
 
 # Positions whose modulations are computed together and that one CUDA graph serves: it attends to all positions up to
 # the end of the bucket, with a mask for those not decoded yet.
 BUCKET = 32
+# Inductor fuses more than by default, since a step consists of many small kernels: independent ones too, such as the
+# norms of queries and keys and the write to the cache.
+FUSION: dict[str, str | int | bool | Callable] = {"combo_kernels": True, "score_fusion_memory_threshold": 0}
 LayerT = TypeVar("LayerT", bound=nn.Module)
+FunctionT = TypeVar("FunctionT", bound=Callable)
 
 
 def on_gpu(device: torch.device) -> bool:
     """Which kernels decoding uses: on a GPU SDPA, over whole buckets where a CUDA graph is captured."""
     return device.type != "cpu"
+
+
+def compile_for_decoding(function: FunctionT, device: torch.device) -> FunctionT:
+    return cast(FunctionT, torch.compile(function, options=FUSION if on_gpu(device) else None))
 
 
 class CastingLinear(nn.Module):
@@ -149,10 +158,18 @@ class DecodingState:
         self.conditioning = torch.zeros_like(self.orders)  # given codes in place of sampled ones; -1: none
 
     def set_compiled(self, compiled: bool) -> None:
-        """Each half of a block is compiled once, for all blocks and positions: its arguments have the same shapes."""
-        block = type(self.blocks[0])
-        self.before_attention = torch.compile(block.before_attention) if compiled else block.before_attention
-        self.after_attention = torch.compile(block.after_attention) if compiled else block.after_attention
+        """Each function is compiled once, for all blocks and positions: its arguments have the same shapes. Between
+        them is the attention, whose length changes."""
+
+        def prepare(function: FunctionT) -> FunctionT:
+            return compile_for_decoding(function, self.model.cls_token.device) if compiled else function
+
+        self.embed_newest = prepare(embed_newest)
+        self.before_first_attention = prepare(before_first_attention)
+        self.between_attentions = prepare(between_attentions)
+        self.after_last_attention = prepare(after_last_attention)
+        self.write_modulations = prepare(write_modulations)
+        self.compiled = compiled
 
     def start(
         self, class_labels: Tensor, uniforms: Tensor, orders: Tensor | None = None, conditioning: Tensor | None = None
@@ -194,15 +211,19 @@ class DecodingState:
         last = min(first + BUCKET, self.model.image_seq_len + 1)
         condition = self.model.condition(self.distinct_labels, slice(first, last))  # (U, K, D)
         condition = condition.transpose(0, 1).contiguous()  # (K, U, D)
+        if self.compiled:  # of the full size each time, so that nothing is recompiled
+            filled = torch.zeros(BUCKET, self.max_labels, condition.shape[2], device=condition.device)
+            filled[: condition.shape[0], : condition.shape[1]] = condition
+            condition = filled
         for block, tables in zip(self.blocks, self.modulations, strict=True):
-            self._write(tables, block.modulation(block.adaLN_modulation(condition).float()))
-        adaln = self.final_layer.adaLN_modulation(condition).float()
-        self._write(self.final_modulation, self.final_layer.modulation(adaln))
+            self.write_modulations(block, condition, tables)
+        self.write_modulations(self.final_layer, condition, self.final_modulation)
 
-    def _write(self, tables: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
-        """Values (K, U, D), of fewer positions or labels too, into tables (K U, 1, D)."""
-        for table, value in zip(tables, values, strict=True):
-            table.view(BUCKET, self.max_labels, -1)[: value.shape[0], : value.shape[1]].copy_(value)
+
+def write_modulations(layer: Block | FinalLayer, condition: Tensor, tables: tuple[Tensor, ...]) -> None:
+    """Modulations of a layer for a condition (K, U, D), of fewer positions or labels too, into tables (K U, 1, D)."""
+    for table, value in zip(tables, layer.modulation(layer.adaLN_modulation(condition).float()), strict=True):
+        table.view(BUCKET, len(table) // BUCKET, -1)[: value.shape[0], : value.shape[1]].copy_(value)
 
 
 def prefill(state: DecodingState) -> Tensor:
@@ -210,9 +231,9 @@ def prefill(state: DecodingState) -> Tensor:
     position_embeddings = state.position_embeddings[:, :2].repeat(1 + state.guided, 1, 1)  # (S, 2, D)
     prefix = state.model.embed_prefix(state.sequence_labels) + position_embeddings
     cls, class_ = prefix.transpose(0, 1).contiguous()  # strides as in later steps, so that nothing is recompiled
-    forward_position(state, cls, end=1, masked=False)
+    forward_position(state, cls[:, None], rows_of_modulations(state), end=1)
     state.position.add_(1)
-    return forward_position(state, class_, end=2, masked=False)
+    return forward_position(state, class_[:, None], rows_of_modulations(state), end=2)
 
 
 def decode_one_token(state: DecodingState, end: int, masked: bool) -> Tensor:
@@ -222,24 +243,86 @@ def decode_one_token(state: DecodingState, end: int, masked: bool) -> Tensor:
         end: length of the attention, at least position + 1.
         masked: mask the positions after the current one; needed where `end` is more than position + 1.
     """
+    x, rows, mask = state.embed_newest(state, masked)
+    return forward_position(state, x, rows, end, mask)
+
+
+def embed_newest(state: DecodingState, masked: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Input (S, 1, D) of the blocks, their `rows` (S,) of the modulations, and the mask (1, 1, 1, L) if wanted."""
     codes = state.codes.index_select(1, state.position - 2)[:, 0]  # (B,)
     x = state.model.embeddings(codes) + state.position_embeddings.index_select(1, state.position)[:, 0]  # (B, D)
     x = torch.cat([x, x]) if state.guided else x  # (S, D)
-    return forward_position(state, x, end, masked)
-
-
-def forward_position(state: DecodingState, x: Tensor, end: int, masked: bool) -> Tensor:
-    """The head's input (S, D) from the input x (S, D) at `state.position`."""
-    position = state.position
-    x = x[:, None]  # (S, 1, D)
-    rows = state.label_rows + position % BUCKET * state.max_labels  # (S,)
     mask = None
-    if masked:  # (1, 1, 1, end)
-        mask = torch.zeros(1, 1, 1, end, dtype=state.dtype, device=x.device)
-        mask = mask.masked_fill(state.all_positions[:end] > position, -math.inf)
-    for block, modulation, cache in zip(state.blocks, state.modulations, state.caches, strict=True):
-        q, k, v = state.before_attention(block, x, modulation, rows)
-        cache.update(position, k, v)  # outside the compiled halves, which might copy the cache
-        x = state.after_attention(block, x, cache.attend(q, end, mask), modulation, rows)
-    shift, scale = state.final_modulation
+    if masked:
+        mask = torch.zeros(1, 1, 1, len(state.all_positions), dtype=state.dtype, device=x.device)
+        mask = mask.masked_fill(state.all_positions > state.position, -math.inf)
+    return x[:, None], rows_of_modulations(state), mask
+
+
+def rows_of_modulations(state: DecodingState) -> Tensor:
+    """(S,), of the tables of `fill_modulations`."""
+    return state.label_rows + state.position % BUCKET * state.max_labels
+
+
+def forward_position(state: DecodingState, x: Tensor, rows: Tensor, end: int, mask: Tensor | None = None) -> Tensor:
+    """The head's input (S, D) from the input x (S, 1, D) at `state.position`."""
+    blocks, modulations, caches = state.blocks, state.modulations, state.caches
+    mask = None if mask is None else mask[..., :end]
+    q = state.before_first_attention(blocks[0], x, modulations[0], rows, caches[0], state.position)
+    for i in range(1, len(blocks)):
+        attended = caches[i - 1].attend(q, end, mask)
+        x, q = state.between_attentions(
+            previous=blocks[i - 1],
+            block=blocks[i],
+            x=x,
+            attended=attended,
+            previous_modulation=modulations[i - 1],
+            modulation=modulations[i],
+            rows=rows,
+            cache=caches[i],
+            position=state.position,
+        )
+    attended = caches[-1].attend(q, end, mask)
+    return state.after_last_attention(blocks[-1], x, attended, modulations[-1], state.final_modulation, rows)
+
+
+def before_first_attention(
+    block: Block, x: Tensor, modulation: BlockModulation, rows: Tensor, cache: KVCache, position: Tensor
+) -> Tensor:
+    """Queries (S, H, 1, d) of a block; its keys and values go into the cache."""
+    q, k, v = block.before_attention(x, modulation, rows)
+    cache.update(position, k, v)
+    return q
+
+
+def between_attentions(
+    previous: Block,
+    block: Block,
+    x: Tensor,
+    attended: Tensor,
+    previous_modulation: BlockModulation,
+    modulation: BlockModulation,
+    rows: Tensor,
+    cache: KVCache,
+    position: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Input x (S, 1, D) and queries (S, H, 1, d) of `block` from the previous block's input and attention.
+
+    Compiled together, the end of a block and the beginning of the next take one kernel less than apart.
+    """
+    x = previous.after_attention(x, attended, previous_modulation, rows)
+    return x, before_first_attention(block, x, modulation, rows, cache, position)
+
+
+def after_last_attention(
+    block: Block,
+    x: Tensor,
+    attended: Tensor,
+    modulation: BlockModulation,
+    final_modulation: tuple[Tensor, Tensor],
+    rows: Tensor,
+) -> Tensor:
+    """The head's input (S, D)."""
+    x = block.after_attention(x, attended, modulation, rows)
+    shift, scale = final_modulation
     return modulate(x, shift, scale, rows)[:, 0]

@@ -20,7 +20,14 @@ from modeling.input_validation import (
 )
 from modeling.orders import conditioning_first
 from modeling.rear import ReAR
-from modeling.sampling.cached_decoding import BUCKET, DecodingState, decode_one_token, on_gpu, prefill
+from modeling.sampling.cached_decoding import (
+    BUCKET,
+    DecodingState,
+    compile_for_decoding,
+    decode_one_token,
+    on_gpu,
+    prefill,
+)
 from modeling.sampling.step_graph import StepGraphs
 from utils.config_checks import check_ranges
 from utils.errors import NonFiniteError
@@ -97,10 +104,20 @@ def sample_next_codes(hidden: Tensor, state: DecodingState, scales: Tensor, conf
     state.position.add_(1)
 
 
-def next_codes(state: DecodingState, scales: Tensor, config: GeneratorConfig, end: int, masked: bool = False) -> None:
-    """Decode and sample one code of each image; arguments as of `decode_one_token` and `sample_next_codes`."""
-    hidden = decode_one_token(state, end, masked)
-    sample_next_codes(hidden, state, scales, config)
+def next_codes(
+    state: DecodingState,
+    scales: Tensor,
+    config: GeneratorConfig,
+    end: int,
+    masked: bool = False,
+    sample: Callable[[Tensor, DecodingState, Tensor, GeneratorConfig], None] = sample_next_codes,
+) -> None:
+    """Decode and sample one code of each image; arguments as of `decode_one_token` and `sample_next_codes`.
+
+    Args:
+        sample: `sample_next_codes`, compiled or not.
+    """
+    sample(decode_one_token(state, end, masked), state, scales, config)
 
 
 class CodeSampler:
@@ -248,10 +265,12 @@ class CodeSampler:
     def _compile(self, state: DecodingState) -> StepGraphs | None:
         """Compile the step of a state by running it, and on a GPU capture it."""
         state.set_compiled(True)
+        state.fill_modulations(0)
         state.position.fill_(2)
         ends = sorted({bucket_end(position) for position in range(2, self.steps + 1)})
         if on_gpu(self.device):
-            return StepGraphs(partial(next_codes, state, self.scales, self.config, masked=True), ends)
+            sample = compile_for_decoding(sample_next_codes, self.device)
+            return StepGraphs(partial(next_codes, state, self.scales, self.config, masked=True, sample=sample), ends)
         if ends:
             next_codes(state, self.scales, self.config, end=3)
         return None

@@ -12,11 +12,14 @@ from modeling.sampling import cached_decoding, generate, step_graph
 IN_THE_LOOP = {"replay", "next_codes", "fill_modulations", "bucket_end"}  # of `CodeSampler._sample`
 # What those call, in a graph or between two; the test says so when a new function is called from there.
 REACHED = IN_THE_LOOP | {
-    "_write",
     "after_attention",
+    "after_last_attention",
     "attend",
     "before_attention",
+    "before_first_attention",
+    "between_attentions",
     "decode_one_token",
+    "embed_newest",
     "filter_logits",
     "fold_norm",
     "forward_position",
@@ -27,10 +30,12 @@ REACHED = IN_THE_LOOP | {
     "modulate",
     "modulation",
     "on_gpu",
+    "rows_of_modulations",
     "sample_codes",
     "sample_next_codes",
     "split_heads",
     "update",
+    "write_modulations",
 }
 WAIT = {"item", "tolist", "cpu", "numpy", "synchronize", "nonzero", "unique", "masked_select", "bincount"}
 FROM_THE_HOST = {"tensor", "as_tensor", "from_numpy", "pin_memory"}

@@ -18,7 +18,7 @@ from tests.gpu.checks.conftest import Report
 from tests.processes import ROOT, WAIT_S
 
 NEED_A_GPU = {("graphs", ""), ("copies", ""), ("memory", "memory with activation checkpointing by that without")}
-NEED_A_GPU |= {("evaluator", "FID, Inception Score, precision and recall")}
+NEED_A_GPU |= {("attention", "kernels of the attention"), ("evaluator", "FID, Inception Score, precision and recall")}
 FAILING = """
 import pytest
 from tests.gpu.checks.conftest import report

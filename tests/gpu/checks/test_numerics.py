@@ -141,6 +141,24 @@ def test_bf16(report: Report) -> None:
     report.at_most(f"gradient {relative}", relative_rms(gradients[1], gradients[0]), BF16_GRADIENT)
 
 
+def test_attention(report: Report) -> None:
+    """A fused kernel serves the shapes of training and of the decoding graph (docs/gpu.md)."""
+    if not ON_GPU:
+        report.skip("kernels of the attention", "a CPU has others")
+        return
+    cuda = torch.backends.cuda
+    for d in (48, 64):
+        q = torch.zeros(2, 16, 288, d, dtype=torch.bfloat16, device=DEVICE)
+        mask = torch.zeros(2, 16, 1, 32, dtype=torch.bfloat16, device=DEVICE)
+        training = cuda.SDPAParams(q, q, q, None, 0.1, True, False)
+        decoding = cuda.SDPAParams(q[:, :, :1], q[:, :, :32], q[:, :, :32], mask, 0.0, False, False)
+        for where, fits in (
+            ("training: flash", cuda.can_use_flash_attention(training)),
+            ("decoding: memory-efficient", cuda.can_use_efficient_attention(decoding)),
+        ):
+            report.compare(f"attention with d = {d}, {where}", fits, True, fits)
+
+
 @torch.inference_mode()
 @matmul_precision(tf32=False)
 def test_evaluator(report: Report, tmp_path: Path) -> None:

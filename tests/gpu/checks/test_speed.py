@@ -1,7 +1,11 @@
 """Speed: the benchmarks of scripts/benchmarks at the sizes of reAR-B, with a roofline of the same run."""
 
 import importlib
+import json
+import os
 import statistics
+import subprocess
+import sys
 from argparse import ArgumentParser
 from functools import partial
 from typing import Any
@@ -16,6 +20,7 @@ from modeling.tokenizers.registry import build_tokenizer
 from scripts.benchmarks.measure import ceilings, interleaved, peak_memory_mb
 from tests.gpu.checks.conftest import Report
 from tests.gpu.checks.made_up import DEVICE, ON_GPU, micro_batch_size
+from utils.config import ROOT
 from utils.images import to_uint8
 from utils.precision import matmul_precision
 from utils.schema import VQModelConfig
@@ -82,3 +87,19 @@ def test_speed_training(report: Report) -> None:
     report.figure("training, share of the product's FLOP/s", found["mfu"])
     report.figure("peak memory of a training step, MB", found["peak_bytes"] / 1e6)
     report.figure("peak memory of a published step, MB", found["peak_bytes_published"] / 1e6)
+
+
+def test_prediction(report: Report) -> None:
+    """`benchmark.py predict` with this card's ceilings, next to the measured figures of the other parts."""
+    if not torch.backends.cuda.is_built():
+        report.skip("predictions", "torch is built without CUDA")
+        return
+    limits = ceilings()
+    measured = ["--tflops", str(limits["flops"] / 1e12), "--gb-per-s", str(limits["bytes"] / 1e9)]
+    batch = str(micro_batch_size()) if ON_GPU else "4"
+    command = [sys.executable, "scripts/benchmark.py", "predict", "--batch", "1", "128", batch]
+    command += measured if ON_GPU else ["--parts", "sampling"]
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}  # its tensors only pretend to be on a GPU
+    result = subprocess.run(command, cwd=ROOT, env=hidden, capture_output=True, text=True, check=True)
+    for row in json.loads(result.stdout.splitlines()[-1])["rows"]:
+        report.figure(f"predicted: {row['part']}, batch {row['batch']}, images/s", row["images_per_s"])
