@@ -113,8 +113,8 @@ def _image_classes(images: str | None) -> list[str] | None:
 
 
 def known_classes(config: Config, trained: list[str] | None) -> tuple[list[str], str] | None:
-    """Class names of a model and their source: the names that its weights record, else those of the training data of
-    the config, with a line for the user."""
+    """Class names of a model and their source: the record of its weights, else the training data of the config, which
+    is printed."""
     if trained is not None:
         return trained, "the weights"
     found = training_classes(config)
@@ -194,7 +194,7 @@ def describe_length(config: Config, global_batch_size: int, num_samples: int) ->
 
 
 def passes_done(config: Config, samples_seen: int, num_samples: int) -> dict[str, float]:
-    """For the log: epochs in images, passes in samples."""
+    """Progress for the log: epochs in images, passes in samples."""
     return {
         "train/epoch": samples_seen / config.experiment.max_train_examples,
         "train/dataset_passes": samples_seen / num_samples,

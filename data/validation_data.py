@@ -59,7 +59,7 @@ def open_validation_images(
 
     Args:
         num_classes: of the model, if there is one.
-        trained: class names that its weights record, in the order of the ids; None: those of the training data.
+        trained: class names that its weights record, in the order of the ids; None: use the training data's.
     """
     images = open_center_crops(config)
     known = training_classes(config) if trained is None else (trained, "the weights")

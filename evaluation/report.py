@@ -135,13 +135,13 @@ def _encoder_title(report: dict[str, Any]) -> str:
 
 
 def names_in_log(report: dict[str, Any]) -> dict[str, float]:
-    """The metrics by name in the log of a run; those of a timm model with its name, since a run may have several."""
+    """The metrics by name in the log of a run; names include the timm model, since a run may have scores of several."""
     model = report["provenance"]["backend"].partition(":")[2]
     return {f"{name}_{model}" if model else name: value for name, value in report["metrics"].items()}
 
 
 def print_comparison(report: dict[str, Any]) -> None:
-    """Of `Evaluator.compare`."""
+    """Print the report of `Evaluator.compare`."""
     provenance, metrics = report["provenance"], report["metrics"]
     for warning in report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr, flush=True)

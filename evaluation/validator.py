@@ -163,13 +163,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class ValidationAlignment:
-    """Cosines of the taps with their targets, on clean context, without dropout, in raster order, of up to 512 samples:
-    those of batches at equal steps. Vectors that are made from images are kept in host memory.
+    """Cosines of the taps with their targets, on clean context, without dropout, in raster order, of up to 512 samples
+    in batches at equal steps of the data. Target vectors that are computed from images are kept in host memory.
 
     Equal on all ranks, and for any number of ranks, which call every method.
 
     Attributes:
-        taps: that are measured: those whose targets exist for validation data.
+        taps: the measured taps, whose targets exist for validation data.
     """
 
     @dataclass
@@ -216,7 +216,7 @@ class ValidationAlignment:
         """By metric: `val/<tap>_cos`.
 
         Args:
-            validation: its first row stands in on ranks that have fewer batches: FSDP needs all ranks.
+            validation: ranks that have fewer batches repeat its first row, since FSDP needs all ranks.
         """
         if not self.taps:
             return {}

@@ -72,8 +72,8 @@ def class_names(source: str | Path, **download: Any) -> list[str] | None:
 def load_generator(path: Path, config: ModelConfig) -> ReAR:
     """The model for sampling, without projectors of any name, whose weights the file may have or not.
 
-    Raises InputError for a missing weights file (see `utils.run.weights_path.find_weights`), or keys or shapes other
-    than those of `config`.
+    Raises InputError for a missing weights file (see `utils.run.weights_path.find_weights`), or keys or shapes that
+    differ from `config`.
     """
     model = ReAR(ReAR.sampling_config(config))
     model.load_weights(path)

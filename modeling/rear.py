@@ -1,7 +1,7 @@
 """reAR: a GPT over tokenizer codes in raster or any order, with training-only projectors for embedding regularization.
 
 Paper: https://arxiv.org/abs/2510.04450. The architecture, orders included, is RAR's (https://arxiv.org/abs/2411.00776).
-The state-dict keys are those of the published weights and never change.
+The state-dict keys are the keys in the published weights and never change.
 
 Legend: B images, N codes per image, T = N + 2 positions [cls, class, x1 .. xN], D hidden size, V codebook size,
 C classes, U distinct labels of a batch, Z width of a codebook vector.

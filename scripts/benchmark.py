@@ -1,11 +1,11 @@
-"""Measure a part of this project and its published counterpart, alternately in one run.
+"""Compare the speed of a part of this project with its published counterpart.
 
     python scripts/benchmark.py sampling --width 64 --layers 2 --tokens 64 256 --batch 4
     python scripts/benchmark.py training --width 256 --layers 4 --tokens 256 --batch 64 --classes 20
     python scripts/benchmark.py data --lines 100000 1000000
 
-`benchmark.py COMMAND --help` lists the options. Each command first checks that both ways compute the same, then
-measures them alternately. Prints a table and, last, one line of JSON.
+`benchmark.py COMMAND --help` lists the options. Each command first checks that both compute the same, then measures
+them alternately. Prints a table and, last, one line of JSON.
 """
 
 import argparse

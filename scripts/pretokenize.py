@@ -203,7 +203,7 @@ def encode(
     dataset: DatasetConfig,
     ctx: DistributedContext,
 ) -> None:
-    """Write chunks of (n * K, N + 1) uint16: each crop's codes, and 1 if its image is to be left out. Rank 0 shows the
+    """Write chunks of (n * K, N + 1) uint16: each crop's codes, and 1 if its image must be left out. Rank 0 shows the
     progress of all ranks."""
     items = [list(chunk[i : i + batch_size]) for chunk in chunks for i in range(0, len(chunk), batch_size)]
     batches = Batches(images, items, dataset.params.num_workers_per_gpu, ctx.device.type == "cuda")

@@ -33,7 +33,7 @@ class Console:
 
 
 def printable_text(text: str) -> str:
-    """Escapes control characters such as line ends, and those of a terminal."""
+    """Escapes control characters, such as line ends and terminal codes."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 

@@ -27,7 +27,7 @@ class ShardIndex:
 
     @classmethod
     def of(cls, samples: list[tuple[str, int, int, int]]) -> "ShardIndex":
-        """From key, class id, offset and size of each sample."""
+        """The index of samples given as (key, class id, offset, size)."""
         keys, class_ids, offsets, sizes = zip(*samples, strict=True)
         return cls(
             keys=np.array([to_bytes(key) for key in keys]),

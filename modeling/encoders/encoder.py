@@ -1,6 +1,6 @@
 """The interface of all frozen image encoders: images to features of patches and of whole images.
 
-Legend: B images, H = W pixels, g x g patches, Z width of the features of a patch, D of those of an image.
+Legend: B images, H = W pixels, g x g patches, Z width of the features of a patch, D width of the features of an image.
 """
 
 from abc import ABC, abstractmethod

@@ -163,7 +163,7 @@ class DecodingState:
             class_labels: (B,).
             uniforms: (B, N), in the order of prediction.
             orders: (B, N); None: raster.
-            conditioning: (B, N) given codes in raster order, -1 where a code is to be sampled; None: sample all.
+            conditioning: (B, N) given codes in raster order, -1 where a code must be sampled; None: sample all.
         """
         labels = class_labels
         if self.guided:

@@ -33,7 +33,7 @@ def generate_images(
     sampler: ImageSampler | None = None,
 ) -> np.ndarray:
     """Sample an image of each class label: in bf16 and with CUDA graphs on a GPU, in float32 on a CPU. Image i depends
-    on (weights, settings, seed, i, its label) only; with labels 0, 1, .., C - 1, 0, 1, .. it is that of the script.
+    on (weights, settings, seed, i, its label) only; with labels 0, 1, .., C - 1, 0, 1, .. it is the script's image i.
 
     Args:
         model, tokenizer: on the same device, in eval mode.

@@ -142,7 +142,7 @@ class ImageSampler:
         """Codes (B, N) of the images with these indices; a GPU may still be computing them.
 
         Args:
-            class_labels: (B,), in place of those of the indices.
+            class_labels: (B,), instead of the labels of the indices.
             on_step: called after each code.
 
         Raises:
@@ -268,7 +268,7 @@ class ImageDecoder:
 
 
 class PassThroughDecoder:
-    """In place of an `ImageDecoder` for a tokenizer without images: returns the codes."""
+    """Replaces `ImageDecoder` for a tokenizer without images: returns the codes."""
 
     def __init__(self, codebook_size: int) -> None:
         self.codebook_size = codebook_size

@@ -1,4 +1,4 @@
-"""Targets by name, and those of all taps of a config.
+"""Targets by name, and the targets of all taps of a config.
 
 Legend: B images, N codes per image, Z width of a target vector.
 """

@@ -186,7 +186,7 @@ def _remove_unfinished(output_dir: Path) -> None:
 
 
 def prune_checkpoints(output_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but the newest `keep_last` complete checkpoints and those of every `keep_every`-th step (0: none).
+    """Delete all checkpoints but the newest `keep_last` complete ones and every `keep_every`-th step (0: none).
     Raises OSError if a deletion fails, which the next save tries again."""
     for old in list_checkpoints(output_dir)[:-keep_last]:
         if keep_every and step_of(old) % keep_every == 0:

@@ -41,7 +41,7 @@ def peak_flops(device_name: str) -> float | None:
 
 @dataclass
 class TrainingCost:
-    """Of one image."""
+    """Cost of training on one image."""
 
     flops: float  # of forward and backward pass
     activation_bytes: float  # kept for the backward pass

@@ -79,8 +79,8 @@ class IntervalMeans:
 
 
 class TrainingMetrics:
-    """Measurements between two log lines. Wall-clock times are those of the device, since the check for finite losses
-    synchronizes once per step. The first step after a launch, which compiles and allocates, is not counted.
+    """Measurements between two log lines. Wall-clock times include the device's work, since the check for finite
+    losses synchronizes once per step. The first step after a launch, which compiles and allocates, is not counted.
 
     Args:
         skipped_images, trained_s: of earlier launches.

@@ -62,7 +62,7 @@ class Start:
 
     @property
     def weights_only(self) -> bool:
-        """`checkpoint` is a weights file; optimizer, step and data order start anew."""
+        """`checkpoint` is a weights file; optimizer, step and data order start from the beginning."""
         return self.weights is not None
 
 
@@ -263,7 +263,7 @@ def _check_classes(trained: list[str] | None, provenance: Provenance, source: ob
 
 
 def shortened(names: list[str] | None) -> str:
-    """For a message."""
+    """The names in at most 80 characters, for a message."""
     return textwrap.shorten(", ".join(names or []), 80, placeholder=" ...")
 
 

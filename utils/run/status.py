@@ -62,7 +62,7 @@ class StatusFile:
             write_status(self.output_dir, self.now)
 
     def update(self) -> None:
-        """As `write`; an error must not end training."""
+        """Like `write`, but an error does not end training."""
         with suppress(OSError):
             self.write()
 

@@ -23,7 +23,7 @@ STEP = "train/step"  # the x axis; wandb's own step may not decrease, but steps 
 class WandbRun:
     """Mirrors a run to wandb, on rank 0. An error of wandb is a warning, and training continues.
 
-    The mode (online, offline, disabled) is that of the environment or of wandb's settings file. An online run that
+    The mode (online, offline, disabled) comes from the environment or wandb's settings file. An online run that
     cannot start becomes an offline one. A run that starts at step 0 is a new run in wandb; a resumed one continues the
     run whose id is in `<output_dir>/wandb_run_id`.
 

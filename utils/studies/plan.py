@@ -108,7 +108,7 @@ class Plan:
     """A checked plan.
 
     Attributes:
-        name: of the study, that of the plan file.
+        name: of the study and of its plan file.
         file: the plan as given.
         folder: of the study.
         configs: the resolved config of each arm.
@@ -283,7 +283,7 @@ def _deciding(config: Config) -> dict[str, Any]:
 
 
 def _to_text(value: Any) -> str:
-    """As on a command line."""
+    """A value as text, as on a command line."""
     if value is None:
         return "null"
     if isinstance(value, str):
