@@ -36,9 +36,9 @@ def open_training_data(
     """The codes that the config names, else images; the `fingerprint` differs for different data.
 
     Args:
-        tokenizer_sha256: of the weights of the model's tokenizer.
+        tokenizer_sha256: hash of the weights of the model's tokenizer.
         verify: compare all codes with the hashes of their store, if `dataset.params.verify_hashes`.
-        need_images: names of the taps that need images, for which codes come with theirs.
+        need_images: names of the taps that need images; codes are then read with their images.
 
     Raises:
         InputError: something is missing, damaged or does not fit the model or the tokenizer.
@@ -202,7 +202,7 @@ def passes_done(config: Config, samples_seen: int, num_samples: int) -> dict[str
 
 
 class GeneratorBatches(Dataset):
-    """Batches with their random numbers and dropped labels, made in the workers to keep the GPU busy."""
+    """Batches with their random numbers and dropped labels, prepared in the workers to keep the GPU busy."""
 
     def __init__(
         self, dataset: TrainingSet, config: Config, num_perturbation_uniforms: int, num_order_uniforms: int
@@ -250,7 +250,7 @@ class TrainingBatches:
     Args:
         micro_steps: batches per step.
         steps: numbers of the steps to come.
-        samples_seen: of all ranks, before these steps.
+        samples_seen: samples that all ranks have seen before these steps.
         stop_requested: whether a stop signal has arrived.
         num_uniforms: random numbers for the perturbation of a sample at a step; None: batches for a tokenizer.
         num_order_uniforms: random numbers for the order of a sample.

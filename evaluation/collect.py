@@ -72,7 +72,7 @@ def collect(
     the same for any number of processes.
 
     Args:
-        title: of the progress bar.
+        title: title of the progress bar.
         device: holds the sums; None: the device of `ctx`.
         keep_as: dtype in which the pool features are kept; None: they are not.
 

@@ -166,7 +166,7 @@ def write_comparison(report: dict[str, Any], a: Path, b: Path) -> Path:
 def write_report(report: dict[str, Any], samples: Path) -> Path:
     """Write `<samples>.<backend>.json`, or `<samples>.<backend>-<distance>.json` for a distance other than the usual.
 
-    An existing report of the same samples with another reference is kept, and the reference is added to the name:
+    An existing report of the same samples with a different reference is kept, and the reference is added to the name:
     `<samples>.<reference>.<backend>.json`. Raises InputError if a file of that name is not a report.
     """
     provenance = report["provenance"]
@@ -224,7 +224,7 @@ def _read_report(path: Path) -> dict[str, Any] | None:
 
 
 def _has_other_reference(path: Path, report: dict[str, Any]) -> bool:
-    """Whether the report at `path` is of the same samples and another reference."""
+    """Whether the report at `path` is of the same samples and a different reference."""
     found = _read_report(path)
     if found is None:
         raise InputError(f"{path}: found another file, expected a report; delete or rename it")

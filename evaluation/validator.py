@@ -58,7 +58,7 @@ class ValidationTokens:
         """Combine the batches of all ranks, and tokenize images. All ranks call it.
 
         Args:
-            batches: of this rank, on its device: `index` (B,), each from 0 to `num_rows` - 1 on one rank only,
+            batches: this rank's, on its device: `index` (B,), each from 0 to `num_rows` - 1 on one rank only,
                 `class_labels` (B,) and `codes` (B, N) or `image` (B, 3, H, W); samples whose `readable` is false are
                 left out.
             tokenizer: on the device of the rank; used for images alone.

@@ -20,7 +20,7 @@ from utils.files.weights import load_state_dict, load_strict, read_record
 from utils.schema import Config, ModelConfig
 
 TOKENIZER = "tokenizer"  # sub-folder of the model's folder
-REFERENCE_FILE = "reference.json"  # in place of the tokenizer's weights: their name and sha256
+REFERENCE_FILE = "reference.json"  # instead of the tokenizer's weights: their name and sha256
 CLASSES_FILE = "classes.json"  # names of the classes in the order of their ids
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CLASSES_FILE, f"{TOKENIZER}/*.json", f"{TOKENIZER}/{WEIGHTS_FILE}")
 

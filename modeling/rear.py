@@ -114,8 +114,8 @@ class ReAR(PretrainedModel):
         return replace(config, generator=replace(config.generator, transition_alignment=False, taps=[]))
 
     def load_weights(self, path: Path) -> None:
-        """As in the base class, except for projectors: one that the file does not have is removed, and one that this
-        model does not have is not loaded."""
+        """Like the base class, except for projectors: a projector that the file lacks is removed, and a projector that
+        this model lacks is not loaded."""
         state = load_state_dict(path)
         in_file = {key.partition(".")[0] for key in state if is_projector(key)}
         for tap in self.taps:

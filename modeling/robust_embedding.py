@@ -113,11 +113,11 @@ class Tap:
     """Where a term reads the model, and how it counts in the loss.
 
     Attributes:
-        name: of the term.
-        block: whose output is read: its index, or its name in `model.named_modules()`.
+        name: name of the term.
+        block: the block whose output is read: its index, or its name in `model.named_modules()`.
         positions: `own`: where a code is the input; `next`: where it is predicted, one position before.
         z_dim: Z, width of the target vectors and of the projection.
-        weight: of the term among all taps.
+        weight: weight of the term among all taps.
         exclude_perturbed: positions of replaced codes add 0 to the term.
         end_step: step from which on the term is 0; None: never.
     """

@@ -331,7 +331,7 @@ def robustness(model: ReAR, tokens: Tokens, progress: tqdm) -> dict[str, list[fl
 
 
 def code_use(codes: Tensor, codebook_size: int) -> dict[str, Any]:
-    """Statistics of codes (n, N): entropy of the frequencies in bits, share of the codebook used, sorted frequencies."""
+    """Statistics of codes (n, N): entropy of frequencies in bits, share of the codebook used, sorted frequencies."""
     counts = counts_of(codes, codebook_size)
     statistics = CodeStatistics(counts, class_counts=np.zeros(0))
     frequencies = np.sort(counts)[::-1] / counts.sum()

@@ -215,7 +215,7 @@ def read_mask(path: Path, rows: int, columns: int) -> np.ndarray:
 
 
 def load_model(weights: TrainedWeights, config: CompleteImagesConfig) -> ReAR:
-    """Raises InputError for weights of another model, or an unknown class label."""
+    """Raises InputError for weights of a different model, or an unknown class label."""
     label, num_classes = config.completion.class_label, config.model.generator.condition_num_classes
     if label is not None and label >= num_classes:
         raise InputError(f"completion.class_label={label}: expected 0 to {num_classes - 1}, or null for the null class")

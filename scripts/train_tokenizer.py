@@ -5,7 +5,7 @@
 
 Reads `dataset.params.train_shards_path_or_url` and, for validation, `eval_shards_path_or_url`. Rerun the same command
 to resume, as in train_rear.py; `vq_training.init_from` starts a new run from weights. With
-`torchrun --nproc_per_node=8` in place of `python`, eight processes share a step.
+`torchrun --nproc_per_node=8` instead of `python`, eight processes share a step.
 
 Writes to `experiment.output_dir`: config.yaml, environment.txt, log.txt, metrics.jsonl, status.json,
 checkpoint-<step>/, training_curves.png and, every `experiment.save_every` steps and at the end, tokenizer.safetensors
@@ -45,7 +45,9 @@ class VQTrainingConfig:
 
     init_from: str | None = key(None, "tokenizer weights to start from; null: random")
     commitment_weight: NonNegativeFloat = key(0.25, "beta of the VQ-VAE loss")
-    entropy_weight: NonNegativeFloat = key(0.0, "weight of the mean entropy of the token probabilities minus the entropy of their mean")
+    entropy_weight: NonNegativeFloat = key(
+        0.0, "weight of the mean entropy of the token probabilities minus the entropy of their mean"
+    )
     l2_weight: NonNegativeFloat = key(1.0, "weight of the squared error; the absolute error has weight 1")
     perceptual_weight: NonNegativeFloat = key(0.1, "weight of the distance between EfficientNet-Lite0 features")
     adversarial_weight: NonNegativeFloat = key(0.0, "weight of the discriminator on the same features; 0: none")
@@ -193,7 +195,7 @@ def main(config: TrainTokenizerConfig) -> str:
 def check_image_keys(config: Config) -> None:
     """
     Raises:
-        InputError: images of another size than the tokenizer's, or none.
+        InputError: images of a different size than the tokenizer's, or none.
     """
     params, crop_size = config.dataset.params, config.dataset.preprocessing.crop_size
     resolution = config.model.vq_model.resolution

@@ -14,10 +14,10 @@ def check_ranges(section: Any, prefix: str = "") -> None:
     """
     Args:
         section: a config, or a section of one that was made in Python.
-        prefix: of the section's keys, for the error message, such as "model.generator.".
+        prefix: prefix of the section's keys, for the error message, such as "model.generator.".
 
     Raises:
-        ConfigError: a value of another type or outside its range.
+        ConfigError: a value of a different type or outside its range.
     """
     for name, key in keys_of(type(section)).items():
         try:

@@ -1,4 +1,4 @@
-"""Standard output and error that never raise; text from files made harmless for a terminal and for Markdown."""
+"""Standard output and error that never raise; escaping of text for a terminal and for Markdown."""
 
 import os
 import re

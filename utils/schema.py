@@ -133,7 +133,7 @@ class TiTokConfig(ConvTokenizerConfig):
 
 @dataclass
 class VQModelConfig(VQGANConfig, VQPlusConfig, TiTokConfig):
-    """Keys of all tokenizers in one section, as in the published files; a key of another tokenizer is an error."""
+    """Keys of all tokenizers in one section, as in the published files; a key of a different tokenizer is an error."""
 
 
 @dataclass

@@ -72,7 +72,7 @@ def find_source(given: Path | None) -> Path:
 
 
 def read_split(source: Path, name: str) -> Split:
-    """`name`: train or heldout. Raises InputError for a file that is missing, damaged or of another data set."""
+    """`name`: train or heldout. Raises InputError for a file that is missing, damaged or of a different data set."""
     images = _read(source, f"{SPLITS[name]}-images-idx3-ubyte")
     labels = _read(source, f"{SPLITS[name]}-labels-idx1-ubyte")
     return Split(

@@ -90,7 +90,7 @@ class ImageSource(ABC):
 
     @property
     def files_fingerprint(self) -> str:
-        """Hash of the sizes and modification times of the files: another one if an image was replaced under its name.
+        """Hash of the sizes and modification times of the files, which changes if an image is replaced under its name.
         Cheap, since no file is read."""
         digest = hashlib.sha256()
         for file in self.files():

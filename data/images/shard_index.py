@@ -52,7 +52,7 @@ def write_index(shard: Path, index: ShardIndex) -> None:
 
 
 def read_index(shard: Path) -> ShardIndex | None:
-    """None if there is none; raises InputError if it is damaged or belongs to a shard of another size."""
+    """None if there is none; raises InputError if it is damaged or belongs to a shard of a different size."""
     path = index_path(shard)
     if not path.is_file():
         return None

@@ -70,7 +70,7 @@ def plan_shards(source: ImageFolder, prefix: str, samples_per_shard: int, heldou
 
 
 def provenance_of(source: ImageFolder, class_names: list[str], shards: list[Shard]) -> dict[str, Any]:
-    """Everything that the shards depend on, with sizes and times of the images in place of their content."""
+    """Everything that the shards depend on, with sizes and times of the images instead of their content."""
     return {
         "names of the images": source.fingerprint,
         "sizes and times of the images": source.files_fingerprint,

@@ -38,8 +38,8 @@ class Outcome:
     """The outcome of a hypothesis.
 
     Attributes:
-        contrast: of the complete pairs; None: fewer than two, or values without ratio.
-        seeds: of the complete pairs.
+        contrast: contrast over the complete pairs; None: fewer than two, or values without ratio.
+        seeds: seeds of the complete pairs.
         adjusted_p: Holm's; None: no verdict yet.
         verdict: a sentence.
     """
@@ -56,9 +56,9 @@ class Results:
     """The complete cells of a study, read when it is created.
 
     Attributes:
-        states: of complete planned cells, by arm and seed, in the order of the plan.
+        states: states of complete planned cells, by arm and seed, in the order of the plan.
         unfinished: names of the other planned cells.
-        unplanned: of other cells in the folder of the study.
+        unplanned: states of other cells in the folder of the study.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -304,7 +304,7 @@ def power_lines(seeds: int, hypotheses: int) -> list[str]:
             f"warning: the smallest p of {seeds} seeds is {smallest_p(seeds):.2g}, above {ALPHA:g} / {hypotheses} "
             f"(number of hypotheses): no verdict can be 'real'; use at least {needed} seeds"
         ]
-    # As if nothing were shared by the runs of a seed; what is shared makes the effects that are found smaller.
+    # Assumes that the runs of a seed share nothing; what they share makes smaller effects detectable.
     effects = [smallest_effect(from_percent(spread) * 2**0.5, seeds, alpha) for spread in TYPICAL_SPREADS_PCT]
     return [
         f"{seeds} seeds find an effect of {_list(effects, '.1f')} % with a probability of {POWER:.0%}, if the runs of "

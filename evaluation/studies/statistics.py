@@ -136,8 +136,8 @@ class Contrast:
     Attributes:
         differences: (n,), the log-ratio of each seed.
         effect_pct, low_pct, high_pct: mean log-ratio in percent and its bootstrap interval.
-        p: of the sign-flip test, not adjusted.
-        equivalence_p: of two one-sided tests at the margin.
+        p: p of the sign-flip test, not adjusted.
+        equivalence_p: p of two one-sided tests at the margin.
     """
 
     differences: np.ndarray

@@ -35,7 +35,7 @@ class TimmEncoder(FrozenEncoder):
     the grid. Image features are what timm's classifier would read: the class token or pooled features.
 
     Args:
-        model: that `timm.list_models` knows, perhaps with the tag of its weights.
+        model: a name that `timm.list_models` knows, perhaps with the tag of its weights.
         weights: a path or hf://OWNER/REPO/FILE; None: timm's weights on the Hub.
         grid_size: g; None: for image features.
 
@@ -107,7 +107,7 @@ def _on_the_hub(model: str) -> str:
 
 
 def _state_of(path: Path, network: Any) -> dict[str, Tensor]:
-    """The weights in a file, converted as timm does (names, position embeddings of another size), without the
+    """The weights in a file, converted as timm does (names, position embeddings of a different size), without the
     classifier."""
     state = load_state_dict(path)
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)

@@ -41,7 +41,7 @@ def generate_images(
         guidance_scale, guidance_scale_pow, temperature, top_k, top_p: None: as in `model.config.generator`.
         order: random: for models that were trained with random orders.
         batch_size: images at a time.
-        sampler: of this model, to reuse with its own batch size, since on a GPU preparing a new one takes seconds:
+        sampler: one of this model to reuse, with its own batch size, since on a GPU a new one takes seconds to prepare:
             `ImageSampler(model, tokenizer, Config(model=model.config), batch_size)`.
 
     Returns:

@@ -76,7 +76,7 @@ def image_orders(indices: Sequence[int], image_seq_len: int, sampling: SamplingC
 class ImageSampler:
     """Samples batches of up to `batch_size` images. Reuse it: compiling and capturing happen once.
 
-    A smaller batch is padded with its last index: another batch size would be compiled again, and on a GPU may round
+    A smaller batch is padded with its last index: a new batch size would be compiled again, and on a GPU may round
     differently.
 
     Args:
@@ -89,7 +89,7 @@ class ImageSampler:
         decoder: turns these codes into images, or returns the codes if the tokenizer has no images.
 
     Raises:
-        ValueError: model and tokenizer of other codes, a model in another precision, or a value outside its range.
+        ValueError: model and tokenizer do not match, the model has a different precision, or a value is out of range.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class ImageSampler:
             self.decoder = ImageDecoder(tokenizer, self.sampling.uint8_rule, decoder_dtype)
 
     def configure(self, config: Config) -> None:
-        """Use this seed, order, guidance, temperature, top-k and top-p from now on; all else stays.
+        """Use this seed, order, guidance, temperature, top-k and top-p from now on; everything else is kept.
 
         Raises:
             ValueError: a value outside its range.

@@ -35,7 +35,7 @@ class Targets:
         num_samples: size of the training data; None: unknown.
 
     Attributes:
-        taps: that are trained, in the order of the loss.
+        taps: the trained taps, in the order of the loss.
 
     Raises:
         InputError: an unknown or unfit target, or missing weights.

@@ -69,7 +69,7 @@ class Tokenizer(PretrainedModel, ABC):
     def from_section(cls: type[T], section: VQModelConfig) -> T:
         """Build from `model.vq_model`, which has the keys of all tokenizers.
 
-        Raises InputError for sizes that do not fit together, or a value for a key of another tokenizer.
+        Raises InputError for sizes that do not fit together, or a value for a key of a different tokenizer.
         """
         own = {field.name for field in fields(cls.config_class)}
         values = {field.name: getattr(section, field.name) for field in fields(section)}
@@ -90,7 +90,7 @@ class Tokenizer(PretrainedModel, ABC):
     @abstractmethod
     def config_from_state_dict(cls, state: dict[str, Tensor]) -> TokenizerConfig:
         """Config of the tokenizer with this state dict; keys that it does not determine, such as the resolution, keep
-        their defaults. Raises InputError for keys of another model."""
+        their defaults. Raises InputError for keys of a different model."""
 
     @classmethod
     def weights_of(cls, state: dict[str, Tensor], source: object) -> dict[str, Tensor]:

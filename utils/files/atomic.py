@@ -105,7 +105,7 @@ def sync(path: Path) -> None:
 
 
 def set_permissions(path: Path) -> None:
-    """Give a file the permissions of the umask, if its mount can: they are not worth the file."""
+    """Give a file the permissions of the umask, if its mount can; a failure is ignored."""
     umask = os.umask(0)
     os.umask(umask)
     with suppress(OSError):

@@ -37,9 +37,9 @@ class ChunkFiles:
     """The chunk files of work on items 0 to num_items - 1.
 
     Args:
-        folder: of the chunk files; `open` creates it.
+        folder: folder of the chunk files; `open` creates it.
         chunk_size: items per chunk; the last chunk holds the rest.
-        suffix: of the chunk files, such as .npy.
+        suffix: suffix of the chunk files, such as .npy.
 
     Attributes:
         chunks: the range of items of each chunk, in order.
@@ -73,7 +73,7 @@ class ChunkFiles:
             write_record(self.folder, provenance, self._record)
 
     def open_or_replace(self, provenance: dict[str, Any]) -> None:
-        """Like `open`, but chunks of another provenance are deleted."""
+        """Like `open`, but chunks with a different provenance are deleted."""
         try:
             self.open(provenance)
         except InputError:

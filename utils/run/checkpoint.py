@@ -76,7 +76,7 @@ def load_weights(module: nn.Module, weights: StateDict, source: object) -> None:
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state dict with names in place of the numbers of parameters; ranks and memory as for `weights_of`."""
+    """The state dict with names instead of the numbers of parameters; ranks and memory as for `weights_of`."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     if not optimizer.state:  # before the first update, torch would invent a state with a step

@@ -28,7 +28,7 @@ class WandbRun:
     run whose id is in `<output_dir>/wandb_run_id`.
 
     Attributes:
-        url: of an online run.
+        url: address of an online run.
         sync_command: uploads an offline run.
     """
 
@@ -90,7 +90,7 @@ class WandbRun:
         """Upload the rest, for FINISH_TIMEOUT_S at most.
 
         Args:
-            exit_code: of the process; wandb shows the run as failed or preempted only if it is not 0.
+            exit_code: the process's exit status; wandb shows the run as failed or preempted only if it is not 0.
             preempted: the run will be started again.
         """
         if self._run is not None:

@@ -35,7 +35,7 @@ class State:
 
     Attributes:
         config_sha256, plan_sha256: hashes of the arm's config and of the plan at the start.
-        seconds: of each finished stage, all attempts together.
+        seconds: duration of each finished stage, all attempts together.
         spent: seconds of attempts of the next stage that did not finish it.
         error: why the last attempt failed; empty: it did not.
         metrics: when all stages are finished.
@@ -61,7 +61,7 @@ class Cell:
     """
     Attributes:
         name: <arm>/seed<k>.
-        folder: of its files.
+        folder: folder of its files.
     """
 
     def __init__(self, plan: Plan, arm: str, seed: int) -> None:
@@ -72,7 +72,7 @@ class Cell:
         self.folder = plan.folder / arm / f"seed{seed}"
 
     def read(self) -> State:
-        """The state in cell.json; a new one without the file. Raises InputError for a cell of another config."""
+        """The state in cell.json; a new one without the file. Raises InputError for a cell of a different config."""
         path, config_sha256 = self.folder / CELL_FILE, self.plan.config_sha256[self.arm]
         if not path.exists():
             return State(self.arm, self.seed, config_sha256)

@@ -44,7 +44,7 @@ class Running:
     Attributes:
         log_start: byte of the log at which the output of this attempt begins.
         started: time.monotonic().
-        lock: of the cell, held until this command leaves it.
+        lock: lock of the cell, held until this command leaves it.
     """
 
     cell: Cell
@@ -240,7 +240,7 @@ def remaining_s(
     stages: Sequence[Stage], states: Sequence[State], running: Sequence[Running], workers: int
 ) -> tuple[float, bool]:
     """Seconds until all cells are complete, by the mean duration of each stage so far, and whether that is only a lower
-    bound, because of a stage of which no duration is known. The duration of the first training is its own estimate."""
+    bound, because the duration of some stage is unknown. The duration of the first training is its own estimate."""
     durations = {stage: [state.seconds[stage] for state in states if stage in state.seconds] for stage in stages}
     if "train" in durations and not durations["train"]:
         statuses = [read_status_or_none(one.cell.folder / "run") for one in running if one.stage == "train"]
