@@ -66,7 +66,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def to_store(jsonl: Path, store_path: Path, arguments: argparse.Namespace) -> int:
-    """Convert unless that has been done; returns the number of samples. Raises InputError for bad lines, or another
+    """Convert unless the store is complete; returns the number of samples. Raises InputError for bad lines, or another
     store of that name."""
     if not jsonl.is_file():
         raise InputError(f"{jsonl}: no such file")

@@ -9,8 +9,8 @@ scripts/train_rear.py trains students. If there are as many sequences as a stude
 over-fitting is impossible; the entropy of the data is known. `measure` draws new samples from TEACHER p and each
 STUDENT q and computes, in nats per sequence and exact in each next token: forward KL(p || q) on contexts of p, reverse
 KL(q || p) on contexts of q, and the excess error: KL(p || q) on contexts of q minus KL(p || q) on contexts of p,
-accumulated over positions
-(https://arxiv.org/abs/2204.01171). Models are run folders, checkpoints or weights files of a run.
+accumulated over positions (https://arxiv.org/abs/2204.01171). Models are run folders, checkpoints or weights files of
+a run.
 
 `sample` writes OUTPUT.tokens and its provenance, OUTPUT.json. `measure` writes exposure_bias.json (all numbers, with
 95 % intervals over sequences), exposure_bias.md (tables; arms of a study are compared by seed) and exposure_bias.png.

@@ -5,7 +5,7 @@
 
 Image i has class i mod C and depends on (weights, config, sampling.seed, i) only, so the images do not depend on the
 number of processes, and no part of the file is sorted by class (the Inception Score needs that). With
-`sampling.class_labels` the file holds only the images of these classes, which are the same and alternate too.
+`sampling.class_labels` the file holds only these classes, alternating; their images are the same as without it.
 
 Writes `<output_dir>.npz` (arr_0: uint8 NHWC images, arr_1: int64 labels), `<output_dir>.png` (a grid of the first),
 `<output_dir>.yaml` (the resolved config), `<output_dir>.json` (the provenance of the images, the step of the weights)

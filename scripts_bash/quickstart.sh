@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All steps on real images, on a CPU or one GPU: tiles of NASA's Blue Marble -> codes -> reAR training -> samples -> npz
+# All steps on real images, on a CPU or one GPU: tiles of NASA's Blue Marble -> tokens -> reAR training -> samples -> npz
 # -> score. All inputs come with Python packages; all outputs are in OUT. Rerun the same command to resume. Arguments
 # override the config of every step:
 #   OUT=outputs/other_seed bash scripts_bash/quickstart.sh training.seed=1
@@ -32,12 +32,12 @@ step() { printf '\n== %s\n' "$*"; STARTED+=("$SECONDS"); NAMES+=("$*"); }
 step "1/6 images: tiles of the Blue Marble in twelve regions"
 run python scripts/build_blue_marble.py "$OUT/images"
 
-step "2/6 codes: the tokenizer on the training tiles, and its reconstructions of validation tiles"
+step "2/6 tokens: the tokenizer on the training tiles, and its reconstructions of validation tiles"
 [[ -d $OUT/train.tokens ]] || run "${LAUNCH[@]}" scripts/pretokenize.py "${CONFIG[@]}" "${TOKENS[@]}" "${TRAIN_TILES[@]}" \
   training.per_gpu_batch_size=$((32 / PROCESSES)) "$@"
 run "${RECONSTRUCT[@]}" experiment.output_dir="$OUT/tokenizer"
 
-step "3/6 training: reAR on the codes (rerun the same command to resume)"
+step "3/6 training: reAR on the tokens (rerun the same command to resume)"
 run "${LAUNCH[@]}" "${TRAIN[@]}" experiment.output_dir="$OUT/rear"
 run python "${TRAIN[@]}" experiment.output_dir="$OUT/untrained" training.stop_steps=0
 

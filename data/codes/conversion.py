@@ -190,7 +190,7 @@ def _convert_lines(
 
 
 def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:
-    """Write the samples as jsonl, atomically, unless that has been done; rows are in `<jsonl>.rows/` meanwhile. The
+    """Write the samples as jsonl, atomically, unless it is complete; rows are in `<jsonl>.rows/` meanwhile. The
     store's meta.json then records the jsonl as its source. Returns the number of samples.
 
     Raises InputError for a missing or damaged store, or a different file at `jsonl`.

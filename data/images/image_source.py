@@ -103,7 +103,7 @@ class ImageSource(ABC):
         return digest.hexdigest()
 
     def has_stated_content(self) -> bool:
-        """Whether the files state their sha256 and are as stated, which reads them all."""
+        """Whether the files state their sha256 and match it, which reads them all."""
         return False
 
     def check_class_ids(self, num_classes: int | None) -> None:
