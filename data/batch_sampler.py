@@ -1,6 +1,6 @@
 """Which rank sees which sample at which step: a function of (seed, step) alone.
 
-The samples of all steps form one endless sequence: pass after pass over the data, each in another random order. A step
+The samples of all steps form one endless sequence: pass after pass over the data, each in a new random order. A step
 takes the next G samples, G being the global batch, and cuts them into equal slices for ranks and micro-batches. The
 index of a sample among these G, its slot, is the key of its random numbers. So a step does not depend on the number of
 processes, no sample is left out at the end of a pass, and resuming needs the step alone.

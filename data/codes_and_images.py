@@ -1,4 +1,4 @@
-"""Stored codes together with the pixels that they were made from, for targets that need images.
+"""Stored codes together with the pixels that they were encoded from, for targets that need images.
 
 Legend: B samples, N codes each, K crops per image, H x W pixels.
 """

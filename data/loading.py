@@ -98,7 +98,7 @@ class Batches(Iterator[Batch]):
         """Raise if no batch will come."""
         pin_memory_thread = getattr(self._batches, "_pin_memory_thread", None)
         if pin_memory_thread is not None and not pin_memory_thread.is_alive():
-            raise InputError(OPEN_FILES)  # it ends without a message when it cannot open a batch
+            raise InputError(OPEN_FILES)  # the thread ends without a message when it cannot open a batch
         if not self._stop_requested():
             return
         if self._stop_seen_at is None:

@@ -38,9 +38,9 @@ def open_training_data(
     """The codes that the config names, else images; the `fingerprint` differs for different data.
 
     Args:
-        tokenizer_sha256: of the weights of the model's tokenizer.
+        tokenizer_sha256: hash of the weights of the model's tokenizer.
         verify: compare all codes with the hashes of their store, if `dataset.params.verify_hashes`.
-        need_images: names of the taps that need images, for which codes come with theirs.
+        need_images: names of the taps that need images; codes are then read with their images.
 
     Raises:
         InputError: something is missing, damaged or does not fit the model or the tokenizer.
@@ -122,8 +122,8 @@ def _image_classes(params: DatasetParams) -> list[str] | None:
 
 
 def known_classes(config: Config, trained: list[str] | None) -> tuple[list[str], str] | None:
-    """Class names of a model and their source: the names that its weights record, else those of the training data of
-    the config, with a line for the user."""
+    """Class names of a model and their source: the record of its weights, else the training data of the config, which
+    is printed."""
     if trained is not None:
         return trained, "the weights"
     found = training_classes(config)
@@ -203,7 +203,7 @@ def describe_length(config: Config, global_batch_size: int, num_samples: int) ->
 
 
 def passes_done(config: Config, samples_seen: int, num_samples: int) -> dict[str, float]:
-    """For the log: epochs in images, passes in samples."""
+    """Progress for the log: epochs in images, passes in samples."""
     return {
         "train/epoch": samples_seen / config.experiment.max_train_examples,
         "train/dataset_passes": samples_seen / num_samples,
@@ -211,7 +211,7 @@ def passes_done(config: Config, samples_seen: int, num_samples: int) -> dict[str
 
 
 class GeneratorBatches(Dataset):
-    """Batches with their random numbers and dropped labels, made in the workers to keep the GPU busy."""
+    """Batches with their random numbers and dropped labels, prepared in the workers to keep the GPU busy."""
 
     def __init__(
         self, dataset: TrainingSet, config: Config, num_perturbation_uniforms: int, num_order_uniforms: int
@@ -259,7 +259,7 @@ class TrainingBatches:
     Args:
         micro_steps: batches per step.
         steps: numbers of the steps to come.
-        samples_seen: of all ranks, before these steps.
+        samples_seen: samples that all ranks have seen before these steps.
         stop_requested: whether a stop signal has arrived.
         num_uniforms: random numbers for the perturbation of a sample at a step; None: batches for a tokenizer.
         num_order_uniforms: random numbers for the order of a sample.

@@ -29,7 +29,7 @@ def open_validation_data(config: Config, tokenizer_sha256: str, verify: bool = T
     either, or if `experiment.eval_every` is 0.
 
     Args:
-        tokenizer_sha256: of the weights of the model's tokenizer.
+        tokenizer_sha256: hash of the weights of the model's tokenizer.
         verify: compare all codes with the hashes of their store, if `dataset.params.verify_hashes`.
 
     Raises:
@@ -59,8 +59,8 @@ def open_validation_images(
     """`open_center_crops`, with the class ids of the training data; raises InputError for other classes.
 
     Args:
-        num_classes: of the model, if there is one.
-        trained: class names that its weights record, in the order of the ids; None: those of the training data.
+        num_classes: number of classes of the model, if there is one.
+        trained: class names that its weights record, in the order of the ids; None: use the training data's.
     """
     images = open_center_crops(config)
     known = training_classes(config) if trained is None else (trained, "the weights")

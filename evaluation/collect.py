@@ -23,7 +23,7 @@ class Images(Protocol):
 
 
 class FeatureSums:
-    """Of N images; `spatial` and `score` are None if the extractor has no such features.
+    """Sums over N images; `spatial` and `score` are None if the extractor has no such features.
 
     Attributes:
         pool: moments of the pool features.
@@ -72,8 +72,8 @@ def collect(
     the same for any number of processes.
 
     Args:
-        title: of the progress bar.
-        device: of the sums; None: that of `ctx`.
+        title: title of the progress bar.
+        device: holds the sums; None: the device of `ctx`.
         keep_as: dtype in which the pool features are kept; None: they are not.
 
     Returns:

@@ -33,7 +33,7 @@ class Difference:
 
 
 class _Projected:
-    """Samples whose Frechet distance to a fixed reference is computed many times, for other choices of rows.
+    """Samples whose Frechet distance to a fixed reference is computed many times, for different choices of rows.
 
     tr sqrt(sigma_reference sigma) is the sum of the roots of the eigenvalues of L^T sigma L with L L^T =
     sigma_reference, so it needs the features times L only.
@@ -47,9 +47,9 @@ class _Projected:
         self.reference_trace = float(np.trace(reference.sigma))
 
     def distance(self, rows: Tensor) -> float:
-        """Of these rows (N,), which may repeat."""
+        """Frechet distance of these rows (N,), which may repeat, to the reference."""
         count = len(rows)
-        shift = self.shifted[rows].mean(0)  # (D,), mean of the samples minus that of the reference
+        shift = self.shifted[rows].mean(0)  # (D,), mean of the samples minus mean of the reference
         trace = (self.squares[rows].sum() - count * shift.square().sum()) / (count - 1)
         centred = self.projected[rows]  # (N, r)
         centred = centred - centred.mean(0)

@@ -74,7 +74,7 @@ class Evaluator:
         inception: weights file; None: from torch hub's cache.
         distance: for precision and recall: tf-fp16 (as the original) or fp32 (exact).
         batch_size: images per process and batch.
-        device: of the features; None: that of `ctx`.
+        device: computes the features; None: the device of `ctx`.
 
     Raises:
         InputError: wrong reference or weights, or arguments that exclude each other.
@@ -170,7 +170,7 @@ class Evaluator:
 
     @cached_property
     def reference_sums(self) -> FeatureSums:
-        """Of the reference, computed once and kept in a file."""
+        """Features and moments of the reference, computed once and kept in a file."""
         provenance = feature_provenance(self.reference, self.extractor, self.settings)
         path = self.reference.images.path.with_suffix(f".{file_label(provenance)}.features.safetensors")
         if self.ctx.broadcast_from_rank0(is_kept, path, provenance):
@@ -191,7 +191,7 @@ class Evaluator:
 
     @property
     def reference_gaussian(self) -> Gaussian:
-        """Of the pool features."""
+        """Mean and covariance of the reference's pool features."""
         if self.settings["backend"] == "inception":
             return gaussians(self.reference, self.reference_sums)["pool"]
         return self.reference_sums.pool.gaussian()
@@ -220,14 +220,14 @@ def load_extractor(backend: str, inception: Path | None, device: torch.device) -
 
 
 def backend_name(text: str) -> str:
-    """For argparse."""
+    """The argument of --backend, for argparse."""
     if text != "inception" and not is_encoder_name(text):
         raise argparse.ArgumentTypeError(f"{text!r}: {EXPECTED}, or inception")
     return text
 
 
 def gaussians(npz: Npz, sums: FeatureSums) -> dict[str, Gaussian]:
-    """Of both kinds of features; statistics stored in the file replace computed ones."""
+    """Mean and covariance of both kinds of features; statistics stored in the file replace computed ones."""
     if npz.statistics is not None:
         mu, sigma, mu_s, sigma_s = (npz.statistics[key] for key in ("mu", "sigma", "mu_s", "sigma_s"))
         return {"pool": Gaussian(mu, sigma), "spatial": Gaussian(mu_s, sigma_s)}

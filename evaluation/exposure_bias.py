@@ -97,7 +97,7 @@ def report(students: dict[str, dict[str, Any]], entropy: Sequence[float]) -> str
     """Tables in Markdown: each student, and the paired differences of arms that share two or more seeds with the first.
 
     Args:
-        entropy: of the teacher, in nats per sequence, [mean, low, high].
+        entropy: the teacher's, in nats per sequence, [mean, low, high].
     """
     lines = [
         [name, *(_with_interval(student[quantity]) for quantity in QUANTITIES), f"{student['excess_error_pct']:.1f} %"]

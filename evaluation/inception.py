@@ -65,7 +65,7 @@ def find_cached_weights() -> Path:
 
 
 def build_network(state: dict[str, Tensor], path: Path) -> Any:
-    """torch-fidelity's network with these weights; raises InputError if they are of another network."""
+    """torch-fidelity's network with these weights; raises InputError if they are of a different network."""
     from torch_fidelity import FeatureExtractorInceptionV3
 
     # The constructor unpickles its file without restrictions, so it gets the checked tensors instead.

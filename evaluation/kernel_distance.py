@@ -13,15 +13,15 @@ SUBSETS, SUBSET_SIZE = 100, 1000  # as published; random subsets, the same ones 
 
 @dataclass(frozen=True)
 class KernelDistance:
-    """Of random subsets of the images."""
+    """Kernel distance over random subsets of the images."""
 
     mean: float
     std: float  # standard deviation, of the values of single subsets
 
 
 def kernel_distance(reference: Tensor, samples: Tensor) -> KernelDistance:
-    """Of features (N, D) and (M, D), float32; subsets have 1,000 images each, or half of the smaller set if it has less
-    than 2,000 images."""
+    """Kernel distance of features (N, D) and (M, D), float32; subsets have 1,000 images each, or half of the smaller
+    set if it has less than 2,000 images."""
     from torch_fidelity.metric_kid import (  # a slow import
         KEY_METRIC_KID_MEAN,
         KEY_METRIC_KID_STD,

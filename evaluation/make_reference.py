@@ -95,7 +95,7 @@ def provenance_of(source: ImageSource, extractor: Extractor, args: argparse.Name
 
 
 def record_provenance(output: Path, provenance: dict[str, Any]) -> None:
-    """Write the provenance; raises InputError if the output exists with another."""
+    """Write the provenance; raises InputError if the output exists with a different one."""
     is_made(output, provenance)
     write_record(output, provenance, figures=code_facts())
 

@@ -135,13 +135,13 @@ def _encoder_title(report: dict[str, Any]) -> str:
 
 
 def names_in_log(report: dict[str, Any]) -> dict[str, float]:
-    """The metrics by name in the log of a run; those of a timm model with its name, since a run may have several."""
+    """The metrics by name in the log of a run; names include the timm model, since a run may have scores of several."""
     model = report["provenance"]["backend"].partition(":")[2]
     return {f"{name}_{model}" if model else name: value for name, value in report["metrics"].items()}
 
 
 def print_comparison(report: dict[str, Any]) -> None:
-    """Of `Evaluator.compare`."""
+    """Print the report of `Evaluator.compare`."""
     provenance, metrics = report["provenance"], report["metrics"]
     for warning in report["warnings"]:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -166,7 +166,7 @@ def write_comparison(report: dict[str, Any], a: Path, b: Path) -> Path:
 def write_report(report: dict[str, Any], samples: Path) -> Path:
     """Write `<samples>.<backend>.json`, or `<samples>.<backend>-<distance>.json` for a distance other than the usual.
 
-    An existing report of the same samples with another reference is kept, and the reference is added to the name:
+    An existing report of the same samples with a different reference is kept, and the reference is added to the name:
     `<samples>.<reference>.<backend>.json`. Raises InputError if a file of that name is not a report.
     """
     provenance = report["provenance"]
@@ -224,7 +224,7 @@ def _read_report(path: Path) -> dict[str, Any] | None:
 
 
 def _has_other_reference(path: Path, report: dict[str, Any]) -> bool:
-    """Whether the report at `path` is of the same samples and another reference."""
+    """Whether the report at `path` is of the same samples and a different reference."""
     found = _read_report(path)
     if found is None:
         raise InputError(f"{path}: found another file, expected a report; delete or rename it")

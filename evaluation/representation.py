@@ -12,7 +12,7 @@ RIDGE = 1e-3  # of the mean variance of x
 
 
 class Covariances:
-    """Of x (M, D) and y (M, Z), accumulated by `add`."""
+    """Covariances of x (M, D) and y (M, Z), accumulated by `add`."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -27,7 +27,7 @@ class SampleDistance:
     Args:
         validation: images to compare with, of the size of the samples.
         num_samples: N.
-        batch_size: images that a rank generates and extracts features of at once.
+        batch_size: images whose samples and features a rank computes at once.
 
     Attributes:
         key: name of the metric: val/fid_<N> with Inception features, else val/frechet_lite0_<N>.

@@ -58,7 +58,7 @@ class ValidationTokens:
         """Combine the batches of all ranks, and tokenize images. All ranks call it.
 
         Args:
-            batches: of this rank, on its device: `index` (B,), each from 0 to `num_rows` - 1 on one rank only,
+            batches: this rank's, on its device: `index` (B,), each from 0 to `num_rows` - 1 on one rank only,
                 `class_labels` (B,) and `codes` (B, N) or `image` (B, 3, H, W); samples whose `readable` is false are
                 left out.
             tokenizer: on the device of the rank; used for images alone.
@@ -163,13 +163,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class ValidationAlignment:
-    """Cosines of the taps with their targets, on clean context, without dropout, in raster order, of up to 512 samples:
-    those of batches at equal steps. Vectors that are made from images are kept in host memory.
+    """Cosines of the taps with their targets, on clean context, without dropout, in raster order, of up to 512 samples
+    in batches at equal steps of the data. Target vectors that are computed from images are kept in host memory.
 
     Equal on all ranks, and for any number of ranks, which call every method.
 
     Attributes:
-        taps: that are measured: those whose targets exist for validation data.
+        taps: the measured taps, whose targets exist for validation data.
     """
 
     @dataclass
@@ -216,7 +216,7 @@ class ValidationAlignment:
         """By metric: `val/<tap>_cos`.
 
         Args:
-            validation: its first row stands in on ranks that have fewer batches: FSDP needs all ranks.
+            validation: ranks that have fewer batches repeat its first row, since FSDP needs all ranks.
         """
         if not self.taps:
             return {}

@@ -21,7 +21,7 @@ POSITIONS = {"own": slice(2, None), "next": slice(1, -1)}
 
 @dataclass
 class Predictions:
-    """Of each code from the codes before it in a context, (B, N) float64 on the CPU."""
+    """Predictions of each code from the codes before it in a context, (B, N) float64 on the CPU."""
 
     correct: Tensor  # 1 where the most probable code is the clean one
     loss: Tensor  # cross-entropy in nats

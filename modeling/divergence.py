@@ -36,7 +36,7 @@ def log_probabilities(model: ReAR, codes: Tensor, class_labels: Tensor) -> Tenso
 
 @dataclass(frozen=True)
 class Divergences:
-    """Of a model q from a model p, (B, N) on the CPU, for each context of some sequences."""
+    """Divergences between the models p and q, (B, N) on the CPU, for each context of some sequences."""
 
     p_to_q: Tensor  # KL(p || q)
     q_to_p: Tensor  # KL(q || p)
@@ -44,7 +44,7 @@ class Divergences:
 
 @torch.inference_mode()
 def divergences(p: ReAR, q: ReAR, codes: Tensor, class_labels: Tensor) -> Divergences:
-    """For the contexts in codes (B, N) of classes (B,); models in eval mode."""
+    """Divergences for the contexts in codes (B, N) of classes (B,); models in eval mode."""
     parts = []
     for rows, labels in _split(p, codes, class_labels):
         log_p, log_q = (log_probabilities(model, rows, labels) for model in (p, q))

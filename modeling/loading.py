@@ -20,7 +20,7 @@ from utils.files.weights import load_state_dict, load_strict, read_record
 from utils.schema import Config, ModelConfig
 
 TOKENIZER = "tokenizer"  # sub-folder of the model's folder
-REFERENCE_FILE = "reference.json"  # in place of the tokenizer's weights: their name and sha256
+REFERENCE_FILE = "reference.json"  # instead of the tokenizer's weights: their name and sha256
 CLASSES_FILE = "classes.json"  # names of the classes in the order of their ids
 FILES = (CONFIG_FILE, WEIGHTS_FILE, CLASSES_FILE, f"{TOKENIZER}/*.json", f"{TOKENIZER}/{WEIGHTS_FILE}")
 
@@ -72,8 +72,8 @@ def class_names(source: str | Path, **download: Any) -> list[str] | None:
 def load_generator(path: Path, config: ModelConfig) -> ReAR:
     """The model for sampling, without projectors of any name, whose weights the file may have or not.
 
-    Raises InputError for a missing weights file (see `utils.run.weights_path.find_weights`), or keys or shapes other
-    than those of `config`.
+    Raises InputError for a missing weights file (see `utils.run.weights_path.find_weights`), or keys or shapes that
+    differ from `config`.
     """
     model = ReAR(ReAR.sampling_config(config))
     model.load_weights(path)

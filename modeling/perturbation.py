@@ -1,8 +1,8 @@
 """Perturbation of the context in training: some input codes are replaced, the targets stay.
 
 Source: the paper's noisy context regularization (https://arxiv.org/abs/2510.04450, section 3). A new perturbation is a
-function like those of `modeling.robust_embedding`, a line in `PERTURBATIONS`, and its name among the choices of
-`model.generator.perturb_mode`.
+function like `switch_codes` of `modeling.robust_embedding`, a line in `PERTURBATIONS`, and its name among the choices
+of `model.generator.perturb_mode`.
 
 Legend: B images, N codes per image, V codebook size. Random numbers are passed in as uniforms in [0, 1).
 """

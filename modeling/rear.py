@@ -1,7 +1,7 @@
 """reAR: a GPT over tokenizer codes in raster or any order, with training-only projectors for embedding regularization.
 
 Paper: https://arxiv.org/abs/2510.04450. The architecture, orders included, is RAR's (https://arxiv.org/abs/2411.00776).
-The state-dict keys are those of the published weights and never change.
+The state-dict keys are the keys in the published weights and never change.
 
 Legend: B images, N codes per image, T = N + 2 positions [cls, class, x1 .. xN], D hidden size, V codebook size,
 C classes, U distinct labels of a batch, Z width of a codebook vector.
@@ -116,8 +116,8 @@ class ReAR(PretrainedModel):
         return replace(config, generator=replace(config.generator, transition_alignment=False, taps=[]))
 
     def load_weights(self, path: Path) -> None:
-        """As in the base class, except for projectors: one that the file does not have is removed, and one that this
-        model does not have is not loaded."""
+        """Like the base class, except for projectors: a projector that the file lacks is removed, and a projector that
+        this model lacks is not loaded."""
         state = load_state_dict(path)
         in_file = {key.partition(".")[0] for key in state if is_projector(key)}
         for tap in self.taps:

@@ -1,6 +1,6 @@
 """reAR's regularization, for any autoregressive transformer over the codes of an image tokenizer.
 
-This file needs torch alone: copy it into another code base. This project trains with the same functions.
+This file needs only torch: copy it into your code base. This project trains with the same functions.
 
     robust = RobustEmbedding(codebook, hidden_size=768)  # the tokenizer's (V, Z); its parameters go into the optimizer
     robust.attach(model, encode="blocks.0", decode="blocks.15", prefix=1)
@@ -113,11 +113,11 @@ class Tap:
     """Where a term reads the model, and how it counts in the loss.
 
     Attributes:
-        name: of the term.
-        block: whose output is read: its index, or its name in `model.named_modules()`.
+        name: name of the term.
+        block: the block whose output is read: its index, or its name in `model.named_modules()`.
         positions: `own`: where a code is the input; `next`: where it is predicted, one position before.
         z_dim: Z, width of the target vectors and of the projection.
-        weight: of the term among all taps.
+        weight: weight of the term among all taps.
         exclude_perturbed: positions of replaced codes add 0 to the term.
         end_step: step from which on the term is 0; None: never.
     """
@@ -131,7 +131,7 @@ class Tap:
     end_step: int | None = None
 
     def read(self, hidden: Tensor, prefix: int, last_code: bool = True) -> Tensor:
-        """Of hidden states (B, T, D), those of x1 .. xN: (B, N, D).
+        """Select the hidden states of x1 .. xN, (B, N, D), from hidden states (B, T, D).
 
         Args:
             prefix: P, positions before x1.
@@ -215,7 +215,7 @@ class RobustEmbedding(nn.Module):
             perturbed codes (B, N), and the mask (B, N) bool of replaced codes.
 
         Raises:
-            ValueError: another progress, shape or type.
+            ValueError: wrong progress, shape or type.
         """
         if not 0 <= progress <= 1:
             raise ValueError(f"progress={progress}: expected 0 to 1, the share of the training steps that are done")
@@ -283,7 +283,7 @@ class RobustEmbedding(nn.Module):
 
         Raises:
             RuntimeError: no forward pass to read.
-            ValueError: other shapes than those of the forward pass.
+            ValueError: shapes that differ from the forward pass.
         """
         if not self.taps or self._projected.keys() != {tap.name for tap in self.taps}:
             raise RuntimeError(

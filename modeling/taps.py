@@ -1,4 +1,4 @@
-"""The alignment taps of a config: the encode and the decode term of the published keys, and those of `taps`.
+"""The alignment taps of a config: the encode and decode terms of the published keys, and the entries of `taps`.
 
 What a tap reads and how it counts is in `modeling.robust_embedding.Tap`; what it is compared with, in
 `modeling.targets.registry`.

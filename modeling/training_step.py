@@ -33,9 +33,9 @@ def training_step(
             (B, N) or `image` (B, 3, H, W), and `perturbation_uniforms` (B, `num_perturbation_uniforms`) in [0, 1); with
             an `order_ratio` also `order_uniforms` (B, 1 + N). Some targets need `image` too.
         max_ratio: largest perturbation ratio of an image at this step.
-        targets: of the model's taps.
+        targets: targets of the model's taps.
         order_ratio: share of the images that are not in raster order.
-        step: that a tap may end at.
+        step: the current step, since a tap may have ended.
     """
     generator = config.model.generator
     # (B, N); not `tokenizer.encode`, whose checks wait for the GPU

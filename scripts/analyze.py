@@ -10,7 +10,7 @@ validation data of the first config, else its training tokens. For each model:
 - codebook vectors recovered from each block's output by a linear map, fitted to one half of the images: cosine by
   position on the other half, of the current token (own) and of the predicted one (next);
 - linear CKA of each block's output with these vectors and, with --encoder, with features of the decoded images;
-- loss with a share of the context replaced by random tokens, or by the tokens with the nearest vectors;
+- loss when a fraction of the context is replaced by random tokens, or by the tokens with the nearest vectors;
 - entropy and codebook use of the model's samples (temperature 1, no guidance) against the tokens.
 
 Writes analysis.json (all numbers) and analysis.png (a page of figures) to --output, and prints a table.
@@ -70,11 +70,11 @@ SWAP_RATES = (0.1, 0.25, 0.5)
 
 @dataclass
 class Tokens:
-    """The analyzed tokens, and what depends on them and the tokenizer only; on one device."""
+    """The analyzed tokens, and what depends only on them and the tokenizer; on one device."""
 
     codes: Tensor  # (n, N) int64
     class_labels: Tensor  # (n,) int64
-    corrupted: Tensor  # (n, N): a share of 10 % replaced
+    corrupted: Tensor  # (n, N), with 10 % of the codes replaced
     codebook: Tensor  # (V, Z)
     source: str
     fingerprint: str
@@ -152,7 +152,7 @@ def analyze(options: argparse.Namespace) -> None:
 
 
 def load_model(source: str, overrides: list[str], tokenizer: Tokenizer) -> ReAR:
-    """Raises InputError for weights of another tokenizer, or over other sequences."""
+    """Raises InputError for weights of a different tokenizer, or of a model of different sequences."""
     weights, config = find_generator_weights(load_run_config(source, overrides), tokenizer.sha256())
     model = load_generator(weights.path, config.model)
     expected, found = ((one.image_seq_len, one.codebook_size) for one in (tokenizer, model))
@@ -246,7 +246,7 @@ def analysis(model: ReAR, tokens: Tokens, seed: int, name: str) -> dict[str, Any
 
 
 def predict(model: ReAR, tokens: Tokens, context: Tensor, progress: tqdm) -> list[Predictions]:
-    """Of the clean codes from a context (n, N), batch by batch."""
+    """Predict the clean codes from a context (n, N), batch by batch."""
     found = []
     for rows in tokens.batches:
         found.append(predictions(model, context[rows], tokens.codes[rows], tokens.class_labels[rows]))
@@ -255,7 +255,7 @@ def predict(model: ReAR, tokens: Tokens, context: Tensor, progress: tqdm) -> lis
 
 
 def sample(model: ReAR, count: int, seed: int, progress: tqdm) -> tuple[Tensor, Tensor]:
-    """Codes (count, N) of the model, and their class labels."""
+    """Sample codes (count, N) from the model; returns them with their class labels."""
     samples = ModelSamples(model, seed, Stream.ANALYSIS)
     parts = []
     for start in range(0, count, SEQUENCES_AT_ONCE):
@@ -290,7 +290,7 @@ def representation(model: ReAR, tokens: Tokens, progress: tqdm) -> dict[str, Any
 
 
 def mean_vector_cosine(tokens: Tokens) -> float:
-    """What a constant reaches in place of a recovered vector: the mean of one half against the other."""
+    """The cosine that a constant reaches: the mean vector of one half, compared with the vectors of the other half."""
     fit, test = (F.embedding(tokens.codes[torch.cat([*half])], tokens.codebook) for half in tokens.halves)
     return float(F.cosine_similarity(fit.mean((0, 1)), test, dim=-1).mean())
 
@@ -298,8 +298,8 @@ def mean_vector_cosine(tokens: Tokens) -> float:
 def covariances(
     model: ReAR, tokens: Tokens, batches: Sequence[Tensor], progress: tqdm
 ) -> dict[tuple[str, int], Covariances]:
-    """Of each block's output with the codebook vectors of the current token ("own") and the predicted one ("next"), and
-    with the features of the current token's patch ("encoder")."""
+    """Covariances of each block's output with the codebook vectors of the current token ("own") and of the predicted
+    token ("next"), and with the features of the current token's patch ("encoder")."""
     found: dict[tuple[str, int], Covariances] = {}
     for rows in batches:
         targets = dict.fromkeys(POSITIONS, F.embedding(tokens.codes[rows], tokens.codebook))  # (B, N, Z)
@@ -314,8 +314,8 @@ def covariances(
 
 
 def robustness(model: ReAR, tokens: Tokens, progress: tqdm) -> dict[str, list[float]]:
-    """Mean loss of the clean codes for each of `SWAP_RATES`, the share of context codes that are replaced: by random
-    codes, or at the same positions by those with the nearest codebook vector."""
+    """Mean loss of the clean codes for each of `SWAP_RATES`, the fraction of context codes that are replaced: by random
+    codes or, at the same positions, by the codes with the nearest codebook vectors."""
     neighbours = nearest_codes(tokens.codebook)
     uniforms = validation_uniforms(range(len(tokens)), num_perturbation_uniforms(tokens.codes.shape[1]))
     uniforms[:, 0] = 1  # the same rate in all images
@@ -331,7 +331,7 @@ def robustness(model: ReAR, tokens: Tokens, progress: tqdm) -> dict[str, list[fl
 
 
 def code_use(codes: Tensor, codebook_size: int) -> dict[str, Any]:
-    """Of codes (n, N): entropy of their frequencies in bits, share of the codebook used, and sorted frequencies."""
+    """Statistics of codes (n, N): entropy of frequencies in bits, share of the codebook used, sorted frequencies."""
     counts = counts_of(codes, codebook_size)
     statistics = CodeStatistics(counts, class_counts=np.zeros(0))
     frequencies = np.sort(counts)[::-1] / counts.sum()

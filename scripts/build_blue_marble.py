@@ -32,8 +32,8 @@ def main(output_dir: Path) -> None:
     assert train.class_names is not None, "build_shards writes them"
     counts = [np.bincount(source.class_ids, minlength=len(train.class_names)) for source in (train, heldout)]
     for name, num_train, num_heldout in zip(train.class_names, *counts, strict=True):
-        print(f"{name:9s} {num_train:5d} training {num_heldout:5d} held-out tiles")
-    print(f"{output_dir}: {len(train)} training and {len(heldout)} held-out tiles")
+        print(f"{name:9s} {num_train:5d} training {num_heldout:5d} validation tiles")
+    print(f"{output_dir}: {len(train)} training and {len(heldout)} validation tiles")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Row(msgspec.Struct, forbid_unknown_fields=True):
     Attributes:
         checkpoint: a file, or the folder of a run.
         get: how to get checkpoint and tokenizer.
-        expected: by metric the published number and its tolerance; None: not judged.
+        expected: published number and tolerance of each metric; None: not judged.
         published: where the numbers are from.
         overrides: further arguments of the sampler.
     """

@@ -7,10 +7,10 @@ Images are centre-cropped and encoded. The tokens of the region `completion.keep
 raster order (`model.generator.order=raster`) can only sample what follows the conditioning tokens, so it needs
 top:SHARE or such a mask; a model trained in random orders gets the conditioning tokens first, from any region.
 
-Writes to `experiment.output_dir`: inputs.npz (arr_0: uint8 NHWC images), completions.npz (arr_0: the completions, those
-of an image consecutively; arr_1: int64, the input of each; kept: bool, the grid of conditioning tokens),
+Writes to `experiment.output_dir`: inputs.npz (arr_0: uint8 NHWC images), completions.npz (arr_0: the completions, all
+completions of an image consecutively; arr_1: int64, the input of each; kept: bool, the grid of conditioning tokens),
 completions.png (first images: input, conditioning region, completions) and completions.json (PSNR of the sampled region
-and the provenance; completions of another provenance are not replaced).
+and the provenance; completions with a different provenance are not replaced).
 """
 
 import sys
@@ -215,7 +215,7 @@ def read_mask(path: Path, rows: int, columns: int) -> np.ndarray:
 
 
 def load_model(weights: TrainedWeights, config: CompleteImagesConfig) -> ReAR:
-    """Raises InputError for weights of another model, or an unknown class label."""
+    """Raises InputError for weights of a different model, or an unknown class label."""
     label, num_classes = config.completion.class_label, config.model.generator.condition_num_classes
     if label is not None and label >= num_classes:
         raise InputError(f"completion.class_label={label}: expected 0 to {num_classes - 1}, or null for the null class")

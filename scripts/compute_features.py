@@ -4,10 +4,10 @@
 
 ENCODER is a source of `target: encoder` (docs/alignment.md). The samples are the stored tokens of the config with their
 images, `dataset.params.pretokenization` and `train_shards_path_or_url`, in their order. KEY=VALUE overrides the config.
-Worth it where the same images are seen many times, as in the runs of a study on little data.
+This saves time if the same images are seen many times, as in the runs of a study on little data.
 
-Writes OUTPUT atomically, float16 (n, N, Z), and OUTPUT.json, its provenance. An OUTPUT of the same data and encoder is
-not computed again.
+Writes OUTPUT atomically, float16 (n, N, Z), and OUTPUT.json, its provenance. If OUTPUT exists for the same
+data and encoder, nothing is computed.
 """
 
 import argparse

@@ -3,11 +3,11 @@
     python scripts/convert_tokens.py maskgitvq.jsonl maskgitvq.tokens --crops-per-image 10
     python scripts/convert_tokens.py maskgitvq.tokens maskgitvq.jsonl
 
-Training converts a jsonl itself; this command does so beforehand and can store more facts about the codes. Every line
+Training converts a jsonl itself; this command does so in advance and can record more about the tokens. Every line
 is checked; bad lines are reported with their number and the reason. All CPUs are used, each with little memory.
 
 Writes TARGET atomically; rerun the same command to resume a killed conversion. Writing a store
-needs twice the disk space of its codes (13 GB for ImageNet's ten crops).
+needs twice the disk space of its tokens (13 GB for ImageNet's ten crops).
 """
 
 import argparse
@@ -66,7 +66,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def to_store(jsonl: Path, store_path: Path, arguments: argparse.Namespace) -> int:
-    """Convert unless that has been done; returns the number of samples. Raises InputError for bad lines, or another
+    """Convert unless the store is complete; returns the number of samples. Raises InputError for bad lines, or another
     store of that name."""
     if not jsonl.is_file():
         raise InputError(f"{jsonl}: no such file")

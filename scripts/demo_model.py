@@ -54,7 +54,7 @@ class DemoModel:
         any_order: any codes can be conditioning tokens; False (raster order): only the first ones.
 
     Raises:
-        InputError: no weights, weights of another model, or a tokenizer without images.
+        InputError: no weights, weights of a different model, or a tokenizer without images.
     """
 
     def __init__(self, config: Config) -> None:

@@ -223,7 +223,7 @@ def complete_tab(
 
 def brushed(drawn: dict[str, Any] | None) -> np.ndarray:
     """Mask (CANVAS, CANVAS) bool of the pixels under the brush; None: the canvas was cleared. Raises InputError for
-    layers of another size."""
+    layers of a different size."""
     layers = drawn["layers"] if drawn else []
     if wrong := [layer.shape for layer in layers if layer.shape != (CANVAS, CANVAS, 4)]:
         raise InputError(f"found a layer of {wrong[0]}, expected {CANVAS} x {CANVAS} pixels with transparency")

@@ -5,7 +5,7 @@
 
 Writes ckpt/maskgitvq.bin (tokenizer), dataset/pretokenized/maskgitvq.jsonl (codes: ten crops of each training image),
 ckpt/reAR-*.safetensors and ckpt/rar_*.bin, below the working directory. Rerun the same command to resume a download.
-Size and sha256 are compared with the Hub's before a file gets its name; existing files are kept.
+Size and sha256 are compared with the Hub's before a file gets its final name; existing files are kept.
 """
 
 import argparse

@@ -144,7 +144,7 @@ def export(config: Config, folder: Path, options: argparse.Namespace) -> str:
 
 
 def files_to_upload(folder: Path, card: str) -> dict[str, Path | bytes]:
-    """The files that the export wrote, by name, with the model card for the Hub in place of the local one."""
+    """The files that the export wrote, by name, with the model card for the Hub instead of the local one."""
     record, encoded = read_json(folder / EXPORT_FILE), card.encode()
     record["files"][CARD_FILE] = {"bytes": len(encoded), "sha256": hashlib.sha256(encoded).hexdigest()}
     changed = {CARD_FILE: encoded, EXPORT_FILE: json.dumps(record, indent=1).encode() + b"\n"}

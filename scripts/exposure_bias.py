@@ -1,15 +1,16 @@
-"""Measure exposure bias exactly: a trained model is declared the data, students learn it, and divergences are computed.
+"""Measure exposure bias exactly: a trained model, the teacher, defines the data distribution that students learn.
 
     python scripts/exposure_bias.py sample outputs/fashion/ar outputs/exposure_bias/train.tokens --n 60000
     python scripts/exposure_bias.py measure outputs/fashion/ar outputs/studies/exposure_bias/*/seed*/run \\
         --output outputs/exposure_bias
 
 `sample` writes sequences of the teacher (temperature 1, no guidance, class i mod C) as a token store, on which
-scripts/train_rear.py trains students: with as many sequences as a student sees, none is seen twice, over-fitting is
-impossible, and the entropy of the data is known. `measure` samples TEACHER p and each STUDENT q anew and computes, in
-nats per sequence and exact in each next token: forward KL(p || q) on contexts of p, reverse KL(q || p) on contexts of
-q, and the excess error: KL(p || q) on contexts of q minus that on contexts of p, accumulated over positions
-(https://arxiv.org/abs/2204.01171). Models are run folders, checkpoints or weights files of a run.
+scripts/train_rear.py trains students. If there are as many sequences as a student sees, none is seen twice and
+over-fitting is impossible; the entropy of the data is known. `measure` draws new samples from TEACHER p and each
+STUDENT q and computes, in nats per sequence and exact in each next token: forward KL(p || q) on contexts of p, reverse
+KL(q || p) on contexts of q, and the excess error: KL(p || q) on contexts of q minus KL(p || q) on contexts of p,
+accumulated over positions (https://arxiv.org/abs/2204.01171). Models are run folders, checkpoints or weights files of
+a run.
 
 `sample` writes OUTPUT.tokens and its provenance, OUTPUT.json. `measure` writes exposure_bias.json (all numbers, with
 95 % intervals over sequences), exposure_bias.md (tables; arms of a study are compared by seed) and exposure_bias.png.
@@ -143,7 +144,7 @@ def sample(teacher: str, output: Path, count: int, seed: int) -> None:
 
 
 def measure(teacher: str, students: list[str], folder: Path, count: int, seed: int) -> None:
-    """Write the results; those of students that are in the JSON are kept."""
+    """Write the results. Students whose results are in the JSON are not measured again."""
     if count < 2:
         raise InputError(f"--n {count}: expected at least 2, for an interval")
     p = load(teacher)
@@ -172,7 +173,7 @@ def measure(teacher: str, students: list[str], folder: Path, count: int, seed: i
 
 
 def check_student(source: str, student: Loaded, teacher: Loaded) -> None:
-    """Raises InputError for a student over other sequences; prints a line if it was trained on the teacher's data."""
+    """Raises InputError for a student of different sequences; prints a line if it was trained on the teacher's data."""
     for name in ("codebook_size", "image_seq_len", "num_classes"):
         found, expected = getattr(student.model, name), getattr(teacher.model, name)
         if found != expected:
@@ -187,13 +188,13 @@ def check_student(source: str, student: Loaded, teacher: Loaded) -> None:
 
 def contexts_of(model: ReAR, count: int, seed: int, title: str) -> Contexts:
     """Sequences of a model in batches. The random numbers are the same for all models, which makes differences less
-    noisy, and not those of `sample`."""
+    noisy, and different from the random numbers of `sample`."""
     samples = ModelSamples(model, seed, Stream.ANALYSIS)
     return [samples(indices) for indices in tqdm(batches(range(count)), title, unit="batch", delay=2)]
 
 
 def entropy_of(p: ReAR, of_teacher: Contexts) -> list[float]:
-    """In nats per sequence, [mean, low, high]."""
+    """Entropy of the teacher in nats per sequence, [mean, low, high]."""
     return interval(torch.cat([entropies(p, *batch) for batch in of_teacher]).sum(1).numpy())
 
 

@@ -108,7 +108,7 @@ def main(argv: list[str]) -> int:
 
 def run_part(part: str, work: Path, log: Path, seconds_left: float) -> list[Row]:
     """Comparisons and figures of a part. Its files go to `work`, which is removed, and its output to `log`;
-    `seconds_left` are those of the whole check."""
+    `seconds_left` is the remaining time of the whole check."""
     test, limit = PARTS[part]
     limit = min(limit, seconds_left)
     if limit < 1:

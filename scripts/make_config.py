@@ -4,8 +4,8 @@
     python scripts/make_config.py shards outputs/mine --resolution 256 --base configs/rear_b.yaml \\
         --tokenizer maskgit-vqgan-imagenet-f16-256.bin
 
-IMAGES is a folder of scripts/make_shards.py. Without --tokenizer, a new one is configured, with the sizes of
---new-tokenizer. All other settings come from --base.
+IMAGES is a folder that scripts/make_shards.py has written. Without --tokenizer, a new one is configured, with the sizes
+of --new-tokenizer. All other settings come from --base.
 
 Writes to OUTPUT: rear.yaml (for pretokenize.py, train_rear.py and all that follows) and, without --tokenizer,
 tokenizer.yaml (for train_tokenizer.py). Edit them as you like.
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     train, validation = find_shards(arguments.images)
     train_images, heldout_images = open_images(train), open_images(validation)
     if validation == train:
-        notify(f"{arguments.images}: no held-out shards (make_shards.py --heldout): training images are used instead")
+        notify(f"{arguments.images}: no validation shards (make_shards.py --heldout): training images are used instead")
     num_classes = len(train_images.class_names or []) or int(train_images.class_ids.max()) + 1
     data = {
         "dataset.params.train_shards_path_or_url": train,
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         settings["dataset.preprocessing.pretokenize_crops"] = "center"
     config = write_yaml(output / "rear.yaml", arguments.base, settings, "accelerate launch scripts/train_rear.py")
     print(
-        f"{output}: {len(train_images)} training and {len(heldout_images)} held-out images of {num_classes} classes, "
+        f"{output}: {len(train_images)} training and {len(heldout_images)} validation images of {num_classes} classes, "
         f"{config.model.generator.image_seq_len} codes of {sizes.codebook_size} per image"
     )
 
@@ -101,7 +101,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def find_shards(folder: Path) -> tuple[str, str]:
-    """Patterns of the training and the held-out shards, or the training shards twice without held-out ones; raises
+    """Patterns of the training and the validation shards; without validation shards, the training shards twice. Raises
     InputError without shards, or for training shards of several prefixes."""
     prefixes = sorted({path.name.rpartition("-")[0] for path in folder.glob("*-*.tar")})
     train = [prefix for prefix in prefixes if prefix != HELDOUT_PREFIX]
@@ -136,13 +136,13 @@ def tokenizer_settings(sizes: VQModelConfig, resolution: int) -> dict[str, Any]:
 
 
 def balanced_count(images: ImageSource, num_classes: int) -> int:
-    """As many images of each class as the smallest class has, or all if a class has none."""
+    """Number of images with as many of each class as the smallest class has; all images if a class has none."""
     return num_classes * int(np.bincount(images.class_ids, minlength=num_classes).min()) or len(images)
 
 
 def write_yaml(path: Path, base: Path, settings: dict[str, Any], command: str) -> Config:
-    """Write the settings over those of `base`, without derived sizes, and read them back, which checks them; raises
-    InputError for sizes that do not fit."""
+    """Write the settings over the settings of `base`, without derived sizes, and read them back, which checks them;
+    raises InputError for sizes that do not fit."""
     read_yaml(base)  # refuses what OmegaConf would expand without end
     merged = OmegaConf.load(base)
     for key, value in settings.items():

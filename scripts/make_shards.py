@@ -4,8 +4,8 @@
         --class-names LOC_synset_mapping.txt
     python scripts/make_shards.py my_images outputs/mine/images --heldout 0.1
 
-The bytes of the images are not changed. Images are shuffled reproducibly, and with --heldout a share of each
-class goes to separate shards. All CPUs are used; rerun the same command to resume a killed run.
+The bytes of the images are not changed. Images are shuffled reproducibly, and with --heldout a fraction of
+each class goes to separate validation shards. All CPUs are used; rerun the same command to resume a killed run.
 
 Writes to OUTPUT, atomically: <prefix>-000000.tar ..., heldout-000000.tar ..., an index of each
 (<prefix>-000000.index.npz ...), which avoids reading all headers at each start, classes.json (names in the order of
@@ -105,7 +105,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if not re.fullmatch(r"\w[\w.-]*", arguments.prefix):  # part of a file name, which is in patterns such as a-*.tar
         parser.error(f"--prefix {arguments.prefix!r}: expected letters, digits, _, . and -")
     if f"{arguments.prefix}-".startswith(f"{HELDOUT_PREFIX}-"):
-        parser.error(f"--prefix {arguments.prefix}: {HELDOUT_PREFIX}-* is reserved for the held-out shards")
+        parser.error(f"--prefix {arguments.prefix}: {HELDOUT_PREFIX}-* is reserved for the validation shards")
     return arguments
 
 

@@ -1,14 +1,14 @@
-"""Reconstruct held-out images with the tokenizer, which limits the quality of any generator on its codes.
+"""Reconstruct validation images with the tokenizer, which limits the quality of any generator on its tokens.
 
     python scripts/reconstruct.py config=configs/rear_b.yaml experiment.output_dir=outputs/tokenizer \\
         dataset.params.eval_shards_path_or_url="imagenet-val-{000000..000049}.tar"
 
-Takes centre crops of the first `sampling.num_fid_samples` held-out images, or of all if there are fewer. Classes are
+Takes centre crops of the first `sampling.num_fid_samples` validation images, or of all if there are fewer. Classes are
 interleaved (image i has class i mod C while every class lasts); `sampling.seed` fixes the order within a class.
 
 Writes to `experiment.output_dir`: reference.npz and reconstructions.npz (arr_0: uint8 NHWC images, arr_1: int64 labels,
-both in the same order), reconstruct.json (crop, PSNR, L1, codebook use and the provenance; images of another provenance
-are not replaced) and reconstructions.png (originals above reconstructions). Then compute rFID with
+both in the same order), reconstruct.json (crop, PSNR, L1, codebook use and the provenance; images with a different
+provenance are not replaced) and reconstructions.png (originals above reconstructions). Then compute rFID with
 
     python evaluation/evaluator.py outputs/tokenizer/reference.npz outputs/tokenizer/reconstructions.npz
 """
@@ -95,7 +95,7 @@ def reconstruct_all(config: Config) -> None:
 
 
 def provenance_of(config: Config, validation: "ValidationImages", tokenizer: Tokenizer) -> dict[str, Any]:
-    """Everything that the images depend on, with names and classes of the held-out images instead of their content."""
+    """Everything that the images depend on, with names and classes of the validation images, not their content."""
     return {
         "held-out images": validation.dataset.fingerprint,
         "number of images": len(validation.labels),
@@ -122,7 +122,7 @@ class ValidationImages:
     """Batches of the images to reconstruct, uint8 (B, H, W, 3); each iteration reads them again.
 
     Attributes:
-        labels: (n,) int64, of the images in their order; class ids are those of the training data.
+        labels: (n,) int64, of the images in their order; class ids as in the training data.
 
     Raises InputError without images, or for too many unreadable ones or a class that the training data lack.
     """

@@ -5,14 +5,14 @@
 
 Image i has class i mod C and depends on (weights, config, sampling.seed, i) only, so the images do not depend on the
 number of processes, and no part of the file is sorted by class (the Inception Score needs that). With
-`sampling.class_labels` the file holds only the same images of these classes, interleaved too.
+`sampling.class_labels` the file holds only these classes, alternating; their images are the same as without it.
 
 Writes `<output_dir>.npz` (arr_0: uint8 NHWC images, arr_1: int64 labels), `<output_dir>.png` (a grid of the first),
 `<output_dir>.yaml` (the resolved config), `<output_dir>.json` (the provenance of the images, the step of the weights)
 and, with `sampling.save_png`, `<output_dir>.images/`. If the tokenizer is only a codebook, it writes codes instead of
-images: `<output_dir>.tokens`, a store like that of scripts/pretokenize.py. Finished batches are in
+images: `<output_dir>.tokens`, a store as of scripts/pretokenize.py. Finished batches are in
 `<output_dir>.chunks/` meanwhile; rerun the same command, with any number of processes, to resume a killed run. Complete
-output is not made again.
+output is not sampled again.
 """
 
 import sys

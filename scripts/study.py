@@ -9,7 +9,7 @@ The first command prints cost and power, runs the cells side by side (by default
 with one thread) and reports. Rerun it to resume and to try failed cells again; several such commands share the cells,
 also on several machines (scripts_bash/slurm_study.sbatch). --status prints a table of the cells; `report` reports on
 those that are complete. Keys of the plan, and config keys for all arms, can be overridden as key=value; a plan that
-differs from that of the first cell is an error.
+has changed since the first cell is an error.
 
 Writes to outputs/studies/<name of the plan>: plan.json, <arm>/seed<k>/ (state, logs, run folder, samples and scores of
 a cell), results.jsonl (a line per cell), table.md (verdicts) and figure.png. The exit status is 1 if a cell failed, 75

@@ -9,7 +9,7 @@ numbers), which are scored with Inception if its weights are in torch hub's cach
 kept. The reference is split at random into halves: the setting with the smallest Frechet distance to one half is the
 best; report its distance to the other half, since selecting by a score biases it.
 
-Writes to `experiment.output_dir`: sweep.json (all numbers and their provenance; another provenance is an error),
+Writes to `experiment.output_dir`: sweep.json (all numbers and their provenance; a different provenance is an error),
 sweep.md (the table), sweep.png (distance and, with Inception, Inception Score against guidance) and best.txt (the best
 setting as arguments for the sampler). Rerun the same command to resume a killed sweep at the next setting; more values
 in the lists extend the table.
@@ -193,7 +193,7 @@ def provenance_of(sampler_provenance: dict[str, Any], reference: Npz, extractor:
 
 
 def read_scores(path: Path, provenance: dict[str, Any]) -> dict[Setting, Scores]:
-    """The scores of finished settings; raises InputError if they have another provenance."""
+    """The scores of finished settings; raises InputError if they have a different provenance."""
     rows = read_json(path)["settings"] if is_made(path, provenance) else []
     return {Setting(**{key: row.pop(key) for key in KEYS}): row for row in rows}
 

@@ -1,11 +1,11 @@
-"""Train reAR, or the plain AR baseline, on tokenizer codes.
+"""Train reAR, or the plain AR baseline, on tokens of images.
 
     accelerate launch --multi_gpu --num_processes 8 scripts/train_rear.py \\
         config=configs/rear_b.yaml experiment.output_dir=outputs/rear_b
 
-Reads pre-tokenized codes (`dataset.params.pretokenization`) or images, which it tokenizes on the fly
-(`dataset.params.train_shards_path_or_url`). With `experiment.eval_every`, held-out losses are logged: on the codes of
-`dataset.params.eval_pretokenization`, or on the images of `eval_shards_path_or_url`. The plain AR baseline is
+Reads stored tokens (`dataset.params.pretokenization`) or images, which it tokenizes on the fly
+(`dataset.params.train_shards_path_or_url`). With `experiment.eval_every`, validation losses are logged: on the tokens
+of `dataset.params.eval_pretokenization`, or on the images of `eval_shards_path_or_url`. The plain AR baseline is
 `model.generator.perturb_mode=none model.generator.transition_alignment=false`. Rerun the same command to resume.
 
 Writes to `experiment.output_dir`: config.yaml, environment.txt, log.txt, metrics.jsonl, status.json,
@@ -92,7 +92,7 @@ def main(config: Config) -> str:
         launched.notes.append(targets.describe())
         validation = Validator.open(config, tokenizer, tokenizer_sha256, targets, ctx)
         if validation is None and experiment.eval_every:
-            launched.notes.append("experiment.eval_every has no effect: the config names no held-out data")
+            launched.notes.append("experiment.eval_every has no effect: the config names no validation data")
 
         # Model and optimizer
         torch.manual_seed(training.seed)

@@ -3,13 +3,13 @@
 
     OMP_WAIT_POLICY=PASSIVE python scripts/train_tokenizer.py config=configs/tokenizer_blue_marble.yaml
 
-Reads `dataset.params.train_shards_path_or_url` and, for the held-out metrics, `eval_shards_path_or_url`. Rerun the same
-command to resume, as in train_rear.py; `vq_training.init_from` starts a new run from weights. With
-`torchrun --nproc_per_node=8` in place of `python`, eight processes share a step.
+Reads `dataset.params.train_shards_path_or_url` and, for validation, `eval_shards_path_or_url`. Rerun the same command
+to resume, as in train_rear.py; `vq_training.init_from` starts a new run from weights. With
+`torchrun --nproc_per_node=8` instead of `python`, eight processes share a step.
 
 Writes to `experiment.output_dir`: config.yaml, environment.txt, log.txt, metrics.jsonl, status.json,
 checkpoint-<step>/, training_curves.png and, every `experiment.save_every` steps and at the end, tokenizer.safetensors
-(float16), metrics.json (held-out metrics) and reconstructions.png (held-out originals above reconstructions). The exit
+(float16), metrics.json (validation metrics) and reconstructions.png (originals above reconstructions). The exit
 status is 75 after a stop signal.
 """
 
@@ -45,10 +45,12 @@ class VQTrainingConfig:
 
     init_from: str | None = key(None, "tokenizer weights to start from; null: random")
     commitment_weight: NonNegativeFloat = key(0.25, "beta of the VQ-VAE loss")
-    entropy_weight: NonNegativeFloat = key(0.0, "weight of each token's entropy minus that of their mean")
-    l2_weight: NonNegativeFloat = key(1.0, "weight of the squared error; that of the absolute error is 1")
+    entropy_weight: NonNegativeFloat = key(
+        0.0, "weight of the mean entropy of the token probabilities minus the entropy of their mean"
+    )
+    l2_weight: NonNegativeFloat = key(1.0, "weight of the squared error; the absolute error has weight 1")
     perceptual_weight: NonNegativeFloat = key(0.1, "weight of the distance between EfficientNet-Lite0 features")
-    adversarial_weight: NonNegativeFloat = key(0.0, "weight of the discriminator on these features; 0: none")
+    adversarial_weight: NonNegativeFloat = key(0.0, "weight of the discriminator on the same features; 0: none")
     revive_every: PositiveInt = key(100, "steps between replacements of the codebook vectors unused since the last one")
 
 
@@ -194,7 +196,7 @@ def main(config: TrainTokenizerConfig) -> str:
 def check_image_keys(config: Config) -> None:
     """
     Raises:
-        InputError: images of another size than the tokenizer's, or none.
+        InputError: images of a different size than the tokenizer's, or none.
     """
     params, crop_size = config.dataset.params, config.dataset.preprocessing.crop_size
     resolution = config.model.vq_model.resolution
@@ -208,7 +210,7 @@ def check_image_keys(config: Config) -> None:
 
 
 def open_training_images(config: Config) -> ImageDataset:
-    """Cropped and flipped as the config says."""
+    """Open the training images, cropped and flipped as the config says."""
     params, preprocessing = config.dataset.params, config.dataset.preprocessing
     assert params.train_shards_path_or_url is not None  # `check_image_keys`
     source = open_images(
@@ -287,7 +289,8 @@ class CodeUsage(nn.Module):
 
 
 def average_gradients(module: nn.Module, ctx: DistributedContext) -> None:
-    """Over all processes, in place. Not DDP: the discriminator runs several times before its backward pass."""
+    """Average the gradients over all processes, in place. Not DDP: the discriminator runs several times before
+    its backward pass."""
     if ctx.size == 1:
         return
     gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
@@ -299,7 +302,7 @@ def average_gradients(module: nn.Module, ctx: DistributedContext) -> None:
 def report(
     tokenizer: TrainableTokenizer, validation_set: ImageDataset, config: Config, run: TrainingRun
 ) -> dict[str, float]:
-    """Write the weights and, of the held-out images, metrics and a grid; returns the metrics for the log. On a full
+    """Write the weights and, for the validation images, metrics and a grid; returns the metrics for the log. On a full
     disk, only the last report ends the run."""
     step, folder = run.state.global_step, run.output_dir
     # float16 is half the size; `load_tokenizer` reads it back as float32
@@ -320,7 +323,7 @@ def report(
 def evaluate(
     tokenizer: TrainableTokenizer, validation_set: ImageDataset, config: Config
 ) -> tuple[dict[str, float], Image.Image]:
-    """Metrics over the held-out images, and a grid: rows of originals, each above its row of reconstructions."""
+    """Validation metrics, and a grid: rows of originals, each above its row of reconstructions."""
     device = next(tokenizer.parameters()).device
     metrics = ReconstructionMetrics(tokenizer.codebook_size)
     order = permutation_of_pass(len(validation_set), seed=0, dataset_pass=0).tolist()  # the grid shows several classes

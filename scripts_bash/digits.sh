@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # docs/own-images.md from end to end on the 1,797 handwritten digits that scikit-learn ships: tokenizer and model from
-# scratch, samples, and their distance to held-out digits. All outputs are in OUT; rerun the same command to resume.
+# scratch, samples, and their distance to validation digits. All outputs are in OUT; rerun the same command to resume.
 #   OUT=outputs/digits bash scripts_bash/digits.sh
 set -euo pipefail
 source "$(dirname "$0")/environment.sh"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All steps on real images, on a CPU or one GPU: tiles of NASA's Blue Marble -> codes -> reAR training -> samples -> npz
+# All steps on real images, on a CPU or one GPU: tiles of NASA's Blue Marble -> tokens -> reAR training -> samples -> npz
 # -> score. All inputs come with Python packages; all outputs are in OUT. Rerun the same command to resume. Arguments
 # override the config of every step:
 #   OUT=outputs/other_seed bash scripts_bash/quickstart.sh training.seed=1
@@ -8,7 +8,7 @@ source "$(dirname "$0")/environment.sh"
 source scripts_bash/run.sh
 
 OUT=${OUT:-outputs/quickstart}
-NUM_SAMPLES=${NUM_SAMPLES:-740} # the number of held-out tiles
+NUM_SAMPLES=${NUM_SAMPLES:-740} # the number of validation tiles
 # On a CPU two processes share the work: operations as small as these gain little from threads.
 PROCESSES=$(python -c 'import torch; print(1 if torch.cuda.is_available() else 2)')
 CPUS=$(python -c 'import os; print(len(os.sched_getaffinity(0)))')
@@ -32,12 +32,12 @@ step() { printf '\n== %s\n' "$*"; STARTED+=("$SECONDS"); NAMES+=("$*"); }
 step "1/6 images: tiles of the Blue Marble in twelve regions"
 run python scripts/build_blue_marble.py "$OUT/images"
 
-step "2/6 codes: the tokenizer on the training tiles, and its reconstructions of held-out tiles"
+step "2/6 tokens: the tokenizer on the training tiles, and its reconstructions of validation tiles"
 [[ -d $OUT/train.tokens ]] || run "${LAUNCH[@]}" scripts/pretokenize.py "${CONFIG[@]}" "${TOKENS[@]}" "${TRAIN_TILES[@]}" \
   training.per_gpu_batch_size=$((32 / PROCESSES)) "$@"
 run "${RECONSTRUCT[@]}" experiment.output_dir="$OUT/tokenizer"
 
-step "3/6 training: reAR on the codes (rerun the same command to resume)"
+step "3/6 training: reAR on the tokens (rerun the same command to resume)"
 run "${LAUNCH[@]}" "${TRAIN[@]}" experiment.output_dir="$OUT/rear"
 run python "${TRAIN[@]}" experiment.output_dir="$OUT/untrained" training.stop_steps=0
 
@@ -45,7 +45,7 @@ step "4/6 samples of the trained and of an untrained model"
 run "${SAMPLE[@]}" experiment.output_dir="$OUT/samples" experiment.generator_checkpoint="$OUT/rear"
 run "${SAMPLE[@]}" experiment.output_dir="$OUT/untrained_samples" experiment.generator_checkpoint="$OUT/untrained"
 
-step "5/6 scores against the held-out tiles; the score of training tiles is the attainable value"
+step "5/6 scores against the validation tiles; the score of training tiles is the attainable value"
 run "${RECONSTRUCT[@]}" experiment.output_dir="$OUT/train_tiles" \
   dataset.params.eval_shards_path_or_url="$OUT/images/train-*.tar"
 run "${LAUNCH[@]}" evaluation/evaluator.py "$OUT/tokenizer/reference.npz" --backend efficientnet_lite0 \

@@ -14,10 +14,10 @@ def check_ranges(section: Any, prefix: str = "") -> None:
     """
     Args:
         section: a config, or a section of one that was made in Python.
-        prefix: of the section's keys, for the error message, such as "model.generator.".
+        prefix: prefix of the section's keys, for the error message, such as "model.generator.".
 
     Raises:
-        ConfigError: a value of another type or outside its range.
+        ConfigError: a value of a different type or outside its range.
     """
     for name, key in keys_of(type(section)).items():
         try:
@@ -93,7 +93,7 @@ def check_combinations(config: Config) -> None:
 
 
 def check_schedules(config: Config) -> None:
-    """For scripts that train: every schedule that is in use begins before it ends, and the learning rate falls. (A
+    """Check, in scripts that train, that every schedule in use begins before it ends and the learning rate falls. (A
     schedule that ends after the run is a warning: `utils.schedules.schedule_warnings`.)
 
     Raises:
@@ -127,7 +127,7 @@ def _check_taps(generator: GeneratorConfig) -> None:
 
 
 def check_training(config: Config) -> None:
-    """For the script that trains reAR.
+    """Checks of the script that trains reAR.
 
     Raises:
         ConfigError: a batch that does not divide among the processes of this launch, or keys that do not fit together.

@@ -1,4 +1,4 @@
-"""Standard output and error that never raise; text from files made harmless for a terminal and for Markdown."""
+"""Standard output and error that never raise; escaping of text for a terminal and for Markdown."""
 
 import os
 import re
@@ -33,7 +33,7 @@ class Console:
 
 
 def printable_text(text: str) -> str:
-    """Escapes control characters such as line ends, and those of a terminal."""
+    """Escapes control characters, such as line ends and terminal codes."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 

@@ -211,7 +211,7 @@ def _meet(rank: int, size: int, timeout_s: int) -> dist.Store:
 
     torchrun's store outlives its workers, and after a restart it still holds the entries of the last ones. Each process
     therefore writes a number of its own, and a launch is a set of processes that have all read the same numbers.
-    TORCHELASTIC_RESTART_COUNT does not tell launches apart: it may differ between machines.
+    TORCHELASTIC_RESTART_COUNT does not identify a launch: it may differ between machines.
     """
     host, port = os.environ["MASTER_ADDR"], int_variable("MASTER_PORT", default=0, allowed=PORTS)
     hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun does

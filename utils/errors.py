@@ -48,7 +48,7 @@ class TrainingError(RuntimeError):
 
 @contextmanager
 def errors_name(path: object) -> Iterator[None]:
-    """Add `path` to an OSError inside that names no file: reading, writing and flushing an open file raise such."""
+    """Add `path` to an OSError inside that names no file, as from reading, writing and flushing an open file."""
     try:
         yield
     except OSError as error:

@@ -42,7 +42,7 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
 
 
 def picture(path: Path, caption: str) -> str:
-    """Of a PNG file, whose content is copied into the page."""
+    """A figure from a PNG file, whose content is copied into the page."""
     content = base64.b64encode(path.read_bytes()).decode()
     image = f'<img src="data:image/png;base64,{content}" alt="{escape(caption)}">'
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"

@@ -23,8 +23,8 @@ from utils.errors import InputError
 MISSING = "???"  # default of a key that must be given
 REQUIRED: Any = dataclasses.MISSING  # default of a value that must be given in each entry of a list
 
-# Annotations: what another value means for a run that is resumed. Without one, another value in the section model is
-# refused (it makes another model), and elsewhere accepted and logged.
+# Annotations: what a changed value means for a run that is resumed. Without one, a changed value in the section model
+# is refused (the model would be different), and elsewhere accepted and logged.
 MAY_CHANGE = "may change during a run, which is logged"
 SILENT = "may change during a run, which is not logged: where and how it runs, logs and stops"
 
@@ -127,7 +127,7 @@ class Key:
         raise ConfigError(f"{self.name}={found}: expected {self.allowed}{near}")
 
     def _check_names(self, given: Any) -> None:
-        """Of a list of mappings; msgspec accepts unknown names."""
+        """Check the names in a list of mappings, since msgspec accepts unknown names."""
         items = [one.item_type for one in self.types if isinstance(one, inspect.ListType)]
         known = [field.name for item in items if isinstance(item, inspect.DataclassType) for field in item.fields]
         mappings = [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []

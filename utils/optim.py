@@ -91,8 +91,8 @@ def build_optimizers(model: nn.Module, config: Config) -> Optimizers:
 
 
 def trained_parameters(model: nn.Module, config: OptimizerConfig) -> list[TrainedParameter]:
-    """All parameters with their settings: those of the first of `config.param_groups` whose pattern is found in the
-    name. By default matrices are decayed, except the model's `no_weight_decay()`.
+    """All parameters with their settings, from the first of `config.param_groups` whose pattern is found in the name.
+    By default matrices are decayed, except the model's `no_weight_decay()`.
 
     Raises:
         InputError: a pattern without a parameter.

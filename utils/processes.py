@@ -22,7 +22,7 @@ def in_processes(
     """Call `work` on every chunk in forked processes, or in this one if `processes` is 1; yields the finished chunks.
 
     Process i of P takes the chunks i, i + P, ..., so they finish nearly in order. If this process is killed or the
-    generator closed, each other process stops after its current chunk. Raises InputError from `work`, also in place of
+    generator closed, each other process stops after its current chunk. Raises InputError from `work`, also instead of
     an OSError, and TrainingError if a process dies.
     """
     if processes == 1 or len(chunks) == 1:

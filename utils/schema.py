@@ -4,7 +4,7 @@ To add a key, add a line here and the code that reads it. Its range is checked, 
 the --help of the scripts explain it. `utils/keys.py` has the types with ranges and the annotations for resuming.
 Sections that one script alone reads are declared in that script.
 
-Key names are those of the RAR / TiTok / reAR family, so that its YAML files load unchanged. Steps are optimizer steps.
+Key names are the RAR / TiTok / reAR family's, so that its YAML files load unchanged. Steps are optimizer steps.
 """
 
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ class ExperimentConfig:
     tokenizer_checkpoint: Silent[str] = key(
         "ckpt/maskgitvq.bin", "tokenizer weights: .bin, .safetensors or hf://OWNER/REPO/FILE"
     )
-    allow_other_tokenizer: Silent[bool] = key(False, "accept another tokenizer than the one the weights are trained on")
+    allow_other_tokenizer: Silent[bool] = key(False, "accept a different tokenizer from the one used in training")
     generator_checkpoint: Silent[str | None] = key(
         None, "weights to sample from: a file (or hf://...), checkpoint or run folder"
     )
@@ -88,7 +88,7 @@ class TokenizerConfig:
     token_size: PositiveInt = key(256, "Z, width of a codebook vector")
     num_latent_tokens: PositiveInt = key(
         256,
-        "N, tokens per image (levels: those of channel_mult); must be given for titok and codes_only",
+        "N, tokens per image (levels: length of channel_mult); must be given for titok and codes_only",
         equals=GRID,
     )
     resolution: PositiveInt = key(256, "height and width of an image in pixels")
@@ -133,7 +133,7 @@ class TiTokConfig(ConvTokenizerConfig):
 
 @dataclass
 class VQModelConfig(VQGANConfig, VQPlusConfig, TiTokConfig):
-    """Keys of all tokenizers in one section, as in the published files; a key of another tokenizer is an error."""
+    """Keys of all tokenizers in one section, as in the published files; a key of a different tokenizer is an error."""
 
 
 @dataclass
@@ -194,7 +194,7 @@ class GeneratorConfig:
     )
     order_anneal_start: MayChange[NonNegativeInt] = key(125_000, "step at which that fraction starts to fall from 1")
     order_anneal_end: MayChange[NonNegativeInt] = key(187_500, "step at which that fraction reaches 0")
-    transition_alignment: bool = key(True, "alignment terms, those of `taps` included; logged as train/proj_loss")
+    transition_alignment: bool = key(True, "alignment terms, including `taps`; logged as train/proj_loss")
     transition_alignment_weight: MayChange[NonNegativeFloat] = key(1.0, "lambda, weight of train/proj_loss")
     transition_alignment_target: Literal["codebook", "permuted_codebook"] = key(
         "codebook", "target of encode and decode term; permuted_codebook: the vectors of other tokens, a control"
@@ -332,7 +332,7 @@ class TrainingConfig:
     global_batch_size: Silent[PositiveInt | None] = key(
         None, "images per step on all ranks; null: per_gpu_batch_size * gradient_accumulation_steps * ranks"
     )
-    allow_batch_change: Silent[bool] = key(False, "resume a checkpoint written at another global batch size")
+    allow_batch_change: Silent[bool] = key(False, "resume a checkpoint written at a different global batch size")
     per_gpu_batch_size: Silent[PositiveInt] = key(256, "images per rank and micro-batch")
     mixed_precision: Literal["auto", "bf16", "no"] = key(
         "auto", "bf16 (autocast) or no (float32); auto: bf16 on CUDA, since few CPUs are fast at it"

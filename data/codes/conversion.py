@@ -30,11 +30,11 @@ CHUNK_ROWS = 16_384  # of a store
 
 
 def describe_source(jsonl: Path, chunk_hashes: list[str] | None = None) -> dict[str, Any]:
-    """The `source` of a store: the jsonl's hash, and its name, size and time, which avoid hashing it again while they
-    stay.
+    """The `source` of a store: the jsonl's hash, and its name, size and time, with which an unchanged file need not
+    be hashed again.
 
     Args:
-        chunk_hashes: of all chunks of CHUNK_BYTES; None: read the file.
+        chunk_hashes: hashes of all chunks of CHUNK_BYTES; None: read the file.
     """
     status = jsonl.stat()
     if chunk_hashes is None:
@@ -190,10 +190,10 @@ def _convert_lines(
 
 
 def store_to_jsonl(store_path: Path, jsonl: Path, processes: int) -> int:
-    """Write the samples as jsonl, atomically, unless that has been done; rows are in `<jsonl>.rows/` meanwhile. The
+    """Write the samples as jsonl, atomically, unless it is complete; rows are in `<jsonl>.rows/` meanwhile. The
     store's meta.json then records the jsonl as its source. Returns the number of samples.
 
-    Raises InputError for a missing or damaged store, or another file at `jsonl`.
+    Raises InputError for a missing or damaged store, or a different file at `jsonl`.
     """
     meta, codes, class_ids = open_store(store_path)
     chunk_files = ChunkFiles(

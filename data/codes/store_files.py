@@ -65,7 +65,7 @@ def open_store(path: Path) -> tuple[StoreMeta, np.memmap, np.ndarray]:
 
 
 def _check_array(file: Path, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """The bytes of a row are read from the file, so dtype and order must be those of the writer."""
+    """Rows are read as bytes from the file, so dtype and memory order must be as written."""
     if array.shape != shape:
         raise InputError(f"{file}: found shape {array.shape}, expected {shape} as in {META_FILE}")
     if array.dtype != dtype or not array.flags.c_contiguous:

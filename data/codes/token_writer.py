@@ -18,7 +18,7 @@ from utils.token_ids import token_dtype
 
 @contextmanager
 def new_token_store(path: Path, meta: StoreMeta) -> Iterator["TokenStoreWriter"]:
-    """A writer to append samples to. At the end the store replaces an older one; after an exception it stays."""
+    """A writer to append samples to. At the end the store replaces an older one, which is kept after an exception."""
     check_codebook_size(path, meta.codebook_size)
     with atomic_folder(path, replace=True) as partial:
         with closing(TokenStoreWriter(partial, meta)) as writer:

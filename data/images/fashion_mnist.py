@@ -27,7 +27,7 @@ from utils.files.provenance import is_made, write_record
 from utils.randomness import Stream, permutation, philox
 
 CLASS_NAMES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot"]
-SPLITS = {"train": "train", HELDOUT_PREFIX: "t10k"}  # our name: that in the names of the files
+SPLITS = {"train": "train", HELDOUT_PREFIX: "t10k"}  # our name: the name in the IDX files
 SHA256 = {  # of the files without .gz, since Debian compresses them again
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
@@ -72,7 +72,7 @@ def find_source(given: Path | None) -> Path:
 
 
 def read_split(source: Path, name: str) -> Split:
-    """`name`: train or heldout. Raises InputError for a file that is missing, damaged or of another data set."""
+    """`name`: train or heldout. Raises InputError for a file that is missing, damaged or of a different data set."""
     images = _read(source, f"{SPLITS[name]}-images-idx3-ubyte")
     labels = _read(source, f"{SPLITS[name]}-labels-idx1-ubyte")
     return Split(
@@ -124,7 +124,7 @@ def write_shards(source: Path, output: Path) -> None:
 
 
 def _plan(name: str, count: int) -> list[Shard]:
-    """In a shuffled order, so that every shard holds all classes."""
+    """The shards of a split, in shuffled order, so that every shard holds all classes."""
     order = permutation(philox(Stream.SHARDS, 0, 0), count)
     starts = range(0, count, IMAGES_PER_SHARD)
     return [

@@ -24,7 +24,7 @@ IMAGE_EXTENSIONS = (
     *("jp2", "avif", "ppm", "pgm", "pbm", "pnm", "tga"),
 )
 TRANSPARENT_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
-MAX_ASPECT_RATIO = 100  # a longer image costs gigabytes when its shorter edge is enlarged to that of the crop
+MAX_ASPECT_RATIO = 100  # enlarging the shorter edge of a longer image to the crop size costs gigabytes
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def has_image_name(name: str) -> bool:
 
 @cache
 def _formats() -> list[str]:
-    """Pillow's readers for the formats of `IMAGE_EXTENSIONS`; those of some others, such as EPS, start programs."""
+    """Pillow's readers for the formats of `IMAGE_EXTENSIONS`; some other readers, such as EPS, start programs."""
     by_extension = Image.registered_extensions()
     known = {by_extension.get(f".{extension}") for extension in IMAGE_EXTENSIONS}
     return [name for name in Image.ID if name in known]  # in the order in which Pillow tries them

@@ -92,7 +92,7 @@ class ImageSource(ABC):
 
     @property
     def files_fingerprint(self) -> str:
-        """Hash of the sizes and modification times of the files: another one if an image was replaced under its name.
+        """Hash of the sizes and modification times of the files, which changes if an image is replaced under its name.
         Cheap, since no file is read."""
         digest = hashlib.sha256()
         for file in self.files():
@@ -105,7 +105,7 @@ class ImageSource(ABC):
         return digest.hexdigest()
 
     def has_stated_content(self) -> bool:
-        """Whether the files state their sha256 and are as stated, which reads them all."""
+        """Whether the files state their sha256 and match it, which reads them all."""
         return False
 
     def check_class_ids(self, num_classes: int | None) -> None:

@@ -100,7 +100,7 @@ class ImageDataset(Dataset):
 
     def __getitem__(self, item: int | SampleIndex) -> dict[str, Any]:
         """image: the transform's result, uint8 (H, W, 3); class_labels and index: int; skipped: whether the image is
-        unreadable, so that image and label are those of the next readable one.
+        unreadable, and replaced by the next readable image with its label.
 
         Raises InputError if the image cannot be read or decoded.
         """
@@ -130,7 +130,7 @@ class CroppedImages:
     """Images of a data set with a deterministic transform, read in slices by several threads.
 
     Args:
-        indices: of the images; None: all.
+        indices: indices of the images; None: all.
     """
 
     def __init__(self, dataset: ImageDataset, indices: Sequence[int] | None = None) -> None:

@@ -28,7 +28,7 @@ class ShardIndex:
 
     @classmethod
     def of(cls, samples: list[tuple[str, int, int, int]]) -> "ShardIndex":
-        """From key, class id, offset and size of each sample."""
+        """The index of samples given as (key, class id, offset, size)."""
         keys, class_ids, offsets, sizes = zip(*samples, strict=True)
         return cls(
             keys=np.array([to_bytes(key) for key in keys]),
@@ -55,7 +55,7 @@ def write_index(shard: Path, index: ShardIndex, shard_bytes: int) -> None:
 
 
 def read_index(shard: Path) -> ShardIndex | None:
-    """None if there is none; raises InputError if it is damaged or belongs to a shard of another size."""
+    """None if there is none; raises InputError if it is damaged or belongs to a shard of a different size."""
     path = index_path(shard)
     if not path.is_file():
         return None

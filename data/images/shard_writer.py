@@ -46,7 +46,7 @@ def plan_shards(source: ImageFolder, prefix: str, samples_per_shard: int, heldou
     """Shuffle the images, so that every shard holds all classes, and cut them into shards.
 
     `heldout` is the share of each class, rounded down but at least one image, for the shards `heldout-*.tar`. Raises
-    InputError for a class of one image, which cannot be held out.
+    InputError for a class of one image, which cannot be divided.
     """
     order = permutation(philox(Stream.SHARDS, 0, 0), len(source))
     by_class = order[np.argsort(source.class_ids[order], kind="stable")]  # grouped, shuffled within a class
@@ -70,7 +70,7 @@ def plan_shards(source: ImageFolder, prefix: str, samples_per_shard: int, heldou
 
 
 def provenance_of(source: ImageFolder, class_names: list[str], shards: list[Shard]) -> dict[str, Any]:
-    """Everything that the shards depend on, with sizes and times of the images in place of their content."""
+    """Everything that the shards depend on, with sizes and times of the images instead of their content."""
     return {
         "names of the images": source.fingerprint,
         "sizes and times of the images": source.files_fingerprint,
@@ -99,7 +99,7 @@ def write_shards(
     atomically; yields numbers of images. Finished shards are in `<output>.chunks/` meanwhile, from which the next call
     resumes.
 
-    Raises InputError for a file that cannot be read, or shards of another source in that folder.
+    Raises InputError for a file that cannot be read, or shards of a different source in that folder.
     """
     chunk_files = ChunkFiles(chunk_folder(output), num_items=len(shards), chunk_size=1, suffix=".json")
     chunk_files.open(provenance)

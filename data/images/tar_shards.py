@@ -379,7 +379,7 @@ def _check_end(shard: Path, end: int, num_images: int) -> None:
 
 
 def read_class_names(shards: list[Path]) -> list[str] | None:
-    """From `classes.json` next to the shards, in the order of the class ids; None without it."""
+    """Class names from `classes.json` next to the shards, in the order of the class ids; None without it."""
     paths = [folder / CLASS_NAMES_FILE for folder in dict.fromkeys(shard.parent for shard in shards)]
     paths = [path for path in paths if path.is_file()]
     if not paths:

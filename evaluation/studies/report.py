@@ -35,11 +35,11 @@ Values = dict[int, float]  # by seed
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of a hypothesis.
+    """The outcome of a hypothesis.
 
     Attributes:
-        contrast: of the complete pairs; None: fewer than two, or values without ratio.
-        seeds: of the complete pairs.
+        contrast: contrast over the complete pairs; None: fewer than two, or values without ratio.
+        seeds: seeds of the complete pairs.
         adjusted_p: Holm's; None: no verdict yet.
         verdict: a sentence.
     """
@@ -56,9 +56,9 @@ class Results:
     """The complete cells of a study, read when it is created.
 
     Attributes:
-        states: of complete planned cells, by arm and seed, in the order of the plan.
+        states: states of complete planned cells, by arm and seed, in the order of the plan.
         unfinished: names of the other planned cells.
-        unplanned: of other cells in the folder of the study.
+        unplanned: states of other cells in the folder of the study.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -73,7 +73,7 @@ class Results:
         self.unplanned = [state for state in found if state.condition == "complete"]
 
     def values(self, arm: str, metric: str) -> Values:
-        """Of the complete planned cells that have the metric."""
+        """Values of a metric, by seed, of the complete planned cells that have it."""
         return {
             seed: state.metrics[metric]
             for (of_arm, seed), state in self.states.items()
@@ -86,12 +86,12 @@ class Results:
         return list(dict.fromkeys([self.plan.file.metric, *names]))
 
     def pairs(self, hypothesis: Hypothesis, metric: str) -> list[int]:
-        """The seeds of which both arms have the metric."""
+        """The seeds for which both arms have the metric."""
         baseline = self.values(hypothesis.baseline, metric)
         return [seed for seed in self.values(hypothesis.arm, metric) if seed in baseline]
 
     def contrast(self, hypothesis: Hypothesis, metric: str) -> Contrast | None:
-        """Of all pairs; None: fewer than two, or values without ratio."""
+        """The contrast over all pairs; None: fewer than two pairs, or values without ratio."""
         arm, baseline = self.values(hypothesis.arm, metric), self.values(hypothesis.baseline, metric)
         seeds = self.pairs(hypothesis, metric)
         if len(seeds) < 2 or min(*arm.values(), *baseline.values()) <= 0:
@@ -114,7 +114,7 @@ class Results:
         return found
 
     def outcomes(self) -> list[Outcome]:
-        """Of all hypotheses. Those with incomplete cells get no verdict, and count as p = 1 for Holm's adjustment."""
+        """All outcomes. Hypotheses with incomplete cells get no verdict, and count as p = 1 for Holm's adjustment."""
         file = self.plan.file
         contrasts = {name: self.contrast(hypothesis, file.metric) for name, hypothesis in file.hypotheses.items()}
         seeds = {name: self.pairs(hypothesis, file.metric) for name, hypothesis in file.hypotheses.items()}
@@ -304,7 +304,7 @@ def power_lines(seeds: int, hypotheses: int) -> list[str]:
             f"warning: the smallest p of {seeds} seeds is {smallest_p(seeds):.2g}, above {ALPHA:g} / {hypotheses} "
             f"(number of hypotheses): no verdict can be 'real'; use at least {needed} seeds"
         ]
-    # As if nothing were shared by the runs of a seed; what is shared makes the effects that are found smaller.
+    # Assumes that the runs of a seed share nothing; what they share makes smaller effects detectable.
     effects = [smallest_effect(from_percent(spread) * 2**0.5, seeds, alpha) for spread in TYPICAL_SPREADS_PCT]
     return [
         f"{seeds} seeds find an effect of {_list(effects, '.1f')} % with a probability of {POWER:.0%}, if the runs of "

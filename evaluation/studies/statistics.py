@@ -66,7 +66,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def equivalence_p(differences: np.ndarray, margin_pct: float) -> float:
     """p of two one-sided t-tests (TOST) that the mean effect is outside -margin to +margin percent.
 
-    Equal differences, such as those of identical arms, give 0 inside the margin and 1 outside. Source: Schuirmann 1987,
+    Equal differences, as between identical arms, give 0 inside the margin and 1 outside. Source: Schuirmann 1987,
     https://doi.org/10.1007/BF01068419.
     """
     n = len(differences)
@@ -91,12 +91,12 @@ def bootstrap_interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def smallest_p(seeds: int) -> float:
-    """Of the exact two-sided sign-flip test: that of differences of one sign."""
+    """Smallest p of the exact two-sided sign-flip test: all differences have the same sign."""
     return 2.0 ** (1 - seeds)
 
 
 def power(effect_pct: float, spread: float, seeds: int, alpha: float = ALPHA) -> float:
-    """Probability that a two-sided paired t-test finds an effect; that of the sign-flip test is a few percent smaller.
+    """Probability that a two-sided paired t-test finds an effect; a few percent smaller for the sign-flip test.
 
     Args:
         spread: standard deviation of the differences.
@@ -136,8 +136,8 @@ class Contrast:
     Attributes:
         differences: (n,), the log-ratio of each seed.
         effect_pct, low_pct, high_pct: mean log-ratio in percent and its bootstrap interval.
-        p: of the sign-flip test, not adjusted.
-        equivalence_p: of two one-sided tests at the margin.
+        p: p of the sign-flip test, not adjusted.
+        equivalence_p: p of two one-sided tests at the margin.
     """
 
     differences: np.ndarray

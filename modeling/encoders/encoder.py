@@ -1,6 +1,6 @@
 """The interface of all frozen image encoders: images to features of patches and of whole images.
 
-Legend: B images, H = W pixels, g x g patches, Z width of the features of a patch, D of those of an image.
+Legend: B images, H = W pixels, g x g patches, Z width of the features of a patch, D width of the features of an image.
 """
 
 from abc import ABC, abstractmethod
@@ -14,11 +14,11 @@ class FrozenEncoder(nn.Module, ABC):
     """Without gradients, in eval mode.
 
     Attributes:
-        name: of the network, for logs and reports.
+        name: name of the network, for logs and reports.
         patch_dim: Z; image_dim: D.
-        packages: that the features depend on.
+        packages: packages that the features depend on.
         weights_name: file name of the weights.
-        weights_sha256: of that file.
+        weights_sha256: hash of that file.
     """
 
     name: str

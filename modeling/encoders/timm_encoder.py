@@ -4,8 +4,8 @@ Mean and std are those that timm states for the weights. For patch features, ima
 (https://github.com/sihyun-yu/REPA): to a side of g patches, bicubic without antialiasing. It normalizes DINOv2's input
 before the resize and CLIP's after it; both are linear, so the order does not matter.
 
-For features of whole images, it is that of the common FD-DINOv2 (https://github.com/NVlabs/edm2): bicubic with
-antialiasing.
+For features of whole images, images are resized as in the common FD-DINOv2 (https://github.com/NVlabs/edm2): bicubic
+with antialiasing.
 """
 
 import difflib
@@ -26,7 +26,7 @@ from utils.files.hub import local_file
 from utils.files.weights import load_state_dict, load_strict
 from utils.keys import did_you_mean
 
-DINOV2_SIZE = 224  # pixels, of the published uses of its image features; timm states 518, that of its training
+DINOV2_SIZE = 224  # pixels, as in published uses of its image features; timm states 518, the size in its training
 WITHOUT_FINAL_NORM = re.compile(r"\.mae$|_clip_")  # REPA's code reads their patches before the final norm
 
 
@@ -35,8 +35,8 @@ class TimmEncoder(FrozenEncoder):
     the grid. Image features are what timm's classifier would read: the class token or pooled features.
 
     Args:
-        model: that `timm.list_models` knows, perhaps with the tag of its weights.
-        weights: a path or hf://OWNER/REPO/FILE; None: those of timm on the Hub.
+        model: a name that `timm.list_models` knows, perhaps with the tag of its weights.
+        weights: a path or hf://OWNER/REPO/FILE; None: timm's weights on the Hub.
         grid_size: g; None: for image features.
 
     Raises:
@@ -107,7 +107,7 @@ def _on_the_hub(model: str) -> str:
 
 
 def _state_of(path: Path, network: Any) -> dict[str, Tensor]:
-    """The weights in a file, converted as timm does (names, position embeddings of another size), without the
+    """The weights in a file, converted as timm does (names, position embeddings of a different size), without the
     classifier."""
     state = load_state_dict(path)
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)

@@ -122,7 +122,7 @@ class DecodingState:
     Args:
         images: B of every batch.
         guided: with an unconditional sequence for each image.
-        dtype: of the blocks' matrix products and the cache.
+        dtype: type of the blocks' matrix products and of the cache.
     """
 
     @torch.no_grad()
@@ -155,7 +155,7 @@ class DecodingState:
         self.uniforms = torch.zeros(images, steps, device=device)
         self.orders = torch.zeros(images, steps, dtype=torch.int64, device=device)
         self.codes = torch.zeros_like(self.orders)  # x1 .. xN
-        self.conditioning = torch.zeros_like(self.orders)  # given codes in place of sampled ones; -1: none
+        self.conditioning = torch.zeros_like(self.orders)  # given codes, which are not sampled; -1: none
 
     def set_compiled(self, compiled: bool) -> None:
         """Each function is compiled once, for all blocks and positions: its arguments have the same shapes. Between
@@ -180,7 +180,7 @@ class DecodingState:
             class_labels: (B,).
             uniforms: (B, N), in the order of prediction.
             orders: (B, N); None: raster.
-            conditioning: (B, N) given codes in raster order, -1 where a code is to be sampled; None: sample all.
+            conditioning: (B, N) given codes in raster order, -1 where a code must be sampled; None: sample all.
         """
         labels = class_labels
         if self.guided:

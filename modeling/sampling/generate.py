@@ -126,13 +126,13 @@ class CodeSampler:
     Args:
         model: in float32; its weights must not change while this object is used.
         config: guidance, temperature, top-k and top-p.
-        dtype: of the blocks' matrix products and of the cache; everything else is float32.
+        dtype: type of the blocks' matrix products and of the cache; everything else is float32.
         compile_mode: `sampling.compile`. off: operations are launched one by one; on: the step is compiled and, on
             CUDA, runs as a graph; auto: on on CUDA, off on a CPU, and off with a notice where that fails.
         notice: receives the notice, one line.
 
     Raises:
-        ValueError: a model in another precision, or a value of the config outside its range.
+        ValueError: a model in a different precision, or a value of the config outside its range.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class CodeSampler:
     @torch.inference_mode()
     def configure(self, config: GeneratorConfig) -> None:
         """Use this guidance, temperature, top-k and top-p from now on. If only the strength of the guidance changes,
-        buffers and graphs stay.
+        buffers and graphs are kept.
 
         Raises:
             ValueError: a value outside its range.
@@ -195,16 +195,16 @@ class CodeSampler:
             on_step: called after each position, for a progress bar.
             orders: (B, N) as in `ReAR.forward`; needs a model trained with a `config.order` other than raster.
             conditioning_codes: (B, N) in raster order, read where `conditioning_mask` is true.
-            conditioning_mask: (B, N) bool, true where a code is given. Given codes stay and come first in the order of
-                their image, the others are sampled conditioned on them (inpainting). A model in raster order needs them
-                to be the first codes of the image.
+            conditioning_mask: (B, N) bool, true where a code is given. Given codes come first in the order of their
+                image and are kept, the others are sampled conditioned on them (inpainting). A model in raster order
+                needs them to be the first codes of the image.
 
         Returns:
             (B, N) int64 codes in raster order, computed asynchronously on a GPU. V where logits were not finite:
             `ImageDecoder`, `PassThroughDecoder` and `generate` raise then.
 
         Raises:
-            ValueError: an argument of another shape, type or range, or an order that the model was not trained for.
+            ValueError: an argument of the wrong shape, type or range, or an order that the model was not trained for.
         """
         class_labels = checked_class_labels(class_labels, self.model.num_classes)
         shape = (len(class_labels), self.steps)

@@ -33,7 +33,7 @@ def generate_images(
     sampler: ImageSampler | None = None,
 ) -> np.ndarray:
     """Sample an image of each class label: in bf16 and with CUDA graphs on a GPU, in float32 on a CPU. Image i depends
-    on (weights, settings, seed, i, its label) only; with labels 0, 1, .., C - 1, 0, 1, .. it is that of the script.
+    on (weights, settings, seed, i, its label) only; with labels 0, 1, .., C - 1, 0, 1, .. it is the script's image i.
 
     Args:
         model, tokenizer: on the same device, in eval mode.
@@ -41,7 +41,7 @@ def generate_images(
         guidance_scale, guidance_scale_pow, temperature, top_k, top_p: None: as in `model.config.generator`.
         order: random: for models that were trained with random orders.
         batch_size: images at a time.
-        sampler: of this model, to reuse with its own batch size, since on a GPU preparing a new one takes seconds:
+        sampler: one of this model to reuse, with its own batch size, since on a GPU a new one takes seconds to prepare:
             `ImageSampler(model, tokenizer, Config(model=model.config), batch_size)`.
 
     Returns:

@@ -77,7 +77,7 @@ def image_orders(indices: Sequence[int], image_seq_len: int, sampling: SamplingC
 class ImageSampler:
     """Samples batches of up to `batch_size` images. Reuse it: compiling and capturing happen once.
 
-    A smaller batch is padded with its last index: another batch size would be compiled again, and on a GPU may round
+    A smaller batch is padded with its last index: a new batch size would be compiled again, and on a GPU may round
     differently.
 
     Args:
@@ -90,7 +90,7 @@ class ImageSampler:
         decoder: turns these codes into images, or returns the codes if the tokenizer has no images.
 
     Raises:
-        ValueError: model and tokenizer of other codes, a model in another precision, or a value outside its range.
+        ValueError: model and tokenizer do not match, the model has a different precision, or a value is out of range.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class ImageSampler:
             self.decoder = ImageDecoder(tokenizer, self.sampling.uint8_rule, decoder_dtype)
 
     def configure(self, config: Config) -> None:
-        """Use this seed, order, guidance, temperature, top-k and top-p from now on; all else stays.
+        """Use this seed, order, guidance, temperature, top-k and top-p from now on; everything else is kept.
 
         Raises:
             ValueError: a value outside its range.
@@ -143,7 +143,7 @@ class ImageSampler:
         """Codes (B, N) of the images with these indices; a GPU may still be computing them.
 
         Args:
-            class_labels: (B,), in place of those of the indices.
+            class_labels: (B,), instead of the labels of the indices.
             on_step: called after each code.
 
         Raises:
@@ -269,7 +269,7 @@ class ImageDecoder:
 
 
 class PassThroughDecoder:
-    """In place of an `ImageDecoder` for a tokenizer without images: returns the codes."""
+    """Replaces `ImageDecoder` for a tokenizer without images: returns the codes."""
 
     def __init__(self, codebook_size: int) -> None:
         self.codebook_size = codebook_size

@@ -38,7 +38,7 @@ def inpaint(
     Args:
         mask: (N,) bool, true where a code is given.
         sampler: is configured for this.
-        class_label: of all; None: the null class, without guidance.
+        class_label: class of all images; None: the null class, without guidance.
         on_step: called for each position of each batch.
 
     Raises:

@@ -1,5 +1,5 @@
 """Sequences of tokens from the distribution that a model defines: temperature 1, no guidance, no top-k or top-p, raster
-order. With `Stream.SAMPLING`, sequence i is that of scripts/sample_imagenet_rear.py with these settings.
+order. With `Stream.SAMPLING`, sequence i is also sequence i of scripts/sample_imagenet_rear.py.
 
 Legend: B sequences, N codes each.
 """

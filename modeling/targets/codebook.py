@@ -25,8 +25,8 @@ class Codebook(Target):
 
 
 class PermutedCodebook(Codebook):
-    """The codebook vectors in a fixed random order: the vector of another code. A control with the loss and the cost of
-    `Codebook`, whose geometry says nothing about the codes."""
+    """The codebook vectors in a fixed random order: the vector of a different code. A control with the loss and the
+    cost of `Codebook`, whose geometry says nothing about the codes."""
 
     def __init__(self, tap: TapConfig, config: Config, tokenizer: Tokenizer, num_samples: int | None) -> None:
         super().__init__(tap, config, tokenizer, num_samples)

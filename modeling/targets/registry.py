@@ -1,4 +1,4 @@
-"""Targets by name, and those of all taps of a config.
+"""Targets by name, and the targets of all taps of a config.
 
 Legend: B images, N codes per image, Z width of a target vector.
 """
@@ -35,7 +35,7 @@ class Targets:
         num_samples: size of the training data; None: unknown.
 
     Attributes:
-        taps: that are trained, in the order of the loss.
+        taps: the trained taps, in the order of the loss.
 
     Raises:
         InputError: an unknown or unfit target, or missing weights.

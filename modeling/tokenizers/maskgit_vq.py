@@ -1,7 +1,8 @@
 """The MaskGIT-VQ tokenizer: a convolutional VQGAN without attention, images to codes and back.
 
 The defaults of the config are the published f16 model (MaskGIT, https://arxiv.org/abs/2202.04200, in the PyTorch
-port that RAR uses, `maskgit-vqgan-imagenet-f16-256.bin`); its state-dict keys are those of that file and never change.
+port that RAR uses, `maskgit-vqgan-imagenet-f16-256.bin`); its state-dict keys are the keys in that file and never
+change.
 """
 
 from modeling.tokenizers.conv_tokenizer import CodebookTokenizer

@@ -1,8 +1,8 @@
 """The TiTok tokenizer (https://arxiv.org/abs/2406.07550): an image as a few codes without a grid.
 
 The legacy models (L-32, B-64, S-128) decode to the codes of a MaskGIT-VQ, whose decoder makes the pixels; the later
-ones (BL-64, BL-128, SL-256, with 8,192 codes) decode to pixels. State-dict keys are those of the published safetensors
-files (https://github.com/bytedance/1d-tokenizer) and never change.
+ones (BL-64, BL-128, SL-256, with 8,192 codes) decode to pixels. State-dict keys are the keys in the published
+safetensors files (https://github.com/bytedance/1d-tokenizer) and never change.
 
 Legend: B images, H = W pixels, g x g patches, N codes per image, V codebook size, Z width of a codebook vector, K codes
 of the MaskGIT-VQ.
@@ -31,7 +31,7 @@ PATCH_SIZES = ("vit_enc_patch_size", "vit_dec_patch_size")
 
 class TiTokVQ(Tokenizer):
     """Images in [0, 1] <-> codes without a grid; `hidden_channels`, `channel_mult` and `num_res_blocks` of the config
-    are those of the MaskGIT-VQ decoder of a legacy model."""
+    describe the MaskGIT-VQ decoder of a legacy model."""
 
     config_class = TiTokConfig
 

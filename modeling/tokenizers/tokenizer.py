@@ -29,7 +29,7 @@ OWN_KEYS = {field.name for field in fields(VQModelConfig)} - {field.name for fie
 
 
 class Tokenizer(PretrainedModel, ABC):
-    """Images in [0, 1] <-> codes; a network that works in another range converts inside.
+    """Images in [0, 1] <-> codes; a network that works in a different range converts inside.
 
     A new tokenizer implements the abstract methods and is added to the table of registry.py. Names of its parameters
     must not begin with one of the `WRAPPERS` of `utils.files.weights`.
@@ -69,7 +69,7 @@ class Tokenizer(PretrainedModel, ABC):
     def from_section(cls: type[T], section: VQModelConfig) -> T:
         """Build from `model.vq_model`, which has the keys of all tokenizers.
 
-        Raises InputError for sizes that do not fit together, or a value for a key of another tokenizer.
+        Raises InputError for sizes that do not fit together, or a value for a key of a different tokenizer.
         """
         own = {field.name for field in fields(cls.config_class)}
         values = {field.name: getattr(section, field.name) for field in fields(section)}
@@ -90,7 +90,7 @@ class Tokenizer(PretrainedModel, ABC):
     @abstractmethod
     def config_from_state_dict(cls, state: dict[str, Tensor]) -> TokenizerConfig:
         """Config of the tokenizer with this state dict; keys that it does not determine, such as the resolution, keep
-        their defaults. Raises InputError for keys of another model."""
+        their defaults. Raises InputError for keys of a different model."""
 
     @classmethod
     def weights_of(cls, state: dict[str, Tensor], source: object) -> dict[str, Tensor]:
@@ -134,11 +134,11 @@ class Tokenizer(PretrainedModel, ABC):
     def encode(self, images: Tensor) -> Tensor:
         """Codes (B, N) int64, from 0 to V - 1, of images (B, 3, H, W) in [0, 1], H = W = resolution.
 
-        Any float type is converted to that of the weights. On a GPU the checks synchronize;
+        Any float type is converted to the type of the weights. On a GPU the checks synchronize;
         `quantize_latents(encode_latents(images))` skips them.
 
         Raises:
-            ValueError: another image shape, no floats, or values outside [0, 1].
+            ValueError: wrong image shape, no floats, or values outside [0, 1].
             NonFiniteError: latents that are not finite.
         """
         check_images(images, self.resolution)
@@ -151,7 +151,7 @@ class Tokenizer(PretrainedModel, ABC):
         """Images (B, 3, H, W), clamped to [0, 1], of codes (B, N).
 
         Raises:
-            ValueError: another number of codes per image, no integers, or codes outside 0 to V - 1.
+            ValueError: wrong number of codes per image, no integers, or codes outside 0 to V - 1.
         """
         return self.decode_unclamped(codes).clamp(0.0, 1.0)
 
@@ -172,8 +172,7 @@ class Tokenizer(PretrainedModel, ABC):
         )
 
     def unusual_settings(self) -> dict[str, Any]:
-        """Settings that decide codes or images, do not follow from the weights, and are other than those of published
-        models."""
+        """Settings that decide codes or images, do not follow from the weights, and differ from published models."""
         return {}
 
     def sha256(self) -> str:

@@ -6,9 +6,9 @@ and adaLN per row and position in every block, and masks attention with a dense 
 Sampling, three methods that give the same codes as `modeling.sampling.generate`:
 - no cache, the published sampler: each step runs the whole prefix, conditional and unconditional, with the head over
   all positions;
-- concatenating cache: the inputs are made as before, but only the newest position goes through the network, and keys
-  and values grow by `torch.cat`;
-- lean concatenating cache: also, only the newest position's input is made.
+- concatenating cache: the inputs are computed as before, but only the newest position goes through the network, and
+  keys and values grow by `torch.cat`;
+- lean concatenating cache: also, only the newest position's input is computed.
 
 Training: normalized codebook vectors of every token, a float32 copy of all logits, and four `.item()` per step.
 

@@ -1,4 +1,4 @@
-"""Codes for training: the token store against linecache and json on the published jsonl, a generated file.
+"""Reading tokens for training: the token store compared with linecache and json, on a generated jsonl.
 
 Each measurement runs in a fresh process; memory is counted from after its imports.
 """

@@ -1,4 +1,4 @@
-"""Sampling codes: `modeling.sampling.generate` against the published sampler and two KV caches (`baselines.py`).
+"""Sampling codes: `modeling.sampling.generate` compared with the published sampler and two KV caches (`baselines.py`).
 
 The weights are random, which does not affect the time. Codes are compared in float32; the measurement is in the
 precision of `sampling.mixed_precision=auto`, and for the baselines in float32 (TF32 on a GPU), as published.

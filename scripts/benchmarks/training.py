@@ -1,4 +1,4 @@
-"""Training: steps as of scripts/train_rear.py against steps of the published network (`baselines.py`).
+"""Training: steps of scripts/train_rear.py compared with steps of the published network (`baselines.py`).
 
 On one batch of random codes, without reading data, logging and saving; in bf16 on a GPU, in float32 on a CPU. Losses
 and gradients of both are compared in float32 first.

@@ -55,8 +55,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_text_once(path: Path, text: str) -> None:
-    """As `write_text`, unless the file exists: of several processes that write it at the same time, the first one wins,
-    or the last one on a mount without hard links."""
+    """Like `write_text`, unless the file exists: of several processes that write it at the same time, the first one
+    wins, or the last one on a mount without hard links."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with errors_name(path):
@@ -105,7 +105,7 @@ def sync(path: Path) -> None:
 
 
 def set_permissions(path: Path) -> None:
-    """Give a file the permissions of the umask, if its mount can: they are not worth the file."""
+    """Give a file the permissions of the umask, if its mount can; a failure is ignored."""
     umask = os.umask(0)
     os.umask(umask)
     with suppress(OSError):

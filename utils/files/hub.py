@@ -74,7 +74,7 @@ def upload_files(
 
     Args:
         files: contents by name in the repository.
-        private: of a new repository; None: the account's default.
+        private: whether a new repository is private; None: the account's default.
         token: None: the token of `hf auth login` or HF_TOKEN.
 
     Raises InputError if the Hub does not answer, or refuses.

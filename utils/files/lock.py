@@ -73,7 +73,7 @@ def is_in_use(folder: Path) -> bool:
 
 
 def still_held(folder: Path) -> bool:
-    """Whether the lock of this process is still in `folder`; ends this process if it is another's now."""
+    """Whether the lock of this process is still in `folder`; ends this process if another one holds it now."""
     try:
         (folder / LOCK).stat()
     except FileNotFoundError:

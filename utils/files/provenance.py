@@ -2,8 +2,8 @@
 
     {"provenance": {"sampling.seed": 42, ...}, "files": {"x.npz": {"bytes": 9, "sha256": "..."}}, other facts}
 
-A JSON file of this form is next to each result and in each folder of chunk files. A result of another provenance is
-never replaced.
+A JSON file of this form is next to each result and in each folder of chunk files. A result with a different provenance
+is never replaced.
 """
 
 import json
@@ -43,8 +43,8 @@ def is_made(
     record: Path | None = None,
     remedy: str = "delete it or choose another output",
 ) -> bool:
-    """Whether `result` exists, complete and with this provenance; raises InputError if it has another provenance, or
-    none, or if a file is not the recorded one.
+    """Whether `result` exists, complete and with this provenance; raises InputError if it has a different provenance,
+    or none, or if a file is not the recorded one.
 
     Args:
         record: file of `write_record`; None: `result` with the suffix .json.
@@ -72,7 +72,7 @@ def problem_of_files(result: Path, record: Path, content: dict[str, Any]) -> str
     """`FILE: found X, expected Y` for the first file that is not as its record says; None if all are.
 
     Args:
-        content: of the file `record`, which may be of an earlier version, with the size of `result` alone.
+        content: content of the file `record`, which may be of an earlier version, with the size of `result` alone.
     """
     older = {result.name: {"bytes": content["bytes"]}} if "bytes" in content else {}
     for name, expected in content.get("files", older).items():

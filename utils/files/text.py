@@ -19,7 +19,7 @@ def read_text(path: Path) -> str:
 
 
 def same_letters(name: str) -> str:
-    """The name in Unicode's form NFC: macOS writes an accent as a letter of its own, and such names look equal."""
+    """The name in Unicode's form NFC: macOS stores accents separately, so names that look equal may differ."""
     return unicodedata.normalize("NFC", name)
 
 

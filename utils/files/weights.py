@@ -139,8 +139,8 @@ def save_weights(state_dict: dict[str, Tensor], path: Path, record: dict[str, An
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """The record of `save_weights` in a file; empty without one. Raises InputError for values of other types than
-    those of `RECORD_TYPES`, which a stranger's file may hold."""
+    """The record of `save_weights` in a file; empty without one. Raises InputError for values of types other
+    than `RECORD_TYPES`, which a stranger's file may hold."""
     try:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(RECORD, "{}")

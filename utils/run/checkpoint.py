@@ -76,7 +76,7 @@ def load_weights(module: nn.Module, weights: StateDict, source: object) -> None:
 
 
 def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state dict with names in place of the numbers of parameters; ranks and memory as for `weights_of`."""
+    """The state dict with names instead of the numbers of parameters; ranks and memory as for `weights_of`."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     if not optimizer.state:  # before the first update, torch would invent a state with a step
@@ -186,7 +186,7 @@ def _remove_unfinished(output_dir: Path) -> None:
 
 
 def prune_checkpoints(output_dir: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but the newest `keep_last` complete checkpoints and those of every `keep_every`-th step (0: none).
+    """Delete all checkpoints but the newest `keep_last` complete ones and every `keep_every`-th step (0: none).
     Raises OSError if a deletion fails, which the next save tries again."""
     for old in list_checkpoints(output_dir)[:-keep_last]:
         if keep_every and step_of(old) % keep_every == 0:

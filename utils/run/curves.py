@@ -105,7 +105,7 @@ def draw_curve(axes: "Axes", name: str, points: Points, **style: Any) -> None:
 
 
 def plain_label(text: str) -> str:
-    """For a legend or a title: matplotlib reads `$...$` as mathematics, and leaves out labels that begin with `_`."""
+    """Text for legend or title: matplotlib reads `$...$` as mathematics and leaves out labels that begin with `_`."""
     escaped = text.replace("$", r"\$")
     return f" {escaped}" if text.startswith("_") else escaped
 

@@ -42,7 +42,7 @@ def peak_flops(device_name: str) -> float | None:
 
 @dataclass
 class TrainingCost:
-    """Of one image."""
+    """Cost of training on one image."""
 
     flops: float  # of forward and backward pass
     activation_bytes: float  # kept for the backward pass
@@ -104,9 +104,9 @@ def memory_estimate(
     """
     Args:
         modules: by name, as in a checkpoint, with the model as `model`; sharded or not.
-        optimizers: of their parameters.
+        optimizers: the optimizers of their parameters.
         shards: processes that each module is sharded over.
-        activation_bytes: of a micro-batch; None: unknown.
+        activation_bytes: size of a micro-batch's activations; None: unknown.
         micro_steps: with more than one, each process keeps whole gradients between them.
     """
     sizes = {name: _num_bytes(module.state_dict().values()) for name, module in modules.items()}

@@ -21,7 +21,7 @@ def image_provenance(
     tokenizer: nn.Module,
     device: torch.device,
 ) -> dict[str, Any]:
-    """By config key; `class_labels` and `indices` are those that `sampling` selects."""
+    """The provenance by config key; `sampling` selects `class_labels` and `indices`."""
     facts = dict(flat({"model": asdict(config.model), "sampling": asdict(config.sampling)}))
     del facts["sampling.images_per_class"]
     return {

@@ -28,7 +28,7 @@ class Launch:
         start: what the run resumes from; verified.
         micro_steps: micro-batches per step on each rank.
         global_batch_size: images per step.
-        code_hash: of the Python sources.
+        code_hash: hash of the Python sources.
         lock_owner: process id of rank 0, which holds the lock of the run folder.
         notes: lines for the log, written when the run begins.
     """
@@ -54,7 +54,7 @@ class Launch:
         with config and tokenizer, do not fit the resumed checkpoint.
 
         Args:
-            tokenizer_sha256: of the tokenizer of a generator.
+            tokenizer_sha256: hash of a generator's tokenizer.
         """
         data = self.ctx.rank0_first(open_it)
         self.ctx.assert_same_on_all_ranks("data", {"hash": data.fingerprint, "samples": len(data)})

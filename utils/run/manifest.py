@@ -15,7 +15,7 @@ from utils.keys import SILENT, keys_of
 from utils.schema import SAMPLING_KEYS, Config
 
 MANIFEST_FILE = "manifest.json"
-# Of the config. The others say where and how it runs, logs and samples.
+# Sections of the config. The others say where and how it runs, logs and samples.
 WEIGHTS_SECTIONS = ("model.", "optimizer.", "lr_scheduler.", "training.", "vq_training.", "dataset.preprocessing.")
 VERSIONED_PACKAGES = ["torch", "accelerate", "numpy", "safetensors"]
 
@@ -58,8 +58,8 @@ class Provenance:
     untrained_classes: list[int] | None = None  # ids of the classes without training samples; None: unknown
 
     def record(self, step: int) -> dict[str, Any]:
-        """For a single weights file. Of the config, it has the values that decide the weights, without paths, which
-        would make files of equal weights differ."""
+        """The record of a single weights file. Its config has only the values that decide the weights, without paths,
+        which would make files of equal weights differ."""
         values = {key: value for key, value in flat(self.config) if decides_weights(key) and not is_start(key)}
         return {
             "step": step,
@@ -73,8 +73,8 @@ class Provenance:
 
 
 def decides_weights(key: str) -> bool:
-    """Whether another value of this config key trains other weights. Data and tokenizer are compared by their hashes
-    instead of their paths."""
+    """Whether a different value of this config key trains different weights. Data and tokenizer are compared by
+    their hashes instead of their paths."""
     known = keys_of(Config).get(key)
     is_silent = known is not None and known.has(SILENT)
     return is_start(key) or (key.startswith(WEIGHTS_SECTIONS) and key not in SAMPLING_KEYS and not is_silent)

@@ -79,12 +79,12 @@ class IntervalMeans:
 
 
 class TrainingMetrics:
-    """Measurements between two log lines. Wall-clock times are those of the device, since the check for finite losses
-    synchronizes once per step. The first step after a launch, which compiles and allocates, is not counted.
+    """Measurements between two log lines. Wall-clock times include the device's work, since the check for finite
+    losses synchronizes once per step. The first step after a launch, which compiles and allocates, is not counted.
 
     Args:
-        skipped_images, trained_s: of earlier launches.
-        flops_per_image: of forward and backward pass, for perf/mfu_pct; None: unknown.
+        skipped_images, trained_s: totals of earlier launches.
+        flops_per_image: FLOPs of forward and backward pass, for perf/mfu_pct; None: unknown.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from utils.run.run_environment import log_and_continue
 
 
 def profiled(steps: Iterable[int], config: Config, ctx: DistributedContext, logger: logging.Logger) -> Iterator[int]:
-    """Yield the steps; rank 0 records those of `training.profile`, with the work between them.
+    """Yield the steps; rank 0 records the steps of `training.profile`, with the work between them.
 
     After the last recorded step, or at the end of the run, writes `<output_dir>/profile/trace.json.gz` (for
     chrome://tracing or https://ui.perfetto.dev, with a span for each step) and, on a GPU, `memory.pickle` (for

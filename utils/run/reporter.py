@@ -32,7 +32,7 @@ class Reporter:
     """Reports on rank 0 and does nothing on other ranks.
 
     Attributes:
-        logger: to log.txt and the console; silent on other ranks.
+        logger: writes to log.txt and the console; silent on other ranks.
     """
 
     def __init__(self, config: Config, status: StatusFile, is_rank0: bool) -> None:

@@ -62,7 +62,7 @@ class Start:
 
     @property
     def weights_only(self) -> bool:
-        """`checkpoint` is a weights file; optimizer, step and data order start anew."""
+        """`checkpoint` is a weights file; optimizer, step and data order start from the beginning."""
         return self.weights is not None
 
 
@@ -252,7 +252,7 @@ def _check_weights(weights: TrainedWeights, config: Config, provenance: Provenan
 
 
 def _check_classes(trained: list[str] | None, provenance: Provenance, source: object) -> None:
-    """Raise InputError if the classes of the weights and of the data have names, and not the same."""
+    """Raise InputError if weights and data both have class names and these differ."""
     found = provenance.class_names
     if None in (trained, found) or trained == found:
         return
@@ -263,7 +263,7 @@ def _check_classes(trained: list[str] | None, provenance: Provenance, source: ob
 
 
 def shortened(names: list[str] | None) -> str:
-    """For a message."""
+    """The names in at most 80 characters, for a message."""
     return textwrap.shorten(", ".join(names or []), 80, placeholder=" ...")
 
 
@@ -313,8 +313,8 @@ def last_step(training: TrainingConfig) -> int:
 
 
 def untrained_classes(start: Start, without_samples: list[int]) -> list[int] | None:
-    """Classes that neither this run nor the one that it starts from has samples of; None: unknown, since what it starts
-    from does not record its own.
+    """Classes without samples both in this run and in the run that it starts from; None: unknown, since the weights
+    that it starts from do not record theirs.
 
     Args:
         without_samples: classes without samples in the training data.

@@ -1,7 +1,7 @@
 """One model on several processes: replicated (DDP) or sharded (FSDP2).
 
 torch's own `fully_shard`, not accelerate's plugin, which a CPU ignores silently, so that it cannot be tested there. The
-numbers equal those of a replicated model, to rounding.
+numbers equal a replicated model's, up to rounding.
 """
 
 import warnings

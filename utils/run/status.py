@@ -62,13 +62,13 @@ class StatusFile:
             write_status(self.output_dir, self.now)
 
     def update(self) -> None:
-        """As `write`; an error must not end training."""
+        """Like `write`, but an error does not end training."""
         with suppress(OSError):
             self.write()
 
     def fail(self, reason: str) -> None:
-        """Record a failure, on the rank that has it. The first failure stays: later ones may only say that a rank is
-        gone. So does the status of the next launch, if this rank notices late that its launch has ended."""
+        """Record a failure, on the rank that has it. The first failure is kept: later ones may only say that a rank is
+        gone. The status of the next launch is kept too, if this rank notices late that its own launch has ended."""
         self.now.status = "failed"
         self.now.reason = reason
         is_of_this_launch = self.ctx.is_rank0 or owner_inside(self.output_dir) in (None, self._lock_owner)
@@ -79,7 +79,7 @@ class StatusFile:
 
 
 def note_failed_start(output_dir: Path, reason: str) -> None:
-    """Record that a start led to no run. A run that is complete stays so."""
+    """Record that a start led to no run. A completed run keeps its status."""
     before = read_status_or_none(output_dir)
     if before is not None and before.status != "completed":
         with suppress(OSError):

@@ -7,7 +7,7 @@ from utils.schema import ExperimentConfig
 class StepTriggers:
     """
     Args:
-        state: of the run; its step counts up.
+        state: state of the run; its step counts up.
 
     Attributes:
         last_step: number of steps after which the run is complete.

@@ -23,12 +23,12 @@ STEP = "train/step"  # the x axis; wandb's own step may not decrease, but steps 
 class WandbRun:
     """Mirrors a run to wandb, on rank 0. An error of wandb is a warning, and training continues.
 
-    The mode (online, offline, disabled) is that of the environment or of wandb's settings file. An online run that
+    The mode (online, offline, disabled) comes from the environment or wandb's settings file. An online run that
     cannot start becomes an offline one. A run that starts at step 0 is a new run in wandb; a resumed one continues the
     run whose id is in `<output_dir>/wandb_run_id`.
 
     Attributes:
-        url: of an online run.
+        url: address of an online run.
         sync_command: uploads an offline run.
     """
 
@@ -90,7 +90,7 @@ class WandbRun:
         """Upload the rest, for FINISH_TIMEOUT_S at most.
 
         Args:
-            exit_code: of the process; wandb shows the run as failed or preempted only if it is not 0.
+            exit_code: the process's exit status; wandb shows the run as failed or preempted only if it is not 0.
             preempted: the run will be started again.
         """
         if self._run is not None:

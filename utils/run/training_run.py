@@ -53,7 +53,7 @@ class TrainingRun:
     Attributes:
         state: steps and samples done.
         triggers: what to do after a step.
-        logger: to log.txt and the console, on rank 0.
+        logger: writes to log.txt and the console, on rank 0.
 
     Raises:
         InputError: a checkpoint that does not fit the modules, or that is beyond the last step.
@@ -125,7 +125,7 @@ class TrainingRun:
         """The run: write to the run folder, catch stop signals, and at the end record in status.json how it ended.
 
         Raises:
-            TrainingError: the run cannot continue; also in place of errors about memory and lost ranks.
+            TrainingError: the run cannot continue; also instead of errors about memory and lost ranks.
         """
         timeout = self.config.training.process_group_timeout
         try:

@@ -74,12 +74,12 @@ class TrainedWeights:
 
     @property
     def tokenizer_sha256(self) -> str | None:
-        """Of the tokenizer of the training data; None: not recorded."""
+        """sha256 of the tokenizer of the training data; None: not recorded."""
         return self.record.get("tokenizer_sha256")
 
     @property
     def class_names(self) -> list[str] | None:
-        """Of the training data, in the order of the class ids; None: not recorded."""
+        """Class names of the training data, in the order of the class ids; None: not recorded."""
         names = self.record.get("class_names")
         return [str(name) for name in names] if isinstance(names, list) else None
 

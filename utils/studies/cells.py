@@ -35,7 +35,7 @@ class State:
 
     Attributes:
         config_sha256, plan_sha256: hashes of the arm's config and of the plan at the start.
-        seconds: of each finished stage, all attempts together.
+        seconds: duration of each finished stage, all attempts together.
         spent: seconds of attempts of the next stage that did not finish it.
         error: why the last attempt failed; empty: it did not.
         metrics: when all stages are finished.
@@ -61,7 +61,7 @@ class Cell:
     """
     Attributes:
         name: <arm>/seed<k>.
-        folder: of its files.
+        folder: folder of its files.
     """
 
     def __init__(self, plan: Plan, arm: str, seed: int) -> None:
@@ -72,7 +72,7 @@ class Cell:
         self.folder = plan.folder / arm / f"seed{seed}"
 
     def read(self) -> State:
-        """The state in cell.json; a new one without the file. Raises InputError for a cell of another config."""
+        """The state in cell.json; a new one without the file. Raises InputError for a cell of a different config."""
         path, config_sha256 = self.folder / CELL_FILE, self.plan.config_sha256[self.arm]
         if not path.exists():
             return State(self.arm, self.seed, config_sha256)
@@ -124,8 +124,8 @@ class Cell:
         return read_record(self.folder / "run" / FINAL_FILE)
 
     def report_path(self) -> Path:
-        """Of the evaluator; that of a timm model has the hash of its weights in its name. Raises InputError for another
-        number of reports than one."""
+        """Path of the evaluator's report; for a timm model its name has the hash of the weights. Raises InputError
+        unless there is exactly one."""
         kind, model, *_ = [*self.plan.file.backend.split(":"), ""]
         pattern = f"samples.{kind}-{glob.escape(model)}-*.json" if model else f"samples.{kind}.json"
         found = sorted(self.folder.glob(pattern))
@@ -135,7 +135,7 @@ class Cell:
 
     def metrics(self) -> dict[str, float]:
         """All finite metrics of a cell whose stages are finished: of the evaluator, the sweep and the last validation.
-        Not those of training: they are means since the last log line or resume, so they depend on interruptions.
+        Not training metrics: they are means since the last log line or resume, so they depend on interruptions.
 
         Raises InputError if the primary metric is not among them.
         """
@@ -167,7 +167,7 @@ def read_state(path: Path) -> State:
 
 
 def tuned_metrics(sweep: dict[str, Any]) -> dict[str, float]:
-    """Of the setting that one half of the reference selects: its distance to the other half, and its guidance."""
+    """Metrics of the setting that one half of the reference selects: its distance to the other half, its guidance."""
     best = min(sweep["settings"], key=lambda row: row[CHOOSING_HALF])
     return {f"tuned/{sweep['distance']}": best[OTHER_HALF], "tuned/guidance_scale": best["guidance_scale"]}
 

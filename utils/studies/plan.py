@@ -74,7 +74,7 @@ class PlanFile(msgspec.Struct, forbid_unknown_fields=True):
     Attributes:
         base: config of all arms.
         arms: config keys of each arm.
-        seeds: of training and sampling; the same in every arm.
+        seeds: seeds of training and sampling; the same in every arm.
         hypotheses: what the study tests, by name; everything else is exploratory.
         metric: the primary one, of the evaluator, `val/...` or `tuned/...`.
         n: samples of a cell.
@@ -82,7 +82,7 @@ class PlanFile(msgspec.Struct, forbid_unknown_fields=True):
         overrides: config keys of all arms.
         reference: npz of images for the stages evaluate and sweep.
         backend: feature extractor of the stage evaluate, inception, efficientnet_lite0 or timm:NAME[:FILE].
-        guidance_scales: that the stage sweep tries.
+        guidance_scales: scales that the stage sweep tries.
         margin_pct: differences below it do not matter to this study.
         output_dir: folder of the study; None: outputs/studies/<name of the plan file>.
     """
@@ -108,11 +108,11 @@ class Plan:
     """A checked plan.
 
     Attributes:
-        name: of the study, that of the plan file.
+        name: name of the study and of its plan file.
         file: the plan as given.
-        folder: of the study.
+        folder: folder of the study.
         configs: the resolved config of each arm.
-        config_sha256: of each arm, without the keys of a cell; equal for identical arms.
+        config_sha256: hash of each arm's config, without the keys of a cell; equal for identical arms.
     """
 
     def __init__(self, name: str, file: PlanFile) -> None:
@@ -283,7 +283,7 @@ def _deciding(config: Config) -> dict[str, Any]:
 
 
 def _to_text(value: Any) -> str:
-    """As on a command line."""
+    """A value as text, as on a command line."""
     if value is None:
         return "null"
     if isinstance(value, str):

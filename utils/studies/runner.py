@@ -1,8 +1,8 @@
 """Running the cells of a study side by side, each stage as a process of its own.
 
-Any number of these commands, on machines with the same file system, share the cells: whoever holds the lock in the
-folder of a cell runs it. Not submitit, joblib or luigi: here the scripts themselves resume, locks share out the work,
-and SLURM needs only a job array of the same command (scripts_bash/slurm_study.sbatch).
+Any number of these commands, on machines with the same file system, share the cells: the command that holds the
+lock in the folder of a cell runs it. Not submitit, joblib or luigi: here the scripts themselves resume, locks share out
+the work, and SLURM needs only a job array of the same command (scripts_bash/slurm_study.sbatch).
 """
 
 import ctypes
@@ -44,7 +44,7 @@ class Running:
     Attributes:
         log_start: byte of the log at which the output of this attempt begins.
         started: time.monotonic().
-        lock: of the cell, held until this command leaves it.
+        lock: lock of the cell, held until this command leaves it.
     """
 
     cell: Cell
@@ -240,7 +240,7 @@ def remaining_s(
     stages: Sequence[Stage], states: Sequence[State], running: Sequence[Running], workers: int
 ) -> tuple[float, bool]:
     """Seconds until all cells are complete, by the mean duration of each stage so far, and whether that is only a lower
-    bound, because of a stage of which no duration is known. The duration of the first training is its own estimate."""
+    bound, because the duration of some stage is unknown. The duration of the first training is its own estimate."""
     durations = {stage: [state.seconds[stage] for state in states if stage in state.seconds] for stage in stages}
     if "train" in durations and not durations["train"]:
         statuses = [read_status_or_none(one.cell.folder / "run") for one in running if one.stage == "train"]
@@ -265,19 +265,19 @@ def default_gpus() -> list[str]:
 
 
 def default_workers(gpus: Sequence[str]) -> int:
-    """One cell for each GPU, or else for each CPU."""
+    """One cell for each GPU; without GPUs, one for each CPU."""
     return len(gpus) or num_cpus()
 
 
 def _environment(gpu: str | None) -> dict[str, str]:
-    """One thread each, since the number of threads changes rounding."""
+    """Environment of a stage: one thread, since the number of threads changes rounding."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     return {**os.environ, **threads, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})}
 
 
 def _die_with_parent() -> None:
-    """In a child before its program starts: the kernel kills it when the study is killed, which could no longer stop
-    it, and a new study would find its folder in use."""
+    """In a child before its program starts: let the kernel kill it when the study is killed. Otherwise it would run on,
+    and a new study would find its folder in use."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
