@@ -76,7 +76,7 @@ class ExperimentConfig:
 class TokenizerConfig:
     """Keys of every tokenizer."""
 
-    model_type: Literal["maskgit_vq", "llamagen_vq", "taming_vqgan", "vqplus", "titok", "codes_only"] = key(
+    model_type: Literal["maskgit_vq", "llamagen_vq", "taming_vqgan", "patch_vq", "vqplus", "titok", "codes_only"] = key(
         "maskgit_vq", "tokenizer (docs/tokenizers.md)"
     )
     codebook_size: PositiveInt = key(1024, "V, size of the codebook")
@@ -95,7 +95,7 @@ class ConvTokenizerConfig(TokenizerConfig):
 
     hidden_channels: PositiveInt = key(128, "channels of the first level")
     channel_mult: NonEmpty[list[PositiveInt]] = key(
-        [1, 1, 2, 2, 4], "channels of each level as multiples; each but one halves"
+        [1, 1, 2, 2, 4], "channels of each level as multiples; each but one halves; patch_vq: a 1 per level"
     )
     num_res_blocks: PositiveInt = key(2, "residual blocks per level")
 
