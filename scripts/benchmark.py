@@ -1,11 +1,12 @@
-"""Measure a part of this project and its published counterpart, alternately in one run.
+"""Measure a part of this project and its counterpart, alternately in one run.
 
     python scripts/benchmark.py sampling --width 64 --layers 2 --tokens 64 256 --batch 4
     python scripts/benchmark.py training --width 256 --layers 4 --tokens 256 --batch 64 --classes 20
     python scripts/benchmark.py data --lines 100000 1000000
+    python scripts/benchmark.py tokenizer outputs/mine/tokenizer.yaml --steps 500
 
-`benchmark.py COMMAND --help` lists the options. Each command first checks that both ways compute the same, then
-measures them alternately. Prints a table and, last, one line of JSON.
+`benchmark.py COMMAND --help` lists the options. The first three check that both ways compute the same, then measure
+them alternately; the last one compares choices of a training. Prints a table and, last, one line of JSON.
 """
 
 import argparse
@@ -20,7 +21,7 @@ if __name__ == "__main__":
 from utils.errors import input_errors_exit
 from utils.run.run_environment import describe_environment
 
-COMMANDS = ("sampling", "training", "data")  # modules of scripts/benchmarks
+COMMANDS = ("sampling", "training", "data", "tokenizer")  # modules of scripts/benchmarks
 
 
 def main(argv: list[str]) -> None:

@@ -88,6 +88,7 @@ class PatchVQ(CodebookTokenizer):
                 "blocks all have hidden_channels"
             )
         self._patch_size = 2 ** (len(config.channel_mult) - 1)
+        self._width = config.hidden_channels
         self.encoder = PatchEncoder(config, self._patch_size)
         self.decoder = PatchDecoder(config, self._patch_size)
         self.quantize = VectorQuantizer(config.codebook_size, config.token_size)
@@ -107,7 +108,7 @@ class PatchVQ(CodebookTokenizer):
     @property
     def decoder_activations(self) -> int:
         grid = self.code_shape[0] * self.code_shape[1]
-        return LIVE_ACTIVATIONS * grid * max(self.config.hidden_channels, 3 * self._patch_size**2)
+        return LIVE_ACTIVATIONS * grid * max(self._width, 3 * self._patch_size**2)
 
     @torch.no_grad()
     def init_from_images(self, images: Tensor) -> None:
