@@ -46,15 +46,18 @@ SMALL_RESOLUTION, TOKENS, TOKENS_OF_LARGE = 64, 64, 256  # per image, up to this
 MIN_TOKEN_SIZE, MAX_TOKEN_SIZE = 8, 32
 MANY_IMAGES, CODEBOOK_OF_MANY = 20_000, 1024
 TOKENIZER_SHARE, GENERATOR_SHARE = 1 / 3, 1 / 2  # of --minutes; the rest is for tokens, samples and scores
+MAX_SAMPLES = 500
+DEFAULT_RESOLUTIONS, EXAMINED_IMAGES = (4, 8, 16, 32), 100
 OVERHEAD = 0.85  # share of a run that is spent in steps, the rest in starting, validation and saving
 MIN_STEPS, MAX_PASSES = 200, 300
 
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    output, resolution = arguments.output, arguments.resolution
+    output = arguments.output
     train, validation = find_shards(arguments.images)
     train_images, heldout_images = open_images(train), open_images(validation)
+    resolution = arguments.resolution or small_resolution(train_images)
     if validation == train:
         notify(f"{arguments.images}: no held-out shards (make_shards.py --heldout): training images are used instead")
     num_classes = len(train_images.class_names or []) or int(train_images.class_ids.max()) + 1
@@ -97,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
         "dataset.params.pretokenization": str(output / "train.tokens"),
         "sampling.num_fid_samples": balanced_count(heldout_images, num_classes),
     }
+    if is_budgeted:
+        settings["sampling.num_fid_samples"] = max(num_classes, min(len(heldout_images), MAX_SAMPLES))
     if arguments.no_flip:
         settings["dataset.preprocessing.pretokenize_crops"] = "center"
     path, command = output / "rear.yaml", "accelerate launch scripts/train_rear.py"
@@ -108,6 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         report_length("generator", steps, seconds)
     print(
         f"{output}: {len(train_images)} training and {len(heldout_images)} held-out images of {num_classes} classes, "
+        f"{resolution} x {resolution} pixels, "
         f"{config.model.generator.image_seq_len} codes of {sizes.codebook_size} per image"
     )
     if is_budgeted:
@@ -122,7 +128,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=user_path, help="folder with shards")
     parser.add_argument("output", type=user_path, help="folder for the configs and their outputs")
-    parser.add_argument("--resolution", type=int, required=True, help="pixels, a multiple of 8 for the small tokenizer")
+    parser.add_argument("--resolution", type=positive, help="pixels; default: 32, or less for smaller images")
     parser.add_argument(
         "--tokenizer", type=os.path.expanduser, help="trained weights, .bin, .safetensors or hf://OWNER/REPO/FILE"
     )
@@ -134,6 +140,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base", type=user_path, default=SMALL_BASE, help="default %(default)s")
     parser.add_argument("--no-flip", action="store_true", help="for images that must not be mirrored")
     return parser.parse_args(argv)
+
+
+def small_resolution(images: ImageSource) -> int:
+    """The largest of `DEFAULT_RESOLUTIONS` that most of the images reach with both edges."""
+    indices = range(0, len(images), max(1, len(images) // EXAMINED_IMAGES))
+    edge = np.median([min(images.load(index).size) for index in indices])
+    return max((size for size in DEFAULT_RESOLUTIONS if size <= edge), default=DEFAULT_RESOLUTIONS[0])
 
 
 def sizes_for(sizes: VQModelConfig, resolution: int, tokens: int | None, num_images: int) -> VQModelConfig:

@@ -59,6 +59,7 @@ from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, input_errors_exit
 from utils.faults import fault_point
 from utils.files.chunk_files import ChunkFiles
+from utils.files.json_file import read_json
 from utils.files.lock import only_writer
 from utils.files.provenance import differences
 from utils.images import to_float
@@ -78,6 +79,8 @@ def main(config: Config) -> None:
         image_path, config.model.generator.condition_num_classes, ImageDecoding.of(config.dataset.preprocessing)
     )
     with init_distributed() as ctx, ctx.locked(output.with_suffix(".tokens")):
+        for line in verdict_on(config.experiment.tokenizer_checkpoint):
+            ctx.print_on_rank0(line)
         pretokenize(config, source, tokenizer, output, ctx)
 
 
@@ -128,6 +131,13 @@ def pretokenize(
     chunk_files.remove()
     left_out = f", {store.meta.num_skipped} left out" if store.meta.num_skipped else ""
     print(f"{output}: {len(images)} images{left_out}, {len(store)} samples")
+
+
+def verdict_on(tokenizer_checkpoint: str) -> list[str]:
+    """What train_tokenizer.py has written about a tokenizer that it trained."""
+    path = Path(tokenizer_checkpoint).with_name("metrics.json")
+    metrics = read_json(path) if path.is_file() else None
+    return metrics.get("verdict", []) if isinstance(metrics, dict) else []  # not another program's file of this name
 
 
 def checked_paths(config: Config) -> tuple[str, Path]:

@@ -8,6 +8,7 @@ Reads the files of scripts_bash/quickstart.sh. Prints the table; writes report.m
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -68,7 +69,7 @@ def rows(folder: Path) -> list[tuple[str, str]]:
     ]
 
 
-def samples_by_class(npz: np.lib.npyio.NpzFile, class_names: list[str]) -> Image.Image:
+def samples_by_class(npz: Mapping[str, np.ndarray], class_names: list[str]) -> Image.Image:
     """The first samples, a column for each class under its name; image i has class i mod C."""
     columns = len(class_names)
     images = npz["arr_0"][: ROWS * columns]
