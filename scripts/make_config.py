@@ -32,7 +32,7 @@ from data.images.reading import open_images
 from data.images.shard_writer import HELDOUT_PREFIX
 from modeling.tokenizers.registry import check_weights, code_shape, config_from_state_dict
 from utils.arguments import positive
-from utils.config import ROOT, load_config, read_yaml
+from utils.config import ROOT, load_config, load_config_as, read_yaml
 from utils.errors import InputError, input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.hub import local_file
@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> None:
     output.mkdir(parents=True, exist_ok=True)
     is_budgeted = arguments.tokenizer is None and arguments.new_tokenizer is None
     if is_budgeted:  # requires the packages of requirements-dev.txt
-        from scripts.benchmarks.step_time import generator_step_seconds, tokenizer_step_seconds
+        from scripts.benchmarks.step_time import generator_step_seconds
+        from scripts.train_tokenizer import TrainTokenizerConfig, step_seconds
     if arguments.tokenizer is None:
         new = arguments.new_tokenizer or OWN_TOKENIZER
         sizes, tokenizer = load_config([f"config={new}"]).model.vq_model, output / "tokenizer"
@@ -81,8 +82,8 @@ def main(argv: list[str] | None = None) -> None:
         path, command = output / "tokenizer.yaml", "python scripts/train_tokenizer.py"
         write_yaml(path, new, settings, command)
         if is_budgeted:
-            seconds = tokenizer_step_seconds(path)
-            written = load_config([f"config={path}"])
+            written = load_config_as(TrainTokenizerConfig, [f"config={path}"])
+            seconds = step_seconds(written)
             steps = steps_within(60 * TOKENIZER_SHARE * arguments.minutes, seconds, len(train_images), written)
             write_yaml(path, new, {**settings, **tokenizer_schedules(steps)}, command)
             report_length("tokenizer", steps, seconds)

@@ -17,12 +17,11 @@ if __name__ == "__main__":
 import numpy as np
 
 from evaluation.report import find_report
-from scripts.quickstart_report import samples_by_class
 from utils.errors import input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.json_file import read_json
 from utils.files.text import user_path
-from utils.images import write_png
+from utils.images import samples_by_class, write_png
 
 MAX_CLASSES = 16  # columns in samples_by_class.png
 PICTURES = {

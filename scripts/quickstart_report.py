@@ -8,25 +8,20 @@ Reads the files of scripts_bash/quickstart.sh. Prints the table; writes report.m
 
 import argparse
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from evaluation.report import find_report
 from utils.errors import input_errors_exit
 from utils.files.atomic import write_text
 from utils.files.json_file import read_json
 from utils.files.text import user_path
-from utils.images import GRID_GAP, make_grid, write_png
+from utils.images import samples_by_class, write_png
 from utils.run.metrics_file import read_metrics
-
-ROWS = 6
-CAPTION_HEIGHT = 14  # pixels above the grid
 
 
 def main(folder: Path) -> None:
@@ -67,19 +62,6 @@ def rows(folder: Path) -> list[tuple[str, str]]:
         (f"{frechet}: {number} training tiles", f"{distances['train_tiles/reference']:.1f}"),
         ("trained / untrained", f"{distances['samples'] / distances['untrained_samples']:.2f}"),
     ]
-
-
-def samples_by_class(npz: Mapping[str, np.ndarray], class_names: list[str]) -> Image.Image:
-    """The first samples, a column for each class under its name; image i has class i mod C."""
-    columns = len(class_names)
-    images = npz["arr_0"][: ROWS * columns]
-    grid = make_grid(images, columns)
-    picture = Image.new("RGB", (grid.width, grid.height + CAPTION_HEIGHT), "white")
-    picture.paste(grid, (0, CAPTION_HEIGHT))
-    draw = ImageDraw.Draw(picture)
-    for column, name in enumerate(class_names):
-        draw.text((column * (images.shape[2] + GRID_GAP), 1), name, fill="black")
-    return picture
 
 
 if __name__ == "__main__":

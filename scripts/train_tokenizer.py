@@ -114,6 +114,7 @@ from utils.run.launch import launch
 from utils.run.run_environment import log_and_continue
 from utils.run.status import EXIT_STATUS
 from utils.run.training_run import TrainingRun
+from utils.timing import median_seconds
 
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
 NUM_WORST = 10  # in worst.png
@@ -297,6 +298,29 @@ def training_step(
         judged = discriminator([x.detach() for x in maps])
         terms["train/discriminator"] = discriminator_loss(discriminator(image_maps), judged)
     return terms, quantized.codes
+
+
+def step_seconds(config: TrainTokenizerConfig) -> float:
+    """Seconds of a step on this machine, measured on made-up images: the mean over the steps before and after
+    `vq_training.perceptual_start`."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = build_trainable_tokenizer(config.model.vq_model).to(device)
+    features = PerceptualFeatures().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    discriminator = FeatureDiscriminator(features.feature_channels).to(device)
+    optimizers = build_optimizers(tokenizer, config)
+    resolution = config.model.vq_model.resolution
+    images = torch.rand(config.training.per_gpu_batch_size, 3, resolution, resolution, device=device)
+
+    def take(step: int) -> None:
+        terms, _ = training_step(tokenizer, features, discriminator, images, config, step=step)
+        terms["train/loss"].backward()
+        for optimizer in optimizers.values():
+            optimizer.step()
+        tokenizer.zero_grad(set_to_none=True)
+
+    start = config.vq_training.perceptual_start
+    early = min(1.0, start / max(1, config.training.max_train_steps))  # fraction of the steps
+    return early * median_seconds(lambda: take(0)) + (1 - early) * median_seconds(lambda: take(start))
 
 
 def color_of(images: Tensor) -> Tensor:

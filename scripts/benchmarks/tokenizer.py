@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from utils.arguments import positive
-from utils.config import load_config_as
+from utils.config import ROOT, load_config, load_config_as
 from utils.files.json_file import read_json
 from utils.files.text import user_path
 
-WIDTHS = [1, 2, 4, 8, 8, 8]  # of the MaskGIT-VQ network's levels
+CONVOLUTIONAL = ROOT / "configs/tokenizer_blue_marble.yaml"  # a network with layers at full resolution
 CHOICES = {
     "the recipe": [],
     "codebook from one batch": ["vq_training.codebook_init=latents"],
@@ -23,7 +23,7 @@ CHOICES = {
     "no color term": ["vq_training.color_weight=0"],
     "no perceptual term": ["vq_training.perceptual_weight=0"],
     "perceptual term from the start": ["vq_training.perceptual_start=0", "vq_training.perceptual_fraction=1"],
-    "MaskGIT-VQ network": ["model.vq_model.model_type=maskgit_vq", "model.vq_model.hidden_channels=16"],
+    "convolutions at full resolution": [],
 }
 COLUMNS = {
     "psnr": "PSNR",
@@ -72,9 +72,12 @@ def train(path: Path, choice: str, steps: int, output: Path) -> dict[str, Any]:
         f"lr_scheduler.params.warmup_steps={min(100, steps // 10)}",
     ]
     changes = {argument.partition("=")[0]: argument for argument in common + CHOICES[choice]}
-    if choice == "MaskGIT-VQ network":
-        levels = len(load_config_as(train_tokenizer.TrainTokenizerConfig, common).model.vq_model.channel_mult)
-        changes["levels"] = f"model.vq_model.channel_mult={WIDTHS[:levels]}"
+    if choice == "convolutions at full resolution":
+        levels = len(load_config(common).model.vq_model.channel_mult)
+        other = load_config([f"config={CONVOLUTIONAL}"]).model.vq_model
+        changes["widths"] = f"model.vq_model.channel_mult={other.channel_mult[:levels]}"
+        for name in ("model_type", "hidden_channels", "num_res_blocks"):
+            changes[name] = f"model.vq_model.{name}={getattr(other, name)}"
     train_tokenizer.main(load_config_as(train_tokenizer.TrainTokenizerConfig, [*changes.values()]))
     metrics = read_json(output / "metrics.json")
     del metrics["verdict"]

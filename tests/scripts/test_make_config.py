@@ -83,8 +83,8 @@ def test_tokenizers_of_another_kind(tmp_path: Path) -> None:
 @pytest.fixture
 def step_of_100_ms(monkeypatch: pytest.MonkeyPatch) -> None:
     """Instead of a measurement."""
-    for name in ("tokenizer_step_seconds", "generator_step_seconds"):
-        monkeypatch.setattr(step_time, name, lambda config: 0.1)
+    monkeypatch.setattr(train_tokenizer, "step_seconds", lambda config: 0.1)
+    monkeypatch.setattr(step_time, "generator_step_seconds", lambda config: 0.1)
 
 
 def test_the_budget_decides_on_the_steps(
