@@ -266,37 +266,36 @@ def training_step(
     with autocast(config.training, images.device):
         reconstructions, quantized = tokenizer(images)
     reconstructions = reconstructions.float()
+    has_features = (
+        max(vq_training.perceptual_weight, vq_training.adversarial_weight) > 0 and step >= vq_training.perceptual_start
+    )
+    if has_features:  # they are most of the work on a CPU
+        count = math.ceil(vq_training.perceptual_fraction * len(images))
+        with torch.no_grad():
+            image_maps = features(images[:count])
+        maps = features(reconstructions[:count])
     terms = {
         "train/l1": F.l1_loss(reconstructions, images),
         "train/mse": F.mse_loss(reconstructions, images),
         "train/commitment": quantized.commitment_loss,
     }
-    terms["train/loss"] = (
-        terms["train/l1"]
-        + vq_training.l2_weight * terms["train/mse"]
-        + quantized.codebook_loss
-        + vq_training.commitment_weight * quantized.commitment_loss
-    )
+    loss = terms["train/l1"] + vq_training.l2_weight * terms["train/mse"]
+    if has_features:
+        terms["train/perceptual"] = perceptual_distance(maps, image_maps)
+        loss = loss + vq_training.perceptual_weight * terms["train/perceptual"]
+    loss = loss + quantized.codebook_loss + vq_training.commitment_weight * quantized.commitment_loss
     if vq_training.color_weight > 0:
         terms["train/color"] = F.l1_loss(color_of(reconstructions), color_of(images))
-        terms["train/loss"] = terms["train/loss"] + vq_training.color_weight * terms["train/color"]
+        loss = loss + vq_training.color_weight * terms["train/color"]
     if vq_training.entropy_weight > 0:
         terms["train/code_entropy"] = entropy_loss(quantized.distances())
-        terms["train/loss"] = terms["train/loss"] + vq_training.entropy_weight * terms["train/code_entropy"]
-    if max(vq_training.perceptual_weight, vq_training.adversarial_weight) == 0 or step < vq_training.perceptual_start:
-        return terms, quantized.codes  # features are most of the work on a CPU
-
-    count = math.ceil(vq_training.perceptual_fraction * len(images))
-    with torch.no_grad():
-        image_maps = features(images[:count])
-    maps = features(reconstructions[:count])
-    terms["train/perceptual"] = perceptual_distance(maps, image_maps)
-    terms["train/loss"] = terms["train/loss"] + vq_training.perceptual_weight * terms["train/perceptual"]
-    if vq_training.adversarial_weight > 0:
+        loss = loss + vq_training.entropy_weight * terms["train/code_entropy"]
+    if has_features and vq_training.adversarial_weight > 0:
         terms["train/generator"] = generator_loss(discriminator(maps))
-        terms["train/loss"] = terms["train/loss"] + vq_training.adversarial_weight * terms["train/generator"]
+        loss = loss + vq_training.adversarial_weight * terms["train/generator"]
         judged = discriminator([x.detach() for x in maps])
         terms["train/discriminator"] = discriminator_loss(discriminator(image_maps), judged)
+    terms["train/loss"] = loss
     return terms, quantized.codes
 
 
