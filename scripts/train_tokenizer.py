@@ -118,7 +118,7 @@ from utils.timing import median_seconds
 
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
 NUM_WORST = 10  # in worst.png
-MAX_EVALUATED = 2_000  # held-out images
+MAX_EVALUATED, MAX_COMPARED = 2_000, 500  # held-out images, and those whose Frechet distance is computed
 MIN_INIT_IMAGES, INIT_PIXELS = 64, 2**21  # for codebook_init=kmeans: at least so many images, or pixels
 
 
@@ -474,7 +474,9 @@ def comparisons(
     device = next(tokenizer.parameters()).device
     found = {}
     if len(originals) > 1:
-        found["reconstruction_distance"] = distance_of_reconstructions(originals, reconstructions, device)
+        found["reconstruction_distance"] = distance_of_reconstructions(
+            originals[:MAX_COMPARED], reconstructions[:MAX_COMPARED], device
+        )
     shape = tokenizer.code_shape
     if len(shape) == 2 and tokenizer.resolution % shape[0] == 0:
         training_images = first_images(train_set, config, device)
