@@ -55,6 +55,11 @@ MIN_STEPS, MAX_PASSES = 200, 300
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     output = arguments.output
+    is_budgeted = arguments.tokenizer is None and arguments.new_tokenizer is None
+    if not is_budgeted and (arguments.tokens is not None or arguments.resolution is None):
+        raise InputError(
+            "--tokenizer, --new-tokenizer: expected with --resolution and without --tokens, which the tokenizer decides"
+        )
     train, validation = find_shards(arguments.images)
     train_images, heldout_images = open_images(train), open_images(validation)
     resolution = arguments.resolution or small_resolution(train_images)
@@ -68,7 +73,6 @@ def main(argv: list[str] | None = None) -> None:
         "experiment.max_train_examples": len(train_images),
     }
     output.mkdir(parents=True, exist_ok=True)
-    is_budgeted = arguments.tokenizer is None and arguments.new_tokenizer is None
     if is_budgeted:  # requires the packages of requirements-dev.txt
         from scripts.benchmarks.step_time import generator_step_seconds
         from scripts.train_tokenizer import TrainTokenizerConfig, step_seconds
@@ -129,7 +133,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", type=user_path, help="folder with shards")
     parser.add_argument("output", type=user_path, help="folder for the configs and their outputs")
-    parser.add_argument("--resolution", type=positive, help="pixels; default: 32, or less for smaller images")
+    parser.add_argument("--resolution", type=positive, help="pixels; default: 32, less for smaller images")
     parser.add_argument(
         "--tokenizer", type=os.path.expanduser, help="trained weights, .bin, .safetensors or hf://OWNER/REPO/FILE"
     )

@@ -128,6 +128,12 @@ def test_impossible_grids_are_refused() -> None:
         make_config.sizes_for(sizes, 32, tokens=100, num_images=10)
 
 
+@pytest.mark.parametrize("options", [["--tokens", "64", "--resolution", "32"], []])
+def test_a_given_tokenizer_decides_on_the_tokens(tmp_path: Path, options: list[str]) -> None:
+    with pytest.raises(InputError, match="expected with --resolution and without --tokens"):
+        make_config.main([str(tmp_path), str(tmp_path / "own"), "--tokenizer", "weights.bin", *options])
+
+
 def test_a_step_is_measured(tmp_path: Path) -> None:
     make_config.main([str(shards_of(tmp_path, 2)), str(tmp_path / "own"), "--resolution", "8", "--minutes", "1"])
     assert load_config([f"config={tmp_path / 'own/rear.yaml'}"]).training.max_train_steps >= 200
