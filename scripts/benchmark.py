@@ -3,11 +3,13 @@
     python scripts/benchmark.py sampling --width 64 --layers 2 --tokens 64 256 --batch 4
     python scripts/benchmark.py training --width 256 --layers 4 --tokens 256 --batch 64 --classes 20
     python scripts/benchmark.py data --lines 100000 1000000
+    python scripts/benchmark.py tokenizer outputs/mine/tokenizer.yaml --steps 500
     python scripts/benchmark.py kernels
     python scripts/benchmark.py predict --config configs/rear_b.yaml --gpu h200 h100 a100
 
 `benchmark.py COMMAND --help` lists the options. The first three check that both ways compute the same, then measure
-them alternately. `kernels` and `predict` compile for a GPU, without one. Prints a table and, last, one line of JSON.
+them alternately. `tokenizer` compares choices of a training;
+`kernels` and `predict` compile for a GPU, without one. Prints a table and, last, one line of JSON.
 """
 
 import argparse
@@ -22,7 +24,7 @@ if __name__ == "__main__":
 from utils.errors import input_errors_exit
 from utils.run.run_environment import describe_environment
 
-COMMANDS = ("sampling", "training", "data", "kernels", "predict")  # modules of scripts/benchmarks
+COMMANDS = ("sampling", "training", "data", "tokenizer", "kernels", "predict")  # modules of scripts/benchmarks
 
 
 def main(argv: list[str]) -> None:

@@ -66,6 +66,7 @@ from utils.errors import InputError, input_errors_exit
 from utils.faults import fault_point
 from utils.files.chunk_files import ChunkFiles
 from utils.files.hashing import hash_of
+from utils.files.json_file import read_json
 from utils.files.lock import only_writer
 from utils.files.provenance import differences
 from utils.images import to_float
@@ -83,12 +84,14 @@ def main(config: Config) -> None:
         raise tokenizer.no_images(f"dataset.params.train_shards_path_or_url={image_path}")
     if is_url(image_path):
         with init_distributed() as ctx, ctx.locked(output.with_suffix(".tokens")):
+            print_verdict(config, ctx)
             pretokenize(config, ShardsToEncode(image_path, config, tokenizer, output, ctx), output)
         return
     source = open_images(
         image_path, config.model.generator.condition_num_classes, ImageDecoding.of(config.dataset.preprocessing)
     )
     with init_distributed() as ctx, ctx.locked(output.with_suffix(".tokens")):
+        print_verdict(config, ctx)
         pretokenize(config, ImagesToEncode(source, config, tokenizer, output, ctx), output)
 
 
@@ -121,6 +124,14 @@ def pretokenize(config: Config, work: "ImagesToEncode | ShardsToEncode", output:
     left_out = f", {store.meta.num_skipped} left out" if store.meta.num_skipped else ""
     num_images = len(store) // store.meta.crops_per_image + store.meta.num_skipped
     print(f"{output}: {num_images} images{left_out}, {len(store)} samples")
+
+
+def print_verdict(config: Config, ctx: DistributedContext) -> None:
+    """What train_tokenizer.py has written about a tokenizer that it trained."""
+    path = Path(config.experiment.tokenizer_checkpoint).with_name("metrics.json")
+    metrics = read_json(path) if path.is_file() else None
+    for line in metrics.get("verdict", []) if isinstance(metrics, dict) else []:  # not another program's file
+        ctx.print_on_rank0(line)
 
 
 def checked_paths(config: Config) -> tuple[str, Path]:

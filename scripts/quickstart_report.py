@@ -15,7 +15,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the project's root: no PYTHONPATH, from any directory
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from evaluation.report import find_report
 from utils.errors import input_errors_exit
@@ -23,11 +22,9 @@ from utils.files.atomic import write_text
 from utils.files.json_file import read_json
 from utils.files.text import user_path
 from utils.html_page import commands, heading, page, paragraph, picture, table
-from utils.images import GRID_GAP, make_grid, write_png
+from utils.images import samples_by_class, write_png
 from utils.run.metrics_file import read_metrics
 
-ROWS = 6
-CAPTION_HEIGHT = 14  # pixels above the grid
 FRECHET = "Frechet distance (EfficientNet-Lite0) to {number} held-out tiles"
 NEXT = r"""
 source .venv/bin/activate # unless the quick start used an environment of yours
@@ -118,19 +115,6 @@ def rows(folder: Path) -> list[tuple[str, str]]:
         (f"{frechet}: {number} training tiles", f"{distances['train_tiles/reference']:.1f}"),
         ("trained / untrained", f"{distances['samples'] / distances['untrained_samples']:.2f}"),
     ]
-
-
-def samples_by_class(npz: np.lib.npyio.NpzFile, class_names: list[str]) -> Image.Image:
-    """The first samples, a column for each class under its name; image i has class i mod C."""
-    columns = len(class_names)
-    images = npz["arr_0"][: ROWS * columns]
-    grid = make_grid(images, columns)
-    picture = Image.new("RGB", (grid.width, grid.height + CAPTION_HEIGHT), "white")
-    picture.paste(grid, (0, CAPTION_HEIGHT))
-    draw = ImageDraw.Draw(picture)
-    for column, name in enumerate(class_names):
-        draw.text((column * (images.shape[2] + GRID_GAP), 1), name, fill="black")
-    return picture
 
 
 if __name__ == "__main__":

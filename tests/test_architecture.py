@@ -20,7 +20,8 @@ MAY_IMPORT = {
 }
 SHARED = {"evaluation": "modeling.encoders."}  # the networks that the loss and the scores look at images with
 JOIN_PACKAGES = {"evaluation/make_reference.py", "evaluation/validator.py"}  # as scripts do
-SPLIT_SCRIPTS = ("scripts/benchmark", "scripts/gpu_check", "scripts/demo")  # may import their own folder
+# May import their own folder; make_config.py measures steps of the trainings.
+SPLIT_SCRIPTS = ("scripts/benchmark", "scripts/gpu_check", "scripts/demo", "scripts/make_config")
 SOURCES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for package in MAY_IMPORT

@@ -1,6 +1,7 @@
 """Float images to bytes and back, grids of images, PNG files."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,8 @@ from utils.files.atomic import atomic_file
 
 GRID_GAP = 2  # white pixels between the images of a grid
 CAPTION_HEIGHT = 12  # pixels
+TITLE_HEIGHT = 14  # pixels above a grid
+ROWS_BY_CLASS = 6
 
 
 def to_uint8(images: Tensor, rule: str = "truncate") -> np.ndarray:
@@ -68,6 +71,19 @@ def make_captioned_grid(images: np.ndarray, captions: list[str], columns: int) -
         ImageDraw.Draw(picture).text((0, 0), caption, fill="black")
         strip[:] = np.asarray(picture)
     return make_grid(np.concatenate([images, below], axis=1), columns)
+
+
+def samples_by_class(npz: Mapping[str, np.ndarray], class_names: list[str]) -> Image.Image:
+    """The first samples, a column for each class under its name; image i has class i mod C."""
+    columns = len(class_names)
+    images = npz["arr_0"][: ROWS_BY_CLASS * columns]
+    grid = make_grid(images, columns)
+    picture = Image.new("RGB", (grid.width, grid.height + TITLE_HEIGHT), "white")
+    picture.paste(grid, (0, TITLE_HEIGHT))
+    draw = ImageDraw.Draw(picture)
+    for column, name in enumerate(class_names):
+        draw.text((column * (images.shape[2] + GRID_GAP), 1), name, fill="black")
+    return picture
 
 
 def save_grid(images: np.ndarray, path: str | Path, columns: int | None = None) -> None:

@@ -81,7 +81,7 @@ class ExperimentConfig:
 class TokenizerConfig:
     """Keys of every tokenizer."""
 
-    model_type: Literal["maskgit_vq", "llamagen_vq", "taming_vqgan", "vqplus", "titok", "codes_only"] = key(
+    model_type: Literal["maskgit_vq", "llamagen_vq", "taming_vqgan", "patch_vq", "vqplus", "titok", "codes_only"] = key(
         "maskgit_vq", "tokenizer (docs/tokenizers.md)"
     )
     codebook_size: PositiveInt = key(1024, "V, size of the codebook")
@@ -100,7 +100,9 @@ class ConvTokenizerConfig(TokenizerConfig):
 
     hidden_channels: PositiveInt = key(128, "channels of the first level")
     channel_mult: NonEmpty[list[PositiveInt]] = key(
-        [1, 1, 2, 2, 4], "channels of each level, as multiples of hidden_channels; the resolution halves between levels"
+        [1, 1, 2, 2, 4],
+        "channels of each level, as multiples of hidden_channels; the resolution halves between levels; patch_vq: a 1 "
+        "for each level",
     )
     num_res_blocks: PositiveInt = key(2, "residual blocks per level")
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from modeling.tokenizers.codes_only import CodesOnly
 from modeling.tokenizers.llamagen_vq import LlamaGenVQ
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
+from modeling.tokenizers.patch_vq import PatchVQ
 from modeling.tokenizers.taming_vqgan import TamingVQGAN
 from modeling.tokenizers.titok import TiTokVQ
 from modeling.tokenizers.tokenizer import Tokenizer, TrainableTokenizer
@@ -20,6 +21,7 @@ TOKENIZERS: dict[str, type[Tokenizer]] = {
     "maskgit_vq": MaskGitVQ,
     "llamagen_vq": LlamaGenVQ,
     "taming_vqgan": TamingVQGAN,
+    "patch_vq": PatchVQ,
     "vqplus": VQPlus,
     "titok": TiTokVQ,
     "codes_only": CodesOnly,

@@ -199,6 +199,11 @@ class TrainableTokenizer(Tokenizer):
     def forward(self, images: Tensor) -> tuple[Tensor, QuantizerOutput]:
         """Unclamped reconstructions (B, 3, H, W) of images (B, 3, H, W) in [0, 1], and the quantizer's losses."""
 
+    def init_from_images(self, images: Tensor) -> None:
+        """Set weights from training images (B, 3, H, W) in [0, 1] before the first step; most tokenizers have random
+        ones."""
+        return
+
     @abstractmethod
     def set_vectors(self, codes: Tensor, latents: Tensor) -> None:
         """Replace the codebook vectors of codes (K,) by latents (K, Z), in place."""

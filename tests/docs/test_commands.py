@@ -1,6 +1,6 @@
 """Files, config keys, options and variables of every documented command exist.
 
-tests/scripts runs them: the quick start in test_quickstart.py, your own images in test_make_config.py, training,
+tests/scripts runs them: the quick start in test_quickstart.py, your own images in test_own_images.py, training,
 sampling and scoring in test_published_commands.py.
 """
 
@@ -30,6 +30,7 @@ COMMANDS = sorted({command for page in PAGES for command in commands(page)} | {*
 WRITTEN_BY_OTHERS = re.compile(r"outputs/\w+/((rear|tokenizer)\.yaml|config\.json)")
 BROUGHT = {"LOC_synset_mapping.txt"}
 OF_OTHER_PROGRAMS = ("pip ", "pre-commit ", "ruff ", "source ", "python -m venv", "python -m pytest", "export ")
+OF_OTHER_PROGRAMS += ("apt-get ", "dpkg ")
 OVERRIDE = re.compile(r"(config|[a-z_]+(\.[a-z_0-9]+)+)=.*", flags=re.DOTALL)
 
 
@@ -125,6 +126,8 @@ def check_arguments(script: str, arguments: list[str], monkeypatch: pytest.Monke
     if script in ("scripts/study.py", "scripts_bash/slurm_study.sbatch"):
         check_study(arguments)
         return
+    if script == "scripts_bash/own_images.sh":  # its options are those of make_config.py
+        script, arguments = "scripts/make_config.py", [arguments[0], "unused", *arguments[1:]]
     overrides = [word for word in arguments if OVERRIDE.fullmatch(word)]
     if overrides:
         paths = [word.replace("config=", f"config={ROOT}/") for word in overrides]

@@ -106,7 +106,7 @@ def test_data_refuses_a_store_of_other_items(tmp_path: Path) -> None:
 def test_help_names_the_commands(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         benchmark.main(["--help"])
-    assert "{sampling,training,data,kernels,predict}" in capsys.readouterr().out
+    assert "{sampling,training,data,tokenizer,kernels,predict}" in capsys.readouterr().out
 
 
 def test_rounding_ties(tiny_model: ReAR, tiny_config: ModelConfig) -> None:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from modeling.tokenizers.maskgit_vq import MaskGitVQ
-from modeling.tokenizers.registry import build_tokenizer, config_from_state_dict
+from modeling.tokenizers.registry import build_tokenizer, code_shape, config_from_state_dict
 from scripts import (
     inspect_codes,
     make_config,
@@ -18,6 +18,7 @@ from scripts import (
     train_rear,
     train_tokenizer,
 )
+from scripts.benchmarks import step_time
 from tests.script_config import script_config
 from utils.config import load_config
 from utils.errors import InputError
@@ -79,7 +80,66 @@ def test_tokenizers_of_another_kind(tmp_path: Path) -> None:
     assert found == replace(sizes, resolution=8, num_latent_tokens=4)
 
 
-def test_from_a_folder_to_samples(tmp_path: Path) -> None:
+@pytest.fixture
+def step_of_100_ms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of a measurement."""
+    monkeypatch.setattr(train_tokenizer, "step_seconds", lambda config: 0.1)
+    monkeypatch.setattr(step_time, "generator_step_seconds", lambda config: 0.1)
+
+
+def test_the_budget_decides_on_the_steps(
+    tmp_path: Path, step_of_100_ms: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A third of the minutes for the tokenizer and half for the generator, up to 300 passes over the images."""
+    shards, own = shards_of(tmp_path, 2, 200), tmp_path / "own"
+    make_config.main([str(shards), str(own), "--minutes", "3"])
+    tokenizer = script_config(train_tokenizer, [f"config={own / 'tokenizer.yaml'}"])
+    rear = load_config([f"config={own / 'rear.yaml'}"])
+    assert (tokenizer.training.max_train_steps, rear.training.max_train_steps) == (510, 765)
+    assert (tokenizer.vq_training.perceptual_start, rear.model.generator.randomness_anneal_end) == (255, 573)
+    assert tokenizer.model.vq_model.resolution == 8  # that of the images
+    assert "tokenizer: 510 steps of 0.100 s, about 1 minutes" in capsys.readouterr().out
+    make_config.main([str(shards), str(tmp_path / "long"), "--minutes", "3000"])
+    assert load_config([f"config={tmp_path / 'long/tokenizer.yaml'}"]).training.max_train_steps == 300 * 400 // 32
+
+
+@pytest.mark.parametrize(
+    ("resolution", "tokens", "expected"),
+    [
+        (32, None, 64),
+        (64, None, 64),
+        (128, None, 256),
+        (256, None, 256),
+        (28, None, 196),
+        (4, None, 16),
+        (32, 256, 256),
+    ],
+)
+def test_grids(resolution: int, tokens: int | None, expected: int) -> None:
+    sizes = load_config([f"config={make_config.OWN_TOKENIZER}"]).model.vq_model
+    found = make_config.sizes_for(sizes, resolution, tokens=tokens, num_images=50_000)
+    assert code_shape(found) == (expected**0.5, expected**0.5)
+    assert found.codebook_size == 1024
+
+
+def test_impossible_grids_are_refused() -> None:
+    sizes = load_config([f"config={make_config.OWN_TOKENIZER}"]).model.vq_model
+    with pytest.raises(InputError, match="--tokens 100: expected one of 1, 4, 16, 64, 256, 1024 at --resolution 32"):
+        make_config.sizes_for(sizes, 32, tokens=100, num_images=10)
+
+
+@pytest.mark.parametrize("options", [["--tokens", "64", "--resolution", "32"], []])
+def test_a_given_tokenizer_decides_on_the_tokens(tmp_path: Path, options: list[str]) -> None:
+    with pytest.raises(InputError, match="expected with --resolution and without --tokens"):
+        make_config.main([str(tmp_path), str(tmp_path / "own"), "--tokenizer", "weights.bin", *options])
+
+
+def test_a_step_is_measured(tmp_path: Path) -> None:
+    make_config.main([str(shards_of(tmp_path, 2)), str(tmp_path / "own"), "--resolution", "8", "--minutes", "1"])
+    assert load_config([f"config={tmp_path / 'own/rear.yaml'}"]).training.max_train_steps >= 200
+
+
+def test_from_a_folder_to_samples(tmp_path: Path, step_of_100_ms: None) -> None:
     """docs/own-images.md, with two classes and a few steps of everything."""
     shards, own = shards_of(tmp_path, 2, 6, "--heldout", "0.4"), tmp_path / "own"
     make_config.main([str(shards), str(own), "--resolution", "32", "--no-flip"])

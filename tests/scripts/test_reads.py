@@ -82,7 +82,7 @@ def check(name: str, recorded: set[str], unread: set[str] = UNREAD) -> None:
 @pytest.mark.parametrize(
     ("script", "more"),
     [
-        ("train_tokenizer", "vq_training.adversarial_weight=0.1"),
+        ("train_tokenizer", "training.use_ema=true"),
         ("pretokenize", "dataset.params.pretokenization={folder}/codes.tokens"),
         ("inspect_codes", "dataset.params.on_bad_sample=skip"),
         ("reconstruct", "sampling.seed=1"),

@@ -102,6 +102,56 @@ def test_another_tokenizer_is_trained(tiny_arguments: list[str], images: Path, t
     torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(1, 24))
 
 
+RECIPE = [
+    "model.vq_model.model_type=patch_vq",
+    "model.vq_model.channel_mult=[1,1,1]",
+    "training.use_ema=true",
+    "vq_training.codebook_init=kmeans",
+    "vq_training.color_weight=0.5",
+    "vq_training.perceptual_start=3",
+    "vq_training.perceptual_fraction=0.5",
+]
+
+
+def test_recipe_for_own_images(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
+    """It starts near k-means of patches, computes features late, and exports the EMA; its verdict is written."""
+    run = tmp_path / "run"
+    config = config_of(tiny_arguments, images, run, *RECIPE, "training.max_train_steps=6")
+    train_tokenizer.main(config)
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "train/loss" in row]
+    assert rows[0]["train/l1"] < 0.03  # of a random tokenizer: 0.4
+    assert ["train/perceptual" in row for row in rows] == [False] * 3 + [True] * 3
+    for row, perceptual_weight in ((rows[0], 0), (rows[-1], 0.1)):
+        terms = {"l1": 1, "mse": 1, "commitment": 1.25, "color": 0.5, "perceptual": perceptual_weight}
+        loss = sum(weight * row.get(f"train/{name}", 0) for name, weight in terms.items())
+        assert row["train/loss"] == pytest.approx(loss, rel=1e-5)
+    average, last = (load_file(run / f"checkpoint-6/{name}.safetensors") for name in ("ema", "model"))
+    exported = load_file(run / "tokenizer.safetensors")
+    name = "decoder.conv_out.weight"
+    assert torch.equal(exported[name], average[name].half())
+    assert not torch.equal(average[name], last[name])
+    figures = json.loads((run / "metrics.json").read_text())
+    assert (figures["psnr"], figures["patch_psnr"]) > (25, 40)  # few patches differ
+    assert figures["reconstruction_distance"] > 0
+    assert figures["verdict"][0].startswith(f"tokenizer: PSNR {figures['psnr']:.1f} dB")
+    assert all(line in (run / "log.txt").read_text() for line in figures["verdict"])
+    assert Image.open(run / "worst.png").size == (10 * 18 - 2, 2 * 18 - 2)
+
+
+@pytest.mark.slow
+def test_the_recipe_killed_in_a_save_continues_bit_for_bit(
+    tiny_arguments: list[str], images: Path, tmp_path: Path
+) -> None:
+    more = [*RECIPE, "training.max_train_steps=8", "experiment.save_every=4"]
+    train_tokenizer.main(config_of(tiny_arguments, images, tmp_path / "whole", *more))
+    command = arguments(tiny_arguments, images, tmp_path / "killed", *more)
+    assert run_script([SCRIPT, *command], tmp_path, REAR_FAULT="save.discriminator.8").returncode == -signal.SIGKILL
+    again = run_script([SCRIPT, *command], tmp_path)
+    assert again.returncode == 0, again.stderr
+    files = [(tmp_path / run / "tokenizer.safetensors").read_bytes() for run in ("killed", "whole")]
+    assert files[0] == files[1]
+
+
 def test_training_starts_from_given_weights(tiny_arguments: list[str], images: Path, tmp_path: Path) -> None:
     first = tmp_path / "first"
     train_tokenizer.main(config_of(tiny_arguments, images, first))

@@ -25,6 +25,7 @@ SIZES = {
     "maskgit_vq": SMALL,
     "llamagen_vq": replace(SMALL, model_type="llamagen_vq", z_channels=16),
     "taming_vqgan": replace(SMALL, model_type="taming_vqgan", z_channels=16),
+    "patch_vq": replace(SMALL, model_type="patch_vq", channel_mult=[1, 1, 1]),
     "vqplus": replace(SMALL, model_type="vqplus"),
     "vqplus with signs": replace(SMALL, model_type="vqplus", quantizer_type="lookup-free", token_size=5),
     "titok": VQModelConfig(
