@@ -84,20 +84,20 @@ def main(config: Config) -> None:
         raise tokenizer.no_images(f"dataset.params.train_shards_path_or_url={image_path}")
     if is_url(image_path):
         with init_distributed() as ctx, ctx.locked(output.with_suffix(".tokens")):
-            print_verdict(config, ctx)
             pretokenize(config, ShardsToEncode(image_path, config, tokenizer, output, ctx), output)
         return
     source = open_images(
         image_path, config.model.generator.condition_num_classes, ImageDecoding.of(config.dataset.preprocessing)
     )
     with init_distributed() as ctx, ctx.locked(output.with_suffix(".tokens")):
-        print_verdict(config, ctx)
         pretokenize(config, ImagesToEncode(source, config, tokenizer, output, ctx), output)
 
 
 def pretokenize(config: Config, work: "ImagesToEncode | ShardsToEncode", output: Path) -> None:
     """Encode what is missing, on all ranks; then rank 0 writes the store and, if asked for, the jsonl."""
     ctx, store_path = work.ctx, output.with_suffix(".tokens")
+    for line in verdict_on(config.experiment.tokenizer_checkpoint):
+        ctx.print_on_rank0(line)
     missing: list[range] = []
     if store_path.is_dir():
         check_finished(TokenStore(store_path), work.meta, ctx)
@@ -126,12 +126,11 @@ def pretokenize(config: Config, work: "ImagesToEncode | ShardsToEncode", output:
     print(f"{output}: {num_images} images{left_out}, {len(store)} samples")
 
 
-def print_verdict(config: Config, ctx: DistributedContext) -> None:
+def verdict_on(tokenizer_checkpoint: str) -> list[str]:
     """What train_tokenizer.py has written about a tokenizer that it trained."""
-    path = Path(config.experiment.tokenizer_checkpoint).with_name("metrics.json")
+    path = Path(tokenizer_checkpoint).with_name("metrics.json")
     metrics = read_json(path) if path.is_file() else None
-    for line in metrics.get("verdict", []) if isinstance(metrics, dict) else []:  # not another program's file
-        ctx.print_on_rank0(line)
+    return metrics.get("verdict", []) if isinstance(metrics, dict) else []  # not another program's file of this name
 
 
 def checked_paths(config: Config) -> tuple[str, Path]:

@@ -67,7 +67,7 @@ def test_report_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(own_images_report, "find_report", lambda samples, reference, backend: found)
     own_images_report.main(tmp_path)
     page = (tmp_path / "report.html").read_text()
-    assert "<li>PSNR &lt; 20 dB</li>" in page
+    assert "<p>PSNR &lt; 20 dB</p>" in page
     assert "of 6 samples: 12.3;" in page
     assert page.count("<img ") == 2  # the others are missing
     assert Image.open(tmp_path / "samples_by_class.png").width == 2 * 10 - 2
