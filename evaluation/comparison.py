@@ -16,8 +16,8 @@ from utils.distributed import DistributedContext
 
 RESAMPLES = 200
 SCOPE = (
-    "The interval is over the choice of these images. It says nothing about retraining with another seed, which can move "
-    "each distance by more (docs/studies.md compares over seeds)."
+    "The interval is over the choice of these images. It says nothing about retraining with another seed, which can "
+    "move each distance by more (docs/studies.md compares over seeds)."
 )
 
 

@@ -3,7 +3,7 @@
     python scripts/compare_runs.py outputs/rear_b outputs/rear_b_ar --labels reAR AR --output compare.png
 
 A run is a run folder or its metrics.jsonl; it may still be training. Prints two tables in Markdown and writes the plot:
-losses, token accuracy (validation dashed), gradient norm and throughput. For runs without these metrics, such as a
+losses, token accuracy (dashed: validation), gradient norm and throughput. For runs without these metrics, such as a
 tokenizer's, all metrics are plotted.
 """
 
@@ -83,7 +83,7 @@ def draw(runs: list[Run], x: str, output: Path) -> None:
     panels = [group for group in PANELS if set(group) & set(names)] or [(name,) for name in names]
     figure, grid = panel_grid(len(panels), COLUMNS, x)
     for axes, group in zip(grid, panels, strict=True):
-        axes.set_title(plain_label(group[0] if len(group) == 1 else f"{group[0]}, validation dashed"))
+        axes.set_title(plain_label(group[0] if len(group) == 1 else f"{group[0]} (dashed: val)"))
         for name, line in zip(group, ("-", "--"), strict=False):
             for number, run in enumerate(runs):
                 draw_curve(

@@ -77,7 +77,7 @@ def test_tables_and_picture(runs: list[Path], tmp_path: Path) -> None:
 
 def test_runs_are_overlaid(runs: list[Path], tmp_path: Path, drawn: list[Axes]) -> None:
     compare_runs.main(runs, ["one", "two"], "step", tmp_path / "x.png")
-    assert [axes.get_title() for axes in drawn] == ["train/ar_loss", "train/correct_tokens, validation dashed"]
+    assert [axes.get_title() for axes in drawn] == ["train/ar_loss", "train/correct_tokens (dashed: val)"]
     lines = [(line.get_label(), line.get_color(), line.get_linestyle()) for line in drawn[1].lines]
     assert lines == [("one", "C0", "-"), ("two", "C1", "-"), ("one", "C0", "--"), ("two", "C1", "--")]
     assert [line.get_xdata().tolist() for line in drawn[0].lines] == [[2, 4], [2, 3]]
