@@ -3,10 +3,13 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import cast
+
+from tqdm import tqdm
 
 from utils.errors import InputError, TrainingError, environment_error
 
@@ -60,6 +63,7 @@ def in_processes(
 
 def _run_worker(work: Callable[[range], None], chunks: Sequence[range], sender: Connection, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too and ends this process
+    tqdm.set_lock(threading.RLock())  # killed while it holds the shared lock, it would stop the parent's progress bars
     for chunk in chunks:
         if os.getppid() != parent:
             return
