@@ -124,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
     if is_budgeted:
         edge = resolution // code_shape(sizes)[0]
         print(
-            f"a token stands for {edge} x {edge} pixels (--tokens: more are sharper, and slower to train and sample); "
+            f"each token covers {edge} x {edge} pixels (--tokens: more are sharper, and slower to train and sample); "
             f"a codebook of {sizes.codebook_size} suits {len(train_images)} images"
         )
 

@@ -26,8 +26,8 @@ from utils.images import samples_by_class, write_png
 MAX_CLASSES = 16  # columns in samples_by_class.png
 PICTURES = {
     "samples_by_class.png": "Samples, a column per class, not selected",
-    "tokenizer/reconstructions.png": "Held-out images above what their tokens keep of them",
-    "tokenizer/worst.png": "The ten held-out images that the tokenizer reconstructs worst",
+    "tokenizer/reconstructions.png": "Validation images above their reconstructions",
+    "tokenizer/worst.png": "The ten validation images that the tokenizer reconstructs worst",
     "tokenizer/training_curves.png": "Training of the tokenizer",
     "rear/training_curves.png": "Training of the generator",
 }

@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,18 @@ class Slurm:
         while not condition():
             assert time.monotonic() < deadline, self("squeue", "--long", "--states=all", check=False)
             time.sleep(0.3)
+
+
+@contextmanager
+def running_slurm(folder: Path) -> Iterator[Slurm]:
+    """A SLURM with its files in `folder`; skips the test where it cannot be installed."""
+    installed()
+    slurm = Slurm(folder)
+    try:
+        slurm.start()
+        yield slurm
+    finally:
+        slurm.stop()
 
 
 def installed() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.runs import Run
-from tests.faults.slurm import Slurm, installed
+from tests.faults.slurm import Slurm, running_slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 LONG = ["training.max_train_steps=100000", "experiment.save_every=100000"]
@@ -15,13 +15,8 @@ LONG = ["training.max_train_steps=100000", "experiment.save_every=100000"]
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    installed()
-    slurm = Slurm(tmp_path_factory.mktemp("slurm"))
-    try:
-        slurm.start()
+    with running_slurm(tmp_path_factory.mktemp("slurm")) as slurm:
         yield slurm
-    finally:
-        slurm.stop()
 
 
 def assert_saved(run: Run) -> int:

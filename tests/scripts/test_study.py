@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.faults.slurm import Slurm, installed
+from tests.faults.slurm import Slurm, running_slurm
 from tests.processes import ROOT, WAIT_S
 from utils.run.metrics_file import read_metrics
 from utils.run.status import read_status_or_none
@@ -177,13 +177,8 @@ def wait_for_cell(output: Path, name: str, step: int) -> None:
 
 @pytest.fixture
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    installed()
-    slurm = Slurm(tmp_path_factory.mktemp("slurm"))
-    try:
-        slurm.start()
+    with running_slurm(tmp_path_factory.mktemp("slurm")) as slurm:
         yield slurm
-    finally:
-        slurm.stop()
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from data.images.reading import ImageDataset, open_images
 from data.images.transforms import pretokenize_transform, training_transform
 from data.loading import Batches
 from scripts import make_shards
+from tests.data.images.made_up_shards import write_tar
 from utils.errors import InputError
 from utils.schema import PreprocessingConfig
 
@@ -229,7 +230,7 @@ def test_a_sample_in_two_shards_names_both(shards: Path) -> None:
 
 
 def test_two_class_ids_of_one_sample_are_refused(tmp_path: Path) -> None:
-    path = add(tmp_path / "a.tar", {"1.cls": b"0", "1.png": encode(picture(1))})
+    path = write_tar(tmp_path / "a.tar", {"1.cls": b"0", "1.png": encode(picture(1))})
     with tarfile.open(path, "a") as tar:  # as `tar --append` of a corrected file
         member = tarfile.TarInfo("1.cls")
         member.size = 1
@@ -282,18 +283,9 @@ def test_shard_changed_after_opening(shards: Path) -> None:
         source[5]
 
 
-def add(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
-
-
 def test_images_whose_names_have_several_dots_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     names = ("a/22.png", "a/22.cls", "a/22.05.png", "a/22.05.cls")
-    path = add(tmp_path / "a.tar", {name: encode(picture(1)) if name.endswith("png") else b"0" for name in names})
+    path = write_tar(tmp_path / "a.tar", {name: encode(picture(1)) if name.endswith("png") else b"0" for name in names})
     assert len(open_images(str(path))) == 1
     notices = capsys.readouterr().err
     assert "skipped 2 files" in notices
@@ -304,7 +296,7 @@ def test_members_left_out_are_counted(tmp_path: Path, capsys: pytest.CaptureFixt
     png = encode(picture(1))
     hidden = {"./a/._1.png": b"AppleDouble", ".x/2.png": png, "__MACOSX/a/._1.cls": b"AppleDouble"}
     members = {"./a/1.png": png, "./a/1.cls": b"0", **hidden, "a/1.json": b"{}", "./a/1.seg.png": png}
-    source = open_images(str(add(tmp_path / "a.tar", members)))
+    source = open_images(str(write_tar(tmp_path / "a.tar", members)))
     assert [source.key(i) for i in range(len(source))] == ["./a/1"]
     said = capsys.readouterr().err
     assert "skipped 2 files (no image extension after the first dot), such as a/1.json" in said
@@ -343,7 +335,7 @@ def test_classes_in_records_as_img2dataset_writes_them(tmp_path: Path, field: st
         record = {"caption": "a dog", "url": "https://x/1.jpg", "key": f"{i:09d}", "status": "success", field: 2 - i}
         contents = {"jpg": encode(picture(i)), "json": json.dumps(record).encode(), "txt": b"a dog"}
         members |= {f"{i:09d}.{kind}": content for kind, content in contents.items()}
-    path = add(tmp_path / "00000.tar", members)
+    path = write_tar(tmp_path / "00000.tar", members)
     assert open_images(str(path)).class_ids.tolist() == [2, 1, 0]
     for record, message in (
         (b"{}", r"found no field cls, label, class"),
@@ -351,7 +343,7 @@ def test_classes_in_records_as_img2dataset_writes_them(tmp_path: Path, field: st
         (b'{"cls": -1}', "found '-1', expected a number"),
         (b'{"cls": 1.5}', r"found '1\.5', expected a number"),
     ):
-        add(path, members | {"000000001.json": record})
+        write_tar(path, members | {"000000001.json": record})
         with pytest.raises(InputError, match=rf"00000\.tar, member '000000001\.json': {message}"):
             open_images(str(path))
 
@@ -359,18 +351,18 @@ def test_classes_in_records_as_img2dataset_writes_them(tmp_path: Path, field: st
 def test_images_of_other_names(tmp_path: Path) -> None:
     """An image need not be the first extension, if it is the only one of its sample."""
     png = encode(picture(60))
-    path = add(tmp_path / "a.tar", {"1.image.png": png, "1.cls": b"1", "2.cls": b"0", "2.img.png": png})
+    path = write_tar(tmp_path / "a.tar", {"1.image.png": png, "1.cls": b"1", "2.cls": b"0", "2.img.png": png})
     source = open_images(str(path))
     assert [source.key(i) for i in range(2)] == ["1", "2"]
     assert source.class_ids.tolist() == [1, 0]
     assert values(source) == [60, 60]
-    add(path, {"1.image.png": png, "1.mask.png": png, "1.cls": b"1"})
+    write_tar(path, {"1.image.png": png, "1.mask.png": png, "1.cls": b"1"})
     with pytest.raises(InputError, match=r"sample '1': found the images 1\.image\.png, 1\.mask\.png, expected one"):
         open_images(str(path))
 
 
 def test_a_linked_member_is_refused(tmp_path: Path) -> None:
-    path = add(tmp_path / "a.tar", {"1.png": encode(picture(1)), "1.cls": b"0", "2.cls": b"0"})
+    path = write_tar(tmp_path / "a.tar", {"1.png": encode(picture(1)), "1.cls": b"0", "2.cls": b"0"})
     with tarfile.open(path, "a") as tar:
         member = tarfile.TarInfo("2.png")
         member.type, member.linkname = tarfile.LNKTYPE, "1.png"

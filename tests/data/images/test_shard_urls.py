@@ -15,6 +15,7 @@ from data.images import shard_urls
 from data.images.reading import open_images
 from data.images.shard_cache import ShardCache
 from data.images.shard_urls import expand_urls, read_blocks
+from tests.data.images.made_up_shards import write_tar
 from tests.hub_server import local_hub
 from tests.shard_server import Fault, ShardServer, serve_shards
 from utils.errors import InputError
@@ -24,16 +25,6 @@ def noise(seed: int) -> bytes:
     stream = io.BytesIO()
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(stream, "PNG")
     return stream.getvalue()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def write_shards(folder: Path, samples_per_shard: tuple[int, ...] = (4, 3, 5)) -> Path:
