@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from evaluation.collect import collect
+from evaluation.collect import ImagesInMemory, collect
 from evaluation.features import EncoderFeatures
 from evaluation.metrics import frechet_distance
 from utils.distributed import DistributedContext
@@ -19,24 +19,13 @@ GOOD_PSNR_DB = 24.0  # below, a person sees at a glance that small pictures have
 LOW_USE = 0.5  # of the codebook
 
 
-class _Arrays:
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.images[start:stop]
-
-
 def distance_of_reconstructions(images: np.ndarray, reconstructions: np.ndarray, device: torch.device) -> float:
     """Frechet distance, on EfficientNet-Lite0 features, of at least 2 reconstructions (n, H, W, 3) uint8 to the images.
     In one process."""
     extractor = EncoderFeatures("efficientnet_lite0", device)
     gaussians = [
         collect(
-            _Arrays(of),
+            ImagesInMemory(of),
             extractor,
             DistributedContext(0, 1, device),
             batch_size=FEATURE_BATCH,
@@ -53,12 +42,16 @@ def worst_first(images: np.ndarray, reconstructions: np.ndarray, count: int) -> 
     return np.square(difference).mean(axis=(1, 2, 3)).argsort(kind="stable")[::-1][:count]
 
 
-def verdict(metrics: Mapping[str, float], num_tokens: int, codebook_size: int) -> list[str]:
+def verdict(
+    metrics: Mapping[str, float], *, num_tokens: int, more_tokens: int | None, codebook_size: int, steps: int
+) -> list[str]:
     """Lines that say how good the reconstructions are and, if the tokenizer limits what samples can look like, what to
     do.
 
     Args:
         metrics: of `ReconstructionMetrics`; `patch_psnr` and `reconstruction_distance` may be missing.
+        more_tokens: the next larger number of tokens per image; None: there is none.
+        steps: number of steps that the tokenizer was trained.
     """
     psnr = metrics["psnr"]
     lines = [
@@ -77,11 +70,12 @@ def verdict(metrics: Mapping[str, float], num_tokens: int, codebook_size: int) -
             f"k-means of raw patches with {num_tokens} tokens of {codebook_size}: {metrics['patch_psnr']:.1f} dB, "
             f"the tokenizer is {abs(gain):.1f} dB {'better' if gain >= 0 else 'worse'}"
         )
-    more = f"more tokens (make_config.py --tokens {4 * num_tokens}) or a longer training (--minutes)"
+    longer = f"{steps} more steps (a larger --minutes)"
     if gain < CLEAR_GAIN_DB:
-        lines.append("the tokenizer has hardly learned: train it longer (make_config.py --minutes) first")
+        lines.append(f"the tokenizer has hardly learned: it needs {longer} first")
     elif psnr < GOOD_PSNR_DB:
-        lines.append(f"the tokenizer limits what samples can look like: {more}")
+        finer = f"more tokens (--tokens {more_tokens}) or " if more_tokens else ""
+        lines.append(f"the tokenizer limits what samples can look like: {finer}{longer}")
     else:
         lines.append("the tokenizer is good enough to train a generator; compare worst.png with reconstructions.png")
     if metrics["codebook_used"] < LOW_USE:
