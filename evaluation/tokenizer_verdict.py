@@ -16,7 +16,8 @@ from utils.distributed import DistributedContext
 FEATURE_BATCH = 16
 CLEAR_GAIN_DB = 1.0  # above k-means of patches; a smaller one means that training has hardly begun
 GOOD_PSNR_DB = 24.0  # below, a person sees at a glance that small pictures have lost details
-LOW_USE = 0.5  # of the codebook
+LOW_USE = 0.5  # of the codebook, by images that have `TOKENS_PER_ENTRY` tokens for each entry
+TOKENS_PER_ENTRY = 8
 
 
 def distance_of_reconstructions(images: np.ndarray, reconstructions: np.ndarray, device: torch.device) -> float:
@@ -78,6 +79,7 @@ def verdict(
         lines.append(f"the tokenizer limits what samples can look like: {finer}{longer}")
     else:
         lines.append("the tokenizer is good enough to train a generator; compare worst.png with reconstructions.png")
-    if metrics["codebook_used"] < LOW_USE:
+    has_many_tokens = metrics["images"] * num_tokens >= TOKENS_PER_ENTRY * codebook_size
+    if has_many_tokens and metrics["codebook_used"] < LOW_USE:
         lines.append(f"most codebook entries are unused: a codebook of {codebook_size // 2} would do")
     return lines

@@ -11,7 +11,7 @@ from evaluation.reconstruction import ReconstructionMetrics, ssim
 from evaluation.tokenizer_verdict import verdict, worst_first
 
 METRICS = {
-    "images": 10,
+    "images": 100,
     "psnr": 23.0,
     "ssim": 0.8,
     "hue_error": 9.0,
@@ -91,6 +91,12 @@ def test_verdict(changes: dict[str, float], expected: str) -> None:
     assert "hue error 9 degrees" in lines
     assert "Frechet distance of the reconstructions (EfficientNet-Lite0): 40.0" in lines
     assert re.search(expected, lines, flags=re.DOTALL), lines
+
+
+def test_few_images_cannot_use_the_codebook() -> None:
+    settings = {"num_tokens": 64, "more_tokens": 256, "codebook_size": 512, "steps": 900}
+    found = [verdict(METRICS | {"images": images, "codebook_used": 0.2}, **settings)[-1] for images in (63, 64)]
+    assert ["would do" in line for line in found] == [False, True]
 
 
 def test_verdict_without_a_finer_grid() -> None:
