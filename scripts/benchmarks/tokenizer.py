@@ -63,8 +63,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def compare_choices(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Train with each choice undone; prints a table of held-out metrics."""
+    """Train with each choice undone; prints a table of held-out metrics, a row after each training."""
     rows: list[dict[str, Any]] = []
+    print(f"\n| data | choice | {' | '.join(COLUMNS.values())} |\n|{' --- |' * (len(COLUMNS) + 2)}")
     with tempfile.TemporaryDirectory() as folder:
         for path in arguments.configs:
             for number, choice in enumerate(arguments.choices):
@@ -72,12 +73,15 @@ def compare_choices(arguments: argparse.Namespace) -> dict[str, Any]:
                 patches = {name: metrics.pop(f"patch_{name}", None) for name in COLUMNS}
                 if number == 0:
                     rows.append({"data": str(path), "choice": "k-means of patches", **patches})
+                    print(table_row(rows[-1]), flush=True)
                 rows.append({"data": str(path), "choice": choice, **metrics})
-    print(f"\n| data | choice | {' | '.join(COLUMNS.values())} |\n|{' --- |' * (len(COLUMNS) + 2)}")
-    for row in rows:
-        cells = ["" if row.get(name) is None else f"{row[name]:.4g}" for name in COLUMNS]
-        print(f"| {row['data']} | {row['choice']} | {' | '.join(cells)} |")
+                print(table_row(rows[-1]), flush=True)
     return {"steps": arguments.steps, "rows": rows}
+
+
+def table_row(row: dict[str, Any]) -> str:
+    cells = ["" if row.get(name) is None else f"{row[name]:.4g}" for name in COLUMNS]
+    return f"| {row['data']} | {row['choice']} | {' | '.join(cells)} |"
 
 
 def train(path: Path, choice: str, steps: int, output: Path) -> dict[str, Any]:
