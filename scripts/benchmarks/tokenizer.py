@@ -28,8 +28,6 @@ CONVOLUTIONAL = ROOT / "configs/tokenizer_blue_marble.yaml"  # a network with la
 CHOICES = {
     "the recipe": [],
     "codebook from one batch": ["vq_training.codebook_init=latents"],
-    "no revival of codes": ["vq_training.revive_every=1000000000"],
-    "no EMA": ["training.use_ema=false"],
     "no color term": ["vq_training.color_weight=0"],
     "no perceptual term": ["vq_training.perceptual_weight=0"],
     "perceptual term from the start": ["vq_training.perceptual_start=0", "vq_training.perceptual_fraction=1"],
