@@ -123,7 +123,9 @@ def check_study(arguments: list[str]) -> None:
 
 
 def check_arguments(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    if script in ("scripts/study.py", "scripts_bash/slurm_study.sbatch"):
+    if script == "scripts_bash/fashion_study.sh" and not arguments:
+        return  # only the data
+    if script in ("scripts/study.py", "scripts_bash/slurm_study.sbatch", "scripts_bash/fashion_study.sh"):
         check_study(arguments)
         return
     if script == "scripts_bash/own_images.sh":  # its options are those of make_config.py
