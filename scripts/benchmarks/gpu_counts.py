@@ -17,7 +17,7 @@ from modeling.perturbation import num_perturbation_uniforms
 from modeling.rear import ReAR
 from modeling.sampling import cached_decoding
 from modeling.sampling import generate as generate_module
-from modeling.sampling.cached_decoding import BUCKET, DecodingState, compile_for_decoding
+from modeling.sampling.cached_decoding import MODULATED, DecodingState, compile_for_decoding
 from modeling.sampling.generate import bucket_end, next_codes, sample_next_codes
 from modeling.targets.registry import Targets
 from modeling.tokenizers.registry import build_tokenizer
@@ -74,13 +74,13 @@ def decode_step(compiler: GpuCompiler, config: Config, images: int, guided: bool
 
 
 def fill_modulations(compiler: GpuCompiler, config: Config, images: int, guided: bool) -> Counted:
-    """The modulations of `BUCKET` positions; each image has another class."""
+    """The modulations of `MODULATED` positions; each image has another class."""
     with torch.inference_mode(), code_of_gpus():
         state = decoding_state(compiler, with_blocks(config, 1), images, guided)
         state.set_compiled(True)
         state.distinct_labels = torch.empty(state.max_labels, dtype=torch.int64, device="cuda")
         with compiler.counting() as ledger:
-            state.fill_modulations(BUCKET)
+            state.fill_modulations(MODULATED)
     return Counted(ledger.launches, ledger.graphs[0].launches, 1, ledger.graphs)
 
 
