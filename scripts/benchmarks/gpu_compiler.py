@@ -72,6 +72,7 @@ class CompiledGraph:
     launches: list[Launch]
     sources: list[tuple[str, str]]  # name and source of each Triton kernel
     problems: list[str]  # what must not be in it: float64, other devices
+    code: str = ""  # Inductor's Python program, which launches all of it
 
 
 @dataclass
@@ -314,7 +315,7 @@ def lower(
     )
     if lowering.device_types != {"cuda"}:
         problems.append(f"computes on {sorted(lowering.device_types)}, expected cuda only")
-    return CompiledGraph(name, launches, sources, problems)
+    return CompiledGraph(name, launches, sources, problems, source)
 
 
 def on_gpu(tensor: Tensor) -> Tensor:

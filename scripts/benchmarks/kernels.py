@@ -101,12 +101,14 @@ def compiled_graphs(compiler: GpuCompiler, arguments: argparse.Namespace) -> Ite
         yield "evaluator", compiled_inception(compiler)
 
 
-def compiled_loss(compiler: GpuCompiler, config: Config, images: int) -> list[CompiledGraph]:
-    """Cross-entropy of bf16 logits, forward and backward: compiled, and uncompiled as training runs it. A kernel that
+def compiled_loss(
+    compiler: GpuCompiler, config: Config, images: int, dtype: torch.dtype = torch.bfloat16
+) -> list[CompiledGraph]:
+    """Cross-entropy of logits of a type, forward and backward: compiled, and uncompiled as training runs it. A kernel that
     writes as many float32 elements as there are logits is a problem."""
     torch._dynamo.reset()
     codes = config.model.generator.image_seq_len
-    logits = torch.empty(images, codes, config.model.vq_model.codebook_size, dtype=torch.bfloat16, requires_grad=True)
+    logits = torch.empty(images, codes, config.model.vq_model.codebook_size, dtype=dtype, requires_grad=True)
     targets = torch.empty(images, codes, dtype=torch.int64)
     with compiler.counting() as ledger:
         torch.compile(losses.next_token_loss)(logits, targets).backward()
