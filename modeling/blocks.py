@@ -83,7 +83,7 @@ class CausalAttentionOnCpu(torch.autograd.Function):
     """`F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)` in float32, bit for bit.
 
     A few images at a time, whose scores stay in the processor's cache: with dropout, torch writes all of them to memory
-    in each operation. Saved for the backward pass are the probabilities and a bool mask, in place of three float tensors.
+    in each operation. For the backward pass it saves the probabilities and a bool mask instead of three float tensors.
     """
 
     @staticmethod

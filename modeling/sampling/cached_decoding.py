@@ -1,8 +1,8 @@
 """Decoding with a KV cache: the blocks of `modeling/blocks.py`, one position at a time.
 
 This is `ReAR.forward` for a single position. The cache keeps keys and values of earlier positions, and the adaLN
-modulations of MODULATED positions are computed together, per distinct label. All buffers keep their addresses, so that a
-step can be captured as a CUDA graph. Residual stream, norms and logits are float32; the matrix products of the blocks
+modulations of MODULATED positions are computed together, per distinct label. All buffers keep their addresses, so that
+a step can be captured as a CUDA graph. Residual stream, norms and logits are float32; the matrix products of the blocks
 and the cache have the dtype of the `DecodingState`.
 
 With guidance each image is two sequences of the batch: one with its class label, one with the null class.
@@ -142,7 +142,8 @@ class DecodingState:
         length = math.ceil((steps + 1) / BUCKET) * BUCKET
         heads = model.config.generator.num_attention_heads
         self.max_labels = min(images + guided, model.num_classes + 1)  # U
-        table = torch.zeros(MODULATED * self.max_labels, 1, hidden_size, device=device)  # row (position mod K) * U + label
+        # Row (position mod K) * U + label.
+        table = torch.zeros(MODULATED * self.max_labels, 1, hidden_size, device=device)
         self.modulations = [BlockModulation(*(table.clone() for _ in BlockModulation._fields)) for _ in self.blocks]
         self.final_modulation = table.clone(), table.clone()  # shift, scale
         self.caches = [KVCache((sequences, heads, length, hidden_size // heads), dtype, device) for _ in self.blocks]

@@ -383,7 +383,7 @@ def flops_of(node: torch.fx.Node | None) -> float:
     if node is None or flops is None:
         return 0
     args, kwargs = tree_map_only(torch.fx.Node, lambda argument: argument.meta["val"], (node.args, node.kwargs))
-    found = flops(*args, **kwargs, out_val=node.meta["val"])
+    found: Any = flops(*args, **kwargs, out_val=node.meta["val"])
     return found.node.hint if isinstance(found, torch.SymInt) else found  # int(found) would fix the symbol's value
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modeling import rear
 from modeling import training_step as training_step_module
@@ -100,8 +100,11 @@ def compiled_blocks(compiler: GpuCompiler, config: Config, images: int) -> list[
     torch._dynamo.reset()
     config = training_config(config, images, checkpointing=False)
     model = compiler.put(ReAR(config.model), "cpu")
-    as_on_gpu = mock.patch.object(training_step_module, "compile_block", lambda block, device: compile_block(block, GPU))
-    with as_on_gpu, compiler.counting() as ledger:
+
+    def as_on_gpu(block: nn.Module, device: torch.device) -> None:
+        compile_block(block, GPU)
+
+    with mock.patch.object(training_step_module, "compile_block", as_on_gpu), compiler.counting() as ledger:
         compile_blocks(model, config, torch.device("cpu"))
     return ledger.graphs
 

@@ -104,8 +104,8 @@ def compiled_graphs(compiler: GpuCompiler, arguments: argparse.Namespace) -> Ite
 def compiled_loss(
     compiler: GpuCompiler, config: Config, images: int, dtype: torch.dtype = torch.bfloat16
 ) -> list[CompiledGraph]:
-    """Cross-entropy of logits of a type, forward and backward: compiled, and uncompiled as training runs it. A kernel that
-    writes as many float32 elements as there are logits is a problem."""
+    """Cross-entropy of logits of a type, forward and backward: compiled, and uncompiled as training runs it. A kernel
+    that writes as many float32 elements as there are logits is a problem."""
     torch._dynamo.reset()
     codes = config.model.generator.image_seq_len
     logits = torch.empty(images, codes, config.model.vq_model.codebook_size, dtype=dtype, requires_grad=True)

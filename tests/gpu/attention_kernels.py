@@ -1,7 +1,7 @@
 """Prints which kernel torch chooses for each attention of training and decoding, as JSON {case: kernel}.
 
-Started by `test_attention_kernels.py` with `driver.c` in place of the driver. The tensors are the product's own, without
-values; torch's choice looks at shapes, strides, types and the kind of GPU only.
+Started by `test_attention_kernels.py` with `driver.c` in place of the driver. The tensors are the product's own,
+without values; torch's choice looks at shapes, strides, types and the kind of GPU only.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Runs the Triton kernels that Inductor generates for a GPU in Triton's interpreter, next to the graphs that they were
 generated from, and prints the relative differences as JSON {function: difference}.
 
-Started by `test_interpreted_kernels.py` with TRITON_INTERPRET=1. The program that launches the kernels is Inductor's own,
-on CPU tensors. The interpreter cannot call CUDA's libdevice, which is replaced by Triton's functions of the same names.
+Started by `test_interpreted_kernels.py` with TRITON_INTERPRET=1. The program that launches the kernels is Inductor's
+own, on CPU tensors. The interpreter cannot call CUDA's libdevice, which is replaced by Triton's functions of the same names.
 """
 
 import json
@@ -53,9 +53,9 @@ def on_cpu() -> Iterator[None]:
     with (
         driver_answers(),
         mock.patch.object(AsyncCompile, "triton", lambda self, name, source, **options: Kernel(name, source)),
-        mock.patch.object(torch.cuda, "_DeviceGuard", lambda index: nullcontext()),
+        mock.patch.object(torch.cuda, "_DeviceGuard", return_value=nullcontext()),
         mock.patch.object(torch.cuda, "set_device"),
-        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", lambda index: 0),
+        mock.patch.object(torch._C, "_cuda_getCurrentRawStream", return_value=0),
         mock.patch.object(torch._C._dynamo.guards, "_empty_strided_cuda", empty),
     ):
         yield
@@ -120,7 +120,7 @@ def difference(compiled: CompiledGraph, graph: torch.fx.GraphModule) -> float:
     copies = [torch.empty_strided(one.shape, one.stride(), dtype=one.dtype).copy_(one) for one in inputs]
     with torch.no_grad():
         expected, found = tree_leaves(graph.forward(*inputs)), run_program(compiled.code, copies)
-    if not compiled.name.endswith("backward"):  # inputs are written to, as the cache; a backward pass reuses their memory
+    if not compiled.name.endswith("backward"):  # which reuses the memory of inputs; others write to some, as the cache
         expected, found = expected + inputs, found + copies
     worst = 0.0
     for ours, theirs in zip(found, expected, strict=True):

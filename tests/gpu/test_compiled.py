@@ -60,8 +60,9 @@ with GpuCompiler() as compiler:
     config = load_config(["experiment.output_dir=unused"])
     for fault in ("none", "all logits in float32"):
         if fault != "none":
-            losses.token_losses = lambda logits, targets: F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-        found[f"loss: {fault}"] = [problem for graph in compiled_loss(compiler, config, 128) for problem in graph.problems]
+            losses.token_losses = lambda logits, codes: F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
+        graphs = compiled_loss(compiler, config, 128)
+        found[f"loss: {fault}"] = [problem for graph in graphs for problem in graph.problems]
 print(json.dumps(found))
 """
 LABELS = """
