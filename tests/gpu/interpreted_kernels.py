@@ -2,7 +2,7 @@
 generated from, and prints the relative differences as JSON {function: difference}.
 
 Started by `test_interpreted_kernels.py` with TRITON_INTERPRET=1. The program that launches the kernels is Inductor's
-own, on CPU tensors. The interpreter cannot call CUDA's libdevice, which is replaced by Triton's functions of the same names.
+own, on CPU tensors. The interpreter cannot call libdevice, so that Triton's functions of the same names replace it.
 """
 
 import json
