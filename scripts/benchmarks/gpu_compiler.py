@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -383,8 +383,8 @@ def flops_of(node: torch.fx.Node | None) -> float:
     if node is None or flops is None:
         return 0
     args, kwargs = tree_map_only(torch.fx.Node, lambda argument: argument.meta["val"], (node.args, node.kwargs))
-    found: Any = flops(*args, **kwargs, out_val=node.meta["val"])
-    return found.node.hint if isinstance(found, torch.SymInt) else found  # int(found) would fix the symbol's value
+    found = flops(*args, **kwargs, out_val=node.meta["val"])
+    return cast(float, found.node.hint if isinstance(found, torch.SymInt) else found)  # int(found) would fix the symbol
 
 
 @contextmanager
