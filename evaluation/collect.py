@@ -22,6 +22,19 @@ class Images(Protocol):
         """(stop - start, H, W, 3)."""
 
 
+class ImagesInMemory:
+    """An array of images, uint8 (N, H, W, 3), with the interface of images in a file."""
+
+    def __init__(self, images: np.ndarray) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.images[start:stop]
+
+
 class FeatureSums:
     """Sums over N images; `spatial` and `score` are None if the extractor has no such features.
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
-from evaluation.collect import collect
+from evaluation.collect import ImagesInMemory, collect
 from evaluation.features import EncoderFeatures
 from evaluation.metrics import frechet_distance
 from utils.distributed import DistributedContext
@@ -16,18 +16,8 @@ from utils.distributed import DistributedContext
 FEATURE_BATCH = 16
 CLEAR_GAIN_DB = 1.0  # above k-means of patches; a smaller one means that training has hardly begun
 GOOD_PSNR_DB = 24.0  # below, a person sees at a glance that small pictures have lost details
-LOW_USE = 0.5  # of the codebook
-
-
-class _Arrays:
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.images[start:stop]
+LOW_USE = 0.5  # of the codebook, by images that have `TOKENS_PER_ENTRY` tokens for each entry
+TOKENS_PER_ENTRY = 8
 
 
 def distance_of_reconstructions(images: np.ndarray, reconstructions: np.ndarray, device: torch.device) -> float:
@@ -36,7 +26,7 @@ def distance_of_reconstructions(images: np.ndarray, reconstructions: np.ndarray,
     extractor = EncoderFeatures("efficientnet_lite0", device)
     gaussians = [
         collect(
-            _Arrays(of),
+            ImagesInMemory(of),
             extractor,
             DistributedContext(0, 1, device),
             batch_size=FEATURE_BATCH,
@@ -53,12 +43,16 @@ def worst_first(images: np.ndarray, reconstructions: np.ndarray, count: int) -> 
     return np.square(difference).mean(axis=(1, 2, 3)).argsort(kind="stable")[::-1][:count]
 
 
-def verdict(metrics: Mapping[str, float], num_tokens: int, codebook_size: int) -> list[str]:
+def verdict(
+    metrics: Mapping[str, float], *, num_tokens: int, more_tokens: int | None, codebook_size: int, steps: int
+) -> list[str]:
     """Lines that say how good the reconstructions are and, if the tokenizer limits what samples can look like, what to
     do.
 
     Args:
         metrics: of `ReconstructionMetrics`; `patch_psnr` and `reconstruction_distance` may be missing.
+        more_tokens: the next larger number of tokens per image; None: there is none.
+        steps: number of steps that the tokenizer was trained.
     """
     psnr = metrics["psnr"]
     lines = [
@@ -77,13 +71,15 @@ def verdict(metrics: Mapping[str, float], num_tokens: int, codebook_size: int) -
             f"k-means of raw patches with {num_tokens} tokens of {codebook_size}: {metrics['patch_psnr']:.1f} dB, "
             f"the tokenizer is {abs(gain):.1f} dB {'better' if gain >= 0 else 'worse'}"
         )
-    more = f"more tokens (make_config.py --tokens {4 * num_tokens}) or a longer training (--minutes)"
+    longer = f"{steps} more steps (a larger --minutes)"
     if gain < CLEAR_GAIN_DB:
-        lines.append("the tokenizer has hardly learned: train it longer (make_config.py --minutes) first")
+        lines.append(f"the tokenizer has hardly learned: it needs {longer} first")
     elif psnr < GOOD_PSNR_DB:
-        lines.append(f"the tokenizer limits what samples can look like: {more}")
+        finer = f"more tokens (--tokens {more_tokens}) or " if more_tokens else ""
+        lines.append(f"the tokenizer limits what samples can look like: {finer}{longer}")
     else:
         lines.append("the tokenizer is good enough to train a generator; compare worst.png with reconstructions.png")
-    if metrics["codebook_used"] < LOW_USE:
+    has_many_tokens = metrics["images"] * num_tokens >= TOKENS_PER_ENTRY * codebook_size
+    if has_many_tokens and metrics["codebook_used"] < LOW_USE:
         lines.append(f"most codebook entries are unused: a codebook of {codebook_size // 2} would do")
     return lines

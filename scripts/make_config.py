@@ -45,8 +45,9 @@ SMALL_BASE, OWN_TOKENIZER = ROOT / "configs/rear_blue_marble.yaml", ROOT / "conf
 SMALL_RESOLUTION, TOKENS, TOKENS_OF_LARGE = 64, 64, 256  # per image, up to this many pixels and above
 MIN_TOKEN_SIZE, MAX_TOKEN_SIZE = 8, 32
 MANY_IMAGES, CODEBOOK_OF_MANY = 20_000, 1024
+MIN_CODEBOOK, TOKENS_PER_ENTRY = 16, 8  # training images have at least so many tokens per entry of the codebook
 TOKENIZER_SHARE, GENERATOR_SHARE = 1 / 3, 1 / 2  # of --minutes; the rest is for tokens, samples and scores
-MAX_SAMPLES = 500
+MIN_SAMPLES, MAX_SAMPLES = 64, 500
 DEFAULT_RESOLUTIONS, EXAMINED_IMAGES = (4, 8, 16, 32), 100
 OVERHEAD = 0.85  # share of a run that is spent in steps, the rest in starting, validation and saving
 MIN_STEPS, MAX_PASSES = 200, 300
@@ -106,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
         "sampling.num_fid_samples": balanced_count(heldout_images, num_classes),
     }
     if is_budgeted:
-        settings["sampling.num_fid_samples"] = max(num_classes, min(len(heldout_images), MAX_SAMPLES))
+        settings["sampling.num_fid_samples"] = max(num_classes, MIN_SAMPLES, min(len(heldout_images), MAX_SAMPLES))
     if arguments.no_flip:
         settings["dataset.preprocessing.pretokenize_crops"] = "center"
     path, command = output / "rear.yaml", "accelerate launch scripts/train_rear.py"
@@ -172,8 +173,16 @@ def sizes_for(sizes: VQModelConfig, resolution: int, tokens: int | None, num_ima
         resolution=resolution,
         channel_mult=[1] * patch.bit_length(),
         token_size=min(MAX_TOKEN_SIZE, max(MIN_TOKEN_SIZE, 3 * patch**2 // 2)),
-        codebook_size=CODEBOOK_OF_MANY if num_images >= MANY_IMAGES else sizes.codebook_size,
+        codebook_size=codebook_for(num_images, tokens, usual=sizes.codebook_size),
     )
+
+
+def codebook_for(num_images: int, tokens: int, usual: int) -> int:
+    """Number of codebook entries: `usual`, more for many images, and a power of 2 below it for few."""
+    if num_images >= MANY_IMAGES:
+        return CODEBOOK_OF_MANY
+    affordable = max(MIN_CODEBOOK, num_images * tokens // TOKENS_PER_ENTRY)
+    return min(usual, 2 ** int(math.log2(affordable)))
 
 
 def steps_within(budget_s: float, step_s: float, num_images: int, config: Config) -> int:

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from evaluation.inputs import MIN_IMAGES
 from evaluation.report import find_report
 from utils.errors import input_errors_exit
 from utils.files.atomic import write_text
@@ -45,7 +46,10 @@ def main(folder: Path) -> None:
 
 
 def scores(folder: Path, count: int) -> list[str]:
-    """Frechet distances to the held-out images, lower is better."""
+    """Frechet distances to the held-out images, lower is better; why there are none for few."""
+    heldout = read_json(folder / "heldout/reconstruct.json")["images"]
+    if heldout < MIN_IMAGES:
+        return [f"no scores: {heldout} validation images, a tenth of each class; at least {MIN_IMAGES} are required"]
     distances = {
         name: find_report(folder / f"{name}.npz", folder / "heldout/reference.npz", "efficientnet_lite0")["metrics"]
         for name in ("samples", "heldout/reconstructions")

@@ -78,7 +78,7 @@ if __name__ == "__main__":  # a wrong config ends here, before the slow imports
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
@@ -124,6 +124,7 @@ from utils.timing import median_seconds
 GRID_COLUMNS, GRID_ROWS = 16, 4  # a row of originals and the row of their reconstructions count as one
 NUM_WORST = 10  # in worst.png
 MAX_EVALUATED, MAX_COMPARED = 2_000, 500  # held-out images, and those whose Frechet distance is computed
+COMPARED = ("psnr", "ssim", "hue_error", "saturation_error")  # with k-means of patches
 MIN_INIT_IMAGES, INIT_PIXELS = 64, 2**21  # for codebook_init=kmeans: at least so many images, or pixels
 
 
@@ -309,6 +310,19 @@ def training_step(
 def step_seconds(config: TrainTokenizerConfig) -> float:
     """Seconds of a step on this machine, measured on made-up images: the mean over the steps before and after
     `vq_training.perceptual_start`."""
+    take, early = made_up_step(config), early_fraction(config)
+    return early * median_seconds(lambda: take(0)) + (1 - early) * median_seconds(
+        lambda: take(config.vq_training.perceptual_start)
+    )
+
+
+def early_fraction(config: TrainTokenizerConfig) -> float:
+    """Fraction of the steps that come before `vq_training.perceptual_start`."""
+    return min(1.0, config.vq_training.perceptual_start / max(1, config.training.max_train_steps))
+
+
+def made_up_step(config: TrainTokenizerConfig) -> Callable[[int], None]:
+    """Take a training step, given its number, on made-up images; for measuring its duration."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = build_trainable_tokenizer(config.model.vq_model).to(device)
     features = PerceptualFeatures().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -324,9 +338,7 @@ def step_seconds(config: TrainTokenizerConfig) -> float:
             optimizer.step()
         tokenizer.zero_grad(set_to_none=True)
 
-    start = config.vq_training.perceptual_start
-    early = min(1.0, start / max(1, config.training.max_train_steps))  # fraction of the steps
-    return early * median_seconds(lambda: take(0)) + (1 - early) * median_seconds(lambda: take(start))
+    return take
 
 
 def color_of(images: Tensor) -> Tensor:
@@ -428,7 +440,13 @@ def report(
     report: dict[str, Any] = {"step": step, **metrics}
     if run.triggers.is_last:
         metrics |= comparisons(rounded, train_set, validation_set, originals, reconstructions, config)
-        lines = verdict(metrics, num_tokens=rounded.image_seq_len, codebook_size=rounded.codebook_size)
+        lines = verdict(
+            metrics,
+            num_tokens=rounded.image_seq_len,
+            more_tokens=tokens_of_finer_grid(rounded),
+            codebook_size=rounded.codebook_size,
+            steps=step,
+        )
         report |= {**metrics, "verdict": lines}
         for line in lines:
             run.note(line)
@@ -440,6 +458,12 @@ def report(
     run.log_image("reconstructions", grid)
     run.note(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
     return {f"heldout/{name}": value for name, value in metrics.items()}
+
+
+def tokens_of_finer_grid(tokenizer: TrainableTokenizer) -> int | None:
+    """Tokens per image if each covered half as many pixels in both directions; None if that is impossible."""
+    shape = tokenizer.code_shape
+    return 4 * tokenizer.image_seq_len if len(shape) == 2 and tokenizer.resolution % (2 * shape[0]) == 0 else None
 
 
 @torch.inference_mode()
@@ -477,8 +501,8 @@ def comparisons(
     reconstructions: np.ndarray,
     config: Config,
 ) -> dict[str, float]:
-    """`reconstruction_distance`, if there are two images, and, for a grid of tokens, `patch_psnr`: of k-means of raw
-    patches with as many tokens and codebook entries."""
+    """`reconstruction_distance`, if there are two images, and, for a grid of tokens, the metrics `COMPARED` of k-means
+    of raw patches with as many tokens and codebook entries, each with the prefix `patch_`."""
     device = next(tokenizer.parameters()).device
     found = {}
     if len(originals) > 1:
@@ -493,7 +517,8 @@ def comparisons(
         for batch in heldout_batches(validation_set):
             images = on_device(batch, device)["image"][~batch["skipped"].to(device)]
             metrics.update(images, *baseline.reconstruct(images))
-        found["patch_psnr"] = metrics.summary()["psnr"]
+        of_patches = metrics.summary()
+        found |= {f"patch_{name}": of_patches[name] for name in COMPARED}
     return found
 
 

@@ -28,7 +28,10 @@ step "1/7 shards: a tenth of each class is held out"
 [[ -f $OUT/images/shards.json ]] || run python scripts/make_shards.py "$FOLDER" "$OUT/images" --heldout 0.1
 [[ -f $OUT/arguments.txt ]] || printf '%s\n' "$ARGUMENTS" > "$OUT/arguments.txt"
 step "2/7 config: sizes and steps for these images and this machine"
-[[ -f $OUT/rear.yaml ]] || run python scripts/make_config.py "$OUT/images" "$OUT" "$@"
+if [[ ! -f $OUT/configs.complete ]]; then # the configs are written before and after steps are measured
+  run python scripts/make_config.py "$OUT/images" "$OUT" "$@"
+  touch "$OUT/configs.complete"
+fi
 step "3/7 tokenizer"
 run python scripts/train_tokenizer.py config="$OUT/tokenizer.yaml"
 step "4/7 tokens"
@@ -39,7 +42,10 @@ step "6/7 samples and scores"
 run python scripts/sample_imagenet_rear.py "${CONFIG[@]}" experiment.output_dir="$OUT/samples" \
   experiment.generator_checkpoint="$OUT/rear"
 run python scripts/reconstruct.py "${CONFIG[@]}" experiment.output_dir="$OUT/heldout"
-run python evaluation/evaluator.py "$OUT/heldout/reference.npz" "$OUT/samples.npz" "$OUT/heldout/reconstructions.npz" \
-  --backend efficientnet_lite0
+heldout=$(python -c 'import json, sys; print(json.load(open(sys.argv[1]))["images"])' "$OUT/heldout/reconstruct.json")
+if ((heldout >= 4)); then # the evaluator refuses fewer; the report says so
+  run python evaluation/evaluator.py "$OUT/heldout/reference.npz" "$OUT/samples.npz" "$OUT/heldout/reconstructions.npz" \
+    --backend efficientnet_lite0
+fi
 step "7/7 report"
 run python scripts/own_images_report.py "$OUT"

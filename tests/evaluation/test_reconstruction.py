@@ -11,7 +11,7 @@ from evaluation.reconstruction import ReconstructionMetrics, ssim
 from evaluation.tokenizer_verdict import verdict, worst_first
 
 METRICS = {
-    "images": 10,
+    "images": 100,
     "psnr": 23.0,
     "ssim": 0.8,
     "hue_error": 9.0,
@@ -76,15 +76,29 @@ def test_the_worst_come_first() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, r"limits what samples can look like: more tokens \(make_config.py --tokens 256\) or a longer training"),
-        ({"psnr": 21.2}, "0.2 dB better.*hardly learned"),
+        (
+            {},
+            r"limits what samples can look like: more tokens \(--tokens 256\) or 900 more steps \(a larger --minutes\)",
+        ),
+        ({"psnr": 21.2}, "0.2 dB better.*hardly learned: it needs 900 more steps"),
         ({"psnr": 20.0}, "1.0 dB worse.*hardly learned"),
         ({"psnr": 30.0}, "good enough"),
         ({"psnr": 30.0, "codebook_used": 0.2}, "a codebook of 256 would do"),
     ],
 )
 def test_verdict(changes: dict[str, float], expected: str) -> None:
-    lines = "\n".join(verdict(METRICS | changes, num_tokens=64, codebook_size=512))
+    lines = "\n".join(verdict(METRICS | changes, num_tokens=64, more_tokens=256, codebook_size=512, steps=900))
     assert "hue error 9 degrees" in lines
     assert "Frechet distance of the reconstructions (EfficientNet-Lite0): 40.0" in lines
     assert re.search(expected, lines, flags=re.DOTALL), lines
+
+
+def test_few_images_cannot_use_the_codebook() -> None:
+    settings = {"num_tokens": 64, "more_tokens": 256, "codebook_size": 512, "steps": 900}
+    found = [verdict(METRICS | {"images": images, "codebook_used": 0.2}, **settings)[-1] for images in (63, 64)]
+    assert ["would do" in line for line in found] == [False, True]
+
+
+def test_verdict_without_a_finer_grid() -> None:
+    lines = verdict(METRICS, num_tokens=64, more_tokens=None, codebook_size=512, steps=900)
+    assert "the tokenizer limits what samples can look like: 900 more steps (a larger --minutes)" in lines

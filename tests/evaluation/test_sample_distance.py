@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from evaluation import sample_distance
+from evaluation.collect import ImagesInMemory
 from evaluation.evaluator import Evaluator
 from evaluation.inception import CACHED_NAMES
 from evaluation.sample_distance import SampleDistance, find_extractor
@@ -18,17 +19,6 @@ from utils.config import load_config
 from utils.config_checks import check_training
 from utils.distributed import DistributedContext, init_distributed
 from utils.errors import InputError, NonFiniteError
-
-
-class InMemory:
-    def __init__(self, images: np.ndarray) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        return self.images[start:stop]
 
 
 @pytest.fixture
@@ -55,7 +45,7 @@ def stub_distance(ctx: DistributedContext) -> tuple[dict[str, float], list[list[
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample_distance, "find_extractor", lambda device, needed_by: ("frechet_stub", StubExtractor()))
-        distance = SampleDistance(InMemory(validation), 12, 5, ctx)
+        distance = SampleDistance(ImagesInMemory(validation), 12, 5, ctx)
     assert distance(generate) == distance(lambda numbers: samples[numbers])
     return distance(lambda numbers: samples[numbers]), asked
 
@@ -67,7 +57,7 @@ def test_the_distance_is_the_evaluators(empty_cache: Path, tmp_path: Path, alone
     files = (tmp_path / "validation.npz", tmp_path / "samples.npz")
     evaluator = Evaluator(files[0], alone, "efficientnet_lite0", batch_size=5)
     expected = evaluator(evaluator.open(files[1]))["metrics"]["frechet_distance"]
-    distance = SampleDistance(InMemory(validation), 12, 5, alone)
+    distance = SampleDistance(ImagesInMemory(validation), 12, 5, alone)
     assert distance(lambda numbers: samples[numbers]) == {"val/frechet_lite0_12": pytest.approx(expected, rel=1e-9)}
     assert expected > 1
 
@@ -104,7 +94,7 @@ def test_a_model_without_finite_numbers_has_no_distance(
     alone: DistributedContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sample_distance, "find_extractor", lambda device, needed_by: ("fid", StubExtractor()))
-    distance = SampleDistance(InMemory(images()[0]), 4, 2, alone)
+    distance = SampleDistance(ImagesInMemory(images()[0]), 4, 2, alone)
 
     def generate(numbers: list[int]) -> np.ndarray:
         raise NonFiniteError("logits")
@@ -112,7 +102,7 @@ def test_a_model_without_finite_numbers_has_no_distance(
     assert np.isnan(distance(generate)["val/fid_4"])
     assert distance(lambda numbers: images()[1][numbers])["val/fid_4"] > 0
     with pytest.raises(InputError, match=r"experiment\.eval_samples=4: found 1 validation images, expected at least 2"):
-        SampleDistance(InMemory(images()[0][:1]), 4, 2, alone)
+        SampleDistance(ImagesInMemory(images()[0][:1]), 4, 2, alone)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,11 @@ def test_grids(resolution: int, tokens: int | None, expected: int) -> None:
     assert found.codebook_size == 1024
 
 
+@pytest.mark.parametrize(("num_images", "expected"), [(1, 16), (18, 128), (64, 512), (19_999, 512), (20_000, 1024)])
+def test_codebook_follows_from_the_number_of_images(num_images: int, expected: int) -> None:
+    assert make_config.codebook_for(num_images, tokens=64, usual=512) == expected
+
+
 def test_impossible_grids_are_refused() -> None:
     sizes = load_config([f"config={make_config.OWN_TOKENIZER}"]).model.vq_model
     with pytest.raises(InputError, match="--tokens 100: expected one of 1, 4, 16, 64, 256, 1024 at --resolution 32"):
@@ -152,9 +157,9 @@ def test_from_a_folder_to_samples(tmp_path: Path, step_of_100_ms: None) -> None:
     weights = f"experiment.generator_checkpoint={own / 'rear'}"
     sample_imagenet_rear.main(load_config([*arguments, weights, f"experiment.output_dir={own / 'samples'}"]))
     arrays = np.load(own / "samples.npz")
-    assert arrays["arr_0"].shape == (4, 32, 32, 3)  # as many as were held out
-    assert arrays["arr_1"].tolist() == [0, 1, 0, 1]
-    assert load_state_dict(own / "rear/model.safetensors")["embeddings.weight"].shape == (512 + 1 + 2 + 1, 128)
+    assert arrays["arr_0"].shape == (64, 32, 32, 3)  # more than were held out, which are too few to look at
+    assert arrays["arr_1"].tolist() == [0, 1] * 32
+    assert load_state_dict(own / "rear/model.safetensors")["embeddings.weight"].shape == (64 + 1 + 2 + 1, 128)
 
 
 def test_no_or_ambiguous_shards(tmp_path: Path) -> None:

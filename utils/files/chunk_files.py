@@ -38,9 +38,9 @@ class ChunkFiles:
     """The chunk files of work on items 0 to num_items - 1.
 
     Args:
-        folder: of the chunk files; `open` creates it.
+        folder: folder of the chunk files; `open` creates it.
         chunk_size: items per chunk; the last chunk holds the rest.
-        suffix: of the chunk files, such as .npy.
+        suffix: suffix of the chunk files, such as .npy.
         parts: numbers of consecutive items, num_items in all, across whose borders no chunk reaches.
 
     Attributes:
