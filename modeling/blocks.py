@@ -9,6 +9,7 @@ Images of one class share their modulations, which are computed once for each of
 Legend: B images, t positions, D hidden size, H heads, d = D / H, U distinct labels.
 """
 
+import math
 from collections import OrderedDict
 from typing import Any, NamedTuple, cast
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6
+SCORES_AT_ONCE = 2**20  # of `CausalAttentionOnCpu`: 4 MB
 
 
 class GatherRows(torch.autograd.Function):
@@ -77,6 +79,50 @@ def adaln_linear(hidden_size: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Identity(), nn.Linear(hidden_size, outputs * hidden_size))
 
 
+class CausalAttentionOnCpu(torch.autograd.Function):
+    """`F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)` in float32, bit for bit.
+
+    A few images at a time, whose scores stay in the processor's cache: with dropout, torch writes all of them to memory
+    in each operation. For the backward pass it saves the probabilities and a bool mask instead of three float tensors.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        """(B, H, t, d), as the arguments."""
+        images, heads, length, width = q.shape
+        ctx.scale = math.sqrt(1 / math.sqrt(width))  # of queries and of keys, as in torch
+        ctx.kept_scale = torch.ones(()).div_(1 - dropout).item()
+        ctx.images_at_once = max(1, SCORES_AT_ONCE // (heads * length**2))
+        kept = torch.empty(images, heads, length, length, dtype=torch.bool).bernoulli_(1 - dropout)
+        future = torch.full((length, length), -math.inf).triu_(1)
+        probabilities, attended = torch.empty(kept.shape), torch.empty(q.shape)
+        for start in range(0, images, ctx.images_at_once):
+            part = slice(start, start + ctx.images_at_once)
+            keys = (k[part].mT * ctx.scale).flatten(0, 1)
+            scores = (q[part] * ctx.scale).flatten(0, 1).bmm(keys).add_(future)
+            torch.softmax(scores, dim=-1, out=probabilities[part].flatten(0, 1))
+            dropped = (probabilities[part] * kept[part]).mul_(ctx.kept_scale)
+            torch.bmm(dropped.flatten(0, 1), v[part].flatten(0, 1), out=attended[part].flatten(0, 1))
+        ctx.save_for_backward(q, k, v, probabilities, kept)
+        return attended
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, all_probabilities, all_kept = ctx.saved_tensors
+        q_grad, k_grad, v_grad = (torch.empty(q.shape) for _ in range(3))
+        for start in range(0, len(q), ctx.images_at_once):
+            part = slice(start, start + ctx.images_at_once)
+            probabilities, kept = all_probabilities[part].flatten(0, 1), all_kept[part].flatten(0, 1)
+            dropped = (probabilities * kept).mul_(ctx.kept_scale)
+            out_grad = grad[part].flatten(0, 1)
+            torch.bmm(dropped.mT, out_grad, out=v_grad[part].flatten(0, 1))
+            probabilities_grad = out_grad.bmm(v[part].flatten(0, 1).mT).mul_(kept).mul_(ctx.kept_scale)
+            scores_grad = torch._softmax_backward_data(probabilities_grad, probabilities, -1, torch.float32)
+            torch.bmm(scores_grad, (k[part] * ctx.scale).flatten(0, 1), out=q_grad[part].flatten(0, 1))
+            k_grad[part] = (q[part] * ctx.scale).flatten(0, 1).mT.bmm(scores_grad).mT.view_as(k_grad[part])
+        return q_grad.mul_(ctx.scale), k_grad.mul_(ctx.scale), v_grad, None
+
+
 class Attention(nn.Module):
     """Causal self-attention with LayerNorm on the queries and keys of each head."""
 
@@ -98,6 +144,9 @@ class Attention(nn.Module):
 
     def causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.attn_drop if self.training else 0.0
+        on_cpu = q.device.type == "cpu" and q.dtype == torch.float32
+        if on_cpu and dropout > 0 and not torch.compiler.is_compiling():
+            return cast(Tensor, CausalAttentionOnCpu.apply(q, k, v, dropout))
         # is_causal instead of a mask keeps the flash kernel.
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
 

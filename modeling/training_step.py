@@ -58,6 +58,11 @@ def training_step(
     )
 
 
+def compile_block(block: nn.Module, device: torch.device) -> None:
+    """On a GPU, independent kernels are combined, such as the conversions of weights to bf16."""
+    block.compile(options={"combo_kernels": True} if device.type == "cuda" else None)
+
+
 def compile_blocks(model: ReAR, config: Config, device: torch.device) -> list[str]:
     """Compile the blocks in place for training, as `training.compile` says, by a pass on dummy inputs.
 
@@ -69,7 +74,7 @@ def compile_blocks(model: ReAR, config: Config, device: torch.device) -> list[st
     size, shape = training.per_gpu_batch_size, (model.image_seq_len + 2, config.model.generator.hidden_size)
     try:
         for block in model.blocks:
-            block.compile()
+            compile_block(block, device)
         rows = torch.zeros(size, dtype=torch.int64, device=device)
         for labels in (2, 3):  # the second time with a symbolic number of labels
             x, condition = (torch.zeros(n, *shape, device=device, requires_grad=True) for n in (size, labels))

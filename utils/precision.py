@@ -53,6 +53,19 @@ def deterministic(wanted: bool) -> Iterator[None]:
             os.environ.pop(variable, None)
 
 
+@contextmanager
+def exact_attention_dropout() -> Iterator[None]:
+    """Inside, attention does not use cuDNN's kernel, which rounds the probability of dropout to a multiple of 1/16.
+    Newer releases of torch avoid it (https://github.com/pytorch/pytorch/pull/174245). The previous setting is restored.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def in_bf16(training: TrainingConfig, device: torch.device) -> bool:
     """Whether `training.mixed_precision` selects bf16 on this device."""
     return training.mixed_precision == "bf16" or (training.mixed_precision == "auto" and device.type == "cuda")

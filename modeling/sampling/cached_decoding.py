@@ -1,14 +1,14 @@
 """Decoding with a KV cache: the blocks of `modeling/blocks.py`, one position at a time.
 
 This is `ReAR.forward` for a single position. The cache keeps keys and values of earlier positions, and the adaLN
-modulations of BUCKET positions are computed together, per distinct label. All buffers keep their addresses, so that a
-step can be captured as a CUDA graph. Residual stream, norms and logits are float32; the matrix products of the blocks
+modulations of MODULATED positions are computed together, per distinct label. All buffers keep their addresses, so that
+a step can be captured as a CUDA graph. Residual stream, norms and logits are float32; the matrix products of the blocks
 and the cache have the dtype of the `DecodingState`.
 
 With guidance each image is two sequences of the batch: one with its class label, one with the null class.
 
 Legend: B images, N codes per image, S sequences (B; with guidance 2 B, the conditional ones first), D hidden size,
-H heads, d = D / H, L cache length, U distinct class labels at most (the null class is one), K = BUCKET positions.
+H heads, d = D / H, L cache length, U distinct class labels at most (the null class is one), K = MODULATED positions.
 
     position       0     1      2    ...   N
     input          cls   class  x1   ...   xN-1          (the last code is never an input)
@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from modeling.blocks import NORM_EPS, Attention, Block, BlockModulation, FinalLayer, modulate
 from modeling.rear import ReAR
 
-# Positions whose modulations are computed together and that one CUDA graph serves: it attends to all positions up to
-# the end of the bucket, with a mask for those not decoded yet.
-BUCKET = 32
+MODULATED = 32  # positions whose modulations are computed together
+# Positions that one CUDA graph serves: it attends to all positions up to the end of the bucket, with a mask for those
+# not decoded yet. Half the bucket is read in vain on average, and each bucket is captured.
+BUCKET = 16
 # Inductor fuses more than by default, since a step consists of many small kernels: independent ones too, such as the
 # norms of queries and keys and the write to the cache.
 FUSION: dict[str, str | int | bool | Callable] = {"combo_kernels": True, "score_fusion_memory_threshold": 0}
@@ -141,7 +142,8 @@ class DecodingState:
         length = math.ceil((steps + 1) / BUCKET) * BUCKET
         heads = model.config.generator.num_attention_heads
         self.max_labels = min(images + guided, model.num_classes + 1)  # U
-        table = torch.zeros(BUCKET * self.max_labels, 1, hidden_size, device=device)  # row (position mod K) * U + label
+        # Row (position mod K) * U + label.
+        table = torch.zeros(MODULATED * self.max_labels, 1, hidden_size, device=device)
         self.modulations = [BlockModulation(*(table.clone() for _ in BlockModulation._fields)) for _ in self.blocks]
         self.final_modulation = table.clone(), table.clone()  # shift, scale
         self.caches = [KVCache((sequences, heads, length, hidden_size // heads), dtype, device) for _ in self.blocks]
@@ -207,12 +209,12 @@ class DecodingState:
         return torch.empty_like(self.codes).scatter_(1, self.orders, self.codes)
 
     def fill_modulations(self, first: int) -> None:
-        """Compute the modulations of the bucket that starts at position `first`, once per distinct label."""
-        last = min(first + BUCKET, self.model.image_seq_len + 1)
+        """Compute the modulations of MODULATED positions from `first`, once per distinct label."""
+        last = min(first + MODULATED, self.model.image_seq_len + 1)
         condition = self.model.condition(self.distinct_labels, slice(first, last))  # (U, K, D)
         condition = condition.transpose(0, 1).contiguous()  # (K, U, D)
         if self.compiled:  # of the full size each time, so that nothing is recompiled
-            filled = torch.zeros(BUCKET, self.max_labels, condition.shape[2], device=condition.device)
+            filled = torch.zeros(MODULATED, self.max_labels, condition.shape[2], device=condition.device)
             filled[: condition.shape[0], : condition.shape[1]] = condition
             condition = filled
         for block, tables in zip(self.blocks, self.modulations, strict=True):
@@ -223,7 +225,7 @@ class DecodingState:
 def write_modulations(layer: Block | FinalLayer, condition: Tensor, tables: tuple[Tensor, ...]) -> None:
     """Modulations of a layer for a condition (K, U, D), of fewer positions or labels too, into tables (K U, 1, D)."""
     for table, value in zip(tables, layer.modulation(layer.adaLN_modulation(condition).float()), strict=True):
-        table.view(BUCKET, len(table) // BUCKET, -1)[: value.shape[0], : value.shape[1]].copy_(value)
+        table.view(MODULATED, len(table) // MODULATED, -1)[: value.shape[0], : value.shape[1]].copy_(value)
 
 
 def prefill(state: DecodingState) -> Tensor:
@@ -261,7 +263,7 @@ def embed_newest(state: DecodingState, masked: bool) -> tuple[Tensor, Tensor, Te
 
 def rows_of_modulations(state: DecodingState) -> Tensor:
     """(S,), of the tables of `fill_modulations`."""
-    return state.label_rows + state.position % BUCKET * state.max_labels
+    return state.label_rows + state.position % MODULATED * state.max_labels
 
 
 def forward_position(state: DecodingState, x: Tensor, rows: Tensor, end: int, mask: Tensor | None = None) -> Tensor:

@@ -22,6 +22,7 @@ from modeling.orders import conditioning_first
 from modeling.rear import ReAR
 from modeling.sampling.cached_decoding import (
     BUCKET,
+    MODULATED,
     DecodingState,
     compile_for_decoding,
     decode_one_token,
@@ -237,7 +238,7 @@ class CodeSampler:
         sample_next_codes(prefill(state), state, self.scales, self.config)
         on_step()
         for position in range(2, self.steps + 1):
-            if position % BUCKET == 0:
+            if position % MODULATED == 0:
                 state.fill_modulations(position)
             if self.graphs is not None:
                 self.graphs.replay(bucket_end(position))

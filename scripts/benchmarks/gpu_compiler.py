@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -61,6 +61,7 @@ class Launch:
     name: str
     bytes: float  # read and written
     flops: float  # of matrix products, convolutions and attention
+    float32: int = 0  # elements of the largest float32 tensor that it writes
 
 
 @dataclass
@@ -71,6 +72,7 @@ class CompiledGraph:
     launches: list[Launch]
     sources: list[tuple[str, str]]  # name and source of each Triton kernel
     problems: list[str]  # what must not be in it: float64, other devices
+    code: str = ""  # Inductor's Python program, which launches all of it
 
 
 @dataclass
@@ -205,7 +207,9 @@ class EagerCounter(TorchDispatchMode):
             moved = sum(nbytes(tensor) for tensor in tree_leaves([read, written]) if isinstance(tensor, Tensor))
             flops = flop_registry.get(func.overloadpacket)
             work = flops(*args, **kwargs, out_val=result) if flops else 0
-            self.ledger.launches.append(Launch("eager", name, moved, work))
+            results = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+            largest = max((one.numel() for one in results if one.dtype == torch.float32), default=0)
+            self.ledger.launches.append(Launch("eager", name, moved, work, largest))
         return result
 
 
@@ -311,7 +315,7 @@ def lower(
     )
     if lowering.device_types != {"cuda"}:
         problems.append(f"computes on {sorted(lowering.device_types)}, expected cuda only")
-    return CompiledGraph(name, launches, sources, problems)
+    return CompiledGraph(name, launches, sources, problems, source)
 
 
 def on_gpu(tensor: Tensor) -> Tensor:
@@ -353,13 +357,24 @@ def launch_of(node: Any) -> Launch | None:
     if isinstance(node, ExternKernelSchedulerNode):
         name = str(getattr(node.node, "python_kernel_name", None) or type(node.node).__name__)
         moved = sum(node.get_read_write_buffer_accesses(include_reads=True, include_writes=True).values())
-        return Launch("library", name.removeprefix("extern_kernels."), moved, flops_of(node.node.get_origin_node()))
+        work = flops_of(node.node.get_origin_node())
+        return Launch("library", name.removeprefix("extern_kernels."), moved, work, largest_float32(node))
     accesses = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
     parts = [part.get_read_write_buffer_accesses(include_reads=True, include_writes=True) for part in node.get_nodes()]
     # Of a table, only what is gathered: a fused kernel would be taken to read all of it.
     moved = sum(min(count, max(part.get(name, 0) for part in parts)) for name, count in accesses.items())
     origins = sorted({origin.name for part in node.get_nodes() for origin in part.node.get_origins()})
-    return Launch("triton", ", ".join(origins), moved, 0)
+    return Launch("triton", ", ".join(origins), moved, 0, largest_float32(node))
+
+
+def largest_float32(node: Any) -> int:
+    """Elements of the largest float32 buffer that a node of Inductor's scheduler writes to memory; attention and other
+    library calls with several results are not looked at."""
+    from torch._inductor.virtualized import V
+
+    written = node.get_read_write_buffer_accesses(include_reads=False, include_writes=True)
+    sizes = [size for name, size in written.items() if V.graph.name_to_buffer[name].maybe_get_dtype() == torch.float32]
+    return max(sizes, default=0) // torch.float32.itemsize
 
 
 def flops_of(node: torch.fx.Node | None) -> float:
@@ -368,7 +383,8 @@ def flops_of(node: torch.fx.Node | None) -> float:
     if node is None or flops is None:
         return 0
     args, kwargs = tree_map_only(torch.fx.Node, lambda argument: argument.meta["val"], (node.args, node.kwargs))
-    return int(flops(*args, **kwargs, out_val=node.meta["val"]))
+    found = flops(*args, **kwargs, out_val=node.meta["val"])
+    return cast(float, found.node.hint if isinstance(found, torch.SymInt) else found)  # int(found) would fix the symbol
 
 
 @contextmanager

@@ -10,19 +10,20 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modeling import rear
+from modeling import training_step as training_step_module
 from modeling.perturbation import num_perturbation_uniforms
 from modeling.rear import ReAR
 from modeling.sampling import cached_decoding
 from modeling.sampling import generate as generate_module
-from modeling.sampling.cached_decoding import BUCKET, DecodingState, compile_for_decoding
+from modeling.sampling.cached_decoding import MODULATED, DecodingState, compile_for_decoding
 from modeling.sampling.generate import bucket_end, next_codes, sample_next_codes
 from modeling.targets.registry import Targets
 from modeling.tokenizers.registry import build_tokenizer
-from modeling.training_step import compile_blocks, training_step
-from scripts.benchmarks.gpu_compiler import CompiledGraph, GpuCompiler, Launch
+from modeling.training_step import compile_block, compile_blocks, training_step
+from scripts.benchmarks.gpu_compiler import GPU, CompiledGraph, GpuCompiler, Launch
 from utils.schema import Config
 
 
@@ -56,12 +57,14 @@ def mean_length(steps: int) -> int:
     return round(sum(ends) / len(ends))
 
 
-def decode_step(compiler: GpuCompiler, config: Config, images: int, guided: bool) -> Counted:
-    """A step of sampling in bf16, as it is captured in a CUDA graph, with attention of the mean length."""
+def decode_step(
+    compiler: GpuCompiler, config: Config, images: int, guided: bool, dtype: torch.dtype = torch.bfloat16
+) -> Counted:
+    """A step of sampling as it is captured in a CUDA graph, with attention of the mean length."""
     blocks = 2
     generator = config.model.generator
     with torch.inference_mode(), code_of_gpus():
-        state = decoding_state(compiler, with_blocks(config, blocks), images, guided)
+        state = decoding_state(compiler, with_blocks(config, blocks), images, guided, dtype)
         state.set_compiled(True)
         scales = torch.empty(generator.image_seq_len, device="cuda")
         sample = compile_for_decoding(sample_next_codes, torch.device("cuda"))
@@ -74,28 +77,35 @@ def decode_step(compiler: GpuCompiler, config: Config, images: int, guided: bool
 
 
 def fill_modulations(compiler: GpuCompiler, config: Config, images: int, guided: bool) -> Counted:
-    """The modulations of `BUCKET` positions; each image has another class."""
+    """The modulations of `MODULATED` positions; each image has another class."""
     with torch.inference_mode(), code_of_gpus():
         state = decoding_state(compiler, with_blocks(config, 1), images, guided)
         state.set_compiled(True)
         state.distinct_labels = torch.empty(state.max_labels, dtype=torch.int64, device="cuda")
         with compiler.counting() as ledger:
-            state.fill_modulations(BUCKET)
+            state.fill_modulations(MODULATED)
     return Counted(ledger.launches, ledger.graphs[0].launches, 1, ledger.graphs)
 
 
-def decoding_state(compiler: GpuCompiler, config: Config, images: int, guided: bool) -> DecodingState:
+def decoding_state(
+    compiler: GpuCompiler, config: Config, images: int, guided: bool, dtype: torch.dtype = torch.bfloat16
+) -> DecodingState:
     torch._dynamo.reset()
     model = compiler.put(ReAR(ReAR.sampling_config(config.model)).eval())
-    return DecodingState(model, images, guided, torch.bfloat16)
+    return DecodingState(model, images, guided, dtype)
 
 
 def compiled_blocks(compiler: GpuCompiler, config: Config, images: int) -> list[CompiledGraph]:
     """What `compile_blocks` compiles: a block for a fixed and for any number of labels, forward and backward."""
     torch._dynamo.reset()
     config = training_config(config, images, checkpointing=False)
-    with compiler.counting() as ledger:
-        compile_blocks(compiler.put(ReAR(config.model), "cpu"), config, torch.device("cpu"))
+    model = compiler.put(ReAR(config.model), "cpu")
+
+    def as_on_gpu(block: nn.Module, device: torch.device) -> None:
+        compile_block(block, GPU)
+
+    with mock.patch.object(training_step_module, "compile_block", as_on_gpu), compiler.counting() as ledger:
+        compile_blocks(model, config, torch.device("cpu"))
     return ledger.graphs
 
 
@@ -106,7 +116,7 @@ def train_step(compiler: GpuCompiler, config: Config, images: int, checkpointing
     torch._dynamo.reset()
     model = compiler.put(ReAR(config.model), "cpu").train()
     for block in model.blocks:
-        block.compile()
+        compile_block(block, GPU)
     labels = min(images, model.num_classes)
     batch = {
         "codes": torch.empty(images, model.image_seq_len, dtype=torch.int32),

@@ -5,16 +5,23 @@ CPU or in float64, or if a kernel spills registers. Bytes are those read and wri
 """
 
 import argparse
+import io
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-from modeling.losses import next_token_loss
+from evaluation.inception import Inception
+from modeling import losses
 from modeling.tokenizers.registry import build_tokenizer
 from scripts.benchmarks.gpu_compiler import CompiledGraph, GpuCompiler, machine_code
-from scripts.benchmarks.gpu_counts import compiled_blocks, decode_step
+from scripts.benchmarks.gpu_counts import compiled_blocks, decode_step, train_step
 from utils.arguments import positive
 from utils.config import ROOT, load_config
 from utils.console import markdown_table
@@ -22,8 +29,8 @@ from utils.errors import InputError
 from utils.schema import Config
 
 MODELS = ("s", "b", "l")  # reAR-S and -B have blocks of the same size
-PARTS = ("decode", "decode-unguided", "training", "loss", "tokenizer")
-FLOAT64 = ("sample_next_codes",)  # the cumulative distribution of sampling, by design
+PARTS = ("decode", "decode-unguided", "training", "loss", "tokenizer", "evaluator")
+FLOAT64 = ("sample_next_codes", "Inception")  # cumulative distribution of sampling, class probabilities: by design
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,21 +90,36 @@ def compiled_graphs(compiler: GpuCompiler, arguments: argparse.Namespace) -> Ite
             for i, graph in enumerate(compiled_blocks(compiler, config, arguments.batch)):
                 labels = "2 labels" if i < 2 else "any labels"
                 yield f"training, {name}, {labels}", graph
+            checkpointed = train_step(compiler, config, arguments.batch, checkpointing=True)
+            yield from ((f"training, {name}, checkpointing", graph) for graph in checkpointed.graphs)
     config = load_config([f"config={ROOT}/configs/rear_b.yaml", "experiment.output_dir=unused"])
     if "loss" in arguments.parts:
         yield from (("loss", graph) for graph in compiled_loss(compiler, config, arguments.batch))
     if "tokenizer" in arguments.parts:
         yield from (("tokenizer", graph) for graph in compiled_tokenizer(compiler, config))
+    if "evaluator" in arguments.parts:
+        yield "evaluator", compiled_inception(compiler)
 
 
-def compiled_loss(compiler: GpuCompiler, config: Config, images: int) -> list[CompiledGraph]:
-    """Cross-entropy of bf16 logits, forward and backward."""
+def compiled_loss(
+    compiler: GpuCompiler, config: Config, images: int, dtype: torch.dtype = torch.bfloat16
+) -> list[CompiledGraph]:
+    """Cross-entropy of logits of a type, forward and backward: compiled, and uncompiled as training runs it. A kernel
+    that writes as many float32 elements as there are logits is a problem."""
     torch._dynamo.reset()
     codes = config.model.generator.image_seq_len
-    logits = torch.empty(images, codes, config.model.vq_model.codebook_size, dtype=torch.bfloat16, requires_grad=True)
+    logits = torch.empty(images, codes, config.model.vq_model.codebook_size, dtype=dtype, requires_grad=True)
+    targets = torch.empty(images, codes, dtype=torch.int64)
     with compiler.counting() as ledger:
-        torch.compile(next_token_loss)(logits, torch.empty(images, codes, dtype=torch.int64)).backward()
-    return ledger.graphs
+        torch.compile(losses.next_token_loss)(logits, targets).backward()
+    with compiler.counting() as uncompiled:
+        losses.next_token_loss(logits, targets).backward()
+    graphs = [*ledger.graphs, CompiledGraph("next_token_loss, uncompiled", uncompiled.launches, [], [])]
+    for graph in graphs:
+        for launch in graph.launches:
+            if launch.float32 >= logits.numel():
+                graph.problems.append(f"{launch.name}: writes all {logits.numel()} logits in float32, expected slices")
+    return graphs
 
 
 def compiled_tokenizer(compiler: GpuCompiler, config: Config, images: int = 8) -> list[CompiledGraph]:
@@ -116,13 +138,41 @@ def compiled_tokenizer(compiler: GpuCompiler, config: Config, images: int = 8) -
     return ledger.graphs
 
 
+def compiled_inception(compiler: GpuCompiler, images: int = 8) -> CompiledGraph:
+    """The Inception network of FID in float32, with weights of no meaning."""
+    torch._dynamo.reset()
+    with _disable_current_modes(), tempfile.TemporaryDirectory() as folder:  # its weights are files
+        weights = Path(folder) / "inception.pth"
+        torch.save(empty_inception_weights(), weights)
+        inception = Inception(torch.device("cpu"), weights)
+    compiler.put(inception.network)
+    inception.classifier = torch.empty(inception.classifier.shape, dtype=torch.float64, device="cuda")
+    with torch.inference_mode(), compiler.counting() as ledger:
+        torch.compile(inception.__call__)(torch.empty(images, 256, 256, 3, dtype=torch.uint8, device="cuda"))
+    (graph,) = ledger.graphs
+    graph.name = "Inception"
+    return graph
+
+
+def empty_inception_weights() -> dict[str, Tensor]:
+    """Zeros by key of torch-fidelity's network, which cannot be built without weights: here it loads none."""
+    from torch_fidelity import FeatureExtractorInceptionV3
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    with mock.patch.object(FeatureExtractorInceptionV3, "load_state_dict"):
+        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=nothing)
+    return {name: torch.zeros_like(value) for name, value in network.state_dict().items() if value.dim()}
+
+
 def row_of(part: str, graph: CompiledGraph) -> Row:
     kinds = [launch.kind for launch in graph.launches]
     return Row(
         part=part,
         function=graph.name,
         triton=kinds.count("triton"),
-        library=kinds.count("library"),
+        library=len(kinds) - kinds.count("triton"),
         spilled_bytes=sum(machine_code(name, source).spilled_bytes for name, source in graph.sources),
         mbytes=sum(launch.bytes for launch in graph.launches) / 1e6,
         gflop=sum(launch.flops for launch in graph.launches) / 1e9,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from modeling.sampling.cached_decoding import BUCKET
+from modeling.sampling.cached_decoding import MODULATED
 from scripts.benchmarks.gpu_compiler import GpuCompiler, Launch
 from scripts.benchmarks.gpu_counts import (
     Counted,
@@ -151,7 +151,7 @@ def step_launches(compiler: GpuCompiler, config: Config, part: str, images: int)
     guided = (config.model.generator.guidance_scale or 1) != 1
     step = of_all_blocks(decode_step(compiler, config, images, guided), config)
     filled = of_all_blocks(fill_modulations(compiler, config, images, guided), config)
-    return step + [(launch, times / BUCKET) for launch, times in filled]
+    return step + [(launch, times / MODULATED) for launch, times in filled]
 
 
 def totals(launches: Sequence[tuple[Launch, float]]) -> dict[tuple[str, str], tuple[float, float, float]]:

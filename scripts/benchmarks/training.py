@@ -29,7 +29,7 @@ from utils.arguments import positive
 from utils.config import Config, load_config
 from utils.errors import InputError
 from utils.optim import build_optimizers, set_learning_rate
-from utils.precision import matmul_precision
+from utils.precision import exact_attention_dropout, matmul_precision
 from utils.randomness import sample_uniforms
 from utils.run.sharding import clip_gradients
 
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing of ours")
 
 
+@exact_attention_dropout()
 @matmul_precision(tf32=True)
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config = config_from(arguments)

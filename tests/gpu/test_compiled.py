@@ -30,8 +30,11 @@ FAULTS = {  # a function of the decoding step, what is found in it, and what is 
 SABOTAGE = """
 import inspect, json, sys, textwrap
 import torch
+import torch.nn.functional as F
+from modeling import losses
 from scripts.benchmarks.gpu_compiler import GpuCompiler
 from scripts.benchmarks.gpu_counts import code_of_gpus, decoding_state
+from scripts.benchmarks.kernels import compiled_loss
 from modeling.sampling import cached_decoding
 from utils.config import load_config
 
@@ -54,7 +57,35 @@ with GpuCompiler() as compiler:
         except Exception as error:
             found[fault] = [repr(error)[:2000]]
         setattr(cached_decoding, name, original)
+    config = load_config(["experiment.output_dir=unused"])
+    for fault in ("none", "all logits in float32"):
+        if fault != "none":
+            losses.token_losses = lambda logits, codes: F.cross_entropy(logits.flatten(0, 1).float(), codes.flatten())
+        graphs = compiled_loss(compiler, config, 128)
+        found[f"loss: {fault}"] = [problem for graph in graphs for problem in graph.problems]
 print(json.dumps(found))
+"""
+LABELS = """
+import torch
+from modeling.rear import ReAR
+from modeling.training_step import compile_blocks
+from scripts.benchmarks.gpu_compiler import GpuCompiler
+from scripts.benchmarks.gpu_counts import training_config
+from utils.config import load_config
+
+config = load_config(["experiment.output_dir=unused", "model.generator.hidden_size=64",
+                      "model.generator.num_attention_heads=4", "model.generator.intermediate_size=128"])
+config = training_config(config, 16, checkpointing=False)
+compiled = []
+with GpuCompiler() as compiler, compiler.counting() as ledger:
+    model = compiler.put(ReAR(config.model), "cpu")
+    compile_blocks(model, config, torch.device("cpu"))
+    for labels in (2, 5, 16, 3):
+        compiled.append(len(ledger.graphs))
+        x, condition = (torch.empty(size, 258, 64, requires_grad=True) for size in (16, labels))
+        with torch.autocast("cpu", torch.bfloat16):
+            model.blocks[0](x, condition, torch.empty(16, dtype=torch.int64)).sum().backward()
+print(compiled, len(ledger.graphs))
 """
 
 RELEASE = torch.__version__.split("+")[0]
@@ -101,10 +132,21 @@ def test_kernels_of_everything() -> None:
     assert counts(compiled()) == kept_table()
 
 
-def test_faults_are_found() -> None:
-    command = [sys.executable, "-c", textwrap.dedent(SABOTAGE), json.dumps(FAULTS)]
+def in_a_process(script: str, *arguments: str) -> str:
+    """Last line of its output."""
+    command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
+    return result.stdout.splitlines()[-1]
+
+
+def test_faults_are_found() -> None:
+    found = json.loads(in_a_process(SABOTAGE, json.dumps(FAULTS)))
     assert not found.pop("none")
+    assert not found.pop("loss: none")
     assert all(found.values()), found
+
+
+@pytest.mark.slow
+def test_blocks_are_compiled_once_for_any_number_of_labels() -> None:
+    assert in_a_process(LABELS) == "[4, 4, 4, 4] 4"

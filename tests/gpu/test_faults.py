@@ -32,7 +32,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, place: Any, name: str, found: str, fa
     [
         ("embed_newest", "state.position - 2", "(state.position - 2).cpu()"),
         ("after_last_attention", "rows)[:, 0]", "rows)[[0] * len(x), 0]"),  # an index from the host
-        ("rows_of_modulations", "% BUCKET", "% BUCKET * torch.tensor(1)"),
+        ("rows_of_modulations", "% MODULATED", "% MODULATED * torch.tensor(1)"),
         ("embed_newest", "state.position)", "state.position + state.position.item())"),
         ("embed_newest", "if masked:", "if masked and state.position < 32:"),  # asks for a value
         ("after_last_attention", "modulate(x,", "modulate(x.double(),"),

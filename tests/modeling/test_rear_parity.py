@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from modeling.losses import LossTerms, rear_loss
 from modeling.rear import ReAR, ReAROutput
-from modeling.sampling.cached_decoding import BUCKET, DecodingState, decode_one_token, prefill
+from modeling.sampling.cached_decoding import MODULATED, DecodingState, decode_one_token, prefill
 from modeling.sampling.generate import guidance_schedule, guide
 from modeling.taps import taps_of
 from utils.schema import ModelConfig
@@ -97,7 +97,7 @@ def test_cached_and_guided_logits(model: ReAR, expected: dict) -> None:
         state.start(labels, torch.zeros(ids.shape))
         state.codes.copy_(ids)
         for k in range(steps):
-            if (k + 1) % BUCKET == 0 or k == 0:
+            if (k + 1) % MODULATED == 0 or k == 0:
                 state.fill_modulations(0 if k == 0 else k + 1)
             hidden = prefill(state) if k == 0 else decode_one_token(state, end=k + 2, masked=False)
             state.position.add_(1)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils.precision import deterministic, in_bf16, matmul_precision
+from utils.precision import deterministic, exact_attention_dropout, in_bf16, matmul_precision
 from utils.schema import TrainingConfig
 
 ROOT = Path(__file__).parents[2]
@@ -32,6 +32,14 @@ def test_it_holds_inside_and_the_former_setting_afterwards(tf32: bool) -> None:
             fail()
         assert flags() == (not tf32, not tf32)
     assert flags() == before
+
+
+def test_cudnn_does_not_serve_attention_inside() -> None:
+    enabled = torch.backends.cuda.cudnn_sdp_enabled
+    before = enabled()
+    with exact_attention_dropout():
+        assert not enabled()
+    assert enabled() == before
 
 
 def state() -> tuple:

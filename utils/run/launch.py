@@ -11,7 +11,7 @@ from utils.config import Config, flat
 from utils.config_checks import accumulation_steps
 from utils.distributed import DistributedContext, init_distributed
 from utils.launch_variables import ignored_launcher_settings
-from utils.precision import deterministic, matmul_precision
+from utils.precision import deterministic, exact_attention_dropout, matmul_precision
 from utils.run.failure import reason_of
 from utils.run.manifest import Provenance, TrainingData, read_manifest
 from utils.run.resume import Start, check_same_run, find_start, is_finished
@@ -93,6 +93,7 @@ def launch(config: Config) -> Iterator[Launch]:
             ctx.locked(output_dir, inside=True),
             _failed_start_noted(output_dir, ctx),
             matmul_precision(training.enable_tf32),
+            exact_attention_dropout(),
         ):
             start = ctx.broadcast_from_rank0(find_start, output_dir, config.experiment.resume)
             micro_steps = accumulation_steps(training, ctx.size)

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import hashlib
 import importlib.util
 import shutil
 from collections.abc import Callable
@@ -192,6 +193,14 @@ def test_in_raster_order_a_given_prefix_is_completed() -> None:
     assert not torch.equal(codes[:2], free[:2])
     with pytest.raises(ValueError, match="image 0: found code 33 before code 0, expected raster order"):
         generate(model, labels, uniforms, config, conditioning_codes=given, conditioning_mask=mask.flip(1))
+
+
+def test_golden_codes() -> None:
+    """Codes for a seed, of the code before the layers of the decode step were compiled together."""
+    model, config = random_model(48, 3, 2, 70)
+    codes = generate(model, torch.tensor([0, 1, 6, 6, 3]), image_uniforms(0, list(range(5)), 70), config)
+    digest = "d95ca76ec4510735df93ec27192df258db1afa8c8a21d1147c3f343a7a477a38"
+    assert hashlib.sha256(codes.numpy().tobytes()).hexdigest() == digest
 
 
 @pytest.mark.usefixtures("device_code")
