@@ -165,6 +165,9 @@ def test_metrics_are_those_of_the_evaluator() -> None:
     assert found == {name for name in TITLES if not name.startswith(("kid", "kernel_distance"))}
 
 
+PREPARATORY = ("fashion_learning_rate", "rear_pilot")  # they choose a setting, and test nothing
+
+
 def test_the_shipped_plans_are_right(tmp_path: Path) -> None:
     reference = tmp_path / "reference.npz"
     reference.write_bytes(b"")
@@ -172,4 +175,4 @@ def test_the_shipped_plans_are_right(tmp_path: Path) -> None:
         has_reference = "\nreference:" in path.read_text()
         plan, _ = read_plan([f"config={path}", *([f"reference={reference}"] if has_reference else [])])
         assert plan.folder == Path("outputs/studies") / path.stem
-        assert plan.file.hypotheses
+        assert bool(plan.file.hypotheses) == (path.stem not in PREPARATORY)
